@@ -1,0 +1,192 @@
+"""Configurations of a model directory: frozen, validated when made, JSON in and out.
+
+``hmem.json`` holds one :class:`HmemConfig`. Unknown keys are refused, so that a typing error or a
+newer format is never silently ignored.
+"""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from mlx_hmem.errors import UserError
+
+FORMAT_VERSION = 1
+MEMORY_KINDS = ("ffn",)
+MAX_DEPTH = 8
+MAX_CLUSTERS = 1 << 24
+
+
+class JsonConfig:
+    """Mixin for frozen dataclasses: dictionaries and JSON in and out, unknown keys refused."""
+
+    @classmethod
+    def from_dict(cls, values: Any, source: str = "") -> Self:
+        name = source or cls.__name__
+        if not isinstance(values, dict):
+            raise UserError(f"{name} is not a JSON object", repr(values)[:80], "restore the file")
+        fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        if unknown := sorted(set(values) - set(fields)):
+            raise UserError(
+                f"unknown key in {name}", unknown[0], f"known keys are {', '.join(fields)}"
+            )
+        required = {
+            n
+            for n, f in fields.items()
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        }
+        if missing := sorted(required - set(values)):
+            raise UserError(f"missing key in {name}", missing[0], "add it or restore the file")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+
+def _positive_int(name: str, value: Any, least: int = 1) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UserError(
+            f"{name} is not a whole number of {least} or more", repr(value), "correct it"
+        )
+
+
+@dataclass(frozen=True)
+class MemoryConfig(JsonConfig):
+    """The shape of a memory bank (paper, section 3).
+
+    ``r[l]`` is the block-size multiplier of level l + 1 (added FFN width for kind ``ffn``); 0 means
+    no memory on that level. ``branching[l]`` is the number of children of each cluster above level
+    l + 1, so level l + 1 has ``branching[0] * ... * branching[l]`` clusters.
+    """
+
+    hidden_size: int = field(metadata={"help": "hidden size of the anchor"})
+    num_hidden_layers: int = field(metadata={"help": "layers of the anchor"})
+    r: tuple[int, ...] = field(metadata={"help": "block-size multiplier of each level"})
+    branching: tuple[int, ...] = field(metadata={"help": "children of a cluster on each level"})
+    kind: str = field(default="ffn", metadata={"help": "memory kind"})
+
+    def __post_init__(self) -> None:
+        _positive_int("hidden_size", self.hidden_size)
+        _positive_int("num_hidden_layers", self.num_hidden_layers)
+        if self.kind not in MEMORY_KINDS:
+            raise UserError("unknown memory kind", repr(self.kind), f"use one of {MEMORY_KINDS}")
+        if not 1 <= len(self.r) <= MAX_DEPTH or len(self.r) != len(self.branching):
+            raise UserError(
+                "r and branching need one entry per level, 1 to 8 of them",
+                f"r {self.r}, branching {self.branching}",
+                "give both the same length",
+            )
+        for value in self.r:
+            _positive_int("r", value, least=0)
+        for value in self.branching:
+            _positive_int("branching", value, least=2)
+        if not any(self.r):
+            raise UserError("no level has memory", f"r {self.r}", "make one r at least 1")
+        if self.num_clusters[-1] > MAX_CLUSTERS:
+            raise UserError(
+                "too many clusters", self.num_clusters[-1], f"stay within {MAX_CLUSTERS}"
+            )
+
+    @property
+    def num_levels(self) -> int:
+        return len(self.r)
+
+    @property
+    def num_clusters(self) -> tuple[int, ...]:
+        """Clusters on each level."""
+        return tuple(math.prod(self.branching[: i + 1]) for i in range(len(self.branching)))
+
+    def block_shape(self, level: int) -> tuple[int, ...]:
+        """Shape of one block of ``level`` (1 = coarsest): (layers, 3, r, hidden).
+
+        The middle axis holds gate, up and the transposed down matrix, each r × hidden.
+        """
+        return (self.num_hidden_layers, 3, self.r[level - 1], self.hidden_size)
+
+    @property
+    def fetched_parameters(self) -> int:
+        """Parameters of one fetched memory: 3 · sum(r) · layers · hidden for kind ``ffn``."""
+        return sum(math.prod(self.block_shape(i + 1)) for i in range(self.num_levels))
+
+    @property
+    def bank_parameters(self) -> int:
+        """Parameters of all blocks, the generic memory not counted."""
+        return sum(n * math.prod(self.block_shape(i + 1)) for i, n in enumerate(self.num_clusters))
+
+    def check_path(self, path: Any) -> tuple[int, ...]:
+        """Returns ``path`` as a tuple of ints, or says why it names no blocks of this bank."""
+        try:
+            result = tuple(int(i) for i in path)
+        except (TypeError, ValueError):
+            raise UserError(
+                "a cluster path is not a sequence of whole numbers", repr(path), "use (3, 51)"
+            ) from None
+        if len(result) != self.num_levels:
+            raise UserError(
+                f"a cluster path needs {self.num_levels} levels", result, "route with this model"
+            )
+        for level, (index, count) in enumerate(zip(result, self.num_clusters, strict=True), 1):
+            if not 0 <= index < count:
+                raise UserError(f"no such cluster on level {level}", index, f"use 0 to {count - 1}")
+        for level in range(1, self.num_levels):
+            if result[level] // self.branching[level] != result[level - 1]:
+                raise UserError(
+                    "not a cluster path",
+                    result,
+                    f"cluster {result[level]} of level {level + 1} lies under cluster "
+                    f"{result[level] // self.branching[level]} of level {level}",
+                )
+        return result
+
+
+@dataclass(frozen=True)
+class RetrieverConfig(JsonConfig):
+    """Which encoder turns text into vectors, and by which files it is known."""
+
+    encoder: str = field(metadata={"help": "`minilm`, `static`, or a folder inside the model"})
+    encoder_hash: str = field(metadata={"help": "fingerprint of the encoder's files"})
+    tree_hash: str = field(metadata={"help": "fingerprint of tree.safetensors"})
+
+
+@dataclass(frozen=True)
+class HmemConfig(JsonConfig):
+    """``hmem.json``: what ties an anchor, a retriever and a memory bank into one model."""
+
+    format_version: int
+    memory: MemoryConfig
+    retriever: RetrieverConfig
+    anchor_hash: str
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    @classmethod
+    def from_file(cls, path: Path) -> "HmemConfig":
+        values = read_json(path)
+        version = values.get("format_version") if isinstance(values, dict) else None
+        if version != FORMAT_VERSION:
+            raise UserError(
+                f"{path} has a format version this program does not read",
+                repr(version),
+                f"it reads version {FORMAT_VERSION}; update mlx_hmem or make the model again",
+            )
+        for key, kind in (("memory", MemoryConfig), ("retriever", RetrieverConfig)):
+            if key in values:
+                values[key] = kind.from_dict(values[key], f"{path} ({key})")
+        return cls.from_dict(values, str(path))
+
+
+def read_json(path: Path, most_bytes: int = 1 << 28) -> Any:
+    """Reads a JSON file of at most ``most_bytes``."""
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise UserError("a file is missing", path, "restore it or make the model again") from None
+    if size > most_bytes:
+        raise UserError(f"{path} is too large for JSON", f"{size} bytes", "restore the file")
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON", error, "restore the file") from None

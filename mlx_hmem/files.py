@@ -1,0 +1,257 @@
+"""Files that are whole or not there: strict safetensors headers, atomic writes, fingerprints.
+
+MLX trusts what it loads (an overflowing shape in a 93-byte file ends the process) and writes in
+place (a kill half-way destroys the file that was there). So headers are validated here before MLX
+sees a file, and every file is written beside its place, synced and renamed. The part file has a
+fixed name, so a killed write leaves at most one, which the next write of that file replaces: one
+writer per file at a time.
+"""
+
+import contextlib
+import json
+import math
+import os
+import stat
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import mlx.core as mx
+import xxhash
+
+from mlx_hmem.errors import UserError
+
+Source = str | os.PathLike[str]
+
+MAX_HEADER = 100_000_000  # the safetensors library's own limit
+MAX_DIM = 2**31 - 1  # MLX shapes are 32-bit
+MAX_RANK = 32
+# The types MLX reads, in bytes per element.
+ITEM_SIZES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2,
+    "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "C64": 8,
+}  # fmt: skip
+SAMPLE = 1 << 16
+NUM_SAMPLES = 256
+RESTORE = "fetch or make the file again"
+
+
+class TensorInfo(NamedTuple):
+    """One tensor of a safetensors file; ``start`` and ``end`` are offsets in the file, in bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@contextlib.contextmanager
+def open_regular(path: Source) -> Iterator[BinaryIO]:
+    """Opens a regular file for reading, unbuffered; anything else is a :class:`UserError`."""
+    try:
+        # Asked first: opening a pipe would wait for a writer.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UserError("not a file", path, "give the path of a file")
+        file = open(path, "rb", buffering=0)  # noqa: SIM115
+    except FileNotFoundError:
+        raise UserError("a file is missing", path, "fetch or make it again") from None
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        raise UserError(f"cannot read {path!r}", error, "check the path") from None
+    with file:
+        yield file
+
+
+def read_safetensors_header(path: Source) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Reads and validates the header of a safetensors file, never its data.
+
+    Returns the tensors by name and the metadata. Raises :class:`UserError` for anything the format
+    forbids (repeated names, overlaps, holes, data beyond the end or not accounted for) and for
+    types and shapes that MLX cannot hold.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+        if not 2 <= length <= min(MAX_HEADER, size - 8):
+            raise UserError(
+                f"{path} is not a whole safetensors file",
+                f"header of {length} bytes in a file of {size}",
+                RESTORE,
+            )
+        text = read_exactly(file, length, path)
+    try:
+        if not text.startswith(b"{"):
+            raise ValueError("it does not begin with {")
+        return _check_tensors(strict_json(text), 8 + length, size)
+    except ValueError as error:
+        raise UserError(f"{path} has a wrong safetensors header", error, RESTORE) from None
+
+
+def read_exactly(file: BinaryIO, length: int, path: Source) -> bytes:
+    """The next ``length`` bytes, or a :class:`UserError`: the file shrank while it was read."""
+    parts = []
+    while length:
+        part = file.read(length)
+        if not part:
+            raise UserError(f"{path} ends too early", f"{length} bytes are missing", RESTORE)
+        parts.append(part)
+        length -= len(part)
+    return b"".join(parts)
+
+
+def strict_json(text: bytes) -> Any:
+    """Parses UTF-8 JSON; repeated names, NaN and lone surrogates are a ValueError."""
+    try:
+        return json.loads(
+            text.decode(), object_pairs_hook=_no_repeats, parse_constant=_no_constants
+        )
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name occurs twice")
+    for name in result:
+        name.encode()  # a lone surrogate is no text: UnicodeEncodeError is a ValueError
+    return result
+
+
+def _no_constants(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _whole(value: Any, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
+
+
+def _check_tensors(
+    header: dict[str, Any], base: int, size: int
+) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # MLX writes null for none
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise ValueError("__metadata__ is not a table of texts")
+    tensors = {name: _check_tensor(name[:80], entry, base, size) for name, entry in header.items()}
+    at = base
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        if info.start != at:
+            problem = "overlaps another" if info.start < at else "leaves a hole before it"
+            raise ValueError(f"tensor {name[:80]!r} {problem}")
+        at = info.end
+    if at != size:
+        raise ValueError(f"{size - at} bytes after the last tensor")
+    return tensors, metadata
+
+
+def _check_tensor(name: str, entry: Any, base: int, size: int) -> TensorInfo:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"tensor {name!r} needs dtype, shape and data_offsets, nothing else")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
+        raise ValueError(f"tensor {name!r} has a dtype MLX does not read: {str(dtype)[:40]!r}")
+    if not isinstance(shape, list) or len(shape) > MAX_RANK:
+        raise ValueError(f"tensor {name!r} has a wrong shape")
+    # The second test keeps MLX's 64-bit strides from overflowing beside a dimension of 0.
+    if not all(_whole(n, MAX_DIM) for n in shape) or math.prod(max(n, 1) for n in shape) > 2**60:
+        raise ValueError(f"tensor {name!r} has a wrong shape")
+    if not isinstance(offsets, list) or len(offsets) != 2:
+        raise ValueError(f"tensor {name!r} has wrong data_offsets")
+    if not all(_whole(n, size - base) for n in offsets) or offsets[0] > offsets[1]:
+        raise ValueError(f"tensor {name!r} lies outside the file")
+    if offsets[1] - offsets[0] != math.prod(shape) * ITEM_SIZES[dtype]:
+        raise ValueError(f"tensor {name!r}: its shape and its bytes do not agree")
+    return TensorInfo(dtype, tuple(shape), base + offsets[0], base + offsets[1])
+
+
+def load_safetensors(path: Source) -> dict[str, mx.array]:
+    """Loads a safetensors file, lazily as ``mx.load`` does, after its header has been validated."""
+    read_safetensors_header(path)
+    try:
+        return mx.load(os.fspath(path), format="safetensors")  # type: ignore[return-value]
+    except RuntimeError as error:
+        raise UserError(f"MLX cannot load {path}", error, RESTORE) from None
+
+
+def sync(file: BinaryIO) -> None:
+    """Puts a file's bytes on the disk itself, also on macOS, where fsync does not."""
+    file.flush()
+    if sys.platform == "darwin":
+        import fcntl
+
+        try:
+            fcntl.fcntl(file.fileno(), fcntl.F_FULLFSYNC)
+            return
+        except OSError:  # some network file systems know only fsync
+            pass
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: Source) -> None:
+    """Makes renames within ``folder`` last through a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Source) -> Iterator[BinaryIO]:
+    """A file to write into that appears at ``path`` only when the block ends without an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+            sync(file)
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def save_safetensors(
+    path: Source, arrays: dict[str, mx.array], metadata: dict[str, str] | None = None
+) -> None:
+    """Saves arrays so that ``path`` holds either what it held before or all of them."""
+    mx.eval(*arrays.values())
+    with atomic_file(path) as file:
+        mx.save_safetensors(file, arrays, {"format": "mlx"} if metadata is None else metadata)
+
+
+def write_atomic(path: Source, data: bytes | str) -> None:
+    """Writes bytes, or text as UTF-8, so that ``path`` is never half-written."""
+    with atomic_file(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+def fingerprint(*paths: Source) -> str:
+    """``"xxh3:"`` and 32 hex digits that identify the contents of files, wherever they lie.
+
+    The files are taken in order of name; the names themselves do not count. A file up to 16 MiB is
+    read whole; of a larger one its size, the safetensors header, and 256 pieces of 64 KiB from the
+    first to the last, evenly spaced, so that gigabytes take a moment. It tells files apart that
+    differ by training or conversion; it is no guard against malice.
+    """
+    digest = xxhash.xxh3_128()
+    for path in sorted((Path(p) for p in paths), key=lambda p: (p.name, str(p))):
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            digest.update(struct.pack("<Q", size))
+            if size <= SAMPLE * NUM_SAMPLES:
+                digest.update(read_exactly(file, size, path))
+                continue
+            if path.suffix == ".safetensors":
+                length = 8 + struct.unpack("<Q", read_exactly(file, 8, path))[0]
+                file.seek(0)
+                digest.update(read_exactly(file, min(length, 8 + MAX_HEADER, size), path))
+            for index in range(NUM_SAMPLES):
+                file.seek((size - SAMPLE) * index // (NUM_SAMPLES - 1))
+                digest.update(read_exactly(file, SAMPLE, path))
+    return f"xxh3:{digest.hexdigest()}"

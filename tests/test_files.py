@@ -1,0 +1,284 @@
+"""Strict safetensors headers, atomic writes and fingerprints."""
+
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mlx_hmem.errors import UserError
+from mlx_hmem.files import (
+    fingerprint,
+    load_safetensors,
+    read_safetensors_header,
+    save_safetensors,
+    write_atomic,
+)
+
+
+def raw(header: object, data: bytes = b"", length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def tensor(shape: object = (2,), start: object = 0, end: object = 8, dtype: object = "F32") -> dict:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+GOOD = raw({"a": tensor()}, bytes(8))
+HOSTILE = {
+    "empty file": b"",
+    "seven bytes": GOOD[:7],
+    "length beyond the file": raw({"a": tensor()}, bytes(8), length=10_000),
+    "length of 2**64 - 1": raw({"a": tensor()}, bytes(8), length=2**64 - 1),
+    "length over the limit": raw({"a": tensor()}, bytes(8), length=100_000_001),
+    "length 0": raw(b"", bytes(8)),
+    "not JSON": raw(b"{nonsense}"),
+    "not UTF-8": raw(b'{"\xff\xfe": 1}'),
+    "a list": raw(b"[]"),
+    "space before the brace": raw(b" {}"),
+    "nested without end": raw(b'{"a":' * 100_000),
+    "a number of 5,000 digits": raw(b'{"a": ' + b"9" * 5000 + b"}"),
+    "a name twice": raw(b'{"a": %b, "a": %b}' % ((json.dumps(tensor()).encode(),) * 2), bytes(8)),
+    "a key twice": raw(
+        b'{"a":{"dtype":"F32","shape":[2],"shape":[2],"data_offsets":[0,8]}}', bytes(8)
+    ),
+    "a lone surrogate": raw(b'{"\\ud800": {"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'),
+    "NaN": raw(b'{"a": {"dtype":"F32","shape":[NaN],"data_offsets":[0,8]}}', bytes(8)),
+    "metadata of numbers": raw({"__metadata__": {"a": 1}}),
+    "metadata a list": raw({"__metadata__": []}),
+    "tensor a number": raw({"a": 1}),
+    "tensor without offsets": raw({"a": {"dtype": "F32", "shape": [2]}}, bytes(8)),
+    "tensor with more keys": raw({"a": {**tensor(), "b": 1}}, bytes(8)),
+    "unknown dtype": raw({"a": tensor(dtype="F33")}, bytes(8)),
+    "dtype MLX lacks": raw({"a": tensor((1,), dtype="F64")}, bytes(8)),
+    "dtype a list": raw({"a": tensor(dtype=["F32"])}, bytes(8)),
+    "negative dimensions": raw({"a": tensor((-1, -2))}, bytes(8)),
+    "dimension a float": raw({"a": tensor((2.0,))}, bytes(8)),
+    "dimension true": raw({"a": tensor((2, True))}, bytes(8)),
+    "dimension of 32 bits": raw({"a": tensor((2**31, 0), 0, 0)}),
+    "product wraps to 8 bytes": raw({"a": tensor((2**31 - 1,) * 3 + (2,))}, bytes(8)),
+    "product too large beside 0": raw({"a": tensor((2**31 - 1,) * 4 + (0,), 0, 0)}),
+    "rank of 1,000": raw({"a": tensor((1,) * 1000, 0, 4)}, bytes(4)),
+    "shape a text": raw({"a": tensor("22")}, bytes(8)),
+    "shape and bytes disagree": raw({"a": tensor((3,))}, bytes(8)),
+    "end before start": raw({"a": tensor((2,), 8, 0)}, bytes(8)),
+    "start negative": raw({"a": tensor((2,), -8, 0)}, bytes(8)),
+    "end out of the file": raw({"a": tensor((2,), 4, 12)}, bytes(8)),
+    "offset a float": raw({"a": tensor((2,), 0, 8.0)}, bytes(8)),
+    "three offsets": raw({"a": {**tensor(), "data_offsets": [0, 8, 8]}}, bytes(8)),
+    "overlap": raw({"a": tensor(), "b": tensor((2,), 4, 12)}, bytes(12)),
+    "the same bytes twice": raw({"a": tensor(), "b": tensor()}, bytes(8)),
+    "hole": raw({"a": tensor(), "b": tensor((2,), 12, 20)}, bytes(20)),
+    "hole at the start": raw({"a": tensor((2,), 4, 12)}, bytes(12)),
+    "trailing data": raw({"a": tensor()}, bytes(9)),
+    "data without a tensor": raw({}, bytes(1)),
+    "cut off by a byte": GOOD[:-1],
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_file_is_one_line_with_a_remedy(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(HOSTILE[name])
+    for read in (read_safetensors_header, load_safetensors):
+        with pytest.raises(UserError) as caught:
+            read(path)
+        text = str(caught.value)
+        assert "x.safetensors" in text
+        assert "make the file again" in text
+        assert "\n" not in text
+        assert len(text) < 500
+
+
+def test_header_over_the_limit_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", 100_000_001) + b"{}")
+    os.truncate(path, 200_000_000)
+    with pytest.raises(UserError, match="header of 100000001 bytes"):
+        read_safetensors_header(path)
+
+
+def test_not_a_regular_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", tmp_path / "none", "a\0b", "/dev/zero"):
+        with pytest.raises(UserError):
+            read_safetensors_header(path)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=8,
+)
+SIZES = st.integers(-1, 9) | st.sampled_from([2**31, 2**32 + 1, 2**63, 2**64 - 1])
+LIKELY = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["F32", "BF16", "U8", "F64"]) | JSON,
+        "shape": st.lists(SIZES, max_size=3) | JSON,
+        "data_offsets": st.lists(SIZES, min_size=2, max_size=2) | JSON,
+    }
+)
+
+
+def read_or_refuse(path: Path) -> None:
+    """What the header promises, MLX loads; anything else is a UserError."""
+    try:
+        tensors, _ = read_safetensors_header(path)
+    except UserError:
+        return
+    arrays = load_safetensors(path)
+    mx.eval(arrays)
+    assert {name: a.shape for name, a in arrays.items()} == {
+        name: info.shape for name, info in tensors.items()
+    }
+
+
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    header=st.dictionaries(st.sampled_from(["a", "b", "__metadata__"]), LIKELY | JSON) | JSON,
+    data=st.integers(0, 16),
+)
+def test_any_header_is_read_or_refused(tmp_path: Path, header: object, data: int) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(raw(json.dumps(header).encode(), bytes(data)))
+    read_or_refuse(path)
+
+
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.integers(0, len(GOOD) - 1), st.integers(0, 255), st.integers(0, len(GOOD)))
+def test_any_changed_byte_and_any_cut_is_read_or_refused(
+    tmp_path: Path, at: int, value: int, cut: int
+) -> None:
+    path = tmp_path / "x.safetensors"
+    changed = bytearray(GOOD)
+    changed[at] = value
+    path.write_bytes(changed[:cut])
+    read_or_refuse(path)
+
+
+def test_arrays_come_back_and_metadata_too(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "x.safetensors"
+    arrays = {
+        "a": mx.arange(6).reshape(2, 3),
+        "half": mx.array([1.5, -2], dtype=mx.bfloat16),
+        "none": mx.zeros((0, 3)),
+        "scalar": mx.array(True),
+    }
+    save_safetensors(path, arrays, {"k": "v"})
+    assert read_safetensors_header(path)[1] == {"k": "v"}
+    back = load_safetensors(path)
+    assert back.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert back[name].dtype == array.dtype
+        assert mx.array_equal(back[name], array)
+    assert [p.name for p in path.parent.iterdir()] == ["x.safetensors"]
+
+
+def test_header_offsets_are_those_of_the_bytes(tmp_path: Path) -> None:
+    values = np.arange(5, dtype=np.float32)
+    save_safetensors(tmp_path / "x.safetensors", {"b": mx.array(values), "a": mx.zeros((3,))})
+    tensors, _ = read_safetensors_header(tmp_path / "x.safetensors")
+    info = tensors["b"]
+    data = (tmp_path / "x.safetensors").read_bytes()[info.start : info.end]
+    assert np.array_equal(np.frombuffer(data, np.float32), values)
+
+
+def test_a_file_may_be_saved_over_itself(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_safetensors(path, {"a": mx.arange(1000)})
+    save_safetensors(path, {"a": load_safetensors(path)["a"] + 1})
+    assert load_safetensors(path)["a"].tolist() == list(range(1, 1001))
+
+
+def test_failed_write_leaves_the_old_file_and_no_part(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_safetensors(path, {"a": mx.array([1.0])})
+    before = path.read_bytes()
+    with pytest.raises((TypeError, ValueError)):
+        save_safetensors(path, {"a": mx.array([2.0])}, {"k": 1})  # type: ignore[dict-item]
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+KILLED = """
+import sys
+from mlx_hmem.files import atomic_file
+with atomic_file(sys.argv[1]) as file:
+    file.write(b"new" * 100000)
+    file.flush()
+    print("half", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_killed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    write_atomic(path, "old")
+    child = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[1],
+    )
+    with child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"half\n"
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    assert path.read_text() == "old"
+    write_atomic(path, b"new")
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("x", b"new")]
+
+
+def test_fingerprint_follows_contents_not_place(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        write_atomic(folder / "a", b"one")
+        write_atomic(folder / "b", b"two")
+    first = fingerprint(here / "a", here / "b")
+    assert first == fingerprint(there / "b", there / "a")
+    assert first.startswith("xxh3:")
+    assert len(first) == len("xxh3:") + 32
+    write_atomic(there / "b", b"tw0")
+    assert first != fingerprint(there / "a", there / "b")
+    # The cut between the files counts: "on" + "etwo" is not "one" + "two".
+    write_atomic(there / "a", b"on")
+    write_atomic(there / "b", b"etwo")
+    assert first != fingerprint(there / "a", there / "b")
+
+
+def test_fingerprint_of_a_large_file_sees_each_layer(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    layers = {f"layer.{i}": mx.full((1024, 256), i, dtype=mx.float32) for i in range(24)}
+    save_safetensors(path, layers)
+    assert path.stat().st_size > 16 << 20
+    before = fingerprint(path)
+    tensors, _ = read_safetensors_header(path)
+    for name in ("layer.0", "layer.11", "layer.23"):
+        data = bytearray(path.read_bytes())
+        data[tensors[name].start : tensors[name].end] = bytes([1]) * (1 << 20)
+        write_atomic(tmp_path / "other.safetensors", bytes(data))
+        assert fingerprint(tmp_path / "other.safetensors") != before
+
+
+def test_part_of_a_running_write_is_not_the_file(tmp_path: Path) -> None:
+    from mlx_hmem.files import atomic_file
+
+    with atomic_file(tmp_path / "model.safetensors") as file:
+        file.write(b"x")
+        assert not (tmp_path / "model.safetensors").exists()
+        assert not list(tmp_path.glob("*.safetensors"))
+    assert (tmp_path / "model.safetensors").read_bytes() == b"x"
