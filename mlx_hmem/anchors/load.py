@@ -1,0 +1,59 @@
+"""Loads an anchor from a model directory, ours or mlx-lm's, with every file checked first."""
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.utils import _get_classes, load_model
+
+from mlx_hmem.anchors import openlm
+from mlx_hmem.config import read_json
+from mlx_hmem.errors import UserError
+from mlx_hmem.files import fingerprint, read_safetensors_header
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The anchor's weight files, checked to be sound safetensors."""
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise UserError("no anchor weights (model*.safetensors)", folder, "name a model directory")
+    for file in files:
+        read_safetensors_header(file)
+    return files
+
+
+def named_parameters(module: nn.Module) -> dict[str, mx.array]:
+    """All weights by their dotted names, in the module's order."""
+    pairs: Any = tree_flatten(module.parameters())
+    return dict(pairs)
+
+
+def anchor_hash(folder: Path) -> str:
+    """Fingerprint of the anchor's weights, by which a bank knows its anchor."""
+    return fingerprint(*weight_files(folder))
+
+
+def _classes(config: dict[str, Any]) -> tuple[type[nn.Module], type]:
+    if config["model_type"] == "openlm":
+        return openlm.Model, openlm.ModelArgs
+    return _get_classes(config)
+
+
+def load_anchor(folder: Path, lazy: bool = False) -> tuple[nn.Module, dict[str, Any]]:
+    """The anchor and its ``config.json``; mlx-lm's own loader with OpenLM added."""
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise UserError(
+            f"{folder / 'config.json'} names no model_type", folder, "restore the anchor's config"
+        )
+    weight_files(folder)
+    try:
+        return load_model(folder, lazy=lazy, get_model_classes=_classes)
+    except (ValueError, TypeError, KeyError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"the anchor in {folder} could not be loaded", error, "its config and weights disagree"
+        ) from None
