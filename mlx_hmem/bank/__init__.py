@@ -1,0 +1,7 @@
+"""The memory bank on disk: its format, the lazy reader and the writer (docs/bank_format.md)."""
+
+from mlx_hmem.bank.format import Manifest
+from mlx_hmem.bank.reader import Bank, BlockRead
+from mlx_hmem.bank.writer import write_bank
+
+__all__ = ["Bank", "BlockRead", "Manifest", "write_bank"]

@@ -1,0 +1,178 @@
+"""Writes a memory bank, block by block, in memory bounded by one block.
+
+Every file is written beside its place, synced and renamed, and ``bank.json`` comes last: a killed
+run leaves shards but no bank. A block of zeros given as None becomes a hole in the file and costs
+neither time nor, on most file systems, disk space.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import BinaryIO
+
+import mlx.core as mx
+import numpy as np
+import xxhash
+from tqdm import tqdm
+
+from mlx_hmem.bank.format import (
+    FORMAT_VERSION,
+    GENERIC,
+    MANIFEST,
+    PAGE,
+    STORED_TYPES,
+    Level,
+    Manifest,
+    Shard,
+    block_shape,
+    num_blocks,
+    shard_header,
+    shard_name,
+    stored_levels,
+)
+from mlx_hmem.config import MemoryConfig
+from mlx_hmem.errors import UserError
+from mlx_hmem.files import atomic_file, write_atomic
+
+SHARD_BYTES = 4 << 30
+Block = np.ndarray | mx.array | None
+
+
+def write_bank(
+    folder: str | Path,
+    config: MemoryConfig,
+    levels: Sequence[Iterable[Block] | None],
+    generic: Block,
+    *,
+    dtype: str = "float16",
+    anchor_hash: str,
+    tree_hash: str,
+    shard_bytes: int = SHARD_BYTES,
+) -> Manifest:
+    """Writes a whole bank into ``folder``, which must not hold one yet.
+
+    Args:
+        levels: one entry per level, coarsest first: its blocks in order of cluster, each of
+            ``config.block_shape(level)`` in any float type, or None for a block of zeros. The
+            entry of a level with r = 0 is not looked at.
+        generic: (layers, 3, sum of r, hidden), or None for zeros.
+        dtype: ``float32``, ``float16`` or ``bfloat16``; blocks are rounded to it.
+        anchor_hash: fingerprint of the anchor's weights; tree_hash: of the tree's file.
+        shard_bytes: a file is cut, between blocks, before it grows beyond this.
+
+    Raises:
+        UserError: a bank is there already; a block has another shape or is not finite in
+            ``dtype``; a level has too few or too many blocks.
+    """
+    folder = Path(folder)
+    if (folder / MANIFEST).exists():
+        raise UserError("a bank is already there", folder, "choose another folder or delete it")
+    if dtype not in STORED_TYPES:
+        raise UserError("unknown bank dtype", dtype, f"use one of {', '.join(STORED_TYPES)}")
+    if len(levels) != config.num_levels:
+        raise UserError(
+            "the bank needs the blocks of each level", len(levels), f"give {config.num_levels}"
+        )
+    total = sum(num_blocks(config, level) for level in stored_levels(config))
+    done = {}
+    with tqdm(total=total, desc="writing bank", unit="block", delay=2) as progress:
+        for number in stored_levels(config):
+            source = [generic] if number == GENERIC else levels[number - 1]
+            blocks = _encoded(source, config, number, dtype, progress)
+            layout = Level.layout(config, number, dtype)
+            # For people; cut so that the header always fits its page.
+            meta = {"format": "mlx_hmem bank", "level": str(number)}
+            meta["anchor_hash"] = anchor_hash[:100]
+            done[number] = _write_level(folder, config, layout, dtype, blocks, meta, shard_bytes)
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        memory=config,
+        dtype=dtype,
+        quantization=None,
+        byte_order="little",
+        page_size=PAGE,
+        anchor_hash=anchor_hash,
+        tree_hash=tree_hash,
+        levels=tuple(level for number, level in done.items() if number != GENERIC),
+        generic=done[GENERIC],
+    )
+    write_atomic(folder / MANIFEST, manifest.to_json())
+    return manifest
+
+
+def encode_block(block: np.ndarray | mx.array, dtype: str) -> memoryview:
+    """The bytes of a block as the bank stores them, rounded to nearest, ties to even."""
+    stored = STORED_TYPES[dtype]
+    array = mx.array(block) if isinstance(block, np.ndarray) else block
+    array = mx.contiguous(array.astype(stored.dtype))
+    if not mx.all(mx.isfinite(array)).item():
+        raise ValueError(f"not finite in {dtype}")
+    bits = array.view(stored.bits).reshape(-1)
+    return memoryview(bits).cast("B")  # type: ignore[arg-type]
+
+
+def _encoded(
+    source: Iterable[Block] | None, config: MemoryConfig, level: int, dtype: str, progress: tqdm
+) -> Iterator[memoryview | None]:
+    """Checks and converts the blocks of one level; counts that there are neither more nor fewer."""
+    shape, count = block_shape(config, level), 0
+    expected = num_blocks(config, level)
+    for cluster, block in enumerate(source if source is not None else ()):
+        if cluster == expected:
+            raise UserError(f"too many blocks on level {level}", f"over {expected}", "check r")
+        if block is not None and tuple(block.shape) != shape:
+            raise UserError(
+                f"wrong shape of block {cluster} on level {level}",
+                tuple(block.shape),
+                f"the config needs {shape}",
+            )
+        try:
+            data = None if block is None else encode_block(block, dtype)
+        except ValueError as error:
+            raise UserError(
+                f"block {cluster} on level {level} cannot be stored",
+                error,
+                "use bfloat16 or float32, or mend the training run",
+            ) from None
+        yield data
+        progress.update()
+        count += 1
+    if count < expected:
+        raise UserError(f"too few blocks on level {level}", count, f"give {expected}")
+
+
+def _write_level(
+    folder: Path,
+    config: MemoryConfig,
+    layout: Level,
+    dtype: str,
+    blocks: Iterator[memoryview | None],
+    metadata: dict[str, str],
+    shard_bytes: int,
+) -> Level:
+    total = num_blocks(config, layout.level)
+    most = max(1, (shard_bytes - PAGE) // layout.block_stride)
+    # The checksum of zeros is that of every hole of the level.
+    zeros = xxhash.xxh3_64_hexdigest(bytes(layout.block_bytes))
+    shards = []
+    for index, first in enumerate(range(0, total, most)):
+        count = min(most, total - first)
+        name = shard_name(layout.level, index)
+        size = PAGE + count * layout.block_stride
+        header = shard_header(layout, dtype, count, {**metadata, "first_cluster": str(first)})
+        with atomic_file(folder / name) as file:
+            file.write(header)
+            sums = [_write_block(file, next(blocks), layout, zeros) for _ in range(count)]
+            file.truncate(size)
+        shards.append(Shard(name, first, count, size, "".join(sums)))
+    next(blocks, None)  # an iterator that still has blocks is refused
+    return replace(layout, shards=tuple(shards))
+
+
+def _write_block(file: BinaryIO, data: memoryview | None, layout: Level, zeros: str) -> str:
+    """Writes one block, or leaves a hole, and moves to the next; returns its checksum in hex."""
+    start = file.tell()
+    if data is not None:
+        file.write(data)
+    file.seek(start + layout.block_stride)
+    return zeros if data is None else xxhash.xxh3_64_hexdigest(data)
