@@ -1,0 +1,264 @@
+"""The cluster tree: from a vector to its cluster path (paper, section 2 and appendix C).
+
+Hierarchical k-means, fitted from the root to the leaves; routing is greedy, level by level, in L2:
+depth × k comparisons. A cluster keeps the number of examples it was fitted on. One without any
+exists only to keep the numbering regular: it is never chosen, so every route ends in a leaf that
+has examples, and there is always one.
+
+A route is decided in float64 wherever float32 could be in doubt, so a vector alone and the same
+vector in a batch take the same path, on every machine.
+"""
+
+import json
+import math
+import operator
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+from tqdm import tqdm
+
+from mlx_hmem.config import MAX_CLUSTERS, MAX_DEPTH
+from mlx_hmem.errors import UserError
+from mlx_hmem.files import Source, load_safetensors, read_safetensors_header, save_safetensors
+from mlx_hmem.retriever.kmeans import distances, kmeans, nearest
+
+FORMAT_VERSION = "1"
+LARGEST_ENTRY = 1e15  # squares and their sums stay finite in float32
+DEFAULT_DEPTH = 3
+RESTORE = "restore the file or fit the tree again"
+
+
+class ClusterTree:
+    """Nested clusters with their centroids; see :meth:`fit` and :meth:`load`.
+
+    Attributes: ``branching``, children of a cluster above each level; ``num_clusters``, clusters on
+    each level; ``depth``; ``dim``; ``seed``; ``centroids``, per level (num_clusters, dim) float32;
+    ``counts``, per level (num_clusters,) int64, the examples of each cluster in the fit;
+    ``encoder_hash``, fingerprint of the encoder whose vectors these are, None before a save.
+    """
+
+    def __init__(
+        self,
+        branching: tuple[int, ...],
+        centroids: list[np.ndarray],
+        counts: list[np.ndarray],
+        seed: int,
+        encoder_hash: str | None = None,
+    ):
+        self.branching = branching
+        self.num_clusters = _num_clusters(branching)
+        self.depth = len(branching)
+        self.dim = centroids[0].shape[1]
+        self.centroids = centroids
+        self.counts = counts
+        self.seed = seed
+        self.encoder_hash = encoder_hash
+
+    @classmethod
+    def fit(
+        cls,
+        vectors: np.ndarray,
+        branching: int | Sequence[int] = 16,
+        depth: int | None = None,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> "ClusterTree":
+        """Fits a tree to ``vectors`` (n, dim), meant to be L2-normalised, used as float32.
+
+        ``branching`` is one int for all of ``depth`` levels (3 unless given), or one int per level.
+        The result depends on vectors, branching, depth and seed only; each cluster has a random
+        generator of its own. :class:`UserError` for anything but finite vectors, at least one.
+        """
+        data = _check_vectors(vectors)
+        if len(data) == 0:
+            raise UserError("no vectors to cluster", data.shape, "give at least one")
+        if np.abs(data).max() > LARGEST_ENTRY:
+            raise UserError("a vector is too long", np.abs(data).max(), "normalise the vectors")
+        widths = check_branching(branching, depth)
+        if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or seed < 0:
+            raise UserError("seed is not a whole number of 0 or more", repr(seed), "correct it")
+        centroids, counts = [], []
+        rows: dict[int, np.ndarray | None] = {0: None}  # of the clusters with examples
+        total = len(widths) * len(data)
+        with tqdm(total=total, desc="clustering", unit="vec", disable=not progress) as bar:
+            for level, k in enumerate(widths, 1):
+                size = _num_clusters(widths)[level - 1]
+                centroids.append(np.zeros((size, data.shape[1]), np.float32))
+                counts.append(np.zeros(size, np.int64))
+                below: dict[int, np.ndarray | None] = {}
+                for parent, own in rows.items():
+                    rng = np.random.default_rng([int(seed), level, parent])
+                    means, members = _split(data, own, k, rng)
+                    for child, (mean, member) in enumerate(
+                        zip(means, members, strict=True), parent * k
+                    ):
+                        centroids[-1][child] = mean
+                        counts[-1][child] = len(member)
+                        below[child] = member
+                    bar.update(sum(map(len, members)))
+                rows = below
+        return cls(widths, centroids, counts, int(seed))
+
+    def route(self, vector: np.ndarray) -> tuple[int, ...]:
+        """The cluster path of one vector (dim,): the global cluster index on each level."""
+        x = np.asarray(vector)
+        if x.ndim != 1:
+            raise UserError("not one vector", f"shape {x.shape}", "use route_batch for many")
+        x = _check_vectors(x[None], self.dim)[0]
+        path, cluster = [], 0
+        for level in range(self.depth):
+            children = self._children(level, cluster)
+            at = distances(self.centroids[level][children], x).argmin()
+            cluster = int(children[at])
+            path.append(cluster)
+        return tuple(path)
+
+    def route_batch(self, vectors: np.ndarray) -> np.ndarray:
+        """Cluster paths of ``vectors`` (n, dim): (n, depth) int32, row by row as :meth:`route`."""
+        data = _check_vectors(vectors, self.dim)
+        paths = np.empty((len(data), self.depth), np.int32)
+        parents = np.zeros(len(data), np.int64)
+        for level in range(self.depth):
+            order = np.argsort(parents, kind="stable")
+            starts = np.flatnonzero(np.diff(parents[order])) + 1
+            for rows in np.split(order, starts) if len(data) else []:
+                children = self._children(level, int(parents[rows[0]]))
+                paths[rows, level] = children[nearest(data[rows], self.centroids[level][children])]
+            parents = paths[:, level].astype(np.int64)
+        return paths
+
+    def _children(self, level: int, cluster: int) -> np.ndarray:
+        """Global indices, on the 0-based ``level``, of the children that have examples."""
+        k = self.branching[level]
+        return cluster * k + np.flatnonzero(self.counts[level][cluster * k : (cluster + 1) * k])
+
+    def save(self, path: Source, encoder_hash: str) -> None:
+        """Writes the tree, tied to the encoder with this fingerprint, as a safetensors file.
+
+        Per level L: ``level-L`` the centroids and ``counts-L``, where 0 marks an unused cluster.
+        """
+        arrays: dict[str, mx.array] = {}
+        for level in range(self.depth):
+            arrays[f"level-{level + 1}"] = mx.array(self.centroids[level])
+            arrays[f"counts-{level + 1}"] = mx.array(self.counts[level])
+        metadata = {
+            "format_version": FORMAT_VERSION,
+            "branching": json.dumps(self.branching),
+            "seed": str(self.seed),
+            "encoder_hash": encoder_hash,
+        }
+        save_safetensors(path, arrays, metadata)
+        self.encoder_hash = encoder_hash
+
+    @classmethod
+    def load(cls, path: Source) -> "ClusterTree":
+        """Reads a saved tree; a :class:`UserError` unless all of it is sound."""
+        tensors, metadata = read_safetensors_header(path)
+        version = metadata.get("format_version")
+        if version != FORMAT_VERSION:
+            raise UserError(
+                f"{path} is not a cluster tree of format version {FORMAT_VERSION}",
+                repr(version)[:40],
+                "update mlx_hmem or fit the tree again",
+            )
+        try:
+            values = json.loads(metadata["branching"])
+            branching = check_branching(tuple(values), None)
+            seed = int(metadata["seed"])
+            encoder_hash = metadata["encoder_hash"]
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise UserError(f"{path} has wrong metadata", error, RESTORE) from None
+        dim = tensors["level-1"].shape[-1] if "level-1" in tensors else 0
+        expected: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for level, size in enumerate(_num_clusters(branching), 1):
+            expected[f"level-{level}"] = ("F32", (size, dim))
+            expected[f"counts-{level}"] = ("I64", (size,))
+        found = {name: (info.dtype, info.shape) for name, info in tensors.items()}
+        if dim < 1 or found != expected:
+            raise UserError(f"{path} does not hold the tensors of its metadata", branching, RESTORE)
+        arrays = {name: np.array(array) for name, array in load_safetensors(path).items()}
+        centroids = [arrays[f"level-{level + 1}"] for level in range(len(branching))]
+        counts = [arrays[f"counts-{level + 1}"] for level in range(len(branching))]
+        _check_tree(path, branching, centroids, counts)
+        return cls(branching, centroids, counts, seed, encoder_hash)
+
+
+def _split(
+    data: np.ndarray, rows: np.ndarray | None, k: int, rng: np.random.Generator
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Children of one cluster, those with examples only: centroids, and the rows of each."""
+    means = kmeans(data, k, rng, rows=rows)
+    if rows is None:
+        rows = np.arange(len(data))
+        labels = nearest(data, means)
+    else:
+        labels = nearest(data[rows], means)
+    members = [rows[labels == child] for child in range(len(means))]
+    used = [child for child, member in enumerate(members) if len(member)]
+    return means[used], [members[child] for child in used]
+
+
+def _num_clusters(branching: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(branching[: i + 1]) for i in range(len(branching)))
+
+
+def check_branching(branching: int | Sequence[int], depth: int | None) -> tuple[int, ...]:
+    """``branching`` as one int of 2 or more per level, or a :class:`UserError`."""
+    try:
+        levels = None if depth is None else operator.index(depth)
+        if isinstance(branching, Sequence | np.ndarray):
+            widths = tuple(operator.index(k) for k in branching)
+        else:
+            levels = DEFAULT_DEPTH if levels is None else levels
+            # One more than allowed is enough to be refused, and no memory is lost on it.
+            widths = (operator.index(branching),) * min(levels, MAX_DEPTH + 1)
+    except TypeError:
+        raise UserError(
+            "branching and depth are not whole numbers", repr((branching, depth)), "use 16 and 3"
+        ) from None
+    if not 1 <= len(widths) <= MAX_DEPTH or (levels is not None and levels != len(widths)):
+        raise UserError(
+            "depth is wrong",
+            f"branching {branching}, depth {depth}",
+            f"use 1 to {MAX_DEPTH} levels, one branching each",
+        )
+    if min(widths) < 2:
+        raise UserError("branching is too small", min(widths), "use 2 or more")
+    if math.prod(widths) > MAX_CLUSTERS:
+        raise UserError("too many clusters", math.prod(widths), f"stay within {MAX_CLUSTERS}")
+    return widths
+
+
+def _check_vectors(vectors: np.ndarray, dim: int | None = None) -> np.ndarray:
+    """``vectors`` as finite float32 (n, dim), or a :class:`UserError`."""
+    data = np.asarray(vectors)
+    if data.dtype.kind not in "fiu":
+        raise UserError("vectors are not numbers", data.dtype, "encode the texts first")
+    if data.ndim != 2 or data.shape[1] < 1 or (dim is not None and data.shape[1] != dim):
+        raise UserError(
+            "vectors have a wrong shape", data.shape, f"give (n, {'dim' if dim is None else dim})"
+        )
+    with np.errstate(over="ignore"):
+        data = np.ascontiguousarray(data, np.float32)
+    if not np.isfinite(data).all():
+        row = int(np.flatnonzero(~np.isfinite(data).all(1))[0])
+        raise UserError("a vector is not finite", f"row {row}", "encode the texts again")
+    return data
+
+
+def _check_tree(
+    path: Source, branching: tuple[int, ...], centroids: list[np.ndarray], counts: list[np.ndarray]
+) -> None:
+    """Finite centroids, and counts that add up from the leaves to the root."""
+    for level, k in enumerate(branching, 1):
+        own, values = counts[level - 1], centroids[level - 1]
+        if not np.isfinite(values).all() or np.abs(values).max() > LARGEST_ENTRY:
+            raise UserError(f"{path} has a centroid that is not finite", f"level {level}", RESTORE)
+        sums = own.reshape(-1, k).sum(1)
+        if own.min() < 0 or sums.min() < 0 or (level == 1 and sums[0] == 0):
+            raise UserError(f"{path} has wrong counts", f"level {level}", RESTORE)
+        if level > 1 and (sums != counts[level - 2]).any():
+            raise UserError(
+                f"{path}: the counts of two levels do not agree", f"{level - 1}, {level}", RESTORE
+            )
