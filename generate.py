@@ -1,0 +1,120 @@
+"""A prompt in, text out: ``python generate.py --prompt "The atomic number of iron is"``.
+
+The text streams to standard output; the route and the timings go to standard error.
+"""
+
+import argparse
+import json
+import sys
+import time
+from typing import Any
+
+import mlx_hmem  # noqa: F401  OpenBLAS goes in front before MLX is loaded
+from mlx_hmem.errors import UserError, run_program
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Generates text with a memory fetched for the prompt."
+    )
+    parser.add_argument("--prompt", required=True, help="text to continue, - for standard input")
+    parser.add_argument("--model", help="folder or Hub id (default: the bundled demo model)")
+    parser.add_argument(
+        "--memory",
+        default="fetched",
+        choices=("fetched", "generic", "none"),
+        help="which memory to attach (default: %(default)s)",
+    )
+    parser.add_argument("--route-text", help="text that chooses the memory, instead of the prompt")
+    parser.add_argument(
+        "--block",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="clusters that may not be fetched, each as its path: 3 or 3,51",
+    )
+    parser.add_argument("--max-tokens", type=int, default=100, help="default: %(default)s")
+    parser.add_argument("--temp", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument(
+        "--memory-budget",
+        type=int,
+        metavar="BYTES",
+        help="most bytes for the anchor, the memory and what is kept of the bank",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    return parser.parse_args()
+
+
+def cluster_path(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(
+            "--block is not a cluster path", repr(text), "write it as 3 or 3,51"
+        ) from None
+
+
+def read_prompt(prompt: str) -> str:
+    if prompt != "-":
+        return prompt
+    try:
+        return sys.stdin.read().rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise UserError("standard input is not UTF-8 text", error, "convert it") from None
+
+
+def main() -> None:
+    args = parse_arguments()
+    prompt = read_prompt(args.prompt)
+    blocked = [cluster_path(text) for text in args.block]
+
+    import mlx.core as mx
+
+    from mlx_hmem.generation import prompt_ids
+    from mlx_hmem.model import DEMO, load
+
+    model = load(args.model or DEMO, memory_budget=args.memory_budget)
+    start = time.perf_counter()
+    ids = prompt_ids(model.tokenizer, prompt, model.context)
+    recall = model.recall(
+        prompt if args.route_text is None else args.route_text, args.memory, blocked
+    )
+    pieces, ttft_ms, piece = [], 0.0, None
+    options = {"temp": args.temp, "top_p": args.top_p, "seed": args.seed}
+    for piece in model.stream_ids(ids, recall, args.max_tokens, **options):
+        ttft_ms = ttft_ms or (time.perf_counter() - start) * 1e3
+        pieces.append(piece.text)
+        if not args.json:
+            print(piece.text, end="", flush=True)
+    assert piece is not None
+    result: dict[str, Any] = {
+        "text": "".join(pieces),
+        "num_tokens": piece.generation_tokens,
+        "memory": recall.to_dict(),
+        "ttft_ms": round(ttft_ms, 3),
+        "tokens_per_s": round(piece.generation_tps, 1),
+        "peak_memory_bytes": mx.get_peak_memory(),
+    }
+    if args.json:
+        print(json.dumps(result, ensure_ascii=False))
+    else:
+        print()
+        print(summary(result), file=sys.stderr)
+
+
+def summary(result: dict[str, Any]) -> str:
+    memory = result["memory"]
+    where = "" if memory["path"] is None else f" {tuple(memory['path'])}"
+    sources = ", ".join(f"level {b['level']} {b['source']}" for b in memory["blocks"])
+    return (
+        f"memory: {memory['mode']}{where}{f' ({sources})' if sources else ''}, "
+        f"{memory['bytes_read']:,} bytes read; route {memory['route_ms']:.1f} ms, "
+        f"fetch {memory['fetch_ms']:.1f} ms, first token {result['ttft_ms']:.0f} ms, "
+        f"{result['tokens_per_s']:.0f} tokens/s, peak {result['peak_memory_bytes'] / 1e6:.0f} MB"
+    )
+
+
+if __name__ == "__main__":
+    run_program(main)

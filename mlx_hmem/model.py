@@ -1,0 +1,312 @@
+"""``load(path)`` → :class:`MemoryModel`: anchor, retriever and memory bank, ready to call."""
+
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.generate import GenerationResponse
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.tokenizer_utils import load as load_tokenizer
+
+from mlx_hmem.anchors.attach import attach_memory
+from mlx_hmem.anchors.load import anchor_hash, load_anchor, named_parameters, weight_files
+from mlx_hmem.bank import Bank
+from mlx_hmem.config import HmemConfig, MemoryConfig
+from mlx_hmem.errors import UserError
+from mlx_hmem.generation import AnchorWithMemory, prompt_ids, stream_text
+from mlx_hmem.memory import FetchedMemory
+from mlx_hmem.retriever import ClusterTree, Retriever, load_encoder
+
+MODES = ("fetched", "generic", "none")
+DEMO = Path(__file__).parent / "demo"
+Path_ = tuple[int, ...]
+
+
+@dataclass
+class Recall:
+    """What was fetched for one prompt, from where and how long it took."""
+
+    mode: str
+    path: Path_ | None = None
+    blocks: list[dict[str, Any]] = field(default_factory=list)
+    bytes_read: int = 0
+    route_ms: float = 0.0
+    fetch_ms: float = 0.0
+    rows: mx.array | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the memory itself, as JSON values."""
+        return {
+            "mode": self.mode,
+            "path": None if self.path is None else list(self.path),
+            "blocks": self.blocks,
+            "bytes_read": self.bytes_read,
+            "route_ms": round(self.route_ms, 3),
+            "fetch_ms": round(self.fetch_ms, 3),
+        }
+
+
+class MemoryModel:
+    """An anchor with its memory.
+
+    Attributes:
+        anchor: the mlx ``nn.Module``, usable by mlx-lm as it is.
+        tokenizer: mlx-lm's ``TokenizerWrapper``.
+        retriever, bank: None for an anchor without memory.
+        context: the longest sequence in tokens, None if the anchor's config does not say.
+    """
+
+    def __init__(
+        self,
+        anchor: nn.Module,
+        anchor_config: dict[str, Any],
+        tokenizer: TokenizerWrapper,
+        retriever: Retriever | None = None,
+        bank: Bank | None = None,
+    ):
+        self.anchor, self.anchor_config, self.tokenizer = anchor, anchor_config, tokenizer
+        self.retriever, self.bank = retriever, bank
+        self.context: int | None = anchor_config.get("max_position_embeddings")
+        self._slot = attach_memory(anchor, bank.config) if bank is not None else None
+        self._dtype = _float_dtype(anchor)
+
+    def __call__(
+        self,
+        ids: mx.array,
+        paths: Sequence[Path_] | None = None,
+        memory: str = "fetched",
+        cache: list[Any] | None = None,
+    ) -> mx.array:
+        """Logits (batch, time, vocabulary) of token ids (batch, time).
+
+        ``paths`` holds one cluster path for the whole batch or one per row; needed with
+        ``memory="fetched"`` only.
+        """
+        if self._check_mode(memory) == "none":
+            rows = None
+        elif memory == "generic":
+            rows = self.rows_of([self._bank().generic()])
+        else:
+            rows = self._rows_of_paths(ids.shape[0], paths)
+        return self.with_rows(rows)(ids, cache=cache)
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        max_tokens: int = 100,
+        memory: str = "fetched",
+        route_text: str | None = None,
+        blocked: Collection[Path_] = (),
+        **options: Any,
+    ) -> Iterator[GenerationResponse]:
+        """Pieces of text that continue ``prompt``, each with ``.text`` (mlx-lm's responses).
+
+        The memory is routed by ``route_text``, by the prompt itself if that is None. ``options``:
+        ``temp``, ``top_p``, ``seed``, and those of mlx-lm's ``generate_step``.
+        """
+        ids = prompt_ids(self.tokenizer, prompt, self.context)
+        recall = self.recall(prompt if route_text is None else route_text, memory, blocked)
+        return self.stream_ids(ids, recall, max_tokens=max_tokens, **options)
+
+    def stream_ids(
+        self, ids: list[int], recall: Recall, max_tokens: int, **options: Any
+    ) -> Iterator[GenerationResponse]:
+        """As :meth:`stream`, of token ids and a memory recalled before."""
+        if self.context is not None:
+            max_tokens = min(max_tokens, self.context - len(ids))
+        model = self.with_rows(recall.rows)
+        return stream_text(model, self.tokenizer, ids, max_tokens, **options)
+
+    def recall(self, text: str, memory: str = "fetched", blocked: Collection[Path_] = ()) -> Recall:
+        """Routes ``text`` and fetches its memory.
+
+        ``blocked`` holds clusters that may not be fetched, each as the path that leads to it:
+        ``(3,)`` bars the whole subtree, ``(3, 51)`` one cluster of level 2 and what is below.
+        """
+        if self._check_mode(memory) == "none":
+            return Recall("none")
+        bank, retriever = self._bank(), self.retriever
+        assert retriever is not None  # load() makes both or neither
+        start = time.perf_counter()
+        path = retriever.route(text) if memory == "fetched" else None
+        routed = time.perf_counter()
+        if path is None:
+            fetched = bank.generic()
+        else:
+            fetched = bank.fetch(path, blocked=frozenset((len(b), b[-1]) for b in blocked))
+        rows = self.rows_of([fetched])
+        if rows is not None:
+            mx.eval(rows)
+        return Recall(
+            memory,
+            path,
+            [asdict(block) for block in bank.last_fetch],
+            sum(block.bytes for block in bank.last_fetch if block.source == "disk"),
+            (routed - start) * 1e3,
+            (time.perf_counter() - routed) * 1e3,
+            rows,
+        )
+
+    def with_rows(self, rows: mx.array | None) -> AnchorWithMemory:
+        """The anchor bound to a memory (layers, 3, R, hidden) or one per row of a batch."""
+        return AnchorWithMemory(self.anchor, self._slot, rows)
+
+    def rows_of(self, memories: Sequence[FetchedMemory]) -> mx.array | None:
+        """Memories joined, in the anchor's dtype: (layers, 3, R, hidden) for one, with a batch
+        axis in front for several. A level that one row lacks is zero there: no effect."""
+        if len(memories) == 1:
+            rows = memories[0].rows
+            return None if rows is None else rows.astype(self._dtype)
+        config = self._bank().config
+        stacks = []
+        for level in range(1, config.num_levels + 1):
+            blocks = [memory.blocks[level - 1] for memory in memories]
+            if all(block is None for block in blocks):
+                continue
+            zeros = mx.zeros(config.block_shape(level), self._dtype)
+            stacks.append(mx.stack([zeros if b is None else b for b in blocks]))
+        return mx.concatenate(stacks, axis=3).astype(self._dtype) if stacks else None
+
+    def _rows_of_paths(self, batch: int, paths: Sequence[Path_] | None) -> mx.array | None:
+        if not paths or len(paths) not in (1, batch):
+            raise UserError(
+                "paths do not match the rows of the batch",
+                f"{len(paths or ())} paths, {batch} rows",
+                "give one path, or one per row",
+            )
+        bank = self._bank()
+        shared = len(set(paths)) == 1
+        return self.rows_of([bank.fetch(path) for path in (paths[:1] if shared else paths)])
+
+    def _bank(self) -> Bank:
+        if self.bank is None:
+            raise UserError(
+                "this model has no memory bank", "anchor alone", "use memory none, or add a bank"
+            )
+        return self.bank
+
+    def _check_mode(self, memory: str) -> str:
+        if memory not in MODES:
+            raise UserError("unknown memory mode", repr(memory), f"use one of {', '.join(MODES)}")
+        return memory
+
+
+def _float_dtype(anchor: nn.Module) -> mx.Dtype:
+    """The dtype that activations have: that of the norms' gains, which are never quantised."""
+    for array in reversed(named_parameters(anchor).values()):
+        if array.ndim == 1 and mx.issubdtype(array.dtype, mx.floating):
+            return array.dtype
+    return mx.float32
+
+
+def load(
+    path_or_repo: str | Path = DEMO,
+    *,
+    cache_bytes: int = 256 << 20,
+    memory_budget: int | None = None,
+) -> MemoryModel:
+    """Loads a model directory or a Hub repository, and checks that its parts belong together.
+
+    Args:
+        path_or_repo: a folder, or ``user/name`` on the Hugging Face Hub. Default: the demo model.
+        cache_bytes: how many bytes of blocks may stay in memory.
+        memory_budget: bytes for anchor, fetched memory and kept blocks together; what anchor and
+            fetched memory leave of it bounds the kept blocks and MLX's own buffer cache.
+
+    A folder with an anchor but no ``hmem.json`` gives a model without memory.
+    """
+    folder = _find(path_or_repo)
+    if not (folder / "hmem.json").exists():
+        if (folder / "bank").exists() or (folder / "retriever").exists():
+            raise UserError("hmem.json is missing", folder, "restore it or make the model again")
+        anchor, config = load_anchor(folder)
+        return MemoryModel(anchor, config, _tokenizer(folder, config))
+    hmem = HmemConfig.from_file(folder / "hmem.json")
+    if anchor_hash(folder) != hmem.anchor_hash:
+        raise UserError(
+            "the anchor is not the one this memory was made for",
+            folder / "model.safetensors",
+            "restore the anchor, or use the memory of this one",
+        )
+    if memory_budget is not None:
+        spare = _spare_bytes(memory_budget, folder, hmem.memory)
+        cache_bytes = min(cache_bytes, spare // 2)
+        mx.set_cache_limit(spare // 2)
+    bank = Bank.open(folder / "bank", cache_bytes=cache_bytes)
+    bank.check(anchor_hash=hmem.anchor_hash, tree_hash=hmem.retriever.tree_hash)
+    if bank.config != hmem.memory:
+        raise UserError(
+            "hmem.json and bank/bank.json describe different memories",
+            f"{hmem.memory} and {bank.config}",
+            "restore the bank that belongs to this model",
+        )
+    retriever = _retriever(folder, hmem)
+    anchor, config = load_anchor(folder)
+    return MemoryModel(anchor, config, _tokenizer(folder, config), retriever, bank)
+
+
+def _spare_bytes(memory_budget: int, folder: Path, memory: MemoryConfig) -> int:
+    """What a budget leaves beside the anchor and one fetched memory (stored, joined, as f32)."""
+    anchor = sum(file.stat().st_size for file in weight_files(folder))
+    least = anchor + 3 * 4 * memory.fetched_parameters
+    if memory_budget < least:
+        raise UserError(
+            "the memory budget is too small", f"{memory_budget} bytes", f"give at least {least}"
+        )
+    return memory_budget - least
+
+
+def _find(path_or_repo: str | Path) -> Path:
+    folder = Path(path_or_repo).expanduser()
+    if folder.is_dir():
+        return folder
+    name = str(path_or_repo)
+    if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError("no such model directory", name, "give a folder or a Hub id user/name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"no model directory {name}, and the Hub does not give it",
+            reason,
+            "check the name and the connection",
+        ) from None
+
+
+def _tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerWrapper:
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        raise UserError("no tokenizer", folder, "add tokenizer.json or tokenizer.model")
+    try:
+        return load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
+    except Exception as error:  # transformers raises whatever its parsers raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"the tokenizer in {folder} cannot be read", reason, "restore it") from None
+
+
+def _retriever(folder: Path, hmem: HmemConfig) -> Retriever:
+    name = hmem.retriever.encoder
+    inside = folder / name
+    encoder = load_encoder(inside if inside.is_dir() else name)
+    if encoder.fingerprint != hmem.retriever.encoder_hash:
+        raise UserError(
+            "the encoder is not the one this memory was routed with",
+            name,
+            "restore the encoder, or train tree and memories with this one",
+        )
+    tree = ClusterTree.load(folder / "retriever" / "tree.safetensors")
+    if tree.branching != hmem.memory.branching:
+        raise UserError(
+            "tree and memory bank have different clusters",
+            f"tree {tree.branching}, bank {hmem.memory.branching}",
+            "restore the tree that belongs to this bank",
+        )
+    return Retriever(encoder, tree)
