@@ -1,0 +1,58 @@
+"""Subjects of facts and the repetition of their documents."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_hmem.errors import UserError
+from mlx_hmem.evaluate import Fact
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a document is about, with the facts that each repetition of the document states."""
+
+    title: str
+    topic: str
+    facts: tuple[Fact, ...]
+
+    @property
+    def times(self) -> int:
+        return self.facts[0].times
+
+
+def check_frequencies(frequencies: Any) -> None:
+    if (
+        not isinstance(frequencies, tuple)
+        or not frequencies
+        or not all(type(f) is int and f >= 1 for f in frequencies)
+    ):
+        raise UserError(
+            "`frequencies` is not a list of counts of 1 or more", frequencies, "use [2, 6, 24]"
+        )
+
+
+def fact_documents(
+    subjects: Sequence[Subject],
+    seed: int,
+    filler: Callable[[Subject, random.Random], list[str]],
+    plain: Sequence[Callable[[random.Random], tuple[str, str]]] = (),
+) -> Iterator[dict[str, str]]:
+    """Each subject's document as often as its facts are stated, and each plain one, all shuffled.
+
+    ``filler`` gives the further sentences of one repetition, ``plain`` titles and texts.
+    """
+    rng = random.Random(f"documents {seed}")
+    order = [i for i, subject in enumerate(subjects) for _ in range(subject.times)]
+    order += range(len(subjects), len(subjects) + len(plain))
+    rng.shuffle(order)
+    for number, i in enumerate(order):
+        if i < len(subjects):
+            sentences = [fact.statement for fact in subjects[i].facts] + filler(subjects[i], rng)
+            rng.shuffle(sentences)
+            title, text = subjects[i].title, " ".join(sentences)
+            yield {"id": f"fact-{number:07d}", "title": title, "text": text}
+        else:
+            title, text = plain[i - len(subjects)](rng)
+            yield {"id": f"plain-{number:07d}", "title": title, "text": text}
