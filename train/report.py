@@ -1,0 +1,50 @@
+"""The report stage: recall by frequency and held-out perplexity of every arm, side by side."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from mlx_hmem.evaluate import Perplexity, perplexity, read_facts, read_texts, recall
+from mlx_hmem.evaluate.__main__ import perplexity_table, recall_table
+from mlx_hmem.evaluate.facts import FactRecall
+from mlx_hmem.files import write_atomic
+from mlx_hmem.model import MemoryModel, load
+from train.export import copy_anchor
+from train.recipe import Recipe
+
+
+def dense_model(folder: Path) -> MemoryModel:
+    target = folder / "report" / "dense"
+    shutil.rmtree(target, ignore_errors=True)
+    copy_anchor(folder / "dense", folder / "tokenizer", target)
+    return load(target)
+
+
+def run_report(recipe: Recipe, folder: Path) -> None:
+    """Writes ``report/``: report.txt, the tables, and results.json, the figures behind them."""
+    facts = read_facts(folder / "corpus" / "facts.jsonl")
+    texts = read_texts(folder / "corpus" / "held_out.jsonl")
+    model = load(folder / "model")
+    arms = [("anchor alone", model, "none")]
+    if recipe.dense is not None:
+        arms.append(("dense, trained on", dense_model(folder), "none"))
+    arms += [("generic", model, "generic"), ("fetched", model, "fetched")]
+    recalls: list[FactRecall] = []
+    scores: list[Perplexity] = []
+    for name, arm, memory in arms:
+        if facts:
+            recalls.append(replace(recall(arm, facts, memory), memory=name))
+        if texts:
+            scores.append(replace(perplexity(arm, texts, memory), memory=name))
+    tables = [recall_table(recalls)] if recalls else []
+    tables += [perplexity_table(scores)] if scores else []
+    results = {
+        "recall": [r.to_dict() for r in recalls],
+        "perplexity": [p.to_dict() for p in scores],
+    }
+    out = folder / "report"
+    write_atomic(out / "results.json", json.dumps(results, indent=1) + "\n")
+    write_atomic(out / "report.txt", "\n\n".join(tables) + "\n")
+    print("\n\n".join(tables))
+    print(f"report: {out / 'report.txt'} and {out / 'results.json'}")
