@@ -1,7 +1,7 @@
 """Puts OpenBLAS in front of the reference BLAS that MLX's Linux CPU wheel links.
 
-Measured: 8 GFLOP/s with the reference BLAS, 120 with OpenBLAS on one thread. The library is used
-where it is installed (``apt-get install libopenblas0-pthread``) and silently done without elsewhere.
+Measured: 8 GFLOP/s with the reference BLAS, 120 with OpenBLAS on one thread. It is used where it is
+installed (``apt-get install libopenblas0-pthread``) and silently done without elsewhere.
 It must be loaded before ``mlx.core``, and not into a process that runs PyTorch, which brings its
 own OpenMP threads.
 """

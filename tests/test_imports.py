@@ -1,8 +1,8 @@
 """The one-way arrows between the rooms of the house, read from the source.
 
 errors, files, config → memory → {anchors, bank}; config → retriever; anchors → generation;
-{anchors, bank, retriever, generation} → model → evaluate; mlx_hmem → {train, convert, generate.py}; torch only under convert/
-and tests/.
+{anchors, bank, retriever, generation} → model → evaluate; mlx_hmem → {train, convert,
+generate.py}; torch only under convert/ and tests/.
 """
 
 import ast

@@ -1,12 +1,12 @@
 """Attached memory: no effect at the start, then equal to a physically widened FFN."""
 
-import mlx_hmem  # noqa: F401  (before mlx.core)
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx_lm.models import gemma3_text, llama, olmo2, qwen2, qwen3, smollm3
 
+import mlx_hmem  # noqa: F401  (before mlx.core)
 from mlx_hmem.anchors.attach import attach_memory
 from mlx_hmem.anchors.load import named_parameters
 from mlx_hmem.anchors.openlm import Model, ModelArgs

@@ -3,7 +3,6 @@
 import os
 from pathlib import Path
 
-import mlx_hmem  # noqa: F401  (before mlx.core)
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
+import mlx_hmem  # noqa: F401  (before mlx.core)
 from mlx_hmem.anchors import openlm
 
 SHARED = Path(os.environ.get("HMEM_SHARED", Path(__file__).parents[2] / "shared"))

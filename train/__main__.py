@@ -4,7 +4,6 @@ import argparse
 import functools
 from pathlib import Path
 
-import mlx_hmem  # noqa: F401  OpenBLAS goes in front before MLX is loaded
 from mlx_hmem.errors import run_program
 from train.corpus import run_corpus
 from train.recipe import load_recipe
