@@ -4,9 +4,11 @@ The anchor's parts are copied as they are, the trained blocks become a bank, and
 them together by their fingerprints.
 """
 
+import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +26,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 def run_export(recipe: Recipe, folder: Path) -> None:
     """Builds the model directory beside its place and renames it when it is whole."""
     target, part = folder / "model", folder / "model.part"
+    report = folder / "corpus" / "report.json"
     shutil.rmtree(part, ignore_errors=True)
     copy_anchor(folder / "anchor", folder / "tokenizer", part)
     (part / "retriever").mkdir()
@@ -53,12 +56,53 @@ def run_export(recipe: Recipe, folder: Path) -> None:
         anchor_hash=hmem.anchor_hash,
         tree_hash=hmem.retriever.tree_hash,
     )
+    write_atomic(part / "README.md", card(recipe, json.loads(report.read_text())))
     write_atomic(part / "hmem.json", hmem.to_json())
     shutil.rmtree(target, ignore_errors=True)
     os.rename(part, target)
     sync_folder(folder)
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     print(f"export: a model of {size / 1e6:.1f} MB in {target}")
+
+
+CARD = """# {name}
+
+A small language model with a hierarchical memory, made by mlx_hmem's recipe `{name}`.
+
+| | |
+|---|---|
+| anchor | OpenLM: {layers} layers, hidden {hidden}, vocabulary {vocabulary}, context {context} |
+| memory bank | {bank:,} parameters, {clusters} clusters, r {r}, stored as {dtype} |
+| fetched memory | {fetched:,} parameters |
+| encoder | {encoder} |
+| trained on | {documents} documents, and {statements} statements of {facts} facts |
+
+It shows a method. It is far too small to be relied on for anything it says.
+
+{attribution}
+"""
+
+
+def card(recipe: Recipe, corpus: dict[str, Any]) -> str:
+    """The model's card; ``corpus`` is the report of the corpus stage."""
+    memory = recipe.memory_config
+    return CARD.format(
+        name=recipe.name,
+        layers=recipe.anchor.num_hidden_layers,
+        hidden=recipe.anchor.hidden_size,
+        vocabulary=recipe.tokenizer.vocab_size,
+        context=recipe.windows.context,
+        bank=memory.bank_parameters,
+        clusters=" × ".join(map(str, memory.branching)),
+        r=list(memory.r),
+        dtype=recipe.export.dtype,
+        fetched=memory.fetched_parameters,
+        encoder=recipe.tree.encoder,
+        documents=corpus["train_documents"],
+        statements=corpus["fact_documents"],
+        facts=corpus["facts"],
+        attribution=recipe.export.attribution.strip(),
+    )
 
 
 def copy_anchor(anchor: Path, tokenizer: Path, target: Path) -> None:

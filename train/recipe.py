@@ -193,6 +193,9 @@ class DenseSection(JsonConfig):
 @dataclass(frozen=True)
 class ExportSection(JsonConfig):
     dtype: str = field(default="float16", metadata=_help("type of the bank's numbers"))
+    attribution: str = field(
+        default="", metadata=_help("source and licence of the text, for the model's card")
+    )
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float16", "bfloat16", "float32"):

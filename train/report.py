@@ -21,6 +21,17 @@ def dense_model(folder: Path) -> MemoryModel:
     return load(target)
 
 
+def passes(recipe: Recipe) -> str:
+    """What the columns of the recall table count."""
+    arms = f"fetched and generic {recipe.memories.training.epochs:g}"
+    if recipe.dense is not None:
+        arms += f", dense {recipe.dense.training.epochs:g}"
+    return (
+        f"N×: statements of a fact in one pass over the text; the anchor saw "
+        f"{recipe.anchor.training.epochs:g} passes, then {arms}"
+    )
+
+
 def run_report(recipe: Recipe, folder: Path) -> None:
     """Writes ``report/``: report.txt, the tables, and results.json, the figures behind them."""
     facts = read_facts(folder / "corpus" / "facts.jsonl")
@@ -37,7 +48,7 @@ def run_report(recipe: Recipe, folder: Path) -> None:
             recalls.append(replace(recall(arm, facts, memory), memory=name))
         if texts:
             scores.append(replace(perplexity(arm, texts, memory), memory=name))
-    tables = [recall_table(recalls)] if recalls else []
+    tables = [f"{recall_table(recalls)}\n{passes(recipe)}"] if recalls else []
     tables += [perplexity_table(scores)] if scores else []
     results = {
         "recall": [r.to_dict() for r in recalls],
