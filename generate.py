@@ -9,14 +9,11 @@ import sys
 import time
 from typing import Any
 
-import mlx_hmem  # noqa: F401  OpenBLAS goes in front before MLX is loaded
-from mlx_hmem.errors import UserError, run_program
+from mlx_hmem.errors import ArgumentParser, UserError, run_program
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Generates text with a memory fetched for the prompt."
-    )
+    parser = ArgumentParser(description="Generates text with a memory fetched for the prompt.")
     parser.add_argument("--prompt", required=True, help="text to continue, - for standard input")
     parser.add_argument("--model", help="folder or Hub id (default: the bundled demo model)")
     parser.add_argument(
@@ -59,8 +56,10 @@ def cluster_path(text: str) -> tuple[int, ...]:
 def read_prompt(prompt: str) -> str:
     if prompt != "-":
         return prompt
+    if sys.stdin is None:
+        raise UserError("standard input is closed", "--prompt -", "pipe a text into it")
     try:
-        return sys.stdin.read().rstrip("\n")
+        return sys.stdin.buffer.read().decode().rstrip("\n")
     except UnicodeDecodeError as error:
         raise UserError("standard input is not UTF-8 text", error, "convert it") from None
 
@@ -75,7 +74,7 @@ def main() -> None:
     from mlx_hmem.generation import prompt_ids
     from mlx_hmem.model import DEMO, load
 
-    model = load(args.model or DEMO, memory_budget=args.memory_budget)
+    model = load(DEMO if args.model is None else args.model, memory_budget=args.memory_budget)
     start = time.perf_counter()
     ids = prompt_ids(model.tokenizer, prompt, model.context)
     recall = model.recall(

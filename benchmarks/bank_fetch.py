@@ -35,7 +35,7 @@ from tqdm import trange
 
 from mlx_hmem.bank import Bank, write_bank
 from mlx_hmem.config import MemoryConfig
-from mlx_hmem.errors import run_program
+from mlx_hmem.errors import ArgumentParser, run_program
 
 R = (256, 64, 16, 0)
 LARGE = MemoryConfig(512, 35, R, (16, 16, 16, 16))
@@ -209,7 +209,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

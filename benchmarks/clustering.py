@@ -5,7 +5,6 @@ of the 20 steps; then a tree of three levels and its routes. The vectors are syn
 of unequal size under 20 themes. Set OPENBLAS_NUM_THREADS=1 for the figures of one core.
 """
 
-import argparse
 import json
 import time
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_hmem.errors import run_program
+from mlx_hmem.errors import ArgumentParser, run_program
 from mlx_hmem.retriever.kmeans import STEPS, kmeans, nearest, plus_plus_start
 from mlx_hmem.retriever.tree import ClusterTree
 
@@ -82,7 +81,7 @@ def run(n: int, dim: int, seeds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--num-vectors", type=int, default=200_000)
     parser.add_argument("--dim", type=int, default=384)
     parser.add_argument("--seeds", type=int, default=3)

@@ -4,7 +4,6 @@
 and ``minilm_golden.*``. Prints the largest absolute differences that ``docs/parity.md`` quotes.
 """
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from mlx.utils import tree_flatten
 from mlx_hmem.anchors.attach import attach_memory
 from mlx_hmem.anchors.openlm import Model, ModelArgs
 from mlx_hmem.config import MemoryConfig
-from mlx_hmem.errors import UserError, run_program
+from mlx_hmem.errors import ArgumentParser, UserError, run_program
 from mlx_hmem.memory.ffn import initial_block
 from mlx_hmem.retriever import load_encoder
 from mlx_hmem.retriever.minilm import MiniLMEncoder
@@ -117,7 +116,7 @@ def minilm(folder: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("fixtures", type=Path, help="folder of the golden numbers")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()

@@ -7,11 +7,14 @@ newer format is never silently ignored.
 import dataclasses
 import json
 import math
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from mlx_hmem.errors import UserError
+from mlx_hmem.files import open_regular, read_exactly, strict_json
 
 FORMAT_VERSION = 1
 MEMORY_KINDS = ("ffn",)
@@ -72,6 +75,11 @@ class MemoryConfig(JsonConfig):
         _positive_int("num_hidden_layers", self.num_hidden_layers)
         if self.kind not in MEMORY_KINDS:
             raise UserError("unknown memory kind", repr(self.kind), f"use one of {MEMORY_KINDS}")
+        for name in ("r", "branching"):
+            if not isinstance(getattr(self, name), tuple):
+                raise UserError(
+                    f"{name} is not a list", repr(getattr(self, name)), "give one number per level"
+                )
         if not 1 <= len(self.r) <= MAX_DEPTH or len(self.r) != len(self.branching):
             raise UserError(
                 "r and branching need one entry per level, 1 to 8 of them",
@@ -115,22 +123,27 @@ class MemoryConfig(JsonConfig):
         """Parameters of all blocks, the generic memory not counted."""
         return sum(n * math.prod(self.block_shape(i + 1)) for i, n in enumerate(self.num_clusters))
 
-    def check_path(self, path: Any) -> tuple[int, ...]:
-        """Returns ``path`` as a tuple of ints, or says why it names no blocks of this bank."""
+    def check_path(self, path: Any, whole: bool = True) -> tuple[int, ...]:
+        """Returns ``path`` as a tuple of ints, or says why it names no blocks of this bank.
+
+        A path that is not ``whole`` may end above the last level: it names one cluster.
+        """
         try:
             result = tuple(int(i) for i in path)
         except (TypeError, ValueError):
             raise UserError(
                 "a cluster path is not a sequence of whole numbers", repr(path), "use (3, 51)"
             ) from None
-        if len(result) != self.num_levels:
+        if not (self.num_levels if whole else 1) <= len(result) <= self.num_levels:
             raise UserError(
-                f"a cluster path needs {self.num_levels} levels", result, "route with this model"
+                f"a cluster path needs {'' if whole else '1 to '}{self.num_levels} levels",
+                result,
+                "route with this model",
             )
-        for level, (index, count) in enumerate(zip(result, self.num_clusters, strict=True), 1):
+        for level, (index, count) in enumerate(zip(result, self.num_clusters, strict=False), 1):
             if not 0 <= index < count:
                 raise UserError(f"no such cluster on level {level}", index, f"use 0 to {count - 1}")
-        for level in range(1, self.num_levels):
+        for level in range(1, len(result)):
             if result[level] // self.branching[level] != result[level - 1]:
                 raise UserError(
                     "not a cluster path",
@@ -149,6 +162,11 @@ class RetrieverConfig(JsonConfig):
     encoder_hash: str = field(metadata={"help": "fingerprint of the encoder's files"})
     tree_hash: str = field(metadata={"help": "fingerprint of tree.safetensors"})
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not isinstance(value, str):
+                raise UserError(f"{name} is not a text", repr(value)[:80], "restore hmem.json")
+
 
 @dataclass(frozen=True)
 class HmemConfig(JsonConfig):
@@ -164,12 +182,12 @@ class HmemConfig(JsonConfig):
 
     @classmethod
     def from_file(cls, path: Path) -> "HmemConfig":
-        values = read_json(path)
+        values = read_json(path, parse=strict_json)
         version = values.get("format_version") if isinstance(values, dict) else None
-        if version != FORMAT_VERSION:
+        if type(version) is not int or version != FORMAT_VERSION:
             raise UserError(
                 f"{path} has a format version this program does not read",
-                repr(version),
+                repr(version)[:40],
                 f"it reads version {FORMAT_VERSION}; update mlx_hmem or make the model again",
             )
         for key, kind in (("memory", MemoryConfig), ("retriever", RetrieverConfig)):
@@ -178,15 +196,19 @@ class HmemConfig(JsonConfig):
         return cls.from_dict(values, str(path))
 
 
-def read_json(path: Path, most_bytes: int = 1 << 28) -> Any:
-    """Reads a JSON file of at most ``most_bytes``."""
+def read_json(
+    path: Path, most_bytes: int = 1 << 28, parse: Callable[[bytes], Any] = json.loads
+) -> Any:
+    """Reads a JSON file of at most ``most_bytes``.
+
+    Other people's files may hold what ``json.loads`` lets through, such as Infinity.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most_bytes:
+            raise UserError(f"{path} is too large for JSON", f"{size} bytes", "restore the file")
+        text = read_exactly(file, size, path)
     try:
-        size = path.stat().st_size
-    except FileNotFoundError:
-        raise UserError("a file is missing", path, "restore it or make the model again") from None
-    if size > most_bytes:
-        raise UserError(f"{path} is too large for JSON", f"{size} bytes", "restore the file")
-    try:
-        return json.loads(path.read_bytes())
+        return parse(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON", error, "restore the file") from None

@@ -1,7 +1,11 @@
 """Errors a person can act on: one line that says what is wrong, the value, and what to do."""
 
+import argparse
+import contextlib
+import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -13,21 +17,43 @@ class UserError(ValueError):
         self.what, self.value, self.remedy = what, value, remedy
 
 
-def run_program(main: Callable[[], None]) -> None:
+class ArgumentParser(argparse.ArgumentParser):
+    """A wrong command line is a :class:`UserError` like every other wrong input."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError("wrong command line", message, f"see {self.prog} --help")
+
+
+def run_program(main: Callable[[], None], stopped: str = "stopped") -> None:
     """Runs a program's ``main``; a wrong input ends in one line and exit status 2, Ctrl-C in 130.
 
-    A programming error keeps its traceback: it is ours to mend, not the user's.
+    ``stopped`` is what Ctrl-C prints. A reader of the output that goes away, as ``head`` does, ends
+    the program quietly with 141, as its signal would. A programming error keeps its traceback: it
+    is ours to mend, not the user's.
     """
     try:
         main()
+        if sys.stdout is not None:
+            sys.stdout.flush()  # a full disk shows here rather than at the interpreter's exit
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _end(2, f"error: {error}")
+    except BrokenPipeError:
+        _end(141)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        print(f"error: {error.strerror or error}{where}; check the path and the disk",
-              file=sys.stderr)  # fmt: skip
-        raise SystemExit(2) from None
+        _end(2, f"error: {error.strerror or error}{where}; check the path and the disk")
     except KeyboardInterrupt:
-        print("stopped; run the same command again to go on where it was", file=sys.stderr)
-        raise SystemExit(130) from None
+        _end(130, stopped)
+
+
+def _end(status: int, line: str = "") -> NoReturn:
+    if line:
+        print(line, file=sys.stderr)
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        # Else the interpreter tries again at its end and prints a traceback of its own.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(status) from None

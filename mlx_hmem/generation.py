@@ -40,6 +40,10 @@ def prompt_ids(tokenizer: TokenizerWrapper, prompt: str, context: int | None) ->
     """The prompt's token ids, checked to leave room for one more token in ``context``."""
     if not prompt.strip():
         raise UserError("the prompt is empty", repr(prompt), "give it some text")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # a command line may hold any bytes
+        raise UserError("the prompt is not UTF-8 text", error, "convert it") from None
     bos = tokenizer.bos_token
     ids = tokenizer.encode(prompt, add_special_tokens=bos is None or not prompt.startswith(bos))
     if context is not None and len(ids) >= context:
@@ -61,7 +65,7 @@ def stream_text(
     seed: int | None = None,
     **options: Any,
 ) -> Iterator[GenerationResponse]:
-    """Yields mlx-lm's pieces of text; greedy at ``temp`` 0.
+    """mlx-lm's pieces of text as they come; greedy at ``temp`` 0.
 
     ``options`` go to mlx-lm's ``generate_step`` (``prompt_cache``, ``kv_bits``, ...).
     """
@@ -72,9 +76,11 @@ def stream_text(
     if not 0 < top_p <= 1:
         raise UserError("top_p is out of range", top_p, "use a number above 0 and up to 1")
     if seed is not None:
+        if not 0 <= seed < 1 << 64:
+            raise UserError("seed is out of range", seed, "use a whole number of 0 or more")
         mx.random.seed(seed)
     sampler = make_sampler(temp=temp, top_p=top_p)
     anchor: Any = model  # not an nn.Module, but all that mlx-lm asks of one
-    yield from stream_generate(
+    return stream_generate(
         anchor, tokenizer, ids, max_tokens=max_tokens, sampler=sampler, **options
     )

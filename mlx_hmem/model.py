@@ -1,5 +1,6 @@
 """``load(path)`` → :class:`MemoryModel`: anchor, retriever and memory bank, ready to call."""
 
+import os
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,12 +12,14 @@ import mlx.nn as nn
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as load_tokenizer
+from transformers.utils import logging as transformers_logging
 
 from mlx_hmem.anchors.attach import attach_memory
 from mlx_hmem.anchors.load import anchor_hash, load_anchor, named_parameters, weight_files
 from mlx_hmem.bank import Bank
-from mlx_hmem.config import HmemConfig, MemoryConfig
+from mlx_hmem.config import HmemConfig
 from mlx_hmem.errors import UserError
+from mlx_hmem.files import fingerprint
 from mlx_hmem.generation import AnchorWithMemory, prompt_ids, stream_text
 from mlx_hmem.memory import FetchedMemory
 from mlx_hmem.retriever import ClusterTree, Retriever, load_encoder
@@ -138,7 +141,8 @@ class MemoryModel:
         if path is None:
             fetched = bank.generic()
         else:
-            fetched = bank.fetch(path, blocked=frozenset((len(b), b[-1]) for b in blocked))
+            clusters = [bank.config.check_path(b, whole=False) for b in blocked]
+            fetched = bank.fetch(path, blocked=frozenset((len(c), c[-1]) for c in clusters))
         rows = self.rows_of([fetched])
         if rows is not None:
             mx.eval(rows)
@@ -173,15 +177,16 @@ class MemoryModel:
         return mx.concatenate(stacks, axis=3).astype(self._dtype) if stacks else None
 
     def _rows_of_paths(self, batch: int, paths: Sequence[Path_] | None) -> mx.array | None:
-        if not paths or len(paths) not in (1, batch):
+        bank = self._bank()
+        checked = [bank.config.check_path(path) for path in (() if paths is None else paths)]
+        if len(checked) not in (1, batch):
             raise UserError(
                 "paths do not match the rows of the batch",
-                f"{len(paths or ())} paths, {batch} rows",
+                f"{len(checked)} paths, {batch} rows",
                 "give one path, or one per row",
             )
-        bank = self._bank()
-        shared = len(set(paths)) == 1
-        return self.rows_of([bank.fetch(path) for path in (paths[:1] if shared else paths)])
+        shared = len(set(checked)) == 1
+        return self.rows_of([bank.fetch(path) for path in (checked[:1] if shared else checked)])
 
     def _bank(self) -> Bank:
         if self.bank is None:
@@ -221,9 +226,13 @@ def load(
     A folder with an anchor but no ``hmem.json`` gives a model without memory.
     """
     folder = _find(path_or_repo)
+    if not (folder / "config.json").exists():
+        raise UserError("not a model directory: no config.json", folder, "name one, or restore it")
     if not (folder / "hmem.json").exists():
         if (folder / "bank").exists() or (folder / "retriever").exists():
             raise UserError("hmem.json is missing", folder, "restore it or make the model again")
+        if memory_budget is not None:
+            mx.set_cache_limit(_spare_bytes(memory_budget, folder, 0))
         anchor, config = load_anchor(folder)
         return MemoryModel(anchor, config, _tokenizer(folder, config))
     hmem = HmemConfig.from_file(folder / "hmem.json")
@@ -234,7 +243,7 @@ def load(
             "restore the anchor, or use the memory of this one",
         )
     if memory_budget is not None:
-        spare = _spare_bytes(memory_budget, folder, hmem.memory)
+        spare = _spare_bytes(memory_budget, folder, hmem.memory.fetched_parameters)
         cache_bytes = min(cache_bytes, spare // 2)
         mx.set_cache_limit(spare // 2)
     bank = Bank.open(folder / "bank", cache_bytes=cache_bytes)
@@ -250,10 +259,10 @@ def load(
     return MemoryModel(anchor, config, _tokenizer(folder, config), retriever, bank)
 
 
-def _spare_bytes(memory_budget: int, folder: Path, memory: MemoryConfig) -> int:
+def _spare_bytes(memory_budget: int, folder: Path, fetched_parameters: int) -> int:
     """What a budget leaves beside the anchor and one fetched memory (stored, joined, as f32)."""
     anchor = sum(file.stat().st_size for file in weight_files(folder))
-    least = anchor + 3 * 4 * memory.fetched_parameters
+    least = anchor + 3 * 4 * fetched_parameters
     if memory_budget < least:
         raise UserError(
             "the memory budget is too small", f"{memory_budget} bytes", f"give at least {least}"
@@ -262,7 +271,7 @@ def _spare_bytes(memory_budget: int, folder: Path, memory: MemoryConfig) -> int:
 
 
 def _find(path_or_repo: str | Path) -> Path:
-    folder = Path(path_or_repo).expanduser()
+    folder = Path(os.path.expanduser(path_or_repo))  # Path's own fails for an unknown ~user
     if folder.is_dir():
         return folder
     name = str(path_or_repo)
@@ -285,24 +294,34 @@ def _find(path_or_repo: str | Path) -> Path:
 def _tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerWrapper:
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
         raise UserError("no tokenizer", folder, "add tokenizer.json or tokenizer.model")
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it warns that it does not know model_type openlm
     try:
         return load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:  # transformers raises whatever its parsers raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"the tokenizer in {folder} cannot be read", reason, "restore it") from None
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def _retriever(folder: Path, hmem: HmemConfig) -> Retriever:
     name = hmem.retriever.encoder
-    inside = folder / name
-    encoder = load_encoder(inside if inside.is_dir() else name)
+    encoder = load_encoder(name if name in ("minilm", "static") else folder / name)
     if encoder.fingerprint != hmem.retriever.encoder_hash:
         raise UserError(
             "the encoder is not the one this memory was routed with",
             name,
             "restore the encoder, or train tree and memories with this one",
         )
-    tree = ClusterTree.load(folder / "retriever" / "tree.safetensors")
+    file = folder / "retriever" / "tree.safetensors"
+    tree = ClusterTree.load(file)
+    if fingerprint(file) != hmem.retriever.tree_hash:
+        raise UserError(
+            "the cluster tree is not the one this memory was made for",
+            file,
+            "restore the tree, or use the memory of this one",
+        )
     if tree.branching != hmem.memory.branching:
         raise UserError(
             "tree and memory bank have different clusters",

@@ -1,17 +1,16 @@
 """``python -m train RECIPE.yaml --corpus FOLDER --out runs/NAME``: makes a model from text."""
 
-import argparse
 import functools
 from pathlib import Path
 
-from mlx_hmem.errors import run_program
+from mlx_hmem.errors import ArgumentParser, run_program
 from train.corpus import run_corpus
 from train.recipe import load_recipe
 from train.stages import STAGES, run_stages
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m train",
         description="Makes a model with hierarchical memories from text. Finished stages are "
         "skipped, so a stopped run goes on with the same command.",
@@ -39,4 +38,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, "stopped; run the same command again to go on where it was")

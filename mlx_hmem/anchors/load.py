@@ -48,12 +48,19 @@ def load_anchor(folder: Path, lazy: bool = False) -> tuple[nn.Module, dict[str, 
         raise UserError(
             f"{folder / 'config.json'} names no model_type", folder, "restore the anchor's config"
         )
+    context = config.get("max_position_embeddings")
+    if context is not None and (type(context) is not int or context < 1):
+        raise UserError(
+            "max_position_embeddings is not a whole number of 1 or more",
+            repr(context)[:40],
+            f"correct {folder / 'config.json'}",
+        )
     weight_files(folder)
     try:
         return load_model(folder, lazy=lazy, get_model_classes=_classes)
-    except (ValueError, TypeError, KeyError) as error:
-        if isinstance(error, UserError):
-            raise
+    except Exception as error:  # a wrong config is whatever an architecture makes of it
         raise UserError(
-            f"the anchor in {folder} could not be loaded", error, "its config and weights disagree"
+            f"config.json and weights of the anchor in {folder} do not go together",
+            f"{type(error).__name__}: {error}"[:300],
+            "restore both from one place",
         ) from None

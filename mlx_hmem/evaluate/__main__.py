@@ -4,13 +4,12 @@ Prints a table of recall by how often a fact was stated and of perplexity, for e
 asked for; with ``--json`` one JSON object on standard output. Progress goes to standard error.
 """
 
-import argparse
 import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlx_hmem.errors import UserError, run_program
+from mlx_hmem.errors import ArgumentParser, UserError, run_program
 from mlx_hmem.evaluate.facts import FactRecall, RecallBucket, read_facts, recall
 from mlx_hmem.evaluate.perplexity import ROUTE_BY, Perplexity, perplexity
 from mlx_hmem.evaluate.texts import read_texts
@@ -59,8 +58,8 @@ def perplexity_table(results: Sequence[Perplexity]) -> str:
     return table(rows)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m mlx_hmem.evaluate", description=__doc__)
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="python -m mlx_hmem.evaluate", description=__doc__)
     parser.add_argument("model", help="model directory or Hub id")
     parser.add_argument("--facts", type=Path, help="facts to recall, one JSON object per line")
     parser.add_argument("--text", type=Path, help="held-out documents, one JSON object per line")

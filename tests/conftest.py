@@ -1,0 +1,103 @@
+"""A tiny but whole model directory, made as a run makes it, and copies of it to damage."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import mlx_hmem  # noqa: F401  OpenBLAS goes in front before a test loads MLX
+
+# isort: split
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_hmem.anchors.load import anchor_hash, named_parameters
+from mlx_hmem.anchors.openlm import Model, ModelArgs
+from mlx_hmem.bank import write_bank
+from mlx_hmem.config import FORMAT_VERSION, HmemConfig, MemoryConfig, RetrieverConfig
+from mlx_hmem.files import fingerprint, save_safetensors
+from mlx_hmem.model import MemoryModel, load
+from mlx_hmem.retriever import ClusterTree, load_encoder
+from train.facts import make_facts
+from train.tokenizer import EOT_ID, train_tokenizer
+
+CONTEXT = 96
+ARGS = ModelArgs(
+    "openlm", hidden_size=16, num_hidden_layers=2, intermediate_size=32, num_attention_heads=2,
+    head_dim=8, vocab_size=400, max_position_embeddings=CONTEXT,
+)  # fmt: skip
+MEMORY = MemoryConfig(hidden_size=16, num_hidden_layers=2, r=(4, 0, 2), branching=(3, 2, 2))
+TOPICS = {"kind": "invented", "topics": 3, "entities_per_topic": 4, "frequencies": [1, 4]}
+
+
+def save_anchor(folder: Path, seed: int) -> None:
+    """A random anchor, strong enough that each of its answers is another."""
+    mx.random.seed(seed)
+    anchor = Model(ARGS)
+    weights = {n: w * 3 if w.ndim > 1 else w for n, w in named_parameters(anchor).items()}
+    save_safetensors(folder / "model.safetensors", weights)
+    config = asdict(ARGS) | {"bos_token_id": EOT_ID, "eos_token_id": EOT_ID}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def save_bank(folder: Path, config: MemoryConfig, anchor: str, tree: str) -> None:
+    """A bank of random blocks that change what the anchor says."""
+    rng = np.random.default_rng(0)
+    levels = [
+        [rng.normal(0, 0.6, config.block_shape(level)).astype(np.float32) for _ in range(count)]
+        for level, count in enumerate(config.num_clusters, 1)
+    ]
+    shape = (config.num_hidden_layers, 3, sum(config.r), config.hidden_size)
+    generic = rng.normal(0, 0.6, shape).astype(np.float32)
+    shutil.rmtree(folder, ignore_errors=True)
+    write_bank(folder, config, levels, generic, dtype="float32", anchor_hash=anchor, tree_hash=tree)
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    documents, _ = make_facts(TOPICS | {"plain_documents": 60}, seed=1)
+    return [document["text"] for document in documents]
+
+
+@pytest.fixture(scope="session")
+def model_folder(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole model directory: 18,000 parameters, 3 levels, the middle one without memory.
+
+    For reading only; a test that changes something takes ``broken``.
+    """
+    folder = tmp_path_factory.mktemp("model")
+    train_tokenizer(texts, ARGS.vocab_size, folder)
+    save_anchor(folder, seed=0)
+    (folder / "retriever").mkdir()
+    encoder = load_encoder("static")
+    tree = ClusterTree.fit(encoder.encode(texts), branching=MEMORY.branching)
+    tree.save(folder / "retriever" / "tree.safetensors", encoder.fingerprint)
+    retriever = RetrieverConfig(
+        encoder="static",
+        encoder_hash=encoder.fingerprint,
+        tree_hash=fingerprint(folder / "retriever" / "tree.safetensors"),
+    )
+    hmem = HmemConfig(FORMAT_VERSION, MEMORY, retriever, anchor_hash(folder))
+    save_bank(folder / "bank", MEMORY, hmem.anchor_hash, retriever.tree_hash)
+    (folder / "hmem.json").write_text(hmem.to_json())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(model_folder: Path) -> MemoryModel:
+    return load(model_folder)
+
+
+@pytest.fixture
+def broken(model_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the model directory that a test may damage."""
+    return Path(shutil.copytree(model_folder, tmp_path / "model"))
+
+
+def edit_json(path: Path, change: Callable[[dict], object]) -> None:
+    """Rewrites a JSON file after ``change`` has altered its object in place."""
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
