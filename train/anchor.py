@@ -78,5 +78,8 @@ class AnchorTrainee:
     def load_state(self, state: dict[str, mx.array]) -> None:
         parts = tree_unflatten(list(state.items()))
         self.model.update(parts["model"])
-        self.optimizer.state = parts["optimizer"]
+        # In place: the compiled step holds on to these very dictionaries.
+        states = parts["optimizer"]["states"]
+        for optimizer, saved in zip(self.optimizer.optimizers, states, strict=True):
+            optimizer.state.update(saved)
         mx.eval(self.model.state, self.optimizer.state)

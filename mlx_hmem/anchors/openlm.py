@@ -188,9 +188,10 @@ class Model(nn.Module):
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Takes OpenLM's own state-dict names as well as ours."""
-        if any("tok_embeddings.weight" in name for name in weights):
-            weights = from_openlm_names(weights)
-        if self.args.tie_word_embeddings:
+        if not any("tok_embeddings.weight" in name for name in weights):
+            return weights
+        weights = from_openlm_names(weights)
+        if self.args.tie_word_embeddings:  # OpenLM's tied models carry the matrix twice
             weights.pop("lm_head.weight", None)
         return weights
 
