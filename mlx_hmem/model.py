@@ -307,6 +307,8 @@ def _tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerWrapper:
 
 def _retriever(folder: Path, hmem: HmemConfig) -> Retriever:
     name = hmem.retriever.encoder
+    if not (folder / name).resolve().is_relative_to(folder.resolve()):
+        raise UserError("the encoder lies outside the model", name, "restore hmem.json")
     encoder = load_encoder(name if name in ("minilm", "static") else folder / name)
     if encoder.fingerprint != hmem.retriever.encoder_hash:
         raise UserError(

@@ -209,3 +209,9 @@ def test_a_place_that_is_no_model_directory_is_refused(tmp_path, model_folder, m
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     refused(Path("nobody/of-this-name"), "nobody/of-this-name", "the Hub does not give it")
     refused(Path("nobody!/of this name"), "the Hub does not give it")
+
+
+def test_an_encoder_outside_the_model_is_refused(broken: Path) -> None:
+    edit_json(broken / "hmem.json", lambda v: v["retriever"].update(encoder="../elsewhere"))
+    with pytest.raises(UserError, match="outside the model"):
+        load(broken)

@@ -16,7 +16,8 @@ from mlx_hmem.anchors.load import anchor_hash
 from mlx_hmem.bank import write_bank
 from mlx_hmem.config import FORMAT_VERSION, HmemConfig, RetrieverConfig
 from mlx_hmem.files import fingerprint, sync_folder, write_atomic
-from mlx_hmem.retriever import load_encoder
+from mlx_hmem.retriever import ClusterTree
+from mlx_hmem.retriever.encoder import STATIC_FOLDER
 from train.arms import trained_blocks
 from train.recipe import Recipe
 
@@ -29,15 +30,16 @@ def run_export(recipe: Recipe, folder: Path) -> None:
     report = folder / "corpus" / "report.json"
     shutil.rmtree(part, ignore_errors=True)
     copy_anchor(folder / "anchor", folder / "tokenizer", part)
-    (part / "retriever").mkdir()
-    shutil.copyfile(folder / "tree" / "tree.safetensors", part / "retriever" / "tree.safetensors")
+    tree = part / "retriever" / "tree.safetensors"
+    tree.parent.mkdir()
+    shutil.copyfile(folder / "tree" / "tree.safetensors", tree)
     hmem = HmemConfig(
         format_version=FORMAT_VERSION,
         memory=recipe.memory_config,
         retriever=RetrieverConfig(
-            encoder=recipe.tree.encoder,
-            encoder_hash=load_encoder(recipe.tree.encoder).fingerprint,
-            tree_hash=fingerprint(part / "retriever" / "tree.safetensors"),
+            encoder=place_encoder(recipe.tree.encoder, part),
+            encoder_hash=str(ClusterTree.load(tree).encoder_hash),
+            tree_hash=fingerprint(tree),
         ),
         anchor_hash=anchor_hash(part),
     )
@@ -63,6 +65,16 @@ def run_export(recipe: Recipe, folder: Path) -> None:
     sync_folder(folder)
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     print(f"export: a model of {size / 1e6:.1f} MB in {target}")
+
+
+def place_encoder(name: str, target: Path) -> str:
+    """What ``hmem.json`` calls the encoder. The small static one goes along, so that a model
+    outlives a new version of it; MiniLM is pointed to by its name."""
+    if name == "minilm":
+        return name
+    inside = Path("retriever") / "encoder"
+    shutil.copytree(STATIC_FOLDER if name == "static" else name, target / inside)
+    return inside.as_posix()
 
 
 CARD = """# {name}
