@@ -79,8 +79,7 @@ def _train_memory(recipe: Recipe, folder: Path, name: str, generic: bool) -> Non
     trainee = MemoryTrainee(anchor, config, tokens, paths, EOT_ID, training, recipe.seed)
     train(trainee, len(tokens), training, folder / name, recipe.seed, name)
     touched = sum(int((table.steps > 0).sum()) for table in trainee.tables)
-    blocks = sum(len(table.steps) for table in trainee.tables)
-    print(f"{name}: trained {touched} of {blocks} blocks, in {folder / name}")
+    print(f"{name}: {touched} blocks trained, in {folder / name}")
 
 
 def run_memories(recipe: Recipe, folder: Path) -> None:
