@@ -183,17 +183,22 @@ class HmemConfig(JsonConfig):
     @classmethod
     def from_file(cls, path: Path) -> "HmemConfig":
         values = read_json(path, parse=strict_json)
-        version = values.get("format_version") if isinstance(values, dict) else None
-        if type(version) is not int or version != FORMAT_VERSION:
-            raise UserError(
-                f"{path} has a format version this program does not read",
-                repr(version)[:40],
-                f"it reads version {FORMAT_VERSION}; update mlx_hmem or make the model again",
-            )
+        check_version(values, FORMAT_VERSION, path, "make the model again")
         for key, kind in (("memory", MemoryConfig), ("retriever", RetrieverConfig)):
             if key in values:
                 values[key] = kind.from_dict(values[key], f"{path} ({key})")
         return cls.from_dict(values, str(path))
+
+
+def check_version(values: Any, version: int, path: Path, remedy: str) -> None:
+    """Raises UserError unless the JSON object ``values`` is of the format version we read."""
+    found = values.get("format_version") if isinstance(values, dict) else None
+    if type(found) is not int or found != version:
+        raise UserError(
+            f"{path} has a format version this program does not read",
+            repr(found)[:40],
+            f"it reads version {version}; update mlx_hmem or {remedy}",
+        )
 
 
 def read_json(

@@ -66,7 +66,7 @@ def run_tree(recipe: Recipe, folder: Path) -> None:
             f"{len(vectors)} windows, branching {branching}",
             "take more documents or a smaller tree.branching",
         )
-    tree = ClusterTree.fit(distinct(vectors), branching=branching, seed=recipe.seed)
+    tree = ClusterTree.fit(distinct(vectors), branching=branching, seed=recipe.seed, progress=True)
     paths = tree.route_batch(vectors)
     tree.save(out / "tree.safetensors", encoder.fingerprint)
     save_array(out / "paths.npy", paths.astype(np.int32))

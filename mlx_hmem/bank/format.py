@@ -14,12 +14,10 @@ from typing import Any, NamedTuple, Self
 
 import mlx.core as mx
 
-from mlx_hmem.config import JsonConfig, MemoryConfig
+from mlx_hmem.config import JsonConfig, MemoryConfig, check_version, read_json
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import (
     MAX_DIM,
-    open_regular,
-    read_exactly,
     read_safetensors_header,
     strict_json,
 )
@@ -139,22 +137,8 @@ class Manifest(JsonConfig):
 
     @classmethod
     def from_file(cls, path: Path) -> "Manifest":
-        with open_regular(path) as file:
-            size = path.stat().st_size
-            if size > MAX_MANIFEST:
-                raise UserError(f"{path} is too large", f"{size} bytes", REMEDY)
-            text = read_exactly(file, size, path)
-        try:
-            values = strict_json(text)
-        except ValueError as error:
-            raise UserError(f"{path} is not valid JSON", error, REMEDY) from None
-        version = values.get("format_version") if isinstance(values, dict) else None
-        if type(version) is not int or version != FORMAT_VERSION:
-            raise UserError(
-                f"{path} has a format version this program does not read",
-                repr(version)[:40],
-                f"it reads version {FORMAT_VERSION}; update mlx_hmem or export the bank again",
-            )
+        values = read_json(path, MAX_MANIFEST, strict_json)
+        check_version(values, FORMAT_VERSION, path, "export the bank again")
         try:
             if "memory" in values:
                 values["memory"] = MemoryConfig.from_dict(values["memory"], f"{path} (memory)")
