@@ -72,7 +72,7 @@ def main() -> None:
     import mlx.core as mx
 
     from mlx_hmem.generation import prompt_ids
-    from mlx_hmem.model import DEMO, load
+    from mlx_hmem.loading import DEMO, load
 
     model = load(DEMO if args.model is None else args.model, memory_budget=args.memory_budget)
     start = time.perf_counter()

@@ -7,7 +7,8 @@ from mlx_hmem._blas import prefer_openblas
 prefer_openblas()
 
 if TYPE_CHECKING:
-    from mlx_hmem.model import MemoryModel, load
+    from mlx_hmem.loading import load
+    from mlx_hmem.model import MemoryModel
 
 __all__ = ["MemoryModel", "load"]
 
@@ -15,7 +16,7 @@ __all__ = ["MemoryModel", "load"]
 def __getattr__(name: str) -> Any:
     # mlx-lm takes seconds to import; programs that need only the bank or the tree skip it.
     if name in __all__:
-        from mlx_hmem import model
+        from mlx_hmem import loading
 
-        return getattr(model, name)
+        return getattr(loading, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

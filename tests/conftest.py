@@ -18,7 +18,8 @@ from mlx_hmem.anchors.openlm import Model, ModelArgs
 from mlx_hmem.bank import write_bank
 from mlx_hmem.config import FORMAT_VERSION, HmemConfig, MemoryConfig, RetrieverConfig
 from mlx_hmem.files import fingerprint, save_safetensors
-from mlx_hmem.model import MemoryModel, load
+from mlx_hmem.loading import load
+from mlx_hmem.model import MemoryModel
 from mlx_hmem.retriever import ClusterTree, load_encoder
 from train.facts import make_facts
 from train.tokenizer import EOT_ID, train_tokenizer

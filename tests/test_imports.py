@@ -1,7 +1,7 @@
 """The one-way arrows between the rooms of the house, read from the source.
 
 errors, files, config → memory → {anchors, bank}; config → retriever; anchors → generation;
-{anchors, bank, retriever, generation} → model → evaluate; mlx_hmem → {train, convert,
+{anchors, bank, retriever, generation} → model → loading → evaluate; mlx_hmem → {train, convert,
 generate.py}; torch only under convert/ and tests/.
 """
 
@@ -23,8 +23,9 @@ ROOMS = {
     "retriever": BOTTOM,
     "model": MODEL,
     "generation": BOTTOM | {"memory", "anchors"},
-    "evaluate": MODEL,
-    "__init__": MODEL,
+    "loading": MODEL | {"loading"},
+    "evaluate": MODEL | {"loading"},
+    "__init__": MODEL | {"loading"},
 }
 # What each part of the repository may import from the others.
 PARTS = {

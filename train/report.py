@@ -9,7 +9,8 @@ from mlx_hmem.evaluate import Perplexity, perplexity, read_facts, read_texts, re
 from mlx_hmem.evaluate.__main__ import perplexity_table, recall_table
 from mlx_hmem.evaluate.facts import FactRecall
 from mlx_hmem.files import write_atomic
-from mlx_hmem.model import MemoryModel, load
+from mlx_hmem.loading import load
+from mlx_hmem.model import MemoryModel
 from train.export import copy_anchor
 from train.recipe import Recipe
 

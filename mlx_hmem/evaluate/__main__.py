@@ -13,7 +13,8 @@ from mlx_hmem.errors import ArgumentParser, UserError, run_program
 from mlx_hmem.evaluate.facts import FactRecall, RecallBucket, read_facts, recall
 from mlx_hmem.evaluate.perplexity import ROUTE_BY, Perplexity, perplexity
 from mlx_hmem.evaluate.texts import read_texts
-from mlx_hmem.model import MODES, load
+from mlx_hmem.loading import load
+from mlx_hmem.model import MODES
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
