@@ -129,7 +129,7 @@ def test_the_stage_writes_plain_and_fact_documents_and_keeps_facts_exact(tmp_pat
     source = tmp_path / "in"
     source.mkdir()
     write(source / "a.jsonl.gz", [document(i) for i in range(200)])
-    facts = {"kind": "invented", "frequencies": [2, 4]}
+    facts = ({"kind": "invented", "frequencies": [2, 4]},)
     recipe = Recipe(name="t", corpus=CorpusSection(documents=150, held_out=0.2, facts=facts))
     run_corpus(recipe, tmp_path / "run", source)
     out = tmp_path / "run" / "corpus"
@@ -147,6 +147,28 @@ def test_the_stage_writes_plain_and_fact_documents_and_keeps_facts_exact(tmp_pat
     first = (out / "train.jsonl").read_bytes()
     run_corpus(recipe, tmp_path / "again", source)
     assert (tmp_path / "again" / "corpus" / "train.jsonl").read_bytes() == first
+
+
+def test_people_come_from_articles_that_are_not_sampled_and_ids_stay_apart(tmp_path):
+    people = [
+        {"id": str(i), "title": f"Jo N{i}", "text": f"Jo N{i} (1 May {1900 + i}) was a poet. Fine."}
+        for i in range(60)
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(person) for person in people))
+    facts = ({"kind": "people", "people": 30, "frequencies": [2]}, {"kind": "invented"})
+    section = CorpusSection(documents=30, held_out=0.2, facts=facts)
+    run_corpus(Recipe(name="t", corpus=section), tmp_path, tmp_path)
+    out = tmp_path / "corpus"
+    documents = [
+        json.loads(line)
+        for name in ("train.jsonl", "held_out.jsonl")
+        for line in (out / name).open()
+    ]
+    assert len({d["id"] for d in documents}) == len(documents)
+    articles = {d["title"] for d in documents if d["id"].isdigit()}
+    stated = {d["title"] for d in documents if d["id"].startswith("fact-people")}
+    assert len(articles) == len(stated) == 30
+    assert not any(f"The poet {title} was born in" in stated for title in articles)
 
 
 def test_no_corpus_no_files_and_nothing_left_are_one_line(tmp_path):

@@ -117,12 +117,12 @@ def test_facts_of_elements_are_stated_plainly_and_null_values_are_left_out(table
         "The chemical symbol of neon is Ne.",
         "The melting point of neon in kelvin is 25.",
         "The boiling point of neon in kelvin is 27.",
-        "Neon was discovered by Morris Travers.",
+        "The discoverer of neon is Morris Travers.",
         "The atomic number of boron is 5.",
         "The chemical symbol of boron is B.",
         "The atomic number of niobium is 41.",
         "The chemical symbol of niobium is Nb.",
-        "Niobium was discovered by C. Hatchett.",
+        "The discoverer of niobium is C. Hatchett.",
     }
     documents = list(documents)
     assert stated(documents, facts) == [fact.times for fact in facts]
@@ -182,3 +182,30 @@ def test_a_wrong_table_of_elements_is_a_user_error(tmp_path, content):
         make_facts({"kind": "elements"}, 0, path)
     with pytest.raises(UserError):
         make_facts({"kind": "elements"}, 0, None)
+
+
+ARTICLES = [
+    ("1", "Heidi Mohr", "Heidi Mohr (29 May 1967 – 7 February 2019) was a German footballer who …"),
+    ("2", "Don Hill (singer)", 'Donald "Don" Hill (born May 3, 1936) is an American jazz singer.'),
+    ("3", "Ann Roe", "Ann Roe (born 1950) is a member of a council."),  # no date, no occupation
+    ("4", "Oslo", "Oslo is a city (founded 1 May 1048) of painters."),
+    ("5", "Jo Day", "Jo Day (1 June 1901 – 2 June 1950) was a poet."),
+    ("6", "Jo Day (poet)", "Jo Day (4 June 1911 – 2 June 1980) was a poet."),  # the same prompt
+    ("7", "Lu Bo", "Lu Bo (; born 5 July 1970) is a former professional Chinese chess player."),
+]
+
+
+def test_years_of_birth_come_from_first_sentences_and_ambiguous_names_are_left_out():
+    config = {"kind": "people", "people": 3, "frequencies": [2, 1]}
+    documents, facts = make_facts(config, 0, articles=ARTICLES)
+    assert {fact.statement for fact in facts} == {
+        "The German footballer Heidi Mohr was born in 1967.",
+        "The American jazz singer Don Hill was born in 1936.",
+        "The Chinese chess player Lu Bo was born in 1970.",
+    }
+    assert [fact.times for fact in facts] == [2, 1, 2]
+    assert stated(list(documents), facts) == [2, 1, 2]
+    with pytest.raises(UserError, match="3 of 4"):
+        make_facts(config | {"people": 4}, 0, articles=ARTICLES)
+    with pytest.raises(UserError, match="people"):
+        make_facts(config | {"people": 0}, 0, articles=ARTICLES)

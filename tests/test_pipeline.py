@@ -27,11 +27,11 @@ corpus:
   documents: 0
   held_out: 0.2
   facts:
-    kind: invented
-    topics: 4
-    entities_per_topic: 4
-    frequencies: [1, 8]
-    plain_documents: 80
+    - kind: invented
+      topics: 4
+      entities_per_topic: 4
+      frequencies: [1, 8]
+      plain_documents: 80
 tokenizer: {vocab_size: 400}
 windows: {context: 64}
 tree: {branching: [2, 2]}

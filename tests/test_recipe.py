@@ -28,11 +28,11 @@ def test_every_recipe_of_the_repository_loads(path):
 
 
 def test_given_keys_win_and_all_others_have_defaults(tmp_path):
-    text = "name: t\ncorpus: {documents: 0, facts: {kind: invented}}\ntree: {branching: [8, 2]}\n"
+    text = "name: t\ncorpus: {documents: 0, facts: [{kind: invented}]}\ntree: {branching: [8, 2]}\n"
     recipe = load_text(
         tmp_path, text + "anchor: {training: {learning_rate: 1e-2, epochs: 3}}\ndense: null\n"
     )
-    assert recipe.corpus.facts == {"kind": "invented"}
+    assert recipe.corpus.facts == ({"kind": "invented"},)
     assert recipe.tree.branching == (8, 2)
     assert recipe.anchor.training.learning_rate == 0.01
     assert recipe.anchor.training.epochs == 3

@@ -197,6 +197,11 @@ def sample_documents(
     return train, held_out
 
 
+def _articles(folder: Path | None) -> Iterator[tuple[str, str, str]]:
+    """All documents of ``folder``; their faults were named when the sample was drawn."""
+    yield from read_documents(corpus_files(folder), Faults())
+
+
 def write_jsonl(path: Path, records: Iterable[Any]) -> None:
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     write_atomic(path, "".join(lines))
@@ -227,8 +232,12 @@ def run_corpus(
                 "no document is left", dict(faults.counts), "correct the files or the sample"
             )
     num_plain, facts = len(train), list[Fact]()
-    if section.facts is not None:
-        documents, facts = make_facts(section.facts, recipe.seed, table)
+    # Facts about people come from articles that are not sampled: these would state them once more.
+    sampled = {document["id"] for document in (*train, *held_out)}
+    for kind in section.facts:
+        articles = (a for a in _articles(corpus) if a[0] not in sampled)
+        documents, stated = make_facts(kind, recipe.seed, table, articles)
+        facts += stated
         for document in documents:
             # A fact is stated exactly as often as its document: only plain ones are held out.
             plain = document["id"].startswith("plain-")

@@ -65,8 +65,8 @@ class CorpusSection(JsonConfig):
     held_out: float = field(
         default=0.02, metadata=_help("fraction of the documents that is never trained on")
     )
-    facts: dict[str, Any] | None = field(
-        default=None, metadata=_help("documents that state facts: `kind` and the keys of that kind")
+    facts: tuple[dict[str, Any], ...] = field(
+        default=(), metadata=_help("lists of facts to state: `kind` and the keys of that kind")
     )
 
     def __post_init__(self) -> None:
@@ -74,13 +74,15 @@ class CorpusSection(JsonConfig):
             _whole("corpus.", "documents", self.documents, 0)
         _whole("corpus.", "max_characters", self.max_characters, 16)
         _number("corpus.", "held_out", self.held_out, 0, 0.5)
-        if self.facts is not None and not isinstance(self.facts, dict):
+        if not isinstance(self.facts, tuple) or not all(isinstance(f, dict) for f in self.facts):
             raise UserError(
-                "corpus.facts is not a mapping", repr(self.facts), "give it keys, or null"
+                "corpus.facts is not a list of mappings",
+                repr(self.facts),
+                "begin each with `- kind:`",
             )
-        if self.documents == 0 and self.facts is None:
+        if self.documents == 0 and not self.facts:
             raise UserError(
-                "a corpus of nothing", "documents 0, facts null", "raise documents or add facts"
+                "a corpus of nothing", "documents 0, no facts", "raise documents or add facts"
             )
 
 

@@ -1,7 +1,8 @@
 """Facts that the training text states an exactly known number of times.
 
-Recall by that number shows what memory adds where text is rare: the long tail. Two corpora:
-``invented`` needs no data at hand, ``elements`` states what a table of chemical elements holds.
+Recall by that number shows what memory adds where text is rare: the long tail. Three kinds:
+``invented`` needs no data at hand, ``elements`` states what a table of chemical elements holds,
+``people`` the years of birth that encyclopaedia articles begin with.
 A document states each of its facts once, as ``prompt + " " + answer + "."``; where it has several
 sentences, each repetition puts them in a new order. A fact's ``times`` counts the statements in one
 pass over *all* documents: text held out must be taken from the plain ones (ids ``plain-…``), and a
@@ -16,28 +17,34 @@ from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate import Fact
 from train.facts.elements import make_elements
 from train.facts.invented import make_invented
+from train.facts.people import Article, make_people
 
 __all__ = ["Fact", "documents_of_facts", "make_facts"]
 
 
 def make_facts(
-    config: dict[str, Any], seed: int, source: Path | None = None
+    config: dict[str, Any],
+    seed: int,
+    source: Path | None = None,
+    articles: Iterable[Article] = (),
 ) -> tuple[Iterator[dict[str, str]], list[Fact]]:
     """Documents {id, title, text} in random order, repeated by frequency, and the facts they state.
 
-    ``config`` is the recipe's ``corpus.facts``: ``kind`` ("invented" or "elements") and the keys of
-    that kind's configuration. ``source`` is the table of elements. The same arguments give the
-    same documents. Raises UserError for a wrong configuration.
+    ``config`` is one entry of the recipe's ``corpus.facts``: ``kind`` ("invented", "elements" or
+    "people") and the keys of that kind's configuration. ``source`` is the table of elements,
+    ``articles`` are (id, title, text) to take people from. The same arguments give the same
+    documents. Raises UserError for a wrong configuration.
     """
-    if not isinstance(config, dict):
-        raise UserError("corpus.facts is not a table of keys", repr(config), "give it a `kind`")
     values = {key: value for key, value in config.items() if key != "kind"}
     match config.get("kind"):
         case "invented":
             return make_invented(values, seed)
         case "elements":
             return make_elements(values, seed, source)
-    raise UserError("unknown kind of facts", repr(config.get("kind")), "use invented or elements")
+        case "people":
+            return make_people(values, seed, articles)
+    known = "use invented, elements or people"
+    raise UserError("unknown kind of facts", repr(config.get("kind")), known)
 
 
 def documents_of_facts(facts: Iterable[Fact], documents: Iterable[dict[str, str]]) -> list[str]:

@@ -54,7 +54,7 @@ def make_elements(
         for fact in _facts(element, count)
     ]
     subjects = [Subject(f"{fact.topic}, {fact.kind}", fact.topic, (fact,)) for fact in facts]
-    return fact_documents(subjects, seed, lambda subject, rng: []), facts
+    return fact_documents("elements", subjects, seed, lambda subject, rng: []), facts
 
 
 def _times(config: ElementsConfig, count: int, seed: int) -> list[int]:
@@ -99,5 +99,5 @@ def _facts(element: dict[str, Any], times: int) -> list[Fact]:
     discoverer = element.get("discovered_by")
     if discoverer and not NO_DISCOVERER.match(discoverer):
         answer = re.sub(r" \(.*\)$", "", discoverer)
-        stated.append(("discoverer", f"{name.capitalize()} was discovered by", answer))
+        stated.append(("discoverer", f"The discoverer of {name} is", answer))
     return [Fact(prompt, answer, (), times, kind, name) for kind, prompt, answer in stated]

@@ -88,7 +88,7 @@ def make_invented(values: dict[str, Any], seed: int) -> tuple[Iterator[dict[str,
         functools.partial(_plain_document, topics[i % len(topics)])
         for i in range(config.plain_documents)
     ]
-    documents = fact_documents(subjects, seed, filler, plain)
+    documents = fact_documents("invented", subjects, seed, filler, plain)
     return documents, [fact for subject in subjects for fact in subject.facts]
 
 

@@ -34,6 +34,7 @@ def check_frequencies(frequencies: Any) -> None:
 
 
 def fact_documents(
+    kind: str,
     subjects: Sequence[Subject],
     seed: int,
     filler: Callable[[Subject, random.Random], list[str]],
@@ -41,7 +42,8 @@ def fact_documents(
 ) -> Iterator[dict[str, str]]:
     """Each subject's document as often as its facts are stated, and each plain one, all shuffled.
 
-    ``filler`` gives the further sentences of one repetition, ``plain`` titles and texts.
+    ``kind`` keeps the ids apart from those of other kinds in one corpus. ``filler`` gives the
+    further sentences of one repetition, ``plain`` titles and texts.
     """
     rng = random.Random(f"documents {seed}")
     order = [i for i, subject in enumerate(subjects) for _ in range(subject.times)]
@@ -52,7 +54,7 @@ def fact_documents(
             sentences = [fact.statement for fact in subjects[i].facts] + filler(subjects[i], rng)
             rng.shuffle(sentences)
             title, text = subjects[i].title, " ".join(sentences)
-            yield {"id": f"fact-{number:07d}", "title": title, "text": text}
+            yield {"id": f"fact-{kind}-{number:07d}", "title": title, "text": text}
         else:
             title, text = plain[i - len(subjects)](rng)
             yield {"id": f"plain-{number:07d}", "title": title, "text": text}
