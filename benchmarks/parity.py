@@ -17,7 +17,7 @@ from mlx_hmem.anchors.attach import attach_memory
 from mlx_hmem.anchors.openlm import Model, ModelArgs
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import ArgumentParser, UserError, run_program
-from mlx_hmem.memory.ffn import initial_block
+from mlx_hmem.memory import initial_block
 from mlx_hmem.retriever import load_encoder
 from mlx_hmem.retriever.minilm import MiniLMEncoder
 
@@ -75,11 +75,11 @@ def memory(data: dict[str, np.ndarray]) -> dict[str, float]:
     alone, slot = anchor(ids), attach_memory(anchor, MEMORY)
     shape = (3, 3, sum(MEMORY.r), 64)
     rows = [mx.array(0.1 * rng.standard_normal(shape, np.float32)) for _ in range(2)]
-    with slot.using(mx.array(initial_block(shape, rng))):
+    with slot.using((mx.array(initial_block(MEMORY, sum(MEMORY.r), rng)),)):
         start = anchor(ids)
-    with slot.using(rows[0]):
+    with slot.using((rows[0],)):
         attached = anchor(ids)
-    with slot.using(mx.stack(rows)):
+    with slot.using((mx.stack(rows),)):
         together = anchor(ids)
     widened = tiny_model(weights, True)
     for layer, (gate, up, down) in zip(widened.layers, rows[0], strict=True):
@@ -89,7 +89,7 @@ def memory(data: dict[str, np.ndarray]) -> dict[str, float]:
         mlp.down_proj.weight = mx.concatenate([mlp.down_proj.weight, down.T], axis=1)
     singles = []
     for i, row in enumerate(rows):
-        with slot.using(row):
+        with slot.using((row,)):
             singles.append(anchor(ids[i : i + 1]))
     return {
         "at its start against the anchor alone": difference(start, alone),

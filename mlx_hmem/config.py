@@ -17,7 +17,15 @@ from mlx_hmem.errors import UserError
 from mlx_hmem.files import open_regular, read_exactly, strict_json
 
 FORMAT_VERSION = 1
-MEMORY_KINDS = ("ffn",)
+# The rows of one unit of r in one layer (paper, section 3): how many are as wide as which size of
+# the anchor. What each row is, the kind's module in memory/ says.
+ROWS_OF_KIND: dict[str, dict[str, int]] = {
+    "ffn": {"hidden_size": 3},
+    "lora_ffn": {"hidden_size": 3, "intermediate_size": 3},
+    "lora_qk": {"hidden_size": 2, "query_size": 1, "key_value_size": 1},
+    "lora_vo": {"hidden_size": 2, "query_size": 1, "key_value_size": 1},
+    "kv": {"query_size": 2},
+}
 MAX_DEPTH = 8
 MAX_CLUSTERS = 1 << 24
 
@@ -48,6 +56,24 @@ class JsonConfig:
         return dataclasses.asdict(self)  # type: ignore[call-overload]
 
 
+def _placement(layers: Any, num_layers: int) -> tuple[int, ...] | None:
+    """The layers that a placement names; None for all of them."""
+    if layers is None or layers == "all":
+        return None
+    if isinstance(layers, tuple | list):
+        return tuple(layers)
+    where, _, text = str(layers).partition(" ")
+    count = int(text) if text.isdecimal() else 0
+    starts = {"first": 0, "middle": (num_layers - count) // 2, "last": num_layers - count}
+    if where not in starts or not 1 <= count <= num_layers:
+        raise UserError(
+            "no such placement of memory",
+            repr(layers),
+            f"use all, first N, middle N or last N with N up to {num_layers}, or a list of layers",
+        )
+    return tuple(range(starts[where], starts[where] + count))
+
+
 def _positive_int(name: str, value: Any, least: int = 1) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise UserError(
@@ -59,22 +85,39 @@ def _positive_int(name: str, value: Any, least: int = 1) -> None:
 class MemoryConfig(JsonConfig):
     """The shape of a memory bank (paper, section 3).
 
-    ``r[l]`` is the block-size multiplier of level l + 1 (added FFN width for kind ``ffn``); 0 means
-    no memory on that level. ``branching[l]`` is the number of children of each cluster above level
-    l + 1, so level l + 1 has ``branching[0] * ... * branching[l]`` clusters.
+    ``r[l]`` is the block-size multiplier of level l + 1: added FFN width, LoRA rank, or number of
+    key-value slots; 0 means no memory on that level. ``branching[l]`` is the number of children of
+    each cluster above level l + 1, so level l + 1 has ``branching[0] * ... * branching[l]``
+    clusters. The sizes are the anchor's; those that the kind does not need may be 0.
     """
 
     hidden_size: int = field(metadata={"help": "hidden size of the anchor"})
     num_hidden_layers: int = field(metadata={"help": "layers of the anchor"})
     r: tuple[int, ...] = field(metadata={"help": "block-size multiplier of each level"})
     branching: tuple[int, ...] = field(metadata={"help": "children of a cluster on each level"})
-    kind: str = field(default="ffn", metadata={"help": "memory kind"})
+    kind: str = field(default="ffn", metadata={"help": f"one of {', '.join(ROWS_OF_KIND)}"})
+    intermediate_size: int = field(default=0, metadata={"help": "inner FFN width; lora_ffn"})
+    query_size: int = field(default=0, metadata={"help": "heads × head_dim; lora_qk, lora_vo, kv"})
+    key_value_size: int = field(
+        default=0, metadata={"help": "key-value heads × head_dim; lora_qk, lora_vo"}
+    )
+    gated: bool = field(default=True, metadata={"help": "whether the anchor's FFN has a gate"})
+    layers: tuple[int, ...] | None = field(
+        default=None, metadata={"help": "the layers that have memory, counted from 0; null: all"}
+    )
 
     def __post_init__(self) -> None:
         _positive_int("hidden_size", self.hidden_size)
         _positive_int("num_hidden_layers", self.num_hidden_layers)
-        if self.kind not in MEMORY_KINDS:
-            raise UserError("unknown memory kind", repr(self.kind), f"use one of {MEMORY_KINDS}")
+        if self.kind not in ROWS_OF_KIND:
+            raise UserError(
+                "unknown memory kind", repr(self.kind), f"use one of {', '.join(ROWS_OF_KIND)}"
+            )
+        if not isinstance(self.gated, bool):
+            raise UserError("gated is not true or false", repr(self.gated), "correct it")
+        for name in ("intermediate_size", "query_size", "key_value_size"):
+            _positive_int(name, getattr(self, name), least=int(name in ROWS_OF_KIND[self.kind]))
+        self._check_layers()
         for name in ("r", "branching"):
             if not isinstance(getattr(self, name), tuple):
                 raise UserError(
@@ -97,6 +140,22 @@ class MemoryConfig(JsonConfig):
                 "too many clusters", self.num_clusters[-1], f"stay within {MAX_CLUSTERS}"
             )
 
+    def _check_layers(self) -> None:
+        if self.layers is None:
+            return
+        known = range(self.num_hidden_layers)
+        if (
+            not isinstance(self.layers, tuple)
+            or not self.layers
+            or not all(type(i) is int and i in known for i in self.layers)
+            or sorted(set(self.layers)) != list(self.layers)
+        ):
+            raise UserError(
+                "layers is not a rising list of layers",
+                repr(self.layers),
+                f"use numbers from 0 to {self.num_hidden_layers - 1}, or null for all",
+            )
+
     @property
     def num_levels(self) -> int:
         return len(self.r)
@@ -106,12 +165,38 @@ class MemoryConfig(JsonConfig):
         """Clusters on each level."""
         return tuple(math.prod(self.branching[: i + 1]) for i in range(len(self.branching)))
 
-    def block_shape(self, level: int) -> tuple[int, ...]:
-        """Shape of one block of ``level`` (1 = coarsest): (layers, 3, r, hidden).
+    @property
+    def memory_layers(self) -> tuple[int, ...]:
+        """The layers of the anchor that have memory."""
+        return tuple(range(self.num_hidden_layers)) if self.layers is None else self.layers
 
-        The middle axis holds gate, up and the transposed down matrix, each r × hidden.
+    @property
+    def num_memory_layers(self) -> int:
+        return self.num_hidden_layers if self.layers is None else len(self.layers)
+
+    @property
+    def groups(self) -> tuple[tuple[int, int], ...]:
+        """(rows, width) of the parts of a block, for each unit of r and each layer."""
+        without_gate = 0 if self.gated or self.kind not in ("ffn", "lora_ffn") else 1
+        rows = ROWS_OF_KIND[self.kind].items()
+        return tuple((count - without_gate, getattr(self, size)) for size, count in rows)
+
+    def shape_of(self, r: int) -> tuple[int, ...]:
+        """Shape of a block with multiplier ``r``.
+
+        (layers, rows, r, width) where all rows have one width: gate, up and the transposed down
+        for kind ``ffn``. Otherwise (layers, parameters of a layer), one group after the other, each
+        of them (rows, r, width).
         """
-        return (self.num_hidden_layers, 3, self.r[level - 1], self.hidden_size)
+        layers = self.num_memory_layers
+        if len(self.groups) == 1:
+            rows, width = self.groups[0]
+            return (layers, rows, r, width)
+        return (layers, r * sum(rows * width for rows, width in self.groups))
+
+    def block_shape(self, level: int) -> tuple[int, ...]:
+        """:meth:`shape_of` a block of ``level`` (1 = coarsest)."""
+        return self.shape_of(self.r[level - 1])
 
     @property
     def fetched_parameters(self) -> int:
@@ -122,6 +207,18 @@ class MemoryConfig(JsonConfig):
     def bank_parameters(self) -> int:
         """Parameters of all blocks, the generic memory not counted."""
         return sum(n * math.prod(self.block_shape(i + 1)) for i, n in enumerate(self.num_clusters))
+
+    def placed(self, layers: Any, keep_parameters: bool = False) -> Self:
+        """This memory on some layers only (paper, appendix F).
+
+        ``layers`` is "all", "first N", "middle N", "last N" or a list. To ``keep_parameters``, r
+        grows by the factor by which the layers become fewer, rounded.
+        """
+        chosen = _placement(layers, self.num_hidden_layers)
+        count = self.num_hidden_layers if chosen is None else len(chosen)
+        factor = self.num_memory_layers / count if keep_parameters and count else 1
+        r = tuple(round(value * factor) for value in self.r)
+        return dataclasses.replace(self, layers=chosen, r=r)
 
     def check_path(self, path: Any, whole: bool = True) -> tuple[int, ...]:
         """Returns ``path`` as a tuple of ints, or says why it names no blocks of this bank.

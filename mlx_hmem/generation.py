@@ -14,6 +14,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_hmem.anchors.attach import MemorySlot
 from mlx_hmem.errors import UserError
+from mlx_hmem.memory import Rows
 
 
 class AnchorWithMemory:
@@ -23,7 +24,7 @@ class AnchorWithMemory:
     turns on one anchor.
     """
 
-    def __init__(self, anchor: nn.Module, slot: MemorySlot | None, rows: mx.array | None):
+    def __init__(self, anchor: nn.Module, slot: MemorySlot | None, rows: Rows | None):
         self._anchor, self._slot, self._rows = anchor, slot, rows
 
     def __call__(self, *args: Any, **kwargs: Any) -> mx.array:

@@ -15,7 +15,7 @@ from mlx_hmem.anchors.load import named_parameters
 from mlx_hmem.bank import Bank
 from mlx_hmem.errors import UserError
 from mlx_hmem.generation import AnchorWithMemory, prompt_ids, stream_text
-from mlx_hmem.memory import FetchedMemory
+from mlx_hmem.memory import FetchedMemory, Rows, join_blocks
 from mlx_hmem.retriever import Retriever
 
 MODES = ("fetched", "generic", "none")
@@ -32,7 +32,7 @@ class Recall:
     bytes_read: int = 0
     route_ms: float = 0.0
     fetch_ms: float = 0.0
-    rows: mx.array | None = None
+    rows: Rows | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All but the memory itself, as JSON values."""
@@ -138,7 +138,7 @@ class MemoryModel:
             fetched = bank.fetch(path, blocked=frozenset((len(c), c[-1]) for c in clusters))
         rows = self.rows_of([fetched])
         if rows is not None:
-            mx.eval(rows)
+            mx.eval(*rows)
         return Recall(
             memory,
             path,
@@ -149,16 +149,15 @@ class MemoryModel:
             rows,
         )
 
-    def with_rows(self, rows: mx.array | None) -> AnchorWithMemory:
-        """The anchor bound to a memory (layers, 3, R, hidden) or one per row of a batch."""
+    def with_rows(self, rows: Rows | None) -> AnchorWithMemory:
+        """The anchor bound to a memory, or to one per row of a batch (see mlx_hmem.memory)."""
         return AnchorWithMemory(self.anchor, self._slot, rows)
 
-    def rows_of(self, memories: Sequence[FetchedMemory]) -> mx.array | None:
-        """Memories joined, in the anchor's dtype: (layers, 3, R, hidden) for one, with a batch
-        axis in front for several. A level that one row lacks is zero there: no effect."""
+    def rows_of(self, memories: Sequence[FetchedMemory]) -> Rows | None:
+        """Memories joined, in the anchor's dtype; with a batch axis in front for several."""
         if len(memories) == 1:
             rows = memories[0].rows
-            return None if rows is None else rows.astype(self._dtype)
+            return None if rows is None else tuple(group.astype(self._dtype) for group in rows)
         config = self._bank().config
         stacks = []
         for level in range(1, config.num_levels + 1):
@@ -167,9 +166,11 @@ class MemoryModel:
                 continue
             zeros = mx.zeros(config.block_shape(level), self._dtype)
             stacks.append(mx.stack([zeros if b is None else b for b in blocks]))
-        return mx.concatenate(stacks, axis=3).astype(self._dtype) if stacks else None
+        if not stacks:
+            return None
+        return tuple(group.astype(self._dtype) for group in join_blocks(stacks, config))
 
-    def _rows_of_paths(self, batch: int, paths: Sequence[Path_] | None) -> mx.array | None:
+    def _rows_of_paths(self, batch: int, paths: Sequence[Path_] | None) -> Rows | None:
         bank = self._bank()
         checked = [bank.config.check_path(path) for path in (() if paths is None else paths)]
         if len(checked) not in (1, batch):

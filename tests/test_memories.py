@@ -18,6 +18,7 @@ from train.recipe import TrainerConfig
 
 EOT, VOCABULARY, CONTEXT, SEED = 0, 32, 10, 3
 ARGS = ModelArgs("openlm", 16, 2, 24, 2, 8, VOCABULARY, tie_word_embeddings=True)
+TABLE = MemoryConfig(hidden_size=8, num_hidden_layers=2, r=(4,), branching=(3,))
 MEMORY = MemoryConfig(hidden_size=16, num_hidden_layers=2, r=(4, 0, 2), branching=(2, 2, 2))
 BETAS = (0.9, 0.95)
 
@@ -56,7 +57,7 @@ def copies(trainee: MemoryTrainee) -> dict[str, np.ndarray]:
 
 def test_lazy_adamw_with_every_block_touched_is_mlx_adamw():
     rng = np.random.default_rng(0)
-    table, clusters = BlockTable(1, 3, (2, 3, 4, 8), SEED), np.arange(3)
+    table, clusters = BlockTable(TABLE, 1, SEED), np.arange(3)
     weights = {"blocks": mx.array(table.weights)}
     reference = optim.AdamW(1.0, list(BETAS), weight_decay=0.1, bias_correction=True)
     for step in range(6):
@@ -68,7 +69,7 @@ def test_lazy_adamw_with_every_block_touched_is_mlx_adamw():
         np.testing.assert_allclose(table.weights, np.array(weights["blocks"]), rtol=0, atol=1e-6)
     assert table.steps.tolist() == [6, 6, 6]
     # Block by block in other steps is the same again: a block knows only its own steps.
-    alone = BlockTable(1, 3, (2, 3, 4, 8), SEED)
+    alone = BlockTable(TABLE, 1, SEED)
     rng = np.random.default_rng(0)
     gradients = [rng.normal(0, 10.0**-step, (3, 2, 3, 4, 8)) for step in range(6)]
     for cluster in (2, 0, 1):
@@ -81,12 +82,13 @@ def test_lazy_adamw_with_every_block_touched_is_mlx_adamw():
 
 def test_start_values_follow_from_seed_level_and_cluster_alone():
     def blocks(level: int, count: int, seed: int) -> np.ndarray:
-        return BlockTable(level, count, (2, 3, 4, 8), seed).weights
+        config = MemoryConfig(8, 2, (4, 4), (2, count // 2) if level == 2 else (count, 2))
+        return BlockTable(config, level, seed).weights
 
-    many = blocks(2, 5, seed=1)
-    assert np.array_equal(blocks(2, 3, seed=1), many[:3])
-    others = [*many, *blocks(1, 5, seed=1), *blocks(2, 5, seed=2)]
-    assert len({block.tobytes() for block in others}) == 15
+    many = blocks(2, 6, seed=1)
+    assert np.array_equal(blocks(2, 4, seed=1), many[:4])
+    others = [*many, *blocks(1, 5, seed=1), *blocks(2, 6, seed=2)]
+    assert len({block.tobytes() for block in others}) == 17
     assert not many[:, :, 2].any()  # down: no effect at the start
 
 
@@ -117,7 +119,7 @@ def direct_gradients(
 
     def loss(first: mx.array, third: mx.array, batch: mx.array) -> mx.array:
         inputs = batch[:, :-1]
-        with slot.using(mx.concatenate([first, third], axis=2)):
+        with slot.using((mx.concatenate([first, third], axis=2),)):
             return masked_loss(model(inputs, mask=packed_mask(inputs, EOT)), batch, EOT)
 
     for row in rows:

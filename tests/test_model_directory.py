@@ -127,7 +127,12 @@ def test_memory_made_for_a_wider_anchor_is_refused(broken):
     edit_json(
         broken / "hmem.json", lambda h: h["memory"].update(hidden_size=24, num_hidden_layers=3)
     )
-    refused(broken, "another anchor", "memory: 3 layers, hidden size 24", "anchor: 2 layers")
+    refused(
+        broken,
+        "another anchor",
+        "memory: num_hidden_layers 3, hidden_size 24",
+        "num_hidden_layers 2",
+    )
 
 
 def test_another_tree_for_the_same_encoder_is_refused(broken, texts):

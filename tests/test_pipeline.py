@@ -134,7 +134,7 @@ def test_the_bank_holds_the_trained_blocks_and_the_model_the_trained_anchor(made
             assert np.abs(wanted).max() > 0.1
             assert np.array_equal(np.array(block), wanted.astype(np.float16)), (level, cluster)
     generic = np.array(trained_blocks(run / "generic")[1][0]).astype(np.float16)
-    assert np.array_equal(np.array(model.bank.generic().rows), generic)
+    assert np.array_equal(np.array(model.bank.generic().rows[0]), generic)
     anchor = named_parameters(load_anchor(run / "anchor")[0])
     for name, array in named_parameters(model.anchor).items():
         assert np.array_equal(np.array(array), np.array(anchor[name])), name

@@ -9,16 +9,18 @@ AdamW. Start values follow from (seed, level, cluster) alone.
 import mlx.core as mx
 import numpy as np
 
-from mlx_hmem.memory.ffn import initial_block
+from mlx_hmem.config import MemoryConfig
+from mlx_hmem.memory import initial_block
 
 
 class BlockTable:
     """All blocks of one level, float32."""
 
-    def __init__(self, level: int, num_clusters: int, shape: tuple[int, ...], seed: int):
+    def __init__(self, config: MemoryConfig, level: int, seed: int):
+        num_clusters, r = config.num_clusters[level - 1], config.r[level - 1]
         self.weights = np.stack(
             [
-                initial_block(shape, np.random.default_rng([seed, level, cluster]))
+                initial_block(config, r, np.random.default_rng([seed, level, cluster]))
                 for cluster in range(num_clusters)
             ]
         )

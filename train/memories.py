@@ -6,6 +6,8 @@ to the batch size: a compiled step wants fixed shapes, and the padding gets no g
 put back.
 """
 
+from dataclasses import replace
+
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -13,6 +15,7 @@ import numpy as np
 
 from mlx_hmem.anchors.attach import attach_memory
 from mlx_hmem.config import MemoryConfig
+from mlx_hmem.memory import join_blocks
 from train.blocks import BlockTable, adamw
 from train.loop import masked_loss, packed_mask
 from train.recipe import TrainerConfig
@@ -39,19 +42,13 @@ class MemoryTrainee:
         anchor.freeze()
         self.tokens, self.paths = tokens, paths
         self.levels = [level for level in range(1, config.num_levels + 1) if config.r[level - 1]]
-        self.tables = [
-            BlockTable(level, config.num_clusters[level - 1], config.block_shape(level), seed)
-            for level in self.levels
-        ]
+        self.tables = [BlockTable(config, level, seed) for level in self.levels]
         slot = attach_memory(anchor, config)
         betas = (training.beta1, training.beta2)
 
         def loss(blocks: list[mx.array], indices: list[mx.array], batch: mx.array) -> mx.array:
-            # One memory per sequence: (batch, layers, 3, sum of r, hidden).
-            rows = mx.concatenate(
-                [b[i] for b, i in zip(blocks, indices, strict=True)],
-                axis=3,
-            )
+            # One memory per sequence.
+            rows = join_blocks([b[i] for b, i in zip(blocks, indices, strict=True)], config)
             inputs = batch[:, :-1]
             with slot.using(rows):
                 return masked_loss(anchor(inputs, mask=packed_mask(inputs, eot)), batch, eot)
@@ -101,10 +98,4 @@ class MemoryTrainee:
 
 def generic_config(config: MemoryConfig) -> MemoryConfig:
     """The generic memory as a bank of one level in which cluster 0 is always chosen."""
-    return MemoryConfig(
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_hidden_layers,
-        r=(sum(config.r),),
-        branching=(2,),
-        kind=config.kind,
-    )
+    return replace(config, r=(sum(config.r),), branching=(2,))

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from mlx_hmem.config import JsonConfig, MemoryConfig
+from mlx_hmem.config import ROWS_OF_KIND, JsonConfig, MemoryConfig
 from mlx_hmem.errors import UserError
 
 ANYTHING = float("inf")
@@ -176,12 +176,25 @@ class MemoriesSection(JsonConfig):
     r: tuple[int, ...] = field(
         default=(48, 24), metadata=_help("block-size multiplier of each level")
     )
+    kind: str = field(default="ffn", metadata=_help(f"one of {', '.join(ROWS_OF_KIND)}"))
+    layers: Any = field(
+        default="all", metadata=_help("all, first N, middle N, last N, or a list of layers")
+    )
+    keep_parameters: bool = field(
+        default=False, metadata=_help("on fewer layers, raise r to as many parameters as on all")
+    )
     training: TrainerConfig = field(
         default_factory=TrainerConfig, metadata=_help("how anchor and memories are trained")
     )
 
     def __post_init__(self) -> None:
         _wholes("memories.", "r", self.r, 0)
+        if type(self.keep_parameters) is not bool:
+            raise UserError(
+                "memories.keep_parameters is not true or false",
+                repr(self.keep_parameters),
+                "use false",
+            )
 
 
 @dataclass(frozen=True)
@@ -227,12 +240,19 @@ class Recipe(JsonConfig):
 
     @property
     def memory_config(self) -> MemoryConfig:
-        return MemoryConfig(
-            hidden_size=self.anchor.hidden_size,
-            num_hidden_layers=self.anchor.num_hidden_layers,
-            r=self.memories.r,
+        anchor, memories = self.anchor, self.memories
+        heads = anchor.num_attention_heads * anchor.head_dim
+        config = MemoryConfig(
+            hidden_size=anchor.hidden_size,
+            num_hidden_layers=anchor.num_hidden_layers,
+            r=memories.r,
             branching=self.tree.branching,
+            kind=memories.kind,
+            intermediate_size=anchor.intermediate_size,
+            query_size=heads,
+            key_value_size=heads,
         )
+        return config.placed(memories.layers, memories.keep_parameters)
 
     def sections(self, names: Iterable[str]) -> dict[str, Any]:
         """The named parts as JSON values: what a stage's result depends on."""

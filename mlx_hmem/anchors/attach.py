@@ -1,56 +1,49 @@
-"""Attaches memory to an anchor: its own architecture's or any gated-FFN model of mlx-lm.
+"""Attaches memory to an anchor: our own OpenLM or a model of mlx-lm, which stays as it is.
 
-The class of each layer's FFN is replaced by a subclass that adds the memory's output, so the
-anchor's parameter names, and with them its files, stay as they are. The memory of the moment lies
-in a slot that all layers share. A compiled or differentiated function must set the slot from one
-of its own arguments: an array that was there before tracing would be frozen into the graph.
+The memory of the moment lies in a slot that all layers share. A compiled or differentiated function
+must set the slot from one of its own arguments: an array that was there before tracing would be
+frozen into the graph.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_hmem.anchors.architectures import anchor_layers
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
-from mlx_hmem.memory.ffn import Activation, ffn_memory
-
-# Where each architecture keeps the gated FFN of a layer, and its activation.
-FFN_OF_ARCHITECTURE: dict[str, tuple[str, Activation]] = {
-    "openlm": ("mlp", nn.silu),
-    "llama": ("mlp", nn.silu),
-    "mistral": ("mlp", nn.silu),
-    "qwen2": ("mlp", nn.silu),
-    "qwen3": ("mlp", nn.silu),
-    "olmo2": ("mlp", nn.silu),
-    "smollm3": ("mlp", nn.silu),
-    "gemma3_text": ("mlp", nn.gelu_approx),
-}
+from mlx_hmem.memory import KINDS, Rows
+from mlx_hmem.memory.layer import AnchorLayer, AttentionLayer, FFNLayer, Projection
 
 
 class MemorySlot:
-    """Holds the memory that the attached layers use: rows (layers, 3, R, hidden) for the whole
-    batch, (batch, layers, 3, R, hidden) for one memory per row, or None for the anchor alone."""
+    """Holds the memory that the attached layers use: rows for the whole batch, rows with a batch
+    axis in front for one memory per row, or None for the anchor alone (see mlx_hmem.memory)."""
 
     def __init__(self, config: MemoryConfig):
         self.config = config
-        self.rows: mx.array | None = None
+        self.rows: Rows | None = None
 
-    def set(self, rows: mx.array | None) -> None:
-        shape = (self.config.num_hidden_layers, 3, self.config.hidden_size)
-        if rows is not None and (
-            rows.ndim not in (4, 5) or (*rows.shape[-4:-2], rows.shape[-1]) != shape
-        ):
-            raise UserError(
-                "the memory does not fit the anchor",
-                f"memory {rows.shape}, anchor of {shape[0]} layers and hidden size {shape[2]}",
-                "fetch it from a bank made for this anchor",
-            )
+    def set(self, rows: Rows | None) -> None:
+        if rows is not None:
+            layers = self.config.num_memory_layers
+            wanted = [(layers, count, width) for count, width in self.config.groups]
+            if [(*g.shape[-4:-2], g.shape[-1]) for g in rows] != wanted or not all(
+                group.ndim == rows[0].ndim in (4, 5) for group in rows
+            ):
+                raise UserError(
+                    "the memory does not fit the anchor",
+                    f"memory {[g.shape for g in rows]}; kind {self.config.kind} needs (layers, "
+                    f"rows, width) {wanted}",
+                    "fetch it from a bank made for this anchor",
+                )
         self.rows = rows
 
     @contextmanager
-    def using(self, rows: mx.array | None) -> Iterator[None]:
+    def using(self, rows: Rows | None) -> Iterator[None]:
         """The memory for the calls inside the ``with`` block; what was there before comes back."""
         before = self.rows
         self.set(rows)
@@ -59,47 +52,92 @@ class MemorySlot:
         finally:
             self.rows = before
 
-    def of_layer(self, index: int) -> mx.array | None:
-        return None if self.rows is None else self.rows[..., index, :, :, :]
+    def of_layer(self, place: int) -> Rows | None:
+        """The rows of the layer at this place among those that have memory."""
+        if self.rows is None:
+            return None
+        return tuple(group[..., place, :, :, :] for group in self.rows)
+
+
+def anchor_sizes(anchor: nn.Module) -> dict[str, Any]:
+    """What a :class:`MemoryConfig` must know of the anchor: its sizes, by their names there.
+
+    The size of a part that memory cannot join is left out.
+    """
+    layers = anchor_layers(anchor)
+    result: dict[str, Any] = {"num_hidden_layers": len(layers)}
+    for layer in layers:
+        if isinstance(layer.attention, AttentionLayer):
+            result["hidden_size"] = layer.attention.output.size
+            result["query_size"] = layer.attention.query.size
+            result["key_value_size"] = layer.attention.key.size
+        if isinstance(layer.ffn, FFNLayer):
+            result["hidden_size"] = layer.ffn.down.size
+            result["intermediate_size"] = layer.ffn.up.size
+            result["gated"] = layer.ffn.gate is not None
+    return result
+
+
+def memory_config(
+    anchor: nn.Module,
+    r: Sequence[int],
+    branching: Sequence[int],
+    kind: str = "ffn",
+    layers: Sequence[int] | None = None,
+) -> MemoryConfig:
+    """The config of a memory for this anchor."""
+    return MemoryConfig(
+        **anchor_sizes(anchor),
+        r=tuple(r),
+        branching=tuple(branching),
+        kind=kind,
+        layers=None if layers is None else tuple(layers),
+    )
 
 
 def attach_memory(anchor: nn.Module, config: MemoryConfig) -> MemorySlot:
-    """Makes every FFN of ``anchor`` add the memory in the returned slot, which starts empty."""
-    architecture = getattr(anchor, "model_type", type(anchor).__name__)
-    if architecture not in FFN_OF_ARCHITECTURE:
-        raise UserError(
-            "no memory can be attached to this architecture",
-            architecture,
-            f"use one of {', '.join(FFN_OF_ARCHITECTURE)}",
-        )
-    name, activation = FFN_OF_ARCHITECTURE[architecture]
-    layers = anchor.layers
-    hidden = layers[0][name].down_proj.weight.shape[0]
-    if (len(layers), hidden) != (config.num_hidden_layers, config.hidden_size):
+    """Makes the layers of ``anchor`` use the memory in the returned slot, which starts empty."""
+    sizes = anchor_sizes(anchor)
+    needed = ["num_hidden_layers", "hidden_size", *(s for s in SIZES if getattr(config, s))]
+    needed += ["gated"] if KINDS[config.kind].joins == "ffn" else []
+    wrong = [name for name in needed if name in sizes and sizes[name] != getattr(config, name)]
+    if wrong:
         raise UserError(
             "the memory was made for another anchor",
-            f"memory: {config.num_hidden_layers} layers, hidden size {config.hidden_size}; "
-            f"anchor: {len(layers)} layers, hidden size {hidden}",
+            f"memory: {_listed(config.to_dict(), wrong)}; anchor: {_listed(sizes, wrong)}",
             "use the bank that belongs to this anchor",
         )
+    layers = anchor_layers(anchor)
+    chosen = [layers[index] for index in config.memory_layers]
+    for layer in chosen:
+        _check(layer, config.kind)
     slot = MemorySlot(config)
-    for index, layer in enumerate(layers):
-        _attach_to_ffn(layer[name], slot, index, activation)
+    for place, layer in enumerate(chosen):
+        KINDS[config.kind].attach(layer, partial(slot.of_layer, place))
     return slot
 
 
-def _attach_to_ffn(ffn: nn.Module, slot: MemorySlot, index: int, activation: Activation) -> None:
-    base = type(ffn)
-    if getattr(base, "has_memory", False):
+SIZES = ("intermediate_size", "query_size", "key_value_size")
+
+
+def _listed(values: dict[str, Any], names: list[str]) -> str:
+    return ", ".join(f"{name} {values[name]}" for name in names)
+
+
+def _check(layer: AnchorLayer, kind: str) -> None:
+    """That the layer has what the kind joins, and no memory yet."""
+    part = getattr(layer, KINDS[kind].joins)
+    if isinstance(part, str):
+        other = [name for name in KINDS if not isinstance(getattr(layer, KINDS[name].joins), str)]
         raise UserError(
-            "memory is attached to this anchor already", base.__name__, "load the anchor again"
+            f"memory of kind {kind} cannot join layer {layer.index}",
+            f"its {KINDS[kind].joins} is {part}",
+            f"use kind {' or '.join(other)}" if other else "choose other layers",
         )
-
-    def call(self: nn.Module, x: mx.array) -> mx.array:
-        output = base.__call__(self, x)
-        rows = slot.of_layer(index)
-        if rows is None:
-            return output
-        return output + ffn_memory(x, rows.astype(x.dtype), activation)
-
-    ffn.__class__ = type(base.__name__, (base,), {"__call__": call, "has_memory": True})
+    modules = [p.module if isinstance(p, Projection) else p for p in vars(part).values()]
+    if any(getattr(type(module), "has_memory", False) for module in modules):
+        raise UserError(
+            "memory is attached to this anchor already",
+            f"layer {layer.index}",
+            "load the anchor again",
+        )

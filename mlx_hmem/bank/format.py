@@ -77,9 +77,9 @@ class Level(JsonConfig):
 
 
 def block_shape(config: MemoryConfig, level: int) -> tuple[int, ...]:
-    """(layers, 3, r, hidden) of a block of ``level``; r is the sum over the levels for GENERIC."""
+    """``config.block_shape``; for GENERIC that of a block whose r is the sum over the levels."""
     if level == GENERIC:
-        return (config.num_hidden_layers, 3, sum(config.r), config.hidden_size)
+        return config.shape_of(sum(config.r))
     return config.block_shape(level)
 
 

@@ -146,13 +146,13 @@ class Bank:
             self._hint([k for k in keys if k not in self._resident and k not in self._cache])
             for level, cluster in keys:
                 blocks[level - 1] = self._block(level, cluster)
-        return FetchedMemory(tuple(blocks))
+        return FetchedMemory(tuple(blocks), self.config)
 
     def generic(self) -> FetchedMemory:
         """The generic memory: one block of sum(r) rows, in the bank's dtype."""
         with self._lock:
             self.last_fetch = []
-            return FetchedMemory((self._block(GENERIC, 0),))
+            return FetchedMemory((self._block(GENERIC, 0),), self.config)
 
     def check(self, anchor_hash: str, tree_hash: str) -> None:
         """Raises UserError unless the bank was made for this anchor and this cluster tree."""

@@ -55,7 +55,7 @@ def write_bank(
         levels: one entry per level, coarsest first: its blocks in order of cluster, each of
             ``config.block_shape(level)`` in any float type, or None for a block of zeros. The
             entry of a level with r = 0 is not looked at.
-        generic: (layers, 3, sum of r, hidden), or None for zeros.
+        generic: a block of ``config.shape_of(sum(config.r))``, or None for zeros.
         dtype: ``float32``, ``float16`` or ``bfloat16``; blocks are rounded to it.
         anchor_hash: fingerprint of the anchor's weights; tree_hash: of the tree's file.
         shard_bytes: a file is cut, between blocks, before it grows beyond this.

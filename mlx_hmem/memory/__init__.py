@@ -1,28 +1,79 @@
-"""What a block is: its shape, its starting values, how it joins a layer.
+"""What a block is: its parts, its starting values, how it joins a layer.
 
-One module per memory kind. Arrays come in as arguments: nothing here knows of the bank.
+One module per family of kinds, all behind :class:`mlx_hmem.memory.layer.MemoryKind`. Arrays come in
+as arguments: nothing here knows of the bank.
+
+*Rows* is a fetched memory ready for use: for each group of equally wide rows
+(``MemoryConfig.groups``) one array (layers, rows, R, width), R being the sum of r over the fetched
+levels, with a batch axis in front where each row of a batch has its own.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import mlx.core as mx
+import numpy as np
+
+from mlx_hmem.config import MemoryConfig
+from mlx_hmem.memory.ffn import FFN
+from mlx_hmem.memory.kv import KV
+from mlx_hmem.memory.layer import MemoryKind, Rows
+from mlx_hmem.memory.lora import LORA_FFN, LORA_QK, LORA_VO
+
+KINDS: dict[str, MemoryKind] = {
+    "ffn": FFN,
+    "lora_ffn": LORA_FFN,
+    "lora_qk": LORA_QK,
+    "lora_vo": LORA_VO,
+    "kv": KV,
+}
+
+
+def split_block(block: mx.array, config: MemoryConfig) -> Rows:
+    """The groups of a block, each (..., layers, rows, r, width); axes in front stay."""
+    if len(config.groups) == 1:
+        return (block,)
+    r = block.shape[-1] // sum(rows * width for rows, width in config.groups)
+    parts, start = [], 0
+    for rows, width in config.groups:
+        part = block[..., start : start + rows * r * width]
+        parts.append(part.reshape(*block.shape[:-1], rows, r, width))
+        start += rows * r * width
+    return tuple(parts)
+
+
+def join_blocks(blocks: Sequence[mx.array], config: MemoryConfig) -> Rows:
+    """The blocks of several levels side by side along r."""
+    if len(blocks) == 1:
+        return split_block(blocks[0], config)
+    groups = zip(*(split_block(block, config) for block in blocks), strict=True)
+    return tuple(mx.concatenate(list(group), axis=-2) for group in groups)
+
+
+def initial_block(config: MemoryConfig, r: int, rng: np.random.Generator) -> np.ndarray:
+    """A float32 block of multiplier ``r`` that has no effect on the anchor."""
+    layers = config.num_memory_layers
+    shapes = [(layers, rows, r, width) for rows, width in config.groups]
+    groups = KINDS[config.kind].initial(shapes, rng)
+    if len(groups) == 1:
+        return groups[0]
+    return np.concatenate([group.reshape(layers, -1) for group in groups], axis=1)
 
 
 @dataclass(frozen=True)
 class FetchedMemory:
     """The blocks of one cluster path.
 
-    ``blocks[l]`` is the block of level l + 1, (layers, 3, r, hidden), or None where the level has
-    no memory or its cluster is blocked. The generic memory is one block of sum(r) rows.
+    ``blocks[l]`` is the block of level l + 1, of ``config.block_shape(l + 1)``, or None where the
+    level has no memory or its cluster is blocked. The generic memory is one block of sum(r) rows.
     """
 
     blocks: tuple[mx.array | None, ...]
+    config: MemoryConfig
 
     @cached_property
-    def rows(self) -> mx.array | None:
-        """The blocks joined along r: (layers, 3, sum of r, hidden); None if nothing was fetched."""
+    def rows(self) -> Rows | None:
+        """The blocks joined, one array per group; None if nothing was fetched."""
         present = [block for block in self.blocks if block is not None]
-        if not present:
-            return None
-        return present[0] if len(present) == 1 else mx.concatenate(present, axis=2)
+        return join_blocks(present, self.config) if present else None

@@ -1,16 +1,24 @@
-"""FFN memory: r more inner units in every gated FFN (paper, section 3).
+"""FFN memory: r more inner units in every FFN (paper, section 3), the kind the paper settles on.
 
 A block holds, for each layer, gate, up and the *transposed* down matrix, each r × hidden, so that
 blocks join by concatenation along r and a slice of a joined memory allocates nothing. Adding the
-output of this small FFN equals widening the anchor's own FFN by the fetched rows.
+output of this small FFN equals widening the anchor's own FFN by the fetched rows. An FFN without a
+gate gets units without one: up and down alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import numpy as np
 
-Activation = Callable[[mx.array], mx.array]
+from mlx_hmem.memory.layer import (
+    Activation,
+    AnchorLayer,
+    FFNLayer,
+    LayerMemory,
+    extend,
+    truncated_normal,
+)
 
 
 def ffn_memory(x: mx.array, rows: mx.array, activation: Activation) -> mx.array:
@@ -18,25 +26,42 @@ def ffn_memory(x: mx.array, rows: mx.array, activation: Activation) -> mx.array:
 
     Args:
         x: the FFN's input, (batch, time, hidden).
-        rows: (3, R, hidden), one memory for all rows of the batch, or (batch, 3, R, hidden).
+        rows: (3, R, hidden), one memory for all rows of the batch, or (batch, 3, R, hidden);
+            2 in place of 3 for an FFN without a gate.
         activation: the anchor's own, SiLU for SwiGLU.
     """
-    num_rows, hidden = rows.shape[-2:]
+    count, num_rows, hidden = rows.shape[-3:]
+    if count == 2:
+        return activation(x @ rows[..., 0, :, :].swapaxes(-1, -2)) @ rows[..., 1, :, :]
     # Gate and up in one matrix product: two small ones cost twice the launches.
     gate_up = rows[..., :2, :, :].reshape(*rows.shape[:-3], 2 * num_rows, hidden)
     gate, up = mx.split(x @ gate_up.swapaxes(-1, -2), 2, axis=-1)
     return (activation(gate) * up) @ rows[..., 2, :, :]
 
 
-def initial_block(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    """A block with no effect: gate and up truncated normal at 3σ, σ = hidden^-1/2; down zero.
+class FFNMemory:
+    joins = "ffn"
 
-    Returns float32 of ``shape`` = (layers, 3, r, hidden).
-    """
-    layers, _, r, hidden = shape
-    block = np.zeros(shape, np.float32)
-    draws = rng.standard_normal((layers, 2, r, hidden), np.float32)
-    while (outside := np.abs(draws) > 3).any():
-        draws[outside] = rng.standard_normal(int(outside.sum()), np.float32)
-    block[:, :2] = draws * hidden**-0.5
-    return block
+    def initial(
+        self, shapes: Sequence[tuple[int, ...]], rng: np.random.Generator
+    ) -> list[np.ndarray]:
+        """Gate and up truncated normal, down zero."""
+        ((layers, count, r, hidden),) = shapes
+        block = np.zeros((layers, count, r, hidden), np.float32)
+        block[:, :-1] = truncated_normal((layers, count - 1, r, hidden), rng)
+        return [block]
+
+    def attach(self, layer: AnchorLayer, memory: LayerMemory) -> None:
+        assert isinstance(layer.ffn, FFNLayer)
+        activation = layer.ffn.activation
+
+        def call(before: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
+            rows = memory()
+            if rows is None:
+                return before(x)
+            return before(x) + ffn_memory(x, rows[0].astype(x.dtype), activation)
+
+        extend(layer.ffn.module, call)
+
+
+FFN = FFNMemory()

@@ -1,0 +1,83 @@
+"""KV memory: r learned key-value pairs per layer that every query attends to (paper, section 3).
+
+No causal mask, no positional encoding; the result is added to the attention's own output, before
+the output projection. Left open by the paper, chosen here: the queries are those before RoPE, but
+after a query norm where the anchor has one; scores are scaled as the anchor scales its own; with
+grouped queries each query head has its own pairs, which makes 2 · r · layers · heads · head_dim
+parameters for every anchor.
+"""
+
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_hmem.memory.layer import (
+    AnchorLayer,
+    AttentionLayer,
+    LayerMemory,
+    extend,
+    truncated_normal,
+)
+
+
+def kv_memory(queries: mx.array, rows: mx.array, num_heads: int, scale: float) -> mx.array:
+    """What the queries find in one layer's memory, (batch, time, heads × head_dim).
+
+    Args:
+        queries: (batch, time, heads × head_dim).
+        rows: keys and values, (2, R, heads × head_dim) or (batch, 2, R, heads × head_dim).
+    """
+    batch, time, width = queries.shape
+    queries = queries.reshape(batch, time, num_heads, -1).transpose(0, 2, 1, 3)
+    pairs = rows.reshape(-1, 2, rows.shape[-2], num_heads, width // num_heads)
+    pairs = mx.broadcast_to(pairs, (batch, *pairs.shape[1:])).swapaxes(2, 3)
+    found = mx.fast.scaled_dot_product_attention(queries, pairs[:, 0], pairs[:, 1], scale=scale)
+    return found.transpose(0, 2, 1, 3).reshape(batch, time, width)
+
+
+class KVMemory:
+    joins = "attention"
+
+    def initial(
+        self, shapes: Sequence[tuple[int, ...]], rng: np.random.Generator
+    ) -> list[np.ndarray]:
+        """Keys truncated normal, values zero."""
+        ((layers, _, r, width),) = shapes
+        block = np.zeros((layers, 2, r, width), np.float32)
+        block[:, 0] = truncated_normal((layers, r, width), rng)
+        return [block]
+
+    def attach(self, layer: AnchorLayer, memory: LayerMemory) -> None:
+        attention = layer.attention
+        assert isinstance(attention, AttentionLayer)
+        query, seen = attention.query, list[mx.array]()
+
+        def query_call(before: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
+            output = before(x)
+            seen[:] = [output[..., query.start : query.start + query.size]]
+            return output
+
+        def output_call(before: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
+            rows, queries = memory(), _normed(seen.pop(), attention)
+            if rows is None:
+                return before(x)
+            pairs = rows[0].astype(x.dtype)
+            return before(x + kv_memory(queries, pairs, attention.num_heads, attention.scale))
+
+        extend(query.module, query_call)
+        extend(attention.output.module, output_call)
+
+
+def _normed(queries: mx.array, attention: AttentionLayer) -> mx.array:
+    """The queries as the anchor norms them: all heads at once, or each by itself."""
+    norm = attention.query_norm
+    if norm is None:
+        return queries
+    if norm.weight.size == queries.shape[-1]:
+        return norm(queries)
+    heads = queries.reshape(*queries.shape[:-1], attention.num_heads, -1)
+    return norm(heads).reshape(queries.shape)
+
+
+KV = KVMemory()

@@ -1,0 +1,95 @@
+"""What memory needs to know of an anchor's layer, and the way it joins it.
+
+A module's class is replaced by a subclass that adds the memory's part, so the anchor's parameter
+names, and with them its files, stay as they are.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+Rows = tuple[mx.array, ...]
+# The rows of one layer at the moment of the call, (rows, R, width) or (batch, rows, R, width) for
+# each group; None for the anchor alone.
+LayerMemory = Callable[[], Rows | None]
+Activation = Callable[[mx.array], mx.array]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear module, or ``size`` outputs from ``start`` on of one that serves several."""
+
+    module: nn.Module
+    start: int
+    size: int
+
+
+@dataclass(frozen=True)
+class FFNLayer:
+    """The feed-forward network of a layer; ``gate`` is None where it has none."""
+
+    module: nn.Module
+    activation: Activation
+    gate: Projection | None
+    up: Projection
+    down: Projection
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """``query_norm`` is applied to queries before RoPE, to each head or to all of them at once."""
+
+    query: Projection
+    key: Projection
+    value: Projection
+    output: Projection
+    num_heads: int
+    scale: float
+    query_norm: nn.Module | None
+
+
+@dataclass(frozen=True)
+class AnchorLayer:
+    """One layer of an anchor; a part that memory cannot join is a text that says what it is."""
+
+    index: int
+    ffn: FFNLayer | str
+    attention: AttentionLayer | str
+
+
+class MemoryKind(Protocol):
+    """A kind of memory. ``joins`` is the part of the layer that it changes: ffn or attention."""
+
+    joins: str
+
+    def initial(
+        self, shapes: Sequence[tuple[int, ...]], rng: np.random.Generator
+    ) -> list[np.ndarray]:
+        """Starting values without effect: float32 arrays (layers, rows, r, width), one a group."""
+        ...
+
+    def attach(self, layer: AnchorLayer, memory: LayerMemory) -> None:
+        """Makes the layer use ``memory`` from its next call on."""
+        ...
+
+
+def extend(module: nn.Module, call: Callable[..., mx.array]) -> None:
+    """Makes ``module(x, ...)`` return ``call(before, x, ...)``, ``before`` being what it did."""
+    base: Any = type(module)
+
+    def extended(self: nn.Module, *args: Any, **kwargs: Any) -> mx.array:
+        return call(lambda *a, **k: base.__call__(self, *a, **k), *args, **kwargs)
+
+    module.__class__ = type(base.__name__, (base,), {"__call__": extended, "has_memory": True})
+
+
+def truncated_normal(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """Normal at σ = width^-1/2, drawn again beyond 3σ; the width is the last axis."""
+    draws = rng.standard_normal(shape, np.float32)
+    while (outside := np.abs(draws) > 3).any():
+        draws[outside] = rng.standard_normal(int(outside.sum()), np.float32)
+    return draws * shape[-1] ** -0.5
