@@ -1,129 +1,32 @@
-"""Every architecture with every kind of memory: nothing at the start, then what the paper says.
-
-The references are not the attached code: FFN memory against widened matrices, LoRA against patched
-weights, KV against attention written out inside the architecture's own attention function.
-"""
+"""Every architecture with every kind of memory: nothing at the start, then what the paper says."""
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_map
+from mlx.utils import tree_unflatten
 from mlx_lm.generate import generate_step
 
 from mlx_hmem.anchors.architectures import ARCHITECTURES
-from mlx_hmem.anchors.attach import anchor_sizes, attach_memory, memory_config
+from mlx_hmem.anchors.attach import anchor_sizes, attach_memory
 from mlx_hmem.anchors.load import named_parameters
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.generation import AnchorWithMemory
-from mlx_hmem.memory import KINDS, FetchedMemory, Rows, initial_block, join_blocks, split_block
-from tests.tiny_anchors import EXPERTS, GATED, HEADS, LAYERS, UNGATED, VOCAB, make_anchor, module_of
+from mlx_hmem.memory import KINDS, FetchedMemory, initial_block, join_blocks, split_block
+from tests.references import (
+    PAIRS,
+    apply_reference,
+    config_of,
+    gradient_errors,
+    make_ids,
+    random_rows,
+    switch_rope_off,
+)
+from tests.tiny_anchors import EXPERTS, GATED, UNGATED, make_anchor
 
-PAIRS = [(name, kind) for name in GATED + UNGATED for kind in KINDS]
-PAIRS += [(name, kind) for name in EXPERTS for kind in ("lora_qk", "lora_vo", "kv")]
+WITHOUT_EXPERTS = [pair for pair in PAIRS if pair[0] not in EXPERTS]
 every_pair = pytest.mark.parametrize(("name", "kind"), PAIRS)
-
-
-def config_of(anchor: nn.Module, kind: str, layers: tuple[int, ...] | None = None) -> MemoryConfig:
-    return memory_config(anchor, r=(4, 0, 3), branching=(2, 2, 2), kind=kind, layers=layers)
-
-
-def random_rows(config: MemoryConfig, seed: int, size: float = 0.3) -> Rows:
-    rng = np.random.default_rng(seed)
-    blocks = [
-        mx.array(size * rng.standard_normal(config.block_shape(level), np.float32))
-        for level in (1, 3)
-    ]
-    return join_blocks(blocks, config)
-
-
-def make_ids(seed: int = 3, shape: tuple[int, int] = (2, 9)) -> mx.array:
-    return mx.random.randint(0, VOCAB, shape, key=mx.random.key(seed))
-
-
-def widen(anchor: nn.Module, rows: Rows) -> None:
-    """Puts FFN memory into the anchor's own FFN matrices, bias 0 for the new units."""
-    for index, layer in enumerate(anchor.layers):
-        mlp, *rest = layer.mlp, *rows[0][index]
-        down, inner = rest[-1], rest[:-1]
-        if "gate_up_proj" in mlp:  # one matrix: all gates, then all ups
-            gate, up = mx.split(mlp.gate_up_proj.weight, 2)
-            mlp.gate_up_proj.weight = mx.concatenate([gate, inner[0], up, inner[1]])
-            names = []
-        else:
-            names = [n for n in ("gate_proj", "up_proj", "c_fc") if n in mlp]
-        for linear, added in zip((mlp[n] for n in names), inner, strict=bool(names)):
-            linear.weight = mx.concatenate([linear.weight, added])
-            if "bias" in linear:
-                linear.bias = mx.concatenate([linear.bias, mx.zeros(added.shape[0])])
-        last = mlp["down_proj" if "down_proj" in mlp else "c_proj"]
-        last.weight = mx.concatenate([last.weight, down.T], axis=1)
-
-
-def patched(weight: mx.array, start: int, a: mx.array, b: mx.array) -> mx.array:
-    """``weight`` with 2 · Bᵀ A added to its rows from ``start`` on."""
-    end = start + b.shape[-1]
-    return mx.concatenate([weight[:start], weight[start:end] + 2 * b.T @ a, weight[end:]])
-
-
-def patch_weights(anchor: nn.Module, kind: str, rows: Rows) -> None:
-    """Puts LoRA memory into the anchor's own weights."""
-    for index, layer in enumerate(anchor.layers):
-        g = [group[index] for group in rows]
-        if kind == "lora_ffn":
-            mlp = layer.mlp
-            last = mlp["down_proj" if "down_proj" in mlp else "c_proj"]
-            last.weight = patched(last.weight, 0, g[1][-1], g[0][-1])
-            ups = list(zip(g[0][:-1], g[1][:-1], strict=True))  # gate if there is one, up
-            if "gate_up_proj" in mlp:
-                for place, (a, b) in enumerate(ups):
-                    shared = mlp.gate_up_proj
-                    shared.weight = patched(shared.weight, place * b.shape[-1], a, b)
-            else:
-                names = [n for n in ("gate_proj", "up_proj", "c_fc") if n in mlp]
-                for linear, (a, b) in zip((mlp[n] for n in names), ups, strict=True):
-                    linear.weight = patched(linear.weight, 0, a, b)
-            continue
-        attention = layer["attn" if "attn" in layer else "self_attn"]
-        shared = next((attention[n] for n in ("qkv_proj", "c_attn") if n in attention), None)
-        q, kv = g[1].shape[-1], g[2].shape[-1]
-        if kind == "lora_qk":
-            places = {"q_proj": (0, g[0][0], g[1][0]), "k_proj": (q, g[0][1], g[2][0])}
-        else:
-            places = {"v_proj": (q + kv, g[0][0], g[2][0])}
-            last = attention["c_proj" if "c_proj" in attention else "o_proj"]
-            last.weight = patched(last.weight, 0, g[1][0], g[0][1])
-        for name, (start, a, b) in places.items():
-            linear = shared if shared is not None else attention[name]
-            start = start if shared is not None else 0
-            linear.weight = patched(linear.weight, start, a, b)
-
-
-def write_out_kv(anchor: nn.Module, name: str, rows: Rows, monkeypatch) -> None:
-    """Adds softmax(q Kᵀ · scale) V in the attention function of the architecture's own module.
-
-    That function sees queries after RoPE, so RoPE must be off.
-    """
-    code, layer = module_of(name), iter(range(LAYERS * 100))
-    before = code.scaled_dot_product_attention
-
-    def attention(queries, keys, values, cache, scale, mask, **kwargs):
-        output = before(queries, keys, values, cache=cache, scale=scale, mask=mask, **kwargs)
-        k, v = (
-            part.reshape(part.shape[0], HEADS, -1).transpose(1, 0, 2)
-            for part in rows[0][next(layer) % LAYERS]
-        )
-        weights = mx.softmax(scale * (queries @ k.swapaxes(-1, -2)), axis=-1)
-        return output + weights @ v
-
-    monkeypatch.setattr(code, "scaled_dot_product_attention", attention)
-
-
-def switch_rope_off(anchor: nn.Module) -> None:
-    for layer in anchor.layers:
-        if "self_attn" in layer:
-            layer.self_attn.rope = lambda x, offset=0: x
 
 
 @every_pair
@@ -142,12 +45,7 @@ def test_memory_equals_the_patched_anchor_and_keeps_the_names(name, kind, monkey
         attached = anchor(ids)
     assert mx.array_equal(anchor(ids), alone)
     mx.eval(attached)
-    if kind == "ffn":
-        widen(other, rows)
-    elif kind == "kv":
-        write_out_kv(other, name, rows, monkeypatch)
-    else:
-        patch_weights(other, kind, rows)
+    apply_reference(other, name, kind, rows, monkeypatch.setattr)
     assert mx.abs(attached - alone).max().item() > 1e-3
     assert mx.abs(attached - other(ids)).max().item() < 1e-5
 
@@ -179,36 +77,9 @@ def test_a_row_of_a_batch_equals_the_row_alone(name, kind):
 
 
 # Experts know float32 only; what memory joins there is llama's.
-@pytest.mark.parametrize(("name", "kind"), [pair for pair in PAIRS if pair[0] not in EXPERTS])
+@pytest.mark.parametrize(("name", "kind"), WITHOUT_EXPERTS)
 def test_gradients_of_the_memory_equal_finite_differences(name, kind):
-    with mx.stream(mx.cpu):  # float64 is there only; RoPE and norms stay near float32
-        anchor, ids = make_anchor(name), make_ids(shape=(1, 5))
-        config = config_of(anchor, kind)
-        anchor.update(tree_map(lambda a: a.astype(mx.float64), anchor.parameters()))
-        slot = attach_memory(anchor, config)
-        rows = tuple(g.astype(mx.float64) for g in random_rows(config, 5))
-
-        def loss(rows: Rows) -> mx.array:
-            with slot.using(rows):
-                return anchor(ids).square().mean()
-
-        gradients = mx.grad(loss)(rows)
-        rng = np.random.default_rng(0)
-        for group, gradient in enumerate(gradients):
-            # Near the gradient: across it, rounding would be all that is measured.
-            direction = gradient * mx.array(rng.uniform(0.2, 1.8, gradient.shape), mx.float64)
-            direction = direction / mx.linalg.norm(direction)
-
-            def moved(size: float, group: int = group, direction: mx.array = direction) -> float:
-                changed = [*rows[:group], rows[group] + size * direction, *rows[group + 1 :]]
-                return loss(tuple(changed)).item()
-
-            expected = (gradient * direction).sum().item()
-            h = min(4e-3, 2e-3 / abs(expected))
-            measured = 8 * (moved(h) - moved(-h)) - (moved(2 * h) - moved(-2 * h))
-            measured /= 12 * h
-            assert measured == pytest.approx(expected, rel=1e-3)
-            assert abs(measured) > 1e-6
+    assert max(gradient_errors(name, kind)) < 1e-3
 
 
 @every_pair
@@ -272,3 +143,47 @@ def test_blocks_split_and_join_as_fetched_memory_does():
     assert sorted(np.concatenate([np.array(g).ravel() for g in fetched.rows])) == sorted(
         np.concatenate(blocks)
     )
+
+
+def quantize(anchor: nn.Module, bits: int, mode: str) -> None:
+    def fits(_: str, module: nn.Module) -> bool:
+        return isinstance(module, nn.Linear) and module.weight.shape[-1] % 32 == 0
+
+    nn.quantize(anchor, 32, bits, mode=mode, class_predicate=fits)
+
+
+def dequantize(anchor: nn.Module) -> None:
+    """Puts plain linear modules with the same rounded weights in place of quantised ones."""
+    for path, module in anchor.named_modules():
+        if isinstance(module, nn.QuantizedLinear):
+            weight = mx.dequantize(
+                module.weight, module.scales, module.get("biases"),
+                group_size=module.group_size, bits=module.bits, mode=module.mode,
+            )  # fmt: skip
+            plain = nn.Linear(1, 1, bias="bias" in module)
+            if "bias" in module:
+                plain.bias = module.bias
+            plain.weight = weight.astype(mx.float32)
+            anchor.update_modules(tree_unflatten([(path, plain)]))
+
+
+@pytest.mark.parametrize(("bits", "mode"), [(4, "affine"), (8, "affine"), (4, "mxfp4")])
+@pytest.mark.parametrize(("name", "kind"), WITHOUT_EXPERTS)
+def test_a_quantised_anchor_takes_full_precision_memory(name, kind, bits, mode, monkeypatch):
+    ids, anchor, other = make_ids(), make_anchor(name), make_anchor(name)
+    if kind == "kv":
+        switch_rope_off(anchor)
+        switch_rope_off(other)
+    quantize(anchor, bits, mode)
+    quantize(other, bits, mode)
+    dequantize(other)
+    config = config_of(anchor, kind)
+    slot, rows = attach_memory(anchor, config), random_rows(config, 0, size=0.15)
+    alone = anchor(ids)
+    assert mx.abs(alone - other(ids)).max().item() < 1e-4
+    with slot.using(rows):
+        attached = anchor(ids)
+    mx.eval(attached)
+    apply_reference(other, name, kind, rows, monkeypatch.setattr)
+    assert mx.abs(attached - alone).max().item() > 1e-3
+    assert mx.abs(attached - other(ids)).max().item() < 1e-4

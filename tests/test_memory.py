@@ -16,7 +16,7 @@ from mlx_hmem.anchors.load import named_parameters
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.memory import Rows, initial_block
-from tests.test_kinds import config_of, random_rows
+from tests.references import config_of, random_rows
 from tests.tiny_anchors import LAYERS, VOCAB, make_anchor
 
 
@@ -76,7 +76,7 @@ FORMULAS = {
 def test_fetched_sizes_are_the_papers_formulas(kind):
     anchor = make_anchor("openlm")  # as many key-value heads as heads, as in the paper
     config = config_of(anchor, kind)
-    assert config.fetched_parameters == FORMULAS[kind](7, LAYERS, 32, 48, 32)
+    assert config.fetched_parameters == FORMULAS[kind](7, LAYERS, 32, 64, 32)
     blocks = [np.prod(config.block_shape(level)) for level in (1, 2, 3)]
     assert config.bank_parameters == 2 * blocks[0] + 8 * blocks[2]
     assert blocks[1] == 0

@@ -8,9 +8,9 @@ import mlx.nn as nn
 
 from mlx_hmem.anchors.openlm import Model, ModelArgs
 
-HIDDEN, LAYERS, INNER, VOCAB, CONTEXT = 32, 3, 48, 64, 128
+HIDDEN, LAYERS, INNER, VOCAB, CONTEXT = 32, 3, 64, 64, 128
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
-SIZES = dict(
+SIZES: dict[str, Any] = dict(
     hidden_size=HIDDEN,
     num_hidden_layers=LAYERS,
     intermediate_size=INNER,
