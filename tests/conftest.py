@@ -50,8 +50,7 @@ def save_bank(folder: Path, config: MemoryConfig, anchor: str, tree: str) -> Non
         [rng.normal(0, 0.6, config.block_shape(level)).astype(np.float32) for _ in range(count)]
         for level, count in enumerate(config.num_clusters, 1)
     ]
-    shape = (config.num_hidden_layers, 3, sum(config.r), config.hidden_size)
-    generic = rng.normal(0, 0.6, shape).astype(np.float32)
+    generic = rng.normal(0, 0.6, config.shape_of(sum(config.r))).astype(np.float32)
     shutil.rmtree(folder, ignore_errors=True)
     write_bank(folder, config, levels, generic, dtype="float32", anchor_hash=anchor, tree_hash=tree)
 

@@ -1,8 +1,8 @@
 """The one-way arrows between the rooms of the house, read from the source.
 
 errors, files, config → memory → {anchors, bank}; config → retriever; anchors → generation;
-{anchors, bank, retriever, generation} → model → loading → evaluate; mlx_hmem → {train, convert,
-generate.py}; torch only under convert/ and tests/.
+{anchors, bank, retriever, generation} → model → loading → evaluate; model → batch; mlx_hmem →
+{train, convert, generate.py}; torch only under convert/ and tests/.
 """
 
 import ast
@@ -23,6 +23,7 @@ ROOMS = {
     "retriever": BOTTOM,
     "model": MODEL,
     "generation": BOTTOM | {"memory", "anchors"},
+    "batch": MODEL,
     "loading": MODEL | {"loading"},
     "evaluate": MODEL | {"loading"},
     "__init__": MODEL | {"loading"},

@@ -6,10 +6,11 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 
-from mlx_hmem.anchors.attach import attach_memory
+from mlx_hmem.anchors.attach import attach_memory, memory_config
 from mlx_hmem.anchors.load import named_parameters
 from mlx_hmem.anchors.openlm import Model, ModelArgs
 from mlx_hmem.config import MemoryConfig
+from mlx_hmem.memory import KINDS
 from train.anchor import initialise
 from train.blocks import BlockTable, adamw
 from train.loop import masked_loss, packed_mask
@@ -204,3 +205,20 @@ def test_generic_memory_has_the_size_of_a_fetched_one():
     generic = generic_config(MEMORY)
     assert generic.block_shape(1) == (2, 3, 6, 16)
     assert generic.fetched_parameters == MEMORY.fetched_parameters
+
+
+@pytest.mark.parametrize("layers", ["all", "first 1"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_learns_and_starts_from_the_anchors_own_loss(kind, layers):
+    model = make_model()
+    config = memory_config(model, MEMORY.r, MEMORY.branching, kind).placed(layers)
+    tokens = np.random.default_rng(0).integers(1, VOCABULARY, (4, CONTEXT + 1)).astype(np.uint16)
+    batch = mx.array(tokens.astype(np.int32))
+    alone = masked_loss(model(batch[:, :-1]), batch, EOT).item()
+    paths = np.array([path_of(leaf) for leaf in (0, 1, 5, 7)])
+    training = TrainerConfig(weight_decay=0.0)
+    trainee = MemoryTrainee(model, config, tokens, paths, EOT, training, SEED)
+    losses = [trainee.step(np.arange(4), 3e-2)[0] for _ in range(30)]
+    assert losses[0] == pytest.approx(alone, rel=1e-5)
+    assert losses[-1] < 0.95 * losses[0]
+    assert all(np.isfinite(losses))

@@ -1,6 +1,7 @@
 """A model directory whose parts do not belong together is refused in one line, never gibberish."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -9,10 +10,12 @@ import pytest
 from conftest import MEMORY, edit_json, save_anchor, save_bank
 
 from mlx_hmem import load
-from mlx_hmem.anchors.load import anchor_hash
+from mlx_hmem.anchors.attach import attach_memory, memory_config
+from mlx_hmem.anchors.load import anchor_hash, load_anchor
 from mlx_hmem.config import HmemConfig, MemoryConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import fingerprint
+from mlx_hmem.memory import KINDS
 from mlx_hmem.retriever import ClusterTree, load_encoder
 from mlx_hmem.retriever.encoder import STATIC_FOLDER
 
@@ -49,6 +52,29 @@ def test_an_untouched_copy_loads_and_answers_as_the_original(broken, model, text
     ids = mx.array([copy.tokenizer.encode(texts[0])[:20]])
     assert path == model.retriever.route(texts[0])
     assert np.array_equal(np.array(copy(ids, [path])), np.array(model(ids, [path])))
+
+
+@pytest.mark.parametrize("layers", ["all", "last 1"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_directory_with_any_kind_of_memory_loads_and_uses_it(broken, kind, layers, texts):
+    anchor, _ = load_anchor(broken)
+    config = memory_config(anchor, MEMORY.r, MEMORY.branching, kind).placed(layers)
+    hmem = hmem_of(broken)
+    save_bank(broken / "bank", config, hmem.anchor_hash, hmem.retriever.tree_hash)
+    (broken / "hmem.json").write_text(replace(hmem, memory=config).to_json())
+    model, slot = load(broken), attach_memory(anchor, config)
+    assert model.bank is not None
+    path = model.retriever.route(texts[0])
+    ids = mx.array([model.tokenizer.encode(texts[0])[:12]])
+    for memory, fetched in (("fetched", model.bank.fetch(path)), ("generic", model.bank.generic())):
+        with slot.using(fetched.rows):
+            wanted = anchor(ids)
+        assert mx.abs(model(ids, [path], memory) - wanted).max().item() < 1e-5
+        assert mx.abs(model(ids, memory="none") - wanted).max().item() > 0.05
+    rows = model(mx.concatenate([ids, ids]), [path, (0, 0, 0)])
+    assert mx.abs(rows[:1] - model(ids, [path])).max().item() < 1e-5
+    pieces = list(model.stream(texts[0][:30], max_tokens=5))
+    assert len(pieces) == 5
 
 
 @pytest.mark.parametrize(
