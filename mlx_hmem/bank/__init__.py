@@ -1,7 +1,8 @@
 """The memory bank on disk: its format, the lazy reader and the writer (docs/bank_format.md)."""
 
-from mlx_hmem.bank.format import Manifest
+from mlx_hmem.bank.format import Manifest, stored_levels
+from mlx_hmem.bank.quantization import Quantization
 from mlx_hmem.bank.reader import Bank, BlockRead
 from mlx_hmem.bank.writer import write_bank
 
-__all__ = ["Bank", "BlockRead", "Manifest", "write_bank"]
+__all__ = ["Bank", "BlockRead", "Manifest", "Quantization", "stored_levels", "write_bank"]

@@ -1,19 +1,26 @@
 """Format version 1 of the memory bank: the manifest, and what every file must look like.
 
-Almost everything about a bank follows from its memory config, dtype and the cut into shards. The
-manifest writes it all out for other readers, and here each derived value must equal what follows:
-nothing in a bank is merely plausible. docs/bank_format.md gives the format byte for byte.
+Almost everything about a bank follows from its memory config, dtype, quantisation and the cut into
+shards. The manifest writes it all out for other readers, and here each derived value must equal
+what follows: nothing in a bank is merely plausible. docs/bank_format.md gives the format byte for
+byte.
 """
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import mlx.core as mx
 
+from mlx_hmem.bank.quantization import (
+    Part,
+    Quantization,
+    check_quantization,
+    group_shapes,
+    quantized_parts,
+)
 from mlx_hmem.config import JsonConfig, MemoryConfig, check_version, read_json
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import (
@@ -31,17 +38,16 @@ REMEDY = "fetch or export the bank again"
 
 
 class StoredType(NamedTuple):
-    """A dtype of the bank: its name in safetensors, MLX's type, and the integer of its width."""
+    """A dtype of the bank: its name in safetensors, and MLX's type."""
 
     tag: str
     dtype: mx.Dtype
-    bits: mx.Dtype
 
 
 STORED_TYPES = {
-    "float32": StoredType("F32", mx.float32, mx.uint32),
-    "float16": StoredType("F16", mx.float16, mx.uint16),
-    "bfloat16": StoredType("BF16", mx.bfloat16, mx.uint16),
+    "float32": StoredType("F32", mx.float32),
+    "float16": StoredType("F16", mx.float16),
+    "bfloat16": StoredType("BF16", mx.bfloat16),
 }
 
 
@@ -70,22 +76,37 @@ class Level(JsonConfig):
     shards: tuple[Shard, ...]
 
     @classmethod
-    def layout(cls, config: MemoryConfig, level: int, dtype: str) -> Self:
+    def layout(
+        cls, config: MemoryConfig, level: int, dtype: str, quantization: Quantization | None
+    ) -> Self:
         """The level as it follows from the config, without its shards."""
-        num_bytes = math.prod(block_shape(config, level)) * STORED_TYPES[dtype].dtype.size
+        num_bytes = sum(p.nbytes for p in block_parts(config, level, dtype, quantization))
         return cls(level, num_bytes, -(-num_bytes // PAGE) * PAGE, ())
 
 
-def block_shape(config: MemoryConfig, level: int) -> tuple[int, ...]:
-    """``config.block_shape``; for GENERIC that of a block whose r is the sum over the levels."""
-    if level == GENERIC:
-        return config.shape_of(sum(config.r))
-    return config.block_shape(level)
+def stored_r(config: MemoryConfig) -> dict[int, int]:
+    """The multiplier r of the generic memory and of every level that has memory."""
+    return {GENERIC: sum(config.r)} | {level: r for level, r in enumerate(config.r, 1) if r}
 
 
 def stored_levels(config: MemoryConfig) -> list[int]:
     """The generic memory and every level that has memory."""
-    return [GENERIC, *(level for level, r in enumerate(config.r, 1) if r)]
+    return list(stored_r(config))
+
+
+def block_shape(config: MemoryConfig, level: int) -> tuple[int, ...]:
+    """``config.block_shape``; for GENERIC that of a block whose r is the sum over the levels."""
+    return config.shape_of(sum(config.r) if level == GENERIC else config.r[level - 1])
+
+
+def block_parts(
+    config: MemoryConfig, level: int, dtype: str, quantization: Quantization | None
+) -> tuple[Part, ...]:
+    """The arrays of which a stored block consists, one after the other without a gap."""
+    stored = STORED_TYPES[dtype].dtype
+    if quantization is None:
+        return (Part(stored, block_shape(config, level)),)
+    return quantized_parts(group_shapes(config, stored_r(config)[level]), stored, quantization)
 
 
 def num_blocks(config: MemoryConfig, level: int) -> int:
@@ -99,7 +120,7 @@ class Manifest(JsonConfig):
     format_version: int
     memory: MemoryConfig
     dtype: str
-    quantization: None
+    quantization: tuple[Quantization, ...] | None
     byte_order: str
     page_size: int
     anchor_hash: str
@@ -110,10 +131,6 @@ class Manifest(JsonConfig):
     def __post_init__(self) -> None:
         _same("byte_order", self.byte_order, "little")
         _same("page_size", self.page_size, PAGE)
-        if self.quantization is not None:
-            raise UserError(
-                "the bank is quantised", self.quantization, "version 1 needs null; " + REMEDY
-            )
         if not isinstance(self.dtype, str) or self.dtype not in STORED_TYPES:
             raise UserError(
                 "unknown bank dtype", repr(self.dtype), f"use one of {', '.join(STORED_TYPES)}"
@@ -121,11 +138,22 @@ class Manifest(JsonConfig):
         for name in ("anchor_hash", "tree_hash"):
             if not isinstance(getattr(self, name), str):
                 raise UserError(f"{name} of the bank is not a text", getattr(self, name), REMEDY)
+        check_quantization(self.quantization, self.memory, stored_r(self.memory))
         found = [level.level for level in self.all_levels]
         if repr(found) != repr(stored_levels(self.memory)):  # repr: 1 is not True
             raise UserError("levels of the bank do not match its r", found, REMEDY)
         for level in self.all_levels:
-            _check_level(level, self.memory, self.dtype)
+            _check_level(level, self.layout(level.level), num_blocks(self.memory, level.level))
+
+    def quantization_of(self, level: int) -> Quantization | None:
+        return next((q for q in self.quantization or () if q.level == level), None)
+
+    def layout(self, level: int) -> Level:
+        """The level as it follows from the rest of the manifest, without its shards."""
+        return Level.layout(self.memory, level, self.dtype, self.quantization_of(level))
+
+    def row_type(self, level: int) -> "RowType":
+        return row_type(self.layout(level), self.dtype, self.quantization_of(level))
 
     @property
     def all_levels(self) -> tuple[Level, ...]:
@@ -142,6 +170,11 @@ class Manifest(JsonConfig):
         try:
             if "memory" in values:
                 values["memory"] = MemoryConfig.from_dict(values["memory"], f"{path} (memory)")
+            if isinstance(values.get("quantization"), list):
+                values["quantization"] = [
+                    Quantization.from_dict(entry, f"{path} (quantization)")
+                    for entry in values["quantization"]
+                ]
             if "generic" in values:
                 values["generic"] = _level_from_dict(values["generic"], str(path))
             if "levels" in values:
@@ -166,9 +199,8 @@ def _same(name: str, value: object, expected: object) -> None:
         )
 
 
-def _check_level(level: Level, config: MemoryConfig, dtype: str) -> None:
+def _check_level(level: Level, layout: Level, count: int) -> None:
     where = f"level {level.level}"
-    layout = Level.layout(config, level.level, dtype)
     _same(f"block_bytes on {where}", level.block_bytes, layout.block_bytes)
     _same(f"block_stride on {where}", level.block_stride, layout.block_stride)
     at = 0
@@ -178,30 +210,48 @@ def _check_level(level: Level, config: MemoryConfig, dtype: str) -> None:
         if type(shard.num_clusters) is not int or shard.num_clusters < 1:
             raise UserError(f"num_clusters of {shard.file}", repr(shard.num_clusters), REMEDY)
         at += shard.num_clusters
-        if at > num_blocks(config, level.level):
+        if at > count:
             break
         _same(f"bytes of {shard.file}", shard.bytes, PAGE + shard.num_clusters * level.block_stride)
         if not isinstance(shard.xxh3, str) or len(shard.xxh3) != 16 * shard.num_clusters:
             raise UserError(f"wrong number of checksums of {shard.file}", where, REMEDY)
         if not set(shard.xxh3) <= set("0123456789abcdef"):
             raise UserError(f"checksums of {shard.file} are not hex digits", where, REMEDY)
-    _same(f"number of clusters on {where}", at, num_blocks(config, level.level))
+    _same(f"number of clusters on {where}", at, count)
 
 
-def shard_header(level: Level, dtype: str, num_clusters: int, metadata: dict[str, str]) -> bytes:
+class RowType(NamedTuple):
+    """What a shard's header says of a row of `blocks`: its dtype, its length, and what the bytes of
+    quantised blocks mean."""
+
+    tag: str
+    length: int
+    quantization: str | None
+
+
+def row_type(level: Level, dtype: str, quantization: Quantization | None) -> RowType:
+    if quantization is not None:
+        meaning = " ".join(map(str, (*quantization.options.values(), dtype)))
+        return RowType("U8", level.block_stride, meaning)
+    stored = STORED_TYPES[dtype]
+    return RowType(stored.tag, level.block_stride // stored.dtype.size, None)
+
+
+def shard_header(level: Level, row: RowType, num_clusters: int, metadata: dict[str, str]) -> bytes:
     """The first page of a shard: length, JSON and spaces, so that block 0 begins at byte 16,384."""
-    row = level.block_stride // STORED_TYPES[dtype].dtype.size
-    if row > MAX_DIM:
+    if row.length > MAX_DIM:
         raise UserError(
             f"a block of level {level.level} is too large",
             f"{level.block_bytes} bytes",
             "make r smaller",
         )
+    if row.quantization is not None:
+        metadata = {**metadata, "quantization": row.quantization}
     header = {
         "__metadata__": metadata,
         "blocks": {
-            "dtype": STORED_TYPES[dtype].tag,
-            "shape": [num_clusters, row],
+            "dtype": row.tag,
+            "shape": [num_clusters, row.length],
             "data_offsets": [0, num_clusters * level.block_stride],
         },
     }
@@ -210,7 +260,7 @@ def shard_header(level: Level, dtype: str, num_clusters: int, metadata: dict[str
     return (PAGE - 8).to_bytes(8, "little") + text.ljust(PAGE - 8)
 
 
-def check_shard(path: Path, level: Level, shard: Shard, dtype: str) -> None:
+def check_shard(path: Path, level: Level, shard: Shard, row: RowType) -> None:
     """Compares a shard's length and header with the manifest; its data is not touched."""
     try:
         size = path.stat().st_size
@@ -224,15 +274,20 @@ def check_shard(path: Path, level: Level, shard: Shard, dtype: str) -> None:
         raise UserError(f"cannot read {path}", error.strerror, "check the path") from None
     if size != shard.bytes:
         raise UserError(f"{path} is damaged", f"{size} bytes instead of {shard.bytes}", REMEDY)
-    tensors, _ = read_safetensors_header(path)
+    tensors, metadata = read_safetensors_header(path)
     if list(tensors) != ["blocks"]:
         raise UserError(f"{path} must hold one tensor `blocks`", repr(list(tensors))[:80], REMEDY)
     info = tensors["blocks"]
-    stored = STORED_TYPES[dtype]
-    expected = (stored.tag, (shard.num_clusters, level.block_stride // stored.dtype.size), PAGE)
+    expected = (row.tag, (shard.num_clusters, row.length), PAGE)
     if (info.dtype, info.shape, info.start) != expected:
         raise UserError(
             f"{path} does not match {MANIFEST}",
             f"{info.dtype} {info.shape} at byte {info.start}",
             f"it needs {expected[0]} {expected[1]} at byte {PAGE}; {REMEDY}",
+        )
+    if row.quantization is not None and metadata.get("quantization") != row.quantization:
+        raise UserError(
+            f"{path} is not quantised as {MANIFEST} says",
+            repr(metadata.get("quantization"))[:80],
+            f"it needs {row.quantization!r}; {REMEDY}",
         )

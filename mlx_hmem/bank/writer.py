@@ -23,13 +23,18 @@ from mlx_hmem.bank.format import (
     STORED_TYPES,
     Level,
     Manifest,
+    RowType,
     Shard,
+    block_parts,
     block_shape,
     num_blocks,
+    row_type,
     shard_header,
     shard_name,
     stored_levels,
+    stored_r,
 )
+from mlx_hmem.bank.quantization import Quantization, check_quantization, quantize_block
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import atomic_file, write_atomic
@@ -47,6 +52,7 @@ def write_bank(
     dtype: str = "float16",
     anchor_hash: str,
     tree_hash: str,
+    quantization: Sequence[Quantization] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Manifest:
     """Writes a whole bank into ``folder``, which must not hold one yet.
@@ -56,13 +62,16 @@ def write_bank(
             ``config.block_shape(level)`` in any float type, or None for a block of zeros. The
             entry of a level with r = 0 is not looked at.
         generic: a block of ``config.shape_of(sum(config.r))``, or None for zeros.
-        dtype: ``float32``, ``float16`` or ``bfloat16``; blocks are rounded to it.
+        dtype: ``float32``, ``float16`` or ``bfloat16``; blocks are rounded to it,
+            and quantised ones come back in it.
         anchor_hash: fingerprint of the anchor's weights; tree_hash: of the tree's file.
+        quantization: the levels that are stored quantised, and how; level 0 is the generic memory.
         shard_bytes: a file is cut, between blocks, before it grows beyond this.
 
     Raises:
         UserError: a bank is there already; a block has another shape or is not finite in
-            ``dtype``; a level has too few or too many blocks.
+            ``dtype`` or is lost in the quantisation; a level has too few or too many blocks; rows
+            cannot be cut into groups of ``group_size``.
     """
     folder = Path(folder)
     if (folder / MANIFEST).exists():
@@ -73,22 +82,27 @@ def write_bank(
         raise UserError(
             "the bank needs the blocks of each level", len(levels), f"give {config.num_levels}"
         )
+    by_level = {q.level: q for q in quantization or ()}
+    chosen = tuple(sorted(quantization or (), key=lambda q: q.level)) or None
+    check_quantization(chosen, config, stored_r(config))
     total = sum(num_blocks(config, level) for level in stored_levels(config))
     done = {}
     with tqdm(total=total, desc="writing bank", unit="block", delay=2) as progress:
         for number in stored_levels(config):
             source = [generic] if number == GENERIC else levels[number - 1]
-            blocks = _encoded(source, config, number, dtype, progress)
-            layout = Level.layout(config, number, dtype)
+            how = by_level.get(number)
+            blocks = _encoded(source, config, number, dtype, how, progress)
+            layout = Level.layout(config, number, dtype, how)
+            row = row_type(layout, dtype, how)
             # For people; cut so that the header always fits its page.
             meta = {"format": "mlx_hmem bank", "level": str(number)}
             meta["anchor_hash"] = anchor_hash[:100]
-            done[number] = _write_level(folder, config, layout, dtype, blocks, meta, shard_bytes)
+            done[number] = _write_level(folder, config, layout, row, blocks, meta, shard_bytes)
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         memory=config,
         dtype=dtype,
-        quantization=None,
+        quantization=chosen,
         byte_order="little",
         page_size=PAGE,
         anchor_hash=anchor_hash,
@@ -100,20 +114,37 @@ def write_bank(
     return manifest
 
 
-def encode_block(block: np.ndarray | mx.array, dtype: str) -> memoryview:
-    """The bytes of a block as the bank stores them, rounded to nearest, ties to even."""
-    stored = STORED_TYPES[dtype]
+def encode_block(
+    block: np.ndarray | mx.array,
+    config: MemoryConfig,
+    level: int,
+    dtype: str,
+    quantization: Quantization | None,
+) -> list[memoryview]:
+    """The bytes of a block's parts as the bank stores them, rounded to nearest, ties to even.
+
+    Raises ValueError: it is not finite in ``dtype``, or lost in the quantisation.
+    """
     array = mx.array(block) if isinstance(block, np.ndarray) else block
-    array = mx.contiguous(array.astype(stored.dtype))
+    array = array.astype(STORED_TYPES[dtype].dtype)
     if not mx.all(mx.isfinite(array)).item():
         raise ValueError(f"not finite in {dtype}")
-    bits = array.view(stored.bits).reshape(-1)
-    return memoryview(bits).cast("B")  # type: ignore[arg-type]
+    arrays = [array] if quantization is None else quantize_block(array, config, quantization)
+    parts = block_parts(config, level, dtype, quantization)
+    return [
+        memoryview(mx.contiguous(array).view(part.bits).reshape(-1)).cast("B")  # type: ignore[arg-type]
+        for array, part in zip(arrays, parts, strict=True)
+    ]
 
 
 def _encoded(
-    source: Iterable[Block] | None, config: MemoryConfig, level: int, dtype: str, progress: tqdm
-) -> Iterator[memoryview | None]:
+    source: Iterable[Block] | None,
+    config: MemoryConfig,
+    level: int,
+    dtype: str,
+    quantization: Quantization | None,
+    progress: tqdm,
+) -> Iterator[list[memoryview] | None]:
     """Checks and converts the blocks of one level; counts that there are neither more nor fewer."""
     shape, count = block_shape(config, level), 0
     expected = num_blocks(config, level)
@@ -127,12 +158,14 @@ def _encoded(
                 f"the config needs {shape}",
             )
         try:
-            data = None if block is None else encode_block(block, dtype)
+            data = (
+                None if block is None else encode_block(block, config, level, dtype, quantization)
+            )
         except ValueError as error:
             raise UserError(
                 f"block {cluster} on level {level} cannot be stored",
                 error,
-                "use bfloat16 or float32, or mend the training run",
+                "use bfloat16 or float32, another quantisation, or mend the training run",
             ) from None
         yield data
         progress.update()
@@ -145,8 +178,8 @@ def _write_level(
     folder: Path,
     config: MemoryConfig,
     layout: Level,
-    dtype: str,
-    blocks: Iterator[memoryview | None],
+    row: RowType,
+    blocks: Iterator[list[memoryview] | None],
     metadata: dict[str, str],
     shard_bytes: int,
 ) -> Level:
@@ -159,7 +192,7 @@ def _write_level(
         count = min(most, total - first)
         name = shard_name(layout.level, index)
         size = PAGE + count * layout.block_stride
-        header = shard_header(layout, dtype, count, {**metadata, "first_cluster": str(first)})
+        header = shard_header(layout, row, count, {**metadata, "first_cluster": str(first)})
         with atomic_file(folder / name) as file:
             file.write(header)
             sums = [_write_block(file, next(blocks), layout, zeros) for _ in range(count)]
@@ -169,10 +202,11 @@ def _write_level(
     return replace(layout, shards=tuple(shards))
 
 
-def _write_block(file: BinaryIO, data: memoryview | None, layout: Level, zeros: str) -> str:
+def _write_block(file: BinaryIO, data: list[memoryview] | None, layout: Level, zeros: str) -> str:
     """Writes one block, or leaves a hole, and moves to the next; returns its checksum in hex."""
-    start = file.tell()
-    if data is not None:
-        file.write(data)
+    start, digest = file.tell(), xxhash.xxh3_64()
+    for part in data or ():
+        file.write(part)
+        digest.update(part)
     file.seek(start + layout.block_stride)
-    return zeros if data is None else xxhash.xxh3_64_hexdigest(data)
+    return zeros if data is None else digest.hexdigest()
