@@ -2,11 +2,14 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import mlx_hmem  # isort: skip  # noqa: F401  OpenBLAS goes in front before MLX is loaded
+import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -15,8 +18,9 @@ from mlx_hmem.anchors.load import load_anchor, named_parameters
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import fingerprint
 from train.arms import trained_blocks
+from train.export import run_export
 from train.loop import num_steps_of
-from train.recipe import MemoriesSection, Recipe, TreeSection, load_recipe
+from train.recipe import ExportSection, MemoriesSection, Recipe, TreeSection, load_recipe
 from train.stages import STAGES, run_stages
 
 ROOT = Path(__file__).parents[1]
@@ -166,3 +170,18 @@ def test_a_changed_recipe_is_refused_by_the_name_of_what_changed(made):
     assert refused.returncode == 2
     assert "Traceback" not in refused.stderr
     assert re.match("error: stage windows .*changed: windows;", refused.stderr.splitlines()[-1])
+
+
+def test_a_quantised_export_answers_as_quantised_blocks_do(made, tmp_path):
+    _, run, _ = made
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    how = {"mode": "nvfp4", "bits": 4, "group_size": 16}
+    recipe = replace(recipe_of(made), export=ExportSection(quantization=how))
+    run_export(recipe, copy)
+    model = load(copy / "model")
+    assert model.bank is not None
+    trained = trained_blocks(run / "memories")[2][3].astype(mx.float16)
+    expected = mx.dequantize(*mx.quantize(trained, **how), None, **how, dtype=mx.float16)
+    assert mx.array_equal(model.bank.fetch((1, 3)).blocks[1], expected)
+    assert "nvfp4, 4 bits" in (copy / "model" / "README.md").read_text()
+    assert len(list(model.stream("The", max_tokens=3))) >= 1

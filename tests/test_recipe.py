@@ -65,6 +65,15 @@ def test_given_keys_win_and_all_others_have_defaults(tmp_path):
         ("name: t\ntree: {branching: [16, x]}", "tree.branching"),
         ("name: t\nmemories: {r: [8]}", "r and branching"),
         ("name: t\nexport: {dtype: int3}", "export.dtype"),
+        ("name: t\nexport: {quantization: {mode: affine, bits: 7, group_size: 64}}", "bits"),
+        ("name: t\nexport: {quantization: {mode: affine}}", "bits"),
+        (
+            "name: t\nanchor: {hidden_size: 96}\n"
+            "export: {quantization: {mode: affine, bits: 8, group_size: 64}}",
+            "width 96, group_size 64",
+        ),
+        ("name: t\nmemories: {kind: moe}", "memory kind"),
+        ("name: t\nmemories: {layers: some}", "placement"),
         ("name: t\nseed: -1", "seed"),
         ("name: 5", "name"),
         ("1: 2\nname: t\nx: 3", "1"),

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from mlx_hmem.anchors.load import anchor_hash
-from mlx_hmem.bank import write_bank
+from mlx_hmem.bank import stored_levels, write_bank
 from mlx_hmem.config import FORMAT_VERSION, HmemConfig, RetrieverConfig
 from mlx_hmem.files import fingerprint, sync_folder, write_atomic
 from mlx_hmem.retriever import ClusterTree
 from mlx_hmem.retriever.encoder import STATIC_FOLDER
 from train.arms import trained_blocks
-from train.recipe import Recipe
+from train.recipe import ExportSection, Recipe
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
@@ -49,12 +49,17 @@ def run_export(recipe: Recipe, folder: Path) -> None:
         for level in range(1, recipe.memory_config.num_levels + 1)
     ]
     generic = np.array(trained_blocks(folder / "generic")[1][0])
+    quantization = None
+    if recipe.export.quantization is not None:
+        stored = stored_levels(recipe.memory_config)
+        quantization = [recipe.export.quantization_of(level) for level in stored]
     write_bank(
         part / "bank",
         recipe.memory_config,
         levels,
         generic,
         dtype=recipe.export.dtype,
+        quantization=quantization,
         anchor_hash=hmem.anchor_hash,
         tree_hash=hmem.retriever.tree_hash,
     )
@@ -84,7 +89,7 @@ A small language model with a hierarchical memory, made by mlx_hmem's recipe `{n
 | | |
 |---|---|
 | anchor | OpenLM: {layers} layers, hidden {hidden}, vocabulary {vocabulary}, context {context} |
-| memory bank | {bank:,} parameters, {clusters} clusters, r {r}, stored as {dtype} |
+| memory bank | {bank:,} parameters, {clusters} clusters, r {r}, stored as {stored} |
 | fetched memory | {fetched:,} parameters |
 | encoder | {encoder} |
 | trained on | {documents} documents, and {statements} statements of {facts} facts |
@@ -107,7 +112,7 @@ def card(recipe: Recipe, corpus: dict[str, Any]) -> str:
         bank=memory.bank_parameters,
         clusters=" × ".join(map(str, memory.branching)),
         r=list(memory.r),
-        dtype=recipe.export.dtype,
+        stored=_stored_as(recipe.export),
         fetched=memory.fetched_parameters,
         encoder=recipe.tree.encoder,
         documents=corpus["train_documents"],
@@ -115,6 +120,13 @@ def card(recipe: Recipe, corpus: dict[str, Any]) -> str:
         facts=corpus["facts"],
         attribution=recipe.export.attribution.strip(),
     )
+
+
+def _stored_as(export: ExportSection) -> str:
+    if export.quantization is None:
+        return export.dtype
+    how = export.quantization_of(0)
+    return f"{how.mode}, {how.bits} bits, groups of {how.group_size}"
 
 
 def copy_anchor(anchor: Path, tokenizer: Path, target: Path) -> None:

@@ -14,6 +14,9 @@ from typing import Any
 
 import yaml
 
+from mlx_hmem.bank import Quantization
+from mlx_hmem.bank.format import stored_r
+from mlx_hmem.bank.quantization import check_quantization
 from mlx_hmem.config import ROWS_OF_KIND, JsonConfig, MemoryConfig
 from mlx_hmem.errors import UserError
 
@@ -208,6 +211,10 @@ class DenseSection(JsonConfig):
 @dataclass(frozen=True)
 class ExportSection(JsonConfig):
     dtype: str = field(default="float16", metadata=_help("type of the bank's numbers"))
+    quantization: dict[str, Any] | None = field(
+        default=None,
+        metadata=_help("of all blocks: `mode`, `bits` and `group_size` as MLX names them; or null"),
+    )
     attribution: str = field(
         default="", metadata=_help("source and licence of the text, for the model's card")
     )
@@ -217,6 +224,12 @@ class ExportSection(JsonConfig):
             raise UserError(
                 "unknown export.dtype", repr(self.dtype), "use float16, bfloat16 or float32"
             )
+        if self.quantization is not None:
+            self.quantization_of(0)
+
+    def quantization_of(self, level: int) -> Quantization:
+        values = {"level": level} | (self.quantization or {})
+        return Quantization.from_dict(values, "export.quantization")
 
 
 @dataclass(frozen=True)
@@ -236,7 +249,10 @@ class Recipe(JsonConfig):
         if not isinstance(self.name, str) or not self.name:
             raise UserError("name is not a text", repr(self.name), "name the model")
         _whole("", "seed", self.seed, 0, 2**32 - 1)
-        _ = self.memory_config  # r, branching and the anchor must fit together
+        config = self.memory_config  # r, branching and the anchor must fit together
+        if self.export.quantization is not None:
+            r = stored_r(config)
+            check_quantization(tuple(map(self.export.quantization_of, r)), config, r)
 
     @property
     def memory_config(self) -> MemoryConfig:
