@@ -11,6 +11,7 @@ from mlx_lm.generate import GenerationResponse
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_hmem.anchors.attach import attach_memory
+from mlx_hmem.anchors.fused import FusedMemory, is_fused
 from mlx_hmem.anchors.load import named_parameters
 from mlx_hmem.bank import Bank
 from mlx_hmem.errors import UserError
@@ -151,7 +152,31 @@ class MemoryModel:
 
     def with_rows(self, rows: Rows | None) -> AnchorWithMemory:
         """The anchor bound to a memory, or to one per row of a batch (see mlx_hmem.memory)."""
+        if is_fused(self.anchor):
+            raise UserError(
+                "a fused memory is in the anchor's weights",
+                "no other can be attached",
+                "call the anchor itself, or clear the fused memory",
+            )
         return AnchorWithMemory(self.anchor, self._slot, rows)
+
+    def fuse(self, path: Path_ | None = None) -> FusedMemory:
+        """The memory of ``path``, the generic one without, inside the anchor's own weights.
+
+        For one stream through mlx-lm: it costs what its parameters cost. Until it is cleared this
+        model's own calls are refused; as a context manager it is cleared at the end::
+
+            with model.fuse(model.retriever.route(text)) as fused:
+                mlx_lm.generate(fused.anchor, model.tokenizer, text)
+                fused.set(model.bank.fetch(path).blocks)  # another topic
+
+        Raises:
+            UserError: the memory is not of kind ffn, or the anchor is quantised.
+        """
+        fused = FusedMemory(self.anchor, self._bank().config)
+        memory = self._bank().generic() if path is None else self._bank().fetch(path)
+        fused.set(memory.blocks)
+        return fused
 
     def rows_of(self, memories: Sequence[FetchedMemory]) -> Rows | None:
         """Memories joined, in the anchor's dtype; with a batch axis in front for several."""

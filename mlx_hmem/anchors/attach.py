@@ -97,6 +97,19 @@ def memory_config(
 
 def attach_memory(anchor: nn.Module, config: MemoryConfig) -> MemorySlot:
     """Makes the layers of ``anchor`` use the memory in the returned slot, which starts empty."""
+    check_sizes(anchor, config)
+    layers = anchor_layers(anchor)
+    chosen = [layers[index] for index in config.memory_layers]
+    for layer in chosen:
+        _check(layer, config.kind)
+    slot = MemorySlot(config)
+    for place, layer in enumerate(chosen):
+        KINDS[config.kind].attach(layer, partial(slot.of_layer, place))
+    return slot
+
+
+def check_sizes(anchor: nn.Module, config: MemoryConfig) -> None:
+    """Raises UserError unless the memory was made for an anchor of these sizes."""
     sizes = anchor_sizes(anchor)
     needed = ["num_hidden_layers", "hidden_size", *(s for s in SIZES if getattr(config, s))]
     needed += ["gated"] if KINDS[config.kind].joins == "ffn" else []
@@ -107,14 +120,6 @@ def attach_memory(anchor: nn.Module, config: MemoryConfig) -> MemorySlot:
             f"memory: {_listed(config.to_dict(), wrong)}; anchor: {_listed(sizes, wrong)}",
             "use the bank that belongs to this anchor",
         )
-    layers = anchor_layers(anchor)
-    chosen = [layers[index] for index in config.memory_layers]
-    for layer in chosen:
-        _check(layer, config.kind)
-    slot = MemorySlot(config)
-    for place, layer in enumerate(chosen):
-        KINDS[config.kind].attach(layer, partial(slot.of_layer, place))
-    return slot
 
 
 SIZES = ("intermediate_size", "query_size", "key_value_size")
