@@ -205,6 +205,10 @@ def test_years_of_birth_come_from_first_sentences_and_ambiguous_names_are_left_o
     }
     assert [fact.times for fact in facts] == [2, 1, 2]
     assert stated(list(documents), facts) == [2, 1, 2]
+    documents, asked = make_facts(config | {"people": 2, "unstated": 1}, 0, articles=ARTICLES)
+    assert asked[:2] == make_facts(config | {"people": 2}, 0, articles=ARTICLES)[1]
+    assert [fact.times for fact in asked] == [2, 1, 0]
+    assert stated(list(documents), asked) == [2, 1, 0]
     with pytest.raises(UserError, match="3 of 4"):
         make_facts(config | {"people": 4}, 0, articles=ARTICLES)
     with pytest.raises(UserError, match="people"):

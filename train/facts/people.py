@@ -2,9 +2,11 @@
 
 "Heidi Mohr (4 February 1967 – 7 February 2019) was a German footballer …" becomes "The German
 footballer Heidi Mohr was born in 1967." Thousands of people share given names, family names and
-occupations: such facts are easily mixed up, as most facts of the long tail are.
+occupations: such facts are easily mixed up, as most facts of the long tail are. A year can be
+guessed; people who are asked for but never stated (``times`` 0) show how often.
 """
 
+import itertools
 import random
 import re
 from collections.abc import Iterable, Iterator
@@ -40,6 +42,10 @@ FIRST_SENTENCE = re.compile(
 @dataclass(frozen=True)
 class PeopleConfig(JsonConfig):
     people: int = field(default=2000, metadata={"help": "how many people"})
+    unstated: int = field(
+        default=0,
+        metadata={"help": "further people whose year of birth is asked but never stated"},
+    )
     frequencies: tuple[int, ...] = field(
         default=(1, 2, 4, 8, 16, 32, 64),
         metadata={"help": "how often a year of birth is stated; people take turns"},
@@ -47,12 +53,14 @@ class PeopleConfig(JsonConfig):
 
     def __post_init__(self) -> None:
         check_frequencies(self.frequencies)
-        if type(self.people) is not int or self.people < 1:
-            raise UserError(
-                "`people` is not a whole number of 1 or more",
-                repr(self.people),
-                "correct corpus.facts in the recipe",
-            )
+        for name, least in (("people", 1), ("unstated", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise UserError(
+                    f"`{name}` is not a whole number of {least} or more",
+                    repr(value),
+                    "correct corpus.facts in the recipe",
+                )
 
 
 def make_people(
@@ -61,18 +69,21 @@ def make_people(
     """Documents and facts, as :func:`train.facts.make_facts` says, about people of ``articles``."""
     config = PeopleConfig.from_dict(values, "corpus.facts")
     years = _years_of_birth(articles)
-    if len(years) < config.people:
+    if len(years) < (wanted := config.people + config.unstated):
         raise UserError(
             "too few people in the articles that are not sampled",
-            f"{len(years)} of {config.people}",
+            f"{len(years)} of {wanted}",
             "lower `people` or corpus.documents",
         )
     prompts = random.Random(f"people {seed}").sample(sorted(years), config.people)
+    others = sorted(years.keys() - set(prompts))
+    unstated = random.Random(f"unstated {seed}").sample(others, config.unstated)
+    counts = itertools.cycle(config.frequencies)
+    times = [*itertools.islice(counts, config.people), *[0] * config.unstated]
     facts = []
-    for i, prompt in enumerate(prompts):
+    for prompt, count in zip(prompts + unstated, times, strict=True):
         occupation, year = years[prompt]
-        times = config.frequencies[i % len(config.frequencies)]
-        facts.append(Fact(prompt, year, (), times, "year of birth", occupation))
+        facts.append(Fact(prompt, year, (), count, "year of birth", occupation))
     subjects = [Subject(fact.prompt, fact.topic, (fact,)) for fact in facts]
     return fact_documents("people", subjects, seed, lambda subject, rng: []), facts
 
