@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from mlx_hmem.errors import UserError
-from train.corpus import Faults, clean, corpus_files, cut, read_texts, run_corpus, sample_documents
+from train.corpus import clean, cut, read_texts, run_corpus, sample_documents
+from train.readers import Faults, corpus_files
 from train.recipe import CorpusSection, Recipe
 
 
@@ -68,7 +69,7 @@ def test_a_truncated_gzip_file_gives_what_comes_before_the_break(tmp_path):
 
 
 def test_an_overlong_line_is_passed_over(tmp_path, monkeypatch):
-    monkeypatch.setattr("train.corpus.MAX_LINE", 1000)
+    monkeypatch.setattr("train.readers.MAX_LINE", 1000)
     write(tmp_path / "a.jsonl", [document(1), {"id": "2", "text": "x" * 5000}, document(3)])
     faults = Faults()
     kept, _ = sample_documents(corpus_files(tmp_path), CorpusSection(held_out=0), faults)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mlx_hmem.errors import ArgumentParser, run_program
 from train.corpus import run_corpus
+from train.readers import FOLDER_HELP
 from train.recipe import load_recipe
 from train.stages import STAGES, run_stages
 
@@ -16,9 +17,7 @@ def main() -> None:
         "skipped, so a stopped run goes on with the same command.",
     )
     parser.add_argument("recipe", type=Path, help="YAML file, see train/recipes")
-    parser.add_argument(
-        "--corpus", type=Path, help="folder of *.jsonl or *.jsonl.gz files with id, title and text"
-    )
+    parser.add_argument("--corpus", type=Path, help=FOLDER_HELP)
     parser.add_argument(
         "--facts", type=Path, help="JSON table of elements, where corpus.facts has that kind"
     )

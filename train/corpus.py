@@ -1,11 +1,10 @@
-"""The corpus: JSON lines in, a clean, shuffled sample out.
+"""The corpus: documents in, a clean, shuffled sample out.
 
 The sample is held in memory, cut to ``max_characters`` a document; the input streams past and may
 be of any size. Which documents are taken, and which are held out, follows from the md5 of their
 ids alone, so it does not change with the order of the files.
 """
 
-import gzip
 import hashlib
 import heapq
 import html
@@ -13,23 +12,15 @@ import json
 import random
 import re
 import sys
-import zlib
-from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import write_atomic
 from train.facts import Fact, make_facts
+from train.readers import CorpusFile, Faults, corpus_files, read_documents
 from train.recipe import CorpusSection, Recipe
-
-MAX_LINE = 1 << 26  # bytes; a longer line is no document
-MAX_NAMED = 20  # faults printed; the report file holds more
-MAX_KEPT = 1000
 
 _MARKS = [
     (re.compile(r"<!--.*?(-->|$)", re.DOTALL), ""),
@@ -54,25 +45,6 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\u200e\u200f\ufeff]")
 _SENTENCE_END = re.compile(r"[.!?][\"')\]]?(?=\s)")
 
 
-@dataclass
-class Faults:
-    """Lines that were passed over: counted by reason, the first ones named."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    named: list[str] = field(default_factory=list)
-
-    def add(self, where: str, reason: str) -> None:
-        self.counts[reason] += 1
-        if len(self.named) < MAX_KEPT:
-            self.named.append(f"{where}: {reason}")
-
-    def print(self) -> None:
-        for line in self.named[:MAX_NAMED]:
-            print(f"passed over {line}", file=sys.stderr)
-        if (more := sum(self.counts.values()) - MAX_NAMED) > 0:
-            print(f"passed over {more} more", file=sys.stderr)
-
-
 def clean(text: str) -> str:
     """Takes out what an encyclopaedia extractor leaves behind: marks, templates, empty brackets."""
     text = _CONTROL.sub("", html.unescape(text).replace("\r\n", "\n").replace("\r", "\n"))
@@ -91,80 +63,13 @@ def cut(text: str, max_characters: int) -> str:
     return text[: max_characters + 1].rsplit(None, 1)[0][:max_characters]
 
 
-def _lines(path: Path, faults: Faults) -> Iterator[tuple[int, bytes]]:
-    """(line number, line) of a plain or gzip file; an unreadable rest is one fault."""
-    number = 0
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        while True:
-            number += 1
-            try:
-                line = file.readline(MAX_LINE)
-                if too_long := len(line) == MAX_LINE and not line.endswith(b"\n"):
-                    while (rest := file.readline(MAX_LINE)) and not rest.endswith(b"\n"):
-                        pass
-            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                faults.add(f"{path.name}:{number}", f"broken gzip ({error})")
-                return
-            if not line:
-                return
-            if too_long:
-                faults.add(f"{path.name}:{number}", f"a line over {MAX_LINE} bytes")
-            elif line.strip():
-                yield number, line
-
-
-def _parse(line: bytes) -> tuple[str, str, str]:
-    """(id, title, text) of one line; a ``ValueError`` names the fault."""
-    try:
-        record = json.loads(line.decode("utf-8"))
-        if isinstance(record, dict):
-            json.dumps(record, ensure_ascii=False).encode("utf-8")  # lone surrogates fail here
-    except UnicodeError:
-        raise ValueError("not UTF-8") from None
-    except (ValueError, RecursionError):
-        raise ValueError("not JSON") from None
-    if not isinstance(record, dict):
-        raise ValueError("not a JSON object")
-    for key in ("id", "text"):
-        if key not in record:
-            raise ValueError(f"no `{key}`")
-    if not isinstance(record["text"], str):
-        raise ValueError("`text` is not a text")
-    title = record.get("title")
-    return str(record["id"]), title if isinstance(title, str) else "", record["text"]
-
-
-def read_documents(files: Iterable[Path], faults: Faults) -> Iterator[tuple[str, str, str]]:
-    """(id, title, text) of each good line, in order; the others go to ``faults``."""
-    for path in files:
-        for number, line in tqdm(_lines(path, faults), desc=path.name, unit=" documents"):
-            try:
-                yield _parse(line)
-            except ValueError as error:
-                faults.add(f"{path.name}:{number}", str(error))
-
-
-def corpus_files(folder: Path | None) -> list[Path]:
-    """The ``*.jsonl`` and ``*.jsonl.gz`` files of ``folder``, in order of name."""
-    if folder is None:
-        raise UserError(
-            "the recipe samples documents but no corpus is given",
-            "--corpus",
-            "give the folder of *.jsonl or *.jsonl.gz files, or set corpus.documents to 0",
-        )
-    files = sorted([*folder.glob("*.jsonl"), *folder.glob("*.jsonl.gz")])
-    if not files:
-        raise UserError("no *.jsonl or *.jsonl.gz file", folder, "give the corpus folder")
-    return files
-
-
 def is_held_out(name: str, fraction: float) -> bool:
     """Whether the document of this id is held out, by the second half of the id's md5."""
     return int.from_bytes(hashlib.md5(name.encode()).digest()[8:], "big") / 2**64 < fraction
 
 
 def sample_documents(
-    files: Iterable[Path], section: CorpusSection, faults: Faults
+    files: Iterable[CorpusFile], section: CorpusSection, faults: Faults
 ) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """Cleaned and cut documents (id, title, text): those to train on and those held out.
 
@@ -219,7 +124,8 @@ def run_corpus(
 ) -> None:
     """Writes ``corpus/``: train.jsonl, held_out.jsonl, facts.jsonl and report.json.
 
-    ``corpus`` is the folder of JSON lines, ``table`` the file that facts are taken from.
+    ``corpus`` is the folder of documents (:mod:`train.readers`), ``table`` the file that facts are
+    taken from.
     """
     section, out, faults = recipe.corpus, folder / "corpus", Faults()
     train: list[dict[str, str]] = []
@@ -260,5 +166,5 @@ def run_corpus(
     write_atomic(out / "report.json", json.dumps(report, indent=2) + "\n")
     print(
         f"corpus: {num_plain} documents and {len(train) - num_plain} that state facts to train on, "
-        f"{len(held_out)} held out, {sum(faults.counts.values())} lines passed over, in {out}"
+        f"{len(held_out)} held out, {sum(faults.counts.values())} passed over, in {out}"
     )

@@ -25,7 +25,8 @@ from mlx_hmem.retriever.encoder import find_minilm
 from mlx_hmem.retriever.minilm import MAX_LENGTH, MiniLMEncoder
 from mlx_hmem.retriever.static import VOCAB_SIZE, WordPieces, pool, save_static
 from mlx_hmem.retriever.texts import load_tokenizer
-from train.corpus import Faults, clean, corpus_files, read_documents
+from train.corpus import clean
+from train.readers import Faults, corpus_files, read_documents
 
 HELD_OUT = 0.05
 MAX_PIECES = MAX_LENGTH - 2  # what MiniLM reads of a text
@@ -57,7 +58,7 @@ def is_held_out(name: str, share: float = HELD_OUT) -> bool:
 
 def read_articles(paths: Sequence[Path]) -> Iterator[tuple[str, str, str]]:
     """(id, title, start of the text) of every document of the files or folders ``paths``."""
-    files = [f for p in paths for f in (corpus_files(p) if p.is_dir() else [p])]
+    files = [f for p in paths for f in corpus_files(p)]
     faults = Faults()
     for name, title, text in read_documents(files, faults):
         yield name, title, text[:MAX_TEXT]

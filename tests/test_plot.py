@@ -1,0 +1,82 @@
+"""The picture of a run: what it is drawn from, and that it is drawn."""
+
+import json
+import struct
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlx_hmem.errors import UserError
+from train.plot import curves_of, leaf_counts, plot_run, smooth
+
+
+def write_curve(run: Path, stage: str, losses: list[float]) -> None:
+    (run / stage).mkdir(parents=True)
+    rows = ({"step": i, "loss": loss, "learning_rate": 1e-3} for i, loss in enumerate(losses))
+    (run / stage / "loss.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_paths(run: Path, leaves: list[int]) -> None:
+    (run / "sequences").mkdir(parents=True)
+    paths = np.array([[leaf // 2, leaf] for leaf in leaves], np.int32)
+    np.save(run / "sequences" / "paths.npy", paths)
+
+
+def size_of(png: Path) -> tuple[int, int]:
+    data = png.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", data[16:24])
+
+
+def test_the_running_mean_is_the_mean_of_the_batches_around():
+    losses = np.array([4.0, 0.0, 2.0, 6.0, 8.0])
+    assert smooth(losses, 1).tolist() == losses.tolist()
+    assert smooth(losses, 3).tolist() == [2.0, 2.0, 8 / 3, 16 / 3, 7.0]
+
+
+def test_leaves_are_counted_and_sorted_and_curves_read_as_written(tmp_path):
+    write_paths(tmp_path, [3, 3, 3, 0, 2, 2])
+    write_curve(tmp_path, "generic", [3.0, 2.5])
+    counts = leaf_counts(tmp_path)
+    assert counts is not None
+    assert counts.tolist() == [3, 2, 1]
+    curves = curves_of(tmp_path)
+    assert list(curves) == ["generic"]
+    assert curves["generic"].tolist() == [[0, 3.0], [1, 2.5]]
+
+
+def test_a_panel_is_drawn_for_what_the_run_has(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib, of the extra `plot`, is missing")
+    target = tmp_path / "run.png"
+    write_paths(tmp_path, [0, 1, 1, 2, 3] * 20)
+    plot_run(tmp_path, target)
+    one, height = size_of(target)
+    write_curve(tmp_path, "anchor", list(np.linspace(8, 2, 300)))
+    plot_run(tmp_path, target)
+    assert size_of(target) == (2 * one, height)
+    write_curve(tmp_path, "memories", [2.0])  # a stage that has just begun
+    write_curve(tmp_path, "dense", list(np.linspace(2, 1, 50)))
+    plot_run(tmp_path, target)
+    assert size_of(target) == (3 * one, height)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_nothing_to_draw_and_a_broken_curve_are_one_line(tmp_path):
+    with pytest.raises(UserError, match="nothing to draw"):
+        plot_run(tmp_path, tmp_path / "run.png")
+    write_curve(tmp_path, "anchor", [])
+    with pytest.raises(UserError, match="nothing to draw"):
+        plot_run(tmp_path, tmp_path / "run.png")
+    (tmp_path / "anchor" / "loss.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(UserError, match=r"loss.jsonl is not a loss curve"):
+        plot_run(tmp_path, tmp_path / "run.png")
+    assert not (tmp_path / "run.png").exists()
+
+
+def test_without_matplotlib_one_line_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # the import fails as if it were not there
+    write_paths(tmp_path, [0, 1])
+    with pytest.raises(UserError, match=r"needs the package matplotlib:.*pip install"):
+        plot_run(tmp_path, tmp_path / "run.png")
