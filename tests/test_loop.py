@@ -1,5 +1,6 @@
 """The training loop: order and schedule, the loss, and runs that were killed and went on."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -7,7 +8,7 @@ import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +26,9 @@ from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import load_safetensors, read_safetensors_header
 from train.anchor import AnchorTrainee, initialise
+from train.checkpoint import CHECKPOINT, Progress, check_identity
 from train.loop import (
+    MOST_SKIPPED,
     Order,
     Trainee,
     learning_rate_at,
@@ -36,6 +39,8 @@ from train.loop import (
 )
 from train.memories import MemoryTrainee
 from train.recipe import TrainerConfig
+from train.records import RecordStore
+from train.store import BlockStore
 
 EOT, VOCABULARY, CONTEXT, ROWS, SEED = 0, 48, 12, 10, 5
 ARGS = ModelArgs("openlm", 16, 2, 24, 2, 8, VOCABULARY, tie_word_embeddings=True)
@@ -58,15 +63,19 @@ def make_model() -> Model:
     return model
 
 
-def make_trainee(kind: str, config: TrainerConfig = CONFIG) -> Trainee:
+@contextlib.contextmanager
+def trainee_of(kind: str, folder: Path, config: TrainerConfig = CONFIG) -> Iterator[Trainee]:
     tokens, paths = sequences()
     if kind == "anchor":
-        return AnchorTrainee(make_model(), tokens, EOT, config)
-    return MemoryTrainee(make_model(), MEMORY, tokens, paths, EOT, config, SEED)
+        yield AnchorTrainee(make_model(), tokens, EOT, config)
+        return
+    with BlockStore(folder / "store", MEMORY, SEED) as store:
+        yield MemoryTrainee(make_model(), store, tokens, paths, EOT, config)
 
 
-def run(kind: str, folder: Path, config: TrainerConfig = CONFIG, seed: int = SEED) -> None:
-    train(make_trainee(kind, config), ROWS, config, folder, seed, kind)
+def run(kind: str, folder: Path, config: TrainerConfig = CONFIG, seed: int = SEED) -> Progress:
+    with trainee_of(kind, folder, config) as trainee:
+        return train(trainee, ROWS, config, folder, seed, kind)
 
 
 class Ended:
@@ -74,13 +83,13 @@ class Ended:
 
     def __init__(self, trainee: Trainee, steps: int, end: Callable[[], None]):
         self.trainee, self.left, self.end = trainee, steps, end
-        self.state, self.load_state = trainee.state, trainee.load_state
+        self.resume, self.save, self.sizes = trainee.resume, trainee.save, trainee.sizes
 
-    def step(self, rows: np.ndarray, learning_rate: float) -> tuple[float, float]:
+    def step(self, rows: np.ndarray, rate: float, next_rows: np.ndarray) -> tuple[float, float]:
         if self.left == 0:
             self.end()
         self.left -= 1
-        return self.trainee.step(rows, learning_rate)
+        return self.trainee.step(rows, rate, next_rows)
 
 
 def interrupt() -> None:
@@ -92,8 +101,16 @@ def kill() -> None:
 
 
 def killed_run(kind: str, folder: Path, moment: str) -> None:
-    """A run that SIGKILL ends in step 6, or when its second checkpoint is to replace the first."""
+    """A run that SIGKILL ends in step 6, or when its second checkpoint is to replace the first:
+    in the store, when the blocks are written and not yet live."""
     own_replace, replaced = os.replace, []
+    own_commit, commits = RecordStore.commit, []
+
+    def commit_or_die(self: RecordStore, values: dict[bytes, bytes]) -> None:
+        commits.append(values)
+        if moment == "save" and len(commits) == 2:
+            kill()
+        own_commit(self, values)
 
     def replace_or_die(source: Path, target: Path) -> None:
         replaced.append(Path(target).name)
@@ -102,17 +119,37 @@ def killed_run(kind: str, folder: Path, moment: str) -> None:
         own_replace(source, target)
 
     os.replace = replace_or_die  # type: ignore[assignment]
-    steps = 6 if moment == "step" else 1000
-    train(Ended(make_trainee(kind), steps, kill), ROWS, CONFIG, folder, SEED, kind)
+    RecordStore.commit = commit_or_die  # type: ignore[method-assign]
+    with trainee_of(kind, folder) as trainee:
+        steps = 6 if moment == "step" else 1000
+        train(Ended(trainee, steps, kill), ROWS, CONFIG, folder, SEED, kind)
 
 
 def checkpoint(folder: Path) -> dict[str, np.ndarray]:
-    arrays = load_safetensors(folder / "checkpoint.safetensors")
-    return {name: np.array(array) for name, array in arrays.items()}
+    """All that was saved."""
+    if (folder / CHECKPOINT).exists():
+        arrays = load_safetensors(folder / CHECKPOINT)
+        return {name: np.array(array) for name, array in arrays.items()}
+    result = {}
+    with BlockStore(folder / "store", MEMORY, SEED, readonly=True) as store:
+        for level, count in enumerate(MEMORY.num_clusters, 1):
+            parts = store.gather(level, np.arange(count), count)
+            names = ("weights", "first", "second", "steps")
+            result |= {f"{level}.{n}": np.array(p) for n, p in zip(names, parts, strict=True)}
+        progress = store.progress()
+    assert progress is not None
+    return result | {"curve": progress.curve_array()}
 
 
-def step_of(folder: Path) -> int:
-    return int(read_safetensors_header(folder / "checkpoint.safetensors")[1]["step"])
+def saved(folder: Path, kind: str) -> Progress:
+    if kind == "anchor":
+        with trainee_of(kind, folder) as trainee:
+            found = json.loads(read_safetensors_header(folder / CHECKPOINT)[1]["identity"])
+            return trainee.resume(folder, found)
+    with BlockStore(folder / "store", MEMORY, SEED, readonly=True) as store:
+        progress = store.progress()
+    assert progress is not None
+    return progress
 
 
 def assert_equal_runs(a: Path, b: Path) -> None:
@@ -191,7 +228,8 @@ def test_padding_does_not_count():
 
 def test_the_anchor_is_trained_by_adamw_that_leaves_norm_gains_undecayed():
     config = replace(CONFIG, weight_decay=0.5, grad_clip=0.05)
-    trainee, model, (tokens, _) = make_trainee("anchor", config), make_model(), sequences()
+    model, (tokens, _) = make_model(), sequences()
+    trainee = AnchorTrainee(make_model(), tokens, EOT, config)
     optimizers = {
         decay: optim.AdamW(1.0, [0.9, 0.95], weight_decay=decay, bias_correction=True)
         for decay in (0.0, 0.5)
@@ -224,13 +262,12 @@ def test_the_anchor_is_trained_by_adamw_that_leaves_norm_gains_undecayed():
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stopped_run_that_goes_on_equals_an_uninterrupted_one(kind, whole, tmp_path):
     # Before the first checkpoint, in the 7th step of all, in the 10th.
-    for steps, saved in ((3, None), (6, 4), (5, 8)):
-        trainee = Ended(make_trainee(kind), steps, interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            train(trainee, ROWS, CONFIG, tmp_path, SEED, kind)
-        assert (step_of(tmp_path) if saved else list(tmp_path.iterdir())) == (saved or [])
-    run(kind, tmp_path)
-    assert step_of(tmp_path) == num_steps_of(ROWS, CONFIG) == 13
+    for steps, done in ((3, None), (6, 4), (5, 8)):
+        with trainee_of(kind, tmp_path) as trainee, pytest.raises(KeyboardInterrupt):
+            train(Ended(trainee, steps, interrupt), ROWS, CONFIG, tmp_path, SEED, kind)
+        assert (tmp_path / "loss.jsonl").exists() == (done is not None)
+        assert done is None or saved(tmp_path, kind).step == done
+    assert run(kind, tmp_path).step == num_steps_of(ROWS, CONFIG) == 13
     assert_equal_runs(tmp_path, whole[kind])
 
 
@@ -242,18 +279,16 @@ def test_a_killed_process_leaves_a_checkpoint_to_go_on_from(kind, moment, whole,
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    assert step_of(tmp_path) == 4
+    assert saved(tmp_path, kind).step == 4
     run(kind, tmp_path)
     assert_equal_runs(tmp_path, whole[kind])
 
 
 def test_a_finished_run_is_not_trained_further(whole, tmp_path):
     shutil.copytree(whole["memory"], tmp_path, dirs_exist_ok=True)
-    state = train(
-        Ended(make_trainee("memory"), 0, interrupt), ROWS, CONFIG, tmp_path, SEED, "memory"
-    )
-    before = checkpoint(whole["memory"])
-    assert all(np.array_equal(np.array(array), before[name]) for name, array in state.items())
+    (tmp_path / "loss.jsonl").unlink()  # killed between the last commit and this file
+    with trainee_of("memory", tmp_path) as trainee:
+        train(Ended(trainee, 0, interrupt), ROWS, CONFIG, tmp_path, SEED, "memory")
     assert_equal_runs(tmp_path, whole["memory"])
 
 
@@ -267,33 +302,97 @@ def test_the_curve_holds_every_step(whole):
     assert rows[-1]["loss"] < rows[0]["loss"]
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("changed", "seed", "rows"),
-    [({"learning_rate": 2e-2}, SEED, ROWS), ({}, SEED + 1, ROWS), ({}, SEED, ROWS - 1)],
+    ("changed", "seed", "rows", "named"),
+    [
+        ({"learning_rate": 2e-2}, SEED, ROWS, "training.learning_rate was 0.01, is 0.02"),
+        ({}, SEED + 1, ROWS, "seed was 5, is 6"),
+        ({}, SEED, ROWS - 1, "num_sequences was 10, is 9"),
+    ],
     ids=["recipe", "seed", "data"],
 )
-def test_the_checkpoint_of_another_run_is_refused(changed, seed, rows, whole, tmp_path):
-    shutil.copytree(whole["anchor"], tmp_path, dirs_exist_ok=True)
+def test_what_another_run_saved_is_refused(kind, changed, seed, rows, named, whole, tmp_path):
+    shutil.copytree(whole[kind], tmp_path, dirs_exist_ok=True)
     config = replace(CONFIG, **changed)
-    trainee = Ended(make_trainee("anchor"), 0, interrupt)
-    with pytest.raises(UserError, match=r"belongs to another run.*use another --out or delete"):
-        train(trainee, rows, config, tmp_path, seed, "anchor")
-    assert_equal_runs(tmp_path, whole["anchor"])
+    wanted = rf"belongs to another run: {named}; use another --out or delete"
+    with trainee_of(kind, tmp_path) as trainee, pytest.raises(UserError, match=wanted):
+        train(Ended(trainee, 0, interrupt), rows, config, tmp_path, seed, kind)
+    assert_equal_runs(tmp_path, whole[kind])
+
+
+def test_a_run_goes_on_only_with_the_same_sizes_and_files(tmp_path):
+    files = {"tokenizer": "a", "tree": "b"}
+    with trainee_of("memory", tmp_path) as trainee:
+        train(trainee, ROWS, CONFIG, tmp_path, SEED, "memory", files)
+    tokens, paths = sequences()
+    other = replace(MEMORY, r=(3, 1))
+    with BlockStore(tmp_path / "store", other, SEED) as store:
+        trainee = MemoryTrainee(make_model(), store, tokens, paths, EOT, CONFIG)
+        files["tokenizer"] = "c"
+        wanted = r"another run: files.tokenizer was a, is c, sizes.r was \[3, 2\], is \[3, 1\];"
+        with pytest.raises(UserError, match=wanted):
+            train(trainee, ROWS, CONFIG, tmp_path, SEED, "memory", files)
+
+
+def test_a_difference_is_named_also_where_a_key_is_new_and_the_many_are_cut(tmp_path):
+    with pytest.raises(UserError, match=r"another run: a\.c was None, is 2;"):
+        check_identity({"a": {"b": 1}}, {"a": {"b": 1, "c": 2}}, tmp_path)
+    with pytest.raises(UserError, match="and 3 more"):
+        check_identity({}, {str(i): i for i in range(7)}, tmp_path)
+    check_identity({"a": [1, 2]}, {"a": (1, 2)}, tmp_path)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(kind, tmp_path):
+def test_a_run_that_is_no_longer_finite_stops_and_has_saved_only_what_was(kind, tmp_path):
     config = replace(CONFIG, learning_rate=1e30, warmup_steps=0, save_every=1)
     with pytest.raises(UserError, match="loss or gradient is not finite") as error:
         run(kind, tmp_path, config)
     assert "\n" not in str(error.value)
-    assert f"at step {step_of(tmp_path)};" in str(error.value)
-    assert step_of(tmp_path) >= 1
+    assert "the 10th step skipped" in str(error.value)
+    progress = saved(tmp_path, kind)
+    assert progress.skipped == MOST_SKIPPED - 1
+    assert len(progress.curve) >= 1
     for name, array in checkpoint(tmp_path).items():
         if array.dtype == np.float32:
             assert np.isfinite(array).all(), name
 
 
+def test_a_step_that_is_not_finite_leaves_the_anchor_and_its_moments_as_they_were():
+    tokens, _ = sequences()
+    trainee, again = (AnchorTrainee(make_model(), tokens, EOT, CONFIG) for _ in range(2))
+    batches = [np.arange(3), np.arange(3, 6)]
+    for each in (trainee, again):
+        each.step(batches[0], 1e-2)
+    good = trainee.state()
+    bad = good | {"model.model.norm.weight": good["model.model.norm.weight"] * math.inf}
+    trainee.load_state(bad)
+    assert not math.isfinite(trainee.step(batches[1], 1e-2)[1])
+    for name, array in trainee.state().items():
+        if "learning_rate" not in name:
+            assert np.array(array).tobytes() == np.array(bad[name]).tobytes(), name
+    trainee.load_state(good)
+    assert trainee.step(batches[1], 1e-2) == again.step(batches[1], 1e-2)
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path):
+    _, paths = sequences()
+    leaves, counts = np.unique(paths[:, 1], return_counts=True)
+    leaf = int(leaves[counts == 1][0])
+    row = int(np.flatnonzero(paths[:, 1] == leaf)[0])
+    order = Order(ROWS, SEED)
+    spoiled = [step for step in range(13) if row in order.batch(step, 3)]
+    with trainee_of("memory", tmp_path) as trainee:
+        trainee.store.gather(2, np.array([leaf]), 1)
+        trainee.store._entry((2, leaf)).states[0] = np.nan
+        progress = train(trainee, ROWS, CONFIG, tmp_path, SEED, "memory")
+    assert len(spoiled) == progress.skipped >= 3
+    assert [row[0] for row in progress.curve] == [n for n in range(13) if n not in spoiled]
+    state = checkpoint(tmp_path)
+    assert state["2.steps"][leaf] == 0  # not written at all
+    assert all(np.isfinite(state[f"{level}.weights"]).all() for level in (1, 2))
+
+
 def test_nothing_to_train_on_is_one_line(tmp_path):
-    with pytest.raises(UserError, match="nothing to train on"):
-        train(make_trainee("anchor"), 0, CONFIG, tmp_path, SEED, "anchor")
+    with trainee_of("anchor", tmp_path) as trainee, pytest.raises(UserError, match="nothing to tr"):
+        train(trainee, 0, CONFIG, tmp_path, SEED, "anchor")

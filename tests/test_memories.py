@@ -1,5 +1,11 @@
 """Training blocks: lazy AdamW, the gradient of shared blocks, and that memory learns at all."""
 
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import mlx_hmem  # isort: skip  # noqa: F401  OpenBLAS goes in front before MLX is loaded
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -12,16 +18,18 @@ from mlx_hmem.anchors.openlm import Model, ModelArgs
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.memory import KINDS
 from train.anchor import initialise
-from train.blocks import BlockTable, adamw
+from train.blocks import adamw
 from train.loop import masked_loss, packed_mask
 from train.memories import MemoryTrainee, generic_config
 from train.recipe import TrainerConfig
+from train.store import BlockStore
 
 EOT, VOCABULARY, CONTEXT, SEED = 0, 32, 10, 3
 ARGS = ModelArgs("openlm", 16, 2, 24, 2, 8, VOCABULARY, tie_word_embeddings=True)
 TABLE = MemoryConfig(hidden_size=8, num_hidden_layers=2, r=(4,), branching=(3,))
 MEMORY = MemoryConfig(hidden_size=16, num_hidden_layers=2, r=(4, 0, 2), branching=(2, 2, 2))
 BETAS = (0.9, 0.95)
+OPEN: dict[str, Any] = {}
 
 
 def make_model() -> Model:
@@ -34,6 +42,20 @@ def path_of(leaf: int) -> list[int]:
     return [leaf // 4, leaf // 2, leaf]
 
 
+@pytest.fixture(autouse=True)
+def stores(tmp_path: Path) -> Iterator[None]:
+    """What :func:`make_store` opens in a test, closed after it."""
+    with contextlib.ExitStack() as stack:
+        OPEN.update(stack=stack, folder=tmp_path)
+        yield
+
+
+def make_store(config: MemoryConfig, seed: int = SEED) -> BlockStore:
+    """An empty store of its own."""
+    folder = Path(tempfile.mkdtemp(dir=OPEN["folder"]))
+    return OPEN["stack"].enter_context(BlockStore(folder, config, seed))
+
+
 def make_trainee(leaves: list[int], **changes: float) -> MemoryTrainee:
     """One random sequence for each of ``leaves``, with some padding and document borders."""
     rng = np.random.default_rng(0)
@@ -42,49 +64,59 @@ def make_trainee(leaves: list[int], **changes: float) -> MemoryTrainee:
     tokens[2::3, -3:] = EOT
     config = TrainerConfig(**changes)  # type: ignore[arg-type]
     paths = np.array([path_of(leaf) for leaf in leaves])
-    return MemoryTrainee(make_model(), MEMORY, tokens, paths, EOT, config, SEED)
+    return MemoryTrainee(make_model(), make_store(MEMORY), tokens, paths, EOT, config)
 
 
 def randomise(trainee: MemoryTrainee) -> None:
     """Blocks that have an effect, as if trained before."""
     rng = np.random.default_rng(1)
-    for table in trainee.tables:
-        table.weights[:] = rng.normal(0, 0.3, table.weights.shape)
+    for level in trainee.levels:
+        clusters = np.arange(MEMORY.num_clusters[level - 1])
+        parts = trainee.store.gather(level, clusters, len(clusters))
+        parts[0] = mx.array(rng.normal(0, 0.3, parts[0].shape), mx.float32)
+        trainee.store.scatter(level, clusters, parts)
 
 
 def copies(trainee: MemoryTrainee) -> dict[str, np.ndarray]:
-    return {name: np.array(array) for name, array in trainee.state().items()}
+    result = {}
+    for level in trainee.levels:
+        count = MEMORY.num_clusters[level - 1]
+        names = ("weights", "first", "second", "steps")
+        parts = trainee.store.gather(level, np.arange(count), count)
+        result |= {f"level-{level}.{n}": np.array(p) for n, p in zip(names, parts, strict=True)}
+    return result
 
 
 def test_lazy_adamw_with_every_block_touched_is_mlx_adamw():
     rng = np.random.default_rng(0)
-    table, clusters = BlockTable(TABLE, 1, SEED), np.arange(3)
-    weights = {"blocks": mx.array(table.weights)}
+    store, alone, clusters = make_store(TABLE), make_store(TABLE), np.arange(3)
+    weights = {"blocks": store.gather(1, clusters, 3)[0]}
     reference = optim.AdamW(1.0, list(BETAS), weight_decay=0.1, bias_correction=True)
     for step in range(6):
         gradient, rate = mx.array(rng.normal(0, 10.0**-step, (3, 2, 3, 4, 8))), 0.1 / (step + 1)
         gradient = gradient.astype(mx.float32)
-        table.scatter(clusters, adamw(table.gather(clusters), gradient, mx.array(rate), BETAS, 0.1))
+        blocks = store.gather(1, clusters, 3)
+        store.scatter(1, clusters, adamw(blocks, gradient, mx.array(rate), BETAS, 0.1))
         reference.learning_rate = rate
         weights = reference.apply_gradients({"blocks": gradient}, weights)
-        np.testing.assert_allclose(table.weights, np.array(weights["blocks"]), rtol=0, atol=1e-6)
-    assert table.steps.tolist() == [6, 6, 6]
+        found, *_, steps = map(np.array, store.gather(1, clusters, 3))
+        np.testing.assert_allclose(found, np.array(weights["blocks"]), rtol=0, atol=1e-6)
+    assert steps.tolist() == [6, 6, 6]
     # Block by block in other steps is the same again: a block knows only its own steps.
-    alone = BlockTable(TABLE, 1, SEED)
     rng = np.random.default_rng(0)
     gradients = [rng.normal(0, 10.0**-step, (3, 2, 3, 4, 8)) for step in range(6)]
     for cluster in (2, 0, 1):
         for step, gradient in enumerate(gradients):
             one, rate = np.array([cluster]), mx.array(0.1 / (step + 1))
             own = mx.array(gradient[one].astype(np.float32))
-            alone.scatter(one, adamw(alone.gather(one), own, rate, BETAS, 0.1))
-    np.testing.assert_allclose(alone.weights, table.weights, rtol=0, atol=1e-6)
+            alone.scatter(1, one, adamw(alone.gather(1, one, 1), own, rate, BETAS, 0.1))
+    np.testing.assert_allclose(np.array(alone.gather(1, clusters, 3)[0]), found, rtol=0, atol=1e-6)
 
 
 def test_start_values_follow_from_seed_level_and_cluster_alone():
     def blocks(level: int, count: int, seed: int) -> np.ndarray:
         config = MemoryConfig(8, 2, (4, 4), (2, count // 2) if level == 2 else (count, 2))
-        return BlockTable(config, level, seed).weights
+        return np.array(make_store(config, seed).gather(level, np.arange(count), count)[0])
 
     many = blocks(2, 6, seed=1)
     assert np.array_equal(blocks(2, 4, seed=1), many[:4])
@@ -179,7 +211,7 @@ def answer_losses(generic: bool) -> tuple[list[float], MemoryTrainee, Model]:
     if generic:
         config, paths = generic_config(MEMORY), np.zeros((8, 1), np.int32)
     training = TrainerConfig(weight_decay=1e-3)
-    trainee = MemoryTrainee(model, config, tokens, paths, EOT, training, SEED)
+    trainee = MemoryTrainee(model, make_store(config), tokens, paths, EOT, training)
     # 5 targets count: the prompt's three, the answer, the end. Only the answer is uncertain.
     losses = [5 * trainee.step(np.arange(8), 2e-2)[0] for _ in range(150)]
     return losses, trainee, model
@@ -198,7 +230,7 @@ def test_the_anchor_is_not_trained():
     untouched["model.norm.weight"] *= 4
     for name, array in named_parameters(model).items():
         assert np.array_equal(np.array(array), np.array(untouched[name])), name
-    assert all((table.steps == 150).all() for table in trainee.tables)
+    assert all((copies(trainee)[f"level-{level}.steps"] == 150).all() for level in (1, 3))
 
 
 def test_generic_memory_has_the_size_of_a_fetched_one():
@@ -217,7 +249,7 @@ def test_every_kind_learns_and_starts_from_the_anchors_own_loss(kind, layers):
     alone = masked_loss(model(batch[:, :-1]), batch, EOT).item()
     paths = np.array([path_of(leaf) for leaf in (0, 1, 5, 7)])
     training = TrainerConfig(weight_decay=0.0)
-    trainee = MemoryTrainee(model, config, tokens, paths, EOT, training, SEED)
+    trainee = MemoryTrainee(model, make_store(config), tokens, paths, EOT, training)
     losses = [trainee.step(np.arange(4), 3e-2)[0] for _ in range(30)]
     assert losses[0] == pytest.approx(alone, rel=1e-5)
     assert losses[-1] < 0.95 * losses[0]

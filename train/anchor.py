@@ -1,16 +1,18 @@
 """Trains all weights of an OpenLM anchor: from scratch, or on from a trained one (``dense``)."""
 
 import math
+from dataclasses import asdict
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_hmem.anchors.load import named_parameters
 from mlx_hmem.anchors.openlm import Model
+from train.checkpoint import CheckpointFile
 from train.loop import masked_loss, packed_mask
 from train.recipe import TrainerConfig
 
@@ -34,7 +36,7 @@ def initialise(model: Model, seed: int) -> None:
     mx.eval(model.parameters())
 
 
-class AnchorTrainee:
+class AnchorTrainee(CheckpointFile):
     """An anchor, its AdamW state and its data (sequences, context + 1)."""
 
     def __init__(self, model: Model, tokens: np.ndarray, eot: int, config: TrainerConfig):
@@ -58,28 +60,43 @@ class AnchorTrainee:
             value, gradients = nn.value_and_grad(model, loss)(model, batch)
             gradients, norm = optim.clip_grad_norm(gradients, config.grad_clip)
             self.optimizer.learning_rate = rate
+            before = self._parts()
             self.optimizer.update(model, gradients)
+            finite = mx.isfinite(value) & mx.isfinite(norm)
+            after = tree_map(lambda new, old: mx.where(finite, new, old), self._parts(), before)
+            self._put(after)
             return value, norm
 
         state = [model.state, self.optimizer.state]
         self._step = mx.compile(step, inputs=state, outputs=state)
 
-    def step(self, rows: np.ndarray, learning_rate: float) -> tuple[float, float]:
+    @property
+    def sizes(self) -> dict[str, Any]:
+        return asdict(self.model.args)
+
+    def step(
+        self, rows: np.ndarray, learning_rate: float, next_rows: np.ndarray | None = None
+    ) -> tuple[float, float]:
         batch = mx.array(self.tokens[rows].astype(np.int32))
         value, norm = self._step(batch, mx.array(learning_rate, mx.float32))
         mx.eval(value, norm, self.model.state, self.optimizer.state)
         return float(value), float(norm)
 
     def state(self) -> dict[str, mx.array]:
-        parts = {"model": self.model.parameters(), "optimizer": self.optimizer.state}
-        pairs: Any = tree_flatten(parts)
+        pairs: Any = tree_flatten(self._parts())
         return dict(pairs)
 
     def load_state(self, state: dict[str, mx.array]) -> None:
-        parts = tree_unflatten(list(state.items()))
+        self._put(tree_unflatten(list(state.items())))
+        mx.eval(self.model.state, self.optimizer.state)
+
+    def _parts(self) -> dict[str, Any]:
+        parts = {"model": self.model.parameters(), "optimizer": self.optimizer.state}
+        return tree_map(lambda array: array, parts)  # dictionaries of our own
+
+    def _put(self, parts: Any) -> None:
         self.model.update(parts["model"])
         # In place: the compiled step holds on to these very dictionaries.
         states = parts["optimizer"]["states"]
         for optimizer, saved in zip(self.optimizer.optimizers, states, strict=True):
             optimizer.state.update(saved)
-        mx.eval(self.model.state, self.optimizer.state)

@@ -9,17 +9,24 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 
 from mlx_hmem.anchors.load import load_anchor, named_parameters
 from mlx_hmem.anchors.openlm import Model, ModelArgs
-from mlx_hmem.files import load_safetensors, save_safetensors, write_atomic
+from mlx_hmem.files import fingerprint, save_safetensors, write_atomic
 from train.anchor import AnchorTrainee, initialise
 from train.loop import train
 from train.memories import MemoryTrainee, generic_config
 from train.recipe import Recipe, TrainerConfig
+from train.store import BlockStore
 from train.tokenizer import EOT_ID
+
+# What a stage's numbers come from, beside the recipe: a run goes on only with the same files.
+SOURCES = {
+    "tokenizer": "tokenizer/tokenizer.json",
+    "tree": "tree/tree.safetensors",
+    "anchor": "anchor/model.safetensors",
+}
 
 
 def model_args(recipe: Recipe) -> ModelArgs:
@@ -37,11 +44,18 @@ def model_args(recipe: Recipe) -> ModelArgs:
     )
 
 
+def _made_from(run: Path, *names: str) -> dict[str, str]:
+    return {name: fingerprint(run / SOURCES[name]) for name in names}
+
+
 def _train_all_weights(
-    model: Model, tokens: np.ndarray, training: TrainerConfig, folder: Path, seed: int, name: str
+    model: Model, rows: Path, training: TrainerConfig, folder: Path, seed: int, *sources: str
 ) -> None:
     """Trains ``model`` and leaves it in ``folder`` as an anchor that ``load_anchor`` takes."""
-    train(AnchorTrainee(model, tokens, EOT_ID, training), len(tokens), training, folder, seed, name)
+    tokens, name = np.load(rows / "tokens.npy", mmap_mode="r"), folder.name
+    made_from = _made_from(folder.parent, *sources)
+    trainee = AnchorTrainee(model, tokens, EOT_ID, training)
+    train(trainee, len(tokens), training, folder, seed, name, made_from)
     save_safetensors(folder / "model.safetensors", named_parameters(model))
     config = asdict(model.args) | {"bos_token_id": EOT_ID, "eos_token_id": EOT_ID}
     write_atomic(folder / "config.json", json.dumps(config, indent=2) + "\n")
@@ -50,12 +64,10 @@ def _train_all_weights(
 
 
 def run_anchor(recipe: Recipe, folder: Path) -> None:
-    tokens = np.load(folder / "anchor-sequences" / "tokens.npy", mmap_mode="r")
     model = Model(model_args(recipe))
     initialise(model, recipe.seed)
-    _train_all_weights(
-        model, tokens, recipe.anchor.training, folder / "anchor", recipe.seed, "anchor"
-    )
+    rows, training = folder / "anchor-sequences", recipe.anchor.training
+    _train_all_weights(model, rows, training, folder / "anchor", recipe.seed, "tokenizer")
 
 
 def run_dense(recipe: Recipe, folder: Path) -> None:
@@ -64,37 +76,39 @@ def run_dense(recipe: Recipe, folder: Path) -> None:
         return
     model, _ = load_anchor(folder / "anchor")
     assert isinstance(model, Model)
-    tokens = np.load(folder / "sequences" / "tokens.npy", mmap_mode="r")
-    training = recipe.dense.training
-    _train_all_weights(model, tokens, training, folder / "dense", recipe.seed, "dense")
+    rows, training = folder / "sequences", recipe.dense.training
+    _train_all_weights(model, rows, training, folder / "dense", recipe.seed, *SOURCES)
 
 
-def _train_memory(recipe: Recipe, folder: Path, name: str, generic: bool) -> None:
+def _store(recipe: Recipe, folder: Path, name: str, readonly: bool = False) -> BlockStore:
+    config, size = recipe.memory_config, recipe.memories.cache_bytes
+    if name == "generic":
+        config = generic_config(config)
+    return BlockStore(folder / name / "store", config, recipe.seed, size, readonly=readonly)
+
+
+def _train_memory(recipe: Recipe, folder: Path, name: str) -> None:
     anchor, _ = load_anchor(folder / "anchor")
     tokens = np.load(folder / "sequences" / "tokens.npy", mmap_mode="r")
     paths = np.load(folder / "sequences" / "paths.npy", mmap_mode="r")
-    config, training = recipe.memory_config, recipe.memories.training
-    if generic:
-        config, paths = generic_config(config), np.zeros((len(tokens), 1), np.int32)
-    trainee = MemoryTrainee(anchor, config, tokens, paths, EOT_ID, training, recipe.seed)
-    train(trainee, len(tokens), training, folder / name, recipe.seed, name)
-    touched = sum(int((table.steps > 0).sum()) for table in trainee.tables)
-    print(f"{name}: {touched} blocks trained, in {folder / name}")
+    if name == "generic":
+        paths = np.zeros((len(tokens), 1), np.int32)
+    training = recipe.memories.training
+    with _store(recipe, folder, name) as store:
+        trainee = MemoryTrainee(anchor, store, tokens, paths, EOT_ID, training)
+        sources = _made_from(folder, *SOURCES)
+        train(trainee, len(tokens), training, folder / name, recipe.seed, name, sources)
+        print(f"{name}: {store.num_touched} blocks trained, in {folder / name}")
 
 
 def run_memories(recipe: Recipe, folder: Path) -> None:
-    _train_memory(recipe, folder, "memories", generic=False)
+    _train_memory(recipe, folder, "memories")
 
 
 def run_generic(recipe: Recipe, folder: Path) -> None:
-    _train_memory(recipe, folder, "generic", generic=True)
+    _train_memory(recipe, folder, "generic")
 
 
-def trained_blocks(folder: Path) -> dict[int, mx.array]:
-    """The blocks of a finished memory stage by level, (clusters, layers, 3, r, hidden), float32."""
-    state = load_safetensors(folder / "checkpoint.safetensors")
-    return {
-        int(name.removeprefix("level-").removesuffix(".weights")): array
-        for name, array in state.items()
-        if name.endswith(".weights")
-    }
+def trained_blocks(recipe: Recipe, folder: Path, name: str) -> BlockStore:
+    """The blocks of a finished memory stage, ``memories`` or ``generic``, to read and to close."""
+    return _store(recipe, folder, name, readonly=True)

@@ -10,8 +10,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mlx_hmem.anchors.load import anchor_hash
 from mlx_hmem.bank import stored_levels, write_bank
 from mlx_hmem.config import FORMAT_VERSION, HmemConfig, RetrieverConfig
@@ -43,26 +41,23 @@ def run_export(recipe: Recipe, folder: Path) -> None:
         ),
         anchor_hash=anchor_hash(part),
     )
-    blocks = trained_blocks(folder / "memories")
-    levels = [
-        np.array(blocks[level]) if level in blocks else None
-        for level in range(1, recipe.memory_config.num_levels + 1)
-    ]
-    generic = np.array(trained_blocks(folder / "generic")[1][0])
     quantization = None
     if recipe.export.quantization is not None:
         stored = stored_levels(recipe.memory_config)
         quantization = [recipe.export.quantization_of(level) for level in stored]
-    write_bank(
-        part / "bank",
-        recipe.memory_config,
-        levels,
-        generic,
-        dtype=recipe.export.dtype,
-        quantization=quantization,
-        anchor_hash=hmem.anchor_hash,
-        tree_hash=hmem.retriever.tree_hash,
-    )
+    with trained_blocks(recipe, folder, "memories") as blocks:
+        with trained_blocks(recipe, folder, "generic") as store:
+            generic = next(store.weights(1))
+        write_bank(
+            part / "bank",
+            recipe.memory_config,
+            [blocks.weights(level) for level in range(1, recipe.memory_config.num_levels + 1)],
+            generic,
+            dtype=recipe.export.dtype,
+            quantization=quantization,
+            anchor_hash=hmem.anchor_hash,
+            tree_hash=hmem.retriever.tree_hash,
+        )
     write_atomic(part / "README.md", card(recipe, json.loads(report.read_text())))
     write_atomic(part / "hmem.json", hmem.to_json())
     shutil.rmtree(target, ignore_errors=True)

@@ -1,15 +1,14 @@
 """The optimiser loop that every training stage shares: order of data, schedule, checkpoints.
 
-One file, ``checkpoint.safetensors``, holds weights, moments, step and loss curve together and is
-replaced in one rename, so a killed run goes on from its last checkpoint bit for bit. The order of
-sequences follows from (seed, epoch) alone: arms with the same seed see the same rows in the same
-order. Trade-off: the whole state is written each time; banks beyond memory need another store.
+The trainee saves its whole state together with how far the run has come, in one piece, so a killed
+run goes on from there bit for bit. The order of sequences follows from (seed, epoch) alone: arms
+with the same seed see the same rows in the same order.
 """
 
 import json
 import math
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -17,20 +16,32 @@ from tqdm import tqdm
 
 from mlx_hmem.anchors.openlm import document_mask
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import load_safetensors, read_safetensors_header, save_safetensors, write_atomic
+from mlx_hmem.files import write_atomic
+from train.checkpoint import Progress
 from train.recipe import TrainerConfig
+
+MOST_SKIPPED = 10
 
 
 class Trainee(Protocol):
-    """What a training stage brings: a step on some sequences, and its whole state as arrays."""
+    """What a training stage brings: a step on some sequences, and where its state is kept."""
 
-    def step(self, rows: np.ndarray, learning_rate: float) -> tuple[float, float]:
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """JSON values that the shapes of the state follow from."""
+
+    def step(
+        self, rows: np.ndarray, learning_rate: float, next_rows: np.ndarray | None = None
+    ) -> tuple[float, float]:
         """Trains on the sequences numbered ``rows``; returns the mean loss in nats per token and
-        the norm of the gradient before clipping."""
+        the norm of the gradient before clipping. If either is not finite, the state stays as it
+        was. ``next_rows``: those of the step after, for what can be fetched meanwhile."""
 
-    def state(self) -> dict[str, mx.array]: ...
+    def resume(self, folder: Path, identity: dict[str, Any]) -> Progress:
+        """Takes up the state saved in ``folder``; it must be of the same ``identity``."""
 
-    def load_state(self, state: dict[str, mx.array]) -> None: ...
+    def save(self, folder: Path, progress: Progress) -> None:
+        """Saves the state and ``progress`` so that ``folder`` holds either both or the last."""
 
 
 def learning_rate_at(step: int, num_steps: int, config: TrainerConfig) -> float:
@@ -83,70 +94,80 @@ def num_steps_of(num_sequences: int, config: TrainerConfig) -> int:
 
 
 def train(
-    trainee: Trainee, num_sequences: int, config: TrainerConfig, folder: Path, seed: int, name: str
-) -> dict[str, mx.array]:
-    """Runs or resumes a training to its end; returns the final state.
+    trainee: Trainee,
+    num_sequences: int,
+    config: TrainerConfig,
+    folder: Path,
+    seed: int,
+    name: str,
+    made_from: dict[str, str] | None = None,
+) -> Progress:
+    """Runs or resumes a training to its end.
 
-    Leaves ``checkpoint.safetensors`` and ``loss.jsonl`` ({step, loss, learning_rate}) in
-    ``folder``.
+    Leaves what the trainee saves and ``loss.jsonl`` ({step, loss, learning_rate}) in ``folder``. A
+    step whose loss or gradient is not finite is skipped, ``MOST_SKIPPED`` of them end the run.
+
+    Args:
+        made_from: fingerprints of the files it depends on; a run goes on only with the same ones.
     """
     if num_sequences < 1:
         raise UserError("there is nothing to train on", folder, "use a larger corpus")
     num_steps = num_steps_of(num_sequences, config)
-    identity = json.dumps([name, num_sequences, seed, config.to_dict()], sort_keys=True)
+    identity = {
+        "stage": name,
+        "num_sequences": num_sequences,
+        "seed": seed,
+        "training": config.to_dict(),
+        "sizes": trainee.sizes,
+        "files": made_from or {},
+    }
     folder.mkdir(parents=True, exist_ok=True)
-    step, curve = _resume(trainee, folder, identity)
+    progress = trainee.resume(folder, json.loads(json.dumps(identity)))
+    if progress.step:
+        _write_curve(folder, progress)
     order = Order(num_sequences, seed)
-    with tqdm(total=num_steps, initial=step, desc=name, unit="step") as progress:
-        while step < num_steps:
-            rate = learning_rate_at(step, num_steps, config)
-            loss, norm = trainee.step(order.batch(step, config.batch_size), rate)
-            if not (math.isfinite(loss) and math.isfinite(norm)):  # never reaches a checkpoint
-                raise UserError(
-                    f"{name}: loss or gradient is not finite",
-                    f"{loss}, {norm} at step {step}",
-                    "lower the learning rate and run again from the last checkpoint",
-                )
-            curve.append((step, loss, rate))
-            step += 1
-            if step % config.save_every == 0 or step == num_steps:
-                _save(trainee, folder, identity, step, curve)
-            progress.update()
-            if step % 20 == 0 or step == num_steps:
-                recent = [row[1] for row in curve[-100:]]
-                progress.set_postfix(loss=f"{sum(recent) / len(recent):.3f}")
-    return trainee.state()
+    rows = order.batch(progress.step, config.batch_size)
+    with tqdm(total=num_steps, initial=progress.step, desc=name, unit="step") as bar:
+        while progress.step < num_steps:
+            next_rows = order.batch(progress.step + 1, config.batch_size)
+            _one_step(trainee, rows, next_rows, progress, num_steps, config)
+            rows = next_rows
+            if progress.step % config.save_every == 0 or progress.step == num_steps:
+                trainee.save(folder, progress)
+                _write_curve(folder, progress)
+            bar.update()
+            if progress.curve and (progress.step % 20 == 0 or progress.step == num_steps):
+                recent = [row[1] for row in progress.curve[-100:]]
+                bar.set_postfix(loss=f"{sum(recent) / len(recent):.3f}")
+    if progress.skipped:
+        print(f"{name}: {progress.skipped} steps skipped, their loss or gradient was not finite")
+    return progress
 
 
-def _save(
-    trainee: Trainee, folder: Path, identity: str, step: int, curve: list[tuple[int, float, float]]
+def _one_step(
+    trainee: Trainee,
+    rows: np.ndarray,
+    next_rows: np.ndarray,
+    progress: Progress,
+    num_steps: int,
+    config: TrainerConfig,
 ) -> None:
-    rows = np.array(curve, np.float64)
-    # MLX has no float64 on every device: the curve travels as bytes.
-    state = trainee.state() | {"curve": mx.array(rows.view(np.uint8))}
-    metadata = {"step": str(step), "identity": identity}
-    save_safetensors(folder / "checkpoint.safetensors", state, metadata)
+    rate = learning_rate_at(progress.step, num_steps, config)
+    loss, norm = trainee.step(rows, rate, next_rows)
+    if math.isfinite(loss) and math.isfinite(norm):
+        progress.curve.append((progress.step, loss, rate))
+    elif progress.skipped + 1 >= MOST_SKIPPED:
+        raise UserError(
+            f"{progress.identity['stage']}: loss or gradient is not finite",
+            f"{loss}, {norm} at step {progress.step}, the {MOST_SKIPPED}th step skipped for that",
+            "lower the learning rate and begin again in another folder",
+        )
+    progress.step += 1
+
+
+def _write_curve(folder: Path, progress: Progress) -> None:
     lines = (
-        json.dumps({"step": int(s), "loss": round(loss, 5), "learning_rate": rate})
-        for s, loss, rate in curve
+        json.dumps({"step": step, "loss": round(loss, 5), "learning_rate": rate})
+        for step, loss, rate in progress.curve
     )
     write_atomic(folder / "loss.jsonl", "".join(line + "\n" for line in lines))
-
-
-def _resume(
-    trainee: Trainee, folder: Path, identity: str
-) -> tuple[int, list[tuple[int, float, float]]]:
-    path = folder / "checkpoint.safetensors"
-    if not path.exists():
-        return 0, []
-    _, metadata = read_safetensors_header(path)
-    if metadata.get("identity") != identity:
-        raise UserError(
-            f"{path} belongs to another run",
-            f"made with {metadata.get('identity')}, now {identity}",
-            "use another --out or delete the folder of this stage",
-        )
-    state = load_safetensors(path)
-    rows = np.array(state.pop("curve")).view(np.float64).reshape(-1, 3)
-    trainee.load_state(state)
-    return int(metadata["step"]), [(int(s), float(loss), float(rate)) for s, loss, rate in rows]

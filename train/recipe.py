@@ -186,12 +186,16 @@ class MemoriesSection(JsonConfig):
     keep_parameters: bool = field(
         default=False, metadata=_help("on fewer layers, raise r to as many parameters as on all")
     )
+    cache_bytes: int = field(
+        default=1 << 30, metadata=_help("memory for blocks of deeper levels while training")
+    )
     training: TrainerConfig = field(
         default_factory=TrainerConfig, metadata=_help("how anchor and memories are trained")
     )
 
     def __post_init__(self) -> None:
         _wholes("memories.", "r", self.r, 0)
+        _whole("memories.", "cache_bytes", self.cache_bytes, 1)
         if type(self.keep_parameters) is not bool:
             raise UserError(
                 "memories.keep_parameters is not true or false",
@@ -273,6 +277,7 @@ class Recipe(JsonConfig):
     def sections(self, names: Iterable[str]) -> dict[str, Any]:
         """The named parts as JSON values: what a stage's result depends on."""
         values = self.to_dict()
+        del values["memories"]["cache_bytes"]  # how fast, not what
         return {name: values[name] for name in names}
 
 

@@ -1,0 +1,204 @@
+"""Records on disk that change together: LMDB, one writer, memory bounded by a small transaction.
+
+LMDB keeps the pages that a transaction wrote in memory until it commits (measured: 400 MB written
+grow the process by 400 MB), so the many blocks of a checkpoint cannot go into one transaction.
+Every record therefore has two places. :meth:`RecordStore.write` writes to the one that is not live,
+in transactions of at most ``TRANSACTION_BYTES`` which change nothing that a reader after a crash
+would see; :meth:`RecordStore.commit` makes all of them live in one small transaction and frees the
+old places. A kill at any moment leaves the last commit; what was written since is overwritten.
+
+The file grows by the records ever written, those written between two commits and one transaction:
+freed pages are used again, never given back. Each transaction is synced to the disk.
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import lmdb
+import numpy as np
+
+from mlx_hmem.errors import UserError
+
+TRANSACTION_BYTES = 64 << 20
+# Pages touched through the map count as resident until it is made anew. A commit touches pages of
+# every block that it replaces: file-backed, so the system can take them back at any time.
+REMAP_BYTES = 8 << 20
+RESTORE = "delete the folder of this stage and run it again"
+
+
+class RecordStore:
+    """Named arrays in ``folder``, and small values that belong to the commit as a whole.
+
+    Args:
+        map_size: greatest size of the file in bytes; address space, not disk.
+        readonly: for reading beside a writer; sees the last commit.
+
+    Raises:
+        UserError: another writer has it open, it is no store, or it is missing and ``readonly``.
+    """
+
+    def __init__(self, folder: Path, map_size: int = 1 << 40, readonly: bool = False):
+        self.folder, self.map_size = folder, map_size
+        self._staged: dict[bytes, int] = {}  # written since the last commit, with their places
+        self._read_bytes = 0
+        if readonly and not (folder / "data.mdb").exists():
+            raise UserError("a training store is missing", folder, "run the stage that makes it")
+        self._lock = None if readonly else _lock(folder)
+        try:
+            self._env = lmdb.open(
+                os.fspath(folder), map_size=map_size, max_dbs=3, readonly=readonly
+            )
+            names = (b"records", b"places", b"values")
+            self._records, self._places, self._values = (
+                self._env.open_db(name, create=not readonly) for name in names
+            )
+        except lmdb.Error as error:
+            self._unlock()
+            remedy = f"close it elsewhere, or {RESTORE}"
+            raise UserError(f"cannot open the training store {folder}", error, remedy) from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._env.close()
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def value(self, name: bytes) -> bytes | None:
+        with self._env.begin(self._values) as transaction:
+            return transaction.get(name)
+
+    def read(self, name: bytes, target: np.ndarray, whole: bool = True) -> bool:
+        """Fills the contiguous ``target`` with the record ``name``, or with its beginning unless
+        ``whole``; False if there is none."""
+        with self._env.begin(buffers=True) as transaction:
+            place = self._place(transaction, name)
+            if place is None:
+                return False
+            record: Any = transaction.get(_key(name, place), db=self._records)
+            size = len(record)
+            if size != target.nbytes and (whole or size < target.nbytes):
+                raise UserError(
+                    f"{self.folder} holds a record of another size",
+                    f"{name!r}: {size} bytes, not {target.nbytes}",
+                    RESTORE,
+                )
+            target.reshape(-1).view(np.uint8)[:] = np.frombuffer(record, np.uint8, target.nbytes)
+        self._used(target.nbytes)
+        return True
+
+    def num_records(self) -> int:
+        """Records in the last commit."""
+        with self._env.begin() as transaction:
+            return int(transaction.stat(self._places)["entries"])
+
+    def write(self, records: Iterable[tuple[bytes, np.ndarray]]) -> None:
+        """Writes contiguous arrays; they are read at once and become lasting with ``commit``."""
+        group: list[tuple[bytes, np.ndarray]] = []
+        size = 0
+        for name, data in records:
+            if group and size + data.nbytes > TRANSACTION_BYTES:
+                self._write(group)
+                group, size = [], 0
+            group.append((name, data))
+            size += data.nbytes
+        if group:
+            self._write(group)
+
+    def _write(self, group: list[tuple[bytes, np.ndarray]]) -> None:
+        staged = {}
+        with self._transaction() as transaction:
+            for name, data in group:
+                place = self._staged.get(name)
+                if place is None:
+                    live = transaction.get(name, db=self._places)
+                    place = 0 if live is None else 1 - live[0]
+                view = memoryview(data.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+                transaction.put(_key(name, place), view, db=self._records)
+                staged[name] = place
+        self._staged |= staged
+        self._used(sum(data.nbytes for _, data in group))
+
+    def commit(self, values: dict[bytes, bytes]) -> None:
+        """Makes everything written since the last commit live, together with ``values``."""
+        with self._transaction() as transaction:
+            for name, place in self._staged.items():
+                if transaction.replace(name, bytes([place]), db=self._places) is not None:
+                    transaction.delete(_key(name, 1 - place), db=self._records)
+            for name, value in values.items():
+                transaction.put(name, value, db=self._values)
+        self._staged = {}
+
+    def _place(self, transaction: Any, name: bytes) -> int | None:
+        if name in self._staged:
+            return self._staged[name]
+        live = transaction.get(name, db=self._places)
+        return None if live is None else live[0]
+
+    def _used(self, size: int) -> None:
+        self._read_bytes += size
+        if self._read_bytes >= REMAP_BYTES:
+            self._env.set_mapsize(self.map_size)
+            self._read_bytes = 0
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[Any]:
+        try:
+            with self._env.begin(write=True) as transaction:
+                yield transaction
+        except lmdb.MapFullError:
+            raise UserError(
+                f"the training store {self.folder} is full",
+                f"map size {self.map_size} bytes",
+                "the last commit is intact: free space there and run again",
+            ) from None
+        except lmdb.Error as error:
+            raise UserError(
+                f"cannot write the training store {self.folder}",
+                error,
+                "the last commit is intact: check the disk and run again",
+            ) from None
+
+
+def check_free_space(folder: Path, size: int) -> None:
+    """Raises UserError if the disk has no room for ``folder`` to grow to ``size`` bytes."""
+    file = folder / "data.mdb"
+    present = file.stat().st_blocks * 512 if file.exists() else 0
+    free = shutil.disk_usage(folder).free
+    if size - present > free:
+        raise UserError(
+            f"too little disk space for the training store {folder}",
+            f"it may grow by {(size - present) / 1e9:.2f} GB, {free / 1e9:.2f} GB are free",
+            "free space there or give another --out",
+        )
+
+
+def _key(name: bytes, place: int) -> bytes:
+    return name + bytes([place])
+
+
+def _lock(folder: Path) -> int:
+    """The writer's lock on ``folder``; it dies with its process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder / "writer.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise UserError(
+            "the training store has a writer already", folder, "wait for it, or stop it first"
+        ) from None
+    return lock
