@@ -1,0 +1,174 @@
+"""What a recipe costs, reckoned from its numbers alone: parameters, bytes, memory, operations.
+
+Sizes are exact. Bytes of the bank are those the export writes. Training state is float32 weights
+and two moments of every block, as if each were touched.
+
+Peak memory is that of MLX's arrays; the program itself takes 0.1 GB more. It is reckoned as
+
+* anchor, dense: 8 × parameters (weights, gradients, two moments, and their successors),
+* memories, generic: 1 × the anchor's parameters, 11 × the fetched memory of each sequence of a
+  batch (weights, moments, gradient, their successors, the joined copies and their gradients),
+* activations that wait for the gradient: of each token and layer 5 × (hidden + query size), 4.5 ×
+  inner FFN width and 2 × sum(r), and an attention map (batch, heads, context, context),
+* what only one layer at a time has: 5 attention maps; and 3 × the logits,
+
+four bytes each. On 13 sizes from 0.1 to 3.3 M parameters that was 0.8 to 1.3 times MLX's measured
+peak (CPU); the test allows a factor of 1.5 on two recipes. To the memory stages comes what the
+training store keeps in memory (:func:`store_memory`).
+"""
+
+import math
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_hmem.anchors.load import named_parameters
+from mlx_hmem.anchors.openlm import Model
+from mlx_hmem.bank.format import PAGE, Level, num_blocks, stored_levels
+from mlx_hmem.errors import UserError
+from train.arms import model_args
+from train.recipe import Recipe
+
+
+def count_text(number: float) -> str:
+    """``1.27 M``, as parameters are counted."""
+    for unit, size in (("G", 1e9), ("M", 1e6)):
+        if number >= size:
+            return f"{number / size:,.2f} {unit}"
+    return f"{number:,.0f}"
+
+
+def bytes_text(number: float) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9)):
+        if number >= size:
+            return f"{number / size:,.1f} {unit}"
+    return f"{number / 1e6:,.1f} MB"
+
+
+def anchor_parameters(recipe: Recipe) -> int:
+    model = Model(model_args(recipe))  # lazy: no array is made
+    return sum(array.size for array in named_parameters(model).values())
+
+
+def bank_bytes(recipe: Recipe) -> int:
+    """Bytes of the exported bank's blocks, the generic memory with them, as they lie on disk."""
+    config, export = recipe.memory_config, recipe.export
+    total = 0
+    for level in stored_levels(config):
+        quantization = None if export.quantization is None else export.quantization_of(level)
+        layout = Level.layout(config, level, export.dtype, quantization)
+        total += PAGE + num_blocks(config, level) * layout.block_stride
+    return total
+
+
+def peak_memory(recipe: Recipe, memory: bool, batch_size: int) -> int:
+    """Estimated peak bytes of a training step; see the top of this file."""
+    anchor, config = recipe.anchor, recipe.memory_config
+    heads, context = anchor.num_attention_heads, recipe.windows.context
+    tokens = batch_size * context
+    per_token = 5 * (anchor.hidden_size + heads * anchor.head_dim) + 4.5 * anchor.intermediate_size
+    attention = batch_size * heads * context**2
+    parameters = anchor_parameters(recipe)
+    if memory:
+        numbers = parameters + 11 * batch_size * config.fetched_parameters
+        per_token += 2 * sum(config.r) * config.num_memory_layers / anchor.num_hidden_layers
+    else:
+        numbers = 8 * parameters
+    activations = anchor.num_hidden_layers * (tokens * per_token + attention)
+    logits = 3 * tokens * recipe.tokenizer.vocab_size
+    return int(4 * (numbers + activations + 5 * attention + logits))
+
+
+def step_operations(recipe: Recipe, memory: bool, batch_size: int) -> float:
+    """Floating-point operations of a training step: 6 a parameter and token, 4 where frozen."""
+    anchor, context = recipe.anchor, recipe.windows.context
+    matrices = anchor_parameters(recipe)
+    if not anchor.tie_word_embeddings:
+        matrices -= recipe.tokenizer.vocab_size * anchor.hidden_size  # looked up, not multiplied
+    heads = anchor.num_attention_heads * anchor.head_dim
+    attention = 12 * anchor.num_hidden_layers * context * heads
+    fetched = recipe.memory_config.fetched_parameters
+    per_token = 4 * matrices + 6 * fetched if memory else 6 * matrices
+    return float(batch_size * context * (per_token + attention))
+
+
+def disk_bytes(recipe: Recipe) -> int:
+    """What a finished run leaves, and the copy beside an anchor's checkpoint while it is written.
+    The corpus and its tokens are not counted."""
+    parameters = 4 * anchor_parameters(recipe)
+    arms = 1 if recipe.dense is None else 2
+    generic = 3 * 4 * recipe.memory_config.fetched_parameters
+    # Weights, checkpoint of three times as much, and its copy; the exported anchors.
+    anchors = arms * (1 + 3 + 3 + 1) * parameters
+    return anchors + training_state_bytes(recipe) + 2 * generic + bank_bytes(recipe)
+
+
+def training_state_bytes(recipe: Recipe) -> int:
+    return 3 * 4 * recipe.memory_config.bank_parameters
+
+
+def machine_memory() -> int:
+    """Bytes of memory, or of what the GPU may use of it."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    gpu = mx.device_info().get("max_recommended_working_set_size") or total
+    return min(total, int(gpu))
+
+
+def store_memory(recipe: Recipe, stage: str) -> int:
+    """Bytes of blocks that the training store keeps in memory: all of level 1, and of the others as
+    many as ``memories.cache_bytes`` allow."""
+    config = recipe.memory_config
+    if stage == "generic":
+        return 3 * 4 * config.fetched_parameters
+    first = 3 * 4 * config.num_clusters[0] * math.prod(config.block_shape(1))
+    return first + min(recipe.memories.cache_bytes, training_state_bytes(recipe) - first)
+
+
+def check_memory(recipe: Recipe, stage: str, memory: bool, batch_size: int) -> int:
+    """The stage's peak with what its store keeps; one that the machine cannot hold is refused with
+    what it could hold."""
+    store = store_memory(recipe, stage) if memory else 0
+    peak, most = peak_memory(recipe, memory, batch_size) + store, machine_memory()
+    if peak <= most:
+        return peak
+    most -= store
+    section = {"anchor": "anchor", "dense": "dense"}.get(stage, "memories")
+    fits = batch_size
+    while fits and peak_memory(recipe, memory, fits) > most:
+        fits //= 2
+    if fits:
+        remedy = f"set {section}.training.batch_size to {fits}, or shorten windows.context"
+    elif memory and peak_memory(recipe, False, 1) <= machine_memory():
+        remedy = "make memories.r smaller, or the anchor"
+    else:
+        scale = most / peak_memory(recipe, memory, 1)
+        most_parameters = int(scale * anchor_parameters(recipe))
+        remedy = f"make the anchor smaller: about {count_text(most_parameters)} parameters fit"
+    raise UserError(
+        f"stage {stage} does not fit in memory",
+        f"it needs about {bytes_text(peak)}, this machine has {bytes_text(machine_memory())}",
+        remedy,
+    )
+
+
+def check_disk(recipe: Recipe, out: Path) -> tuple[int, int]:
+    """(bytes the run takes, bytes that are free for it); too little is refused."""
+    place = next(p for p in (out.absolute(), *out.absolute().parents) if p.is_dir())
+    there = 0
+    for name in ("anchor", "memories", "generic", "dense", "model"):
+        there += sum(f.stat().st_size for f in (out / name).rglob("*") if f.is_file())
+    needed, free = disk_bytes(recipe), shutil.disk_usage(place).free + there
+    if needed <= free:
+        return needed, free
+    r = recipe.memories.r
+    while all(r) and disk_bytes(replace(recipe, memories=replace(recipe.memories, r=r))) > free:
+        r = tuple(int(0.9 * value) for value in r)
+    smaller = f", or set memories.r to {list(r)}" if all(r) else ", or make the bank smaller"
+    raise UserError(
+        "the run does not fit on the disk",
+        f"it needs {bytes_text(needed)}, {bytes_text(free)} are free in {place}",
+        f"give an --out with as much{smaller}",
+    )
