@@ -3,7 +3,7 @@
 Size, speed on the same texts, and how often both choose the same cluster on each level of a tree
 fitted to MiniLM's vectors, for articles that the distillation never saw: means over trees of
 several seeds. Also how often the start of an article, or a prompt about it, lands in the cluster of
-the whole, as routing by prompt needs. MiniLM takes nearly all of the time: ten minutes on one core.
+the whole, as routing by prompt needs. MiniLM takes nearly all of the time: five minutes on a core.
 """
 
 import json
@@ -151,7 +151,7 @@ def show(result: dict[str, Any]) -> None:
 def main() -> None:
     parser = ArgumentParser(prog="python -m benchmarks.encoders", description=__doc__)
     parser.add_argument("--corpus", type=Path, required=True, help="folder of *.jsonl[.gz] files")
-    parser.add_argument("--documents", type=int, default=3000, help="articles to fit the trees on")
+    parser.add_argument("--documents", type=int, default=1500, help="articles to fit the trees on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     args = parser.parse_args()

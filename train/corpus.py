@@ -158,7 +158,7 @@ def run_corpus(
         "train_documents": num_plain,
         "fact_documents": len(train) - num_plain,
         "held_out_documents": len(held_out),
-        "facts": len(facts),
+        "facts": sum(fact.times > 0 for fact in facts),
         "train_characters": sum(len(d["text"]) for d in train),
         "passed_over": dict(faults.counts),
         "passed_over_first": faults.named,
