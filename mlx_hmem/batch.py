@@ -20,7 +20,7 @@ from mlx_hmem.bank.format import GENERIC
 from mlx_hmem.errors import UserError
 from mlx_hmem.generation import AnchorWithMemory, prompt_ids
 from mlx_hmem.memory import FetchedMemory, Rows
-from mlx_hmem.model import MODES, MemoryModel, Path_
+from mlx_hmem.model import MemoryModel, Path_, check_mode
 from mlx_hmem.retriever.texts import check_texts
 
 Key = tuple[int, int]  # the (level, cluster) of a block
@@ -94,11 +94,7 @@ class BatchModel:
     """
 
     def __init__(self, model: MemoryModel):
-        if model.bank is None:
-            raise UserError(
-                "this model has no memory bank", "anchor alone", "use memory none, or add a bank"
-            )
-        self._model, self._bank = model, model.bank
+        self._model, self._bank = model, model.require_bank()
         # What some RouteCache holds, for others to share: blocks, and memories joined by rows.
         self._held: WeakValueDictionary[Key, mx.array] = WeakValueDictionary()
         self._bound: WeakValueDictionary[tuple[Route, ...], AnchorWithMemory]
@@ -194,8 +190,7 @@ def batch_generate(
     Raises:
         UserError: no prompts, an empty or too long one, or lists of different lengths.
     """
-    if memory not in MODES:
-        raise UserError("unknown memory mode", repr(memory), f"use one of {', '.join(MODES)}")
+    check_mode(memory)
     ids, limits = _checked(model, prompts, max_tokens)
     texts = check_texts(prompts if route_texts is None else route_texts)
     if len(texts) != len(ids):

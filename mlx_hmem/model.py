@@ -83,10 +83,10 @@ class MemoryModel:
         ``paths`` holds one cluster path for the whole batch or one per row; needed with
         ``memory="fetched"`` only.
         """
-        if self._check_mode(memory) == "none":
+        if check_mode(memory) == "none":
             rows = None
         elif memory == "generic":
-            rows = self.rows_of([self._bank().generic()])
+            rows = self.rows_of([self.require_bank().generic()])
         else:
             rows = self._rows_of_paths(ids.shape[0], paths)
         return self.with_rows(rows)(ids, cache=cache)
@@ -125,9 +125,9 @@ class MemoryModel:
         ``blocked`` holds clusters that may not be fetched, each as the path that leads to it:
         ``(3,)`` bars the whole subtree, ``(3, 51)`` one cluster of level 2 and what is below.
         """
-        if self._check_mode(memory) == "none":
+        if check_mode(memory) == "none":
             return Recall("none")
-        bank, retriever = self._bank(), self.retriever
+        bank, retriever = self.require_bank(), self.retriever
         assert retriever is not None  # load() makes both or neither
         start = time.perf_counter()
         path = retriever.route(text) if memory == "fetched" else None
@@ -173,8 +173,8 @@ class MemoryModel:
         Raises:
             UserError: the memory is not of kind ffn, or the anchor is quantised.
         """
-        fused = FusedMemory(self.anchor, self._bank().config)
-        memory = self._bank().generic() if path is None else self._bank().fetch(path)
+        fused = FusedMemory(self.anchor, self.require_bank().config)
+        memory = self.require_bank().generic() if path is None else self.require_bank().fetch(path)
         fused.set(memory.blocks)
         return fused
 
@@ -183,7 +183,7 @@ class MemoryModel:
         if len(memories) == 1:
             rows = memories[0].rows
             return None if rows is None else tuple(group.astype(self._dtype) for group in rows)
-        config = self._bank().config
+        config = self.require_bank().config
         stacks = []
         for level in range(1, config.num_levels + 1):
             blocks = [memory.blocks[level - 1] for memory in memories]
@@ -196,7 +196,7 @@ class MemoryModel:
         return tuple(group.astype(self._dtype) for group in join_blocks(stacks, config))
 
     def _rows_of_paths(self, batch: int, paths: Sequence[Path_] | None) -> Rows | None:
-        bank = self._bank()
+        bank = self.require_bank()
         checked = [bank.config.check_path(path) for path in (() if paths is None else paths)]
         if len(checked) not in (1, batch):
             raise UserError(
@@ -207,17 +207,20 @@ class MemoryModel:
         shared = len(set(checked)) == 1
         return self.rows_of([bank.fetch(path) for path in (checked[:1] if shared else checked)])
 
-    def _bank(self) -> Bank:
+    def require_bank(self) -> Bank:
+        """The bank; UserError if this is an anchor without memory."""
         if self.bank is None:
             raise UserError(
                 "this model has no memory bank", "anchor alone", "use memory none, or add a bank"
             )
         return self.bank
 
-    def _check_mode(self, memory: str) -> str:
-        if memory not in MODES:
-            raise UserError("unknown memory mode", repr(memory), f"use one of {', '.join(MODES)}")
-        return memory
+
+def check_mode(memory: str) -> str:
+    """``memory`` if it is one of ``MODES``, else UserError."""
+    if memory not in MODES:
+        raise UserError("unknown memory mode", repr(memory), f"use one of {', '.join(MODES)}")
+    return memory
 
 
 def _float_dtype(anchor: nn.Module) -> mx.Dtype:

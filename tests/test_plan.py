@@ -27,7 +27,8 @@ from train.costs import (
     step_operations,
 )
 from train.loop import num_steps_of
-from train.plan import generic_of, make_plan, sequences_of, table, trainee_of
+from train.memories import generic_config
+from train.plan import make_plan, sequences_of, table, trainee_of
 from train.recipe import (
     AnchorSection,
     ExportSection,
@@ -106,7 +107,7 @@ def test_memory_costs_operations_and_the_generic_memory_as_many_as_the_fetched()
     assert step_operations(TINY, False, 8) == 2 * step_operations(TINY, False, 4)
     assert step_operations(WIDE, True, 4) > step_operations(WIDE, False, 4) * 2 / 3
     config = TINY.memory_config
-    assert generic_of(config).fetched_parameters == config.fetched_parameters
+    assert generic_config(config).fetched_parameters == config.fetched_parameters
 
 
 def test_tokens_come_from_the_furthest_stage_of_the_run_else_from_the_command(tmp_path):

@@ -34,7 +34,7 @@ from train.costs import (
     training_state_bytes,
 )
 from train.loop import Trainee, num_steps_of
-from train.memories import MemoryTrainee
+from train.memories import MemoryTrainee, generic_config
 from train.recipe import Recipe, TrainerConfig, load_recipe
 from train.store import BlockStore
 from train.tokenizer import EOT_ID
@@ -74,10 +74,6 @@ class Plan:
     memory_bytes: int
     tokens_from: str
     stages: tuple[StagePlan, ...]
-
-
-def generic_of(config: MemoryConfig) -> MemoryConfig:
-    return replace(config, r=(sum(config.r),), branching=(2,))
 
 
 def sequences_of(recipe: Recipe, out: Path | None, tokens: int | None) -> tuple[int, int, str]:
@@ -167,7 +163,7 @@ def make_plan(recipe: Recipe, out: Path | None = None, tokens: int | None = None
     arms: list[tuple[str, MemoryConfig | None, TrainerConfig]] = [
         ("anchor", None, recipe.anchor.training),
         ("memories", config, recipe.memories.training),
-        ("generic", generic_of(config), recipe.memories.training),
+        ("generic", generic_config(config), recipe.memories.training),
     ]
     if recipe.dense is not None:
         arms.append(("dense", None, recipe.dense.training))

@@ -208,7 +208,11 @@ def _joints(layer: AnchorLayer, extra: int) -> list[Joint]:
     """The linear modules of a layer's FFN; gate and up may share one."""
     ffn = layer.ffn
     if not isinstance(ffn, FFNLayer):
-        raise UserError(f"no FFN memory can join layer {layer.index}", f"its ffn is {ffn}", REMEDY)
+        raise UserError(
+            f"no FFN memory can join layer {layer.index}",
+            f"its ffn is {ffn}",
+            "use the attached form of a kind that joins attention",
+        )
     inner = [part for part in (ffn.gate, ffn.up) if part is not None]
     for module in {id(part.module): part.module for part in (*inner, ffn.down)}.values():
         if not isinstance(module, nn.Linear):

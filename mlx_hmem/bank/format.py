@@ -18,7 +18,6 @@ from mlx_hmem.bank.quantization import (
     Part,
     Quantization,
     check_quantization,
-    group_shapes,
     quantized_parts,
 )
 from mlx_hmem.config import JsonConfig, MemoryConfig, check_version, read_json
@@ -28,6 +27,7 @@ from mlx_hmem.files import (
     read_safetensors_header,
     strict_json,
 )
+from mlx_hmem.memory import group_shapes
 
 FORMAT_VERSION = 1
 MANIFEST = "bank.json"

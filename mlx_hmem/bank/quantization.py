@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from mlx_hmem.config import JsonConfig, MemoryConfig
 from mlx_hmem.errors import UserError
-from mlx_hmem.memory import split_block
+from mlx_hmem.memory import group_shapes, split_block
 
 # The bits and the group sizes of each mode in MLX 0.32. It also has affine in 1 bit, from which a
 # normal block comes back further from itself than zeros are.
@@ -79,11 +79,6 @@ class Part(NamedTuple):
     @property
     def bits(self) -> mx.Dtype:
         return {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[self.dtype.size]
-
-
-def group_shapes(config: MemoryConfig, r: int) -> list[tuple[int, ...]]:
-    """(layers, rows, r, width) of each group of a block with multiplier ``r``."""
-    return [(config.num_memory_layers, rows, r, width) for rows, width in config.groups]
 
 
 def check_quantization(quantization: Any, config: MemoryConfig, r: dict[int, int]) -> None:

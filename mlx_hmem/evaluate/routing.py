@@ -2,19 +2,16 @@
 
 from collections.abc import Sequence
 
-from mlx_hmem.errors import UserError
-from mlx_hmem.model import MODES, MemoryModel
+from mlx_hmem.model import MemoryModel, check_mode
 
 
 def route_texts(
     model: MemoryModel, texts: Sequence[str], memory: str, progress: bool = False
 ) -> list[tuple[int, ...]] | None:
     """The cluster path of each text, or None where ``memory`` needs no path."""
-    if memory not in MODES:
-        raise UserError("unknown memory mode", repr(memory), f"use one of {', '.join(MODES)}")
-    if memory != "none" and (model.bank is None or model.retriever is None):
-        raise UserError("this model has no memory bank", f"memory {memory}", "use memory none")
+    if check_mode(memory) != "none":
+        model.require_bank()
     if memory != "fetched":
         return None
-    assert model.retriever is not None
+    assert model.retriever is not None  # load() makes both or neither
     return model.retriever.route_many(texts, progress)

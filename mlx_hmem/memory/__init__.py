@@ -30,6 +30,11 @@ KINDS: dict[str, MemoryKind] = {
 }
 
 
+def group_shapes(config: MemoryConfig, r: int) -> list[tuple[int, ...]]:
+    """(layers, rows, r, width) of each group of a block with multiplier ``r``."""
+    return [(config.num_memory_layers, rows, r, width) for rows, width in config.groups]
+
+
 def split_block(block: mx.array, config: MemoryConfig) -> Rows:
     """The groups of a block, each (..., layers, rows, r, width); axes in front stay."""
     if len(config.groups) == 1:
@@ -53,12 +58,10 @@ def join_blocks(blocks: Sequence[mx.array], config: MemoryConfig) -> Rows:
 
 def initial_block(config: MemoryConfig, r: int, rng: np.random.Generator) -> np.ndarray:
     """A float32 block of multiplier ``r`` that has no effect on the anchor."""
-    layers = config.num_memory_layers
-    shapes = [(layers, rows, r, width) for rows, width in config.groups]
-    groups = KINDS[config.kind].initial(shapes, rng)
+    groups = KINDS[config.kind].initial(group_shapes(config, r), rng)
     if len(groups) == 1:
         return groups[0]
-    return np.concatenate([group.reshape(layers, -1) for group in groups], axis=1)
+    return np.concatenate([group.reshape(len(group), -1) for group in groups], axis=1)
 
 
 @dataclass(frozen=True)
