@@ -27,18 +27,17 @@ from mlx_hmem.errors import UserError
 from mlx_hmem.files import load_safetensors, read_safetensors_header
 from train.anchor import AnchorTrainee, initialise
 from train.checkpoint import CHECKPOINT, Progress, check_identity
+from train.gradient import masked_loss, packed_mask
 from train.loop import (
     MOST_SKIPPED,
     Order,
     Trainee,
     learning_rate_at,
-    masked_loss,
     num_steps_of,
-    packed_mask,
     train,
 )
 from train.memories import MemoryTrainee
-from train.recipe import TrainerConfig
+from train.recipe import CotrainSection, TrainerConfig
 from train.records import RecordStore
 from train.store import BlockStore
 
@@ -46,7 +45,8 @@ EOT, VOCABULARY, CONTEXT, ROWS, SEED = 0, 48, 12, 10, 5
 ARGS = ModelArgs("openlm", 16, 2, 24, 2, 8, VOCABULARY, tie_word_embeddings=True)
 MEMORY = MemoryConfig(hidden_size=16, num_hidden_layers=2, r=(3, 2), branching=(2, 3))
 CONFIG = TrainerConfig(epochs=4, batch_size=3, learning_rate=1e-2, warmup_steps=2, save_every=4)
-KINDS = ["anchor", "memory"]
+COTRAIN = CotrainSection(learning_rate_scale=0.5, generic_probability=0.4)
+KINDS = ["anchor", "memory", "cotrain"]
 
 
 def sequences() -> tuple[np.ndarray, np.ndarray]:
@@ -70,7 +70,8 @@ def trainee_of(kind: str, folder: Path, config: TrainerConfig = CONFIG) -> Itera
         yield AnchorTrainee(make_model(), tokens, EOT, config)
         return
     with BlockStore(folder / "store", MEMORY, SEED) as store:
-        yield MemoryTrainee(make_model(), store, tokens, paths, EOT, config)
+        cotrain = COTRAIN if kind == "cotrain" else None
+        yield MemoryTrainee(make_model(), store, tokens, paths, EOT, config, cotrain)
 
 
 def run(kind: str, folder: Path, config: TrainerConfig = CONFIG, seed: int = SEED) -> Progress:
@@ -133,9 +134,10 @@ def checkpoint(folder: Path) -> dict[str, np.ndarray]:
     result = {}
     with BlockStore(folder / "store", MEMORY, SEED, readonly=True) as store:
         for level, count in enumerate(MEMORY.num_clusters, 1):
-            parts = store.gather(level, np.arange(count), count)
+            parts = store.gather(level, np.arange(count + 1), count + 1)  # with the generic one
             names = ("weights", "first", "second", "steps")
             result |= {f"{level}.{n}": np.array(p) for n, p in zip(names, parts, strict=True)}
+        result |= store.arrays()
         progress = store.progress()
     assert progress is not None
     return result | {"curve": progress.curve_array()}
@@ -271,7 +273,9 @@ def test_a_stopped_run_that_goes_on_equals_an_uninterrupted_one(kind, whole, tmp
     assert_equal_runs(tmp_path, whole[kind])
 
 
-@pytest.mark.parametrize(("kind", "moment"), [("anchor", "step"), ("memory", "save")])
+@pytest.mark.parametrize(
+    ("kind", "moment"), [("anchor", "step"), ("memory", "save"), ("cotrain", "save")]
+)
 def test_a_killed_process_leaves_a_checkpoint_to_go_on_from(kind, moment, whole, tmp_path):
     process = multiprocessing.get_context("spawn").Process(
         target=killed_run, args=(kind, tmp_path, moment)
@@ -365,12 +369,11 @@ def test_a_step_that_is_not_finite_leaves_the_anchor_and_its_moments_as_they_wer
     for each in (trainee, again):
         each.step(batches[0], 1e-2)
     good = trainee.state()
-    bad = good | {"model.model.norm.weight": good["model.model.norm.weight"] * math.inf}
+    bad = good | {"weights.model.norm.weight": good["weights.model.norm.weight"] * math.inf}
     trainee.load_state(bad)
     assert not math.isfinite(trainee.step(batches[1], 1e-2)[1])
     for name, array in trainee.state().items():
-        if "learning_rate" not in name:
-            assert np.array(array).tobytes() == np.array(bad[name]).tobytes(), name
+        assert np.array(array).tobytes() == np.array(bad[name]).tobytes(), name
     trainee.load_state(good)
     assert trainee.step(batches[1], 1e-2) == again.step(batches[1], 1e-2)
 

@@ -17,9 +17,9 @@ from mlx_hmem.anchors.load import named_parameters
 from mlx_hmem.anchors.openlm import Model, ModelArgs
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.memory import KINDS
+from train.adamw import adamw
 from train.anchor import initialise
-from train.blocks import adamw
-from train.loop import masked_loss, packed_mask
+from train.gradient import masked_loss, packed_mask
 from train.memories import MemoryTrainee, generic_config
 from train.recipe import TrainerConfig
 from train.store import BlockStore

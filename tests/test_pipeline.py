@@ -17,10 +17,17 @@ from mlx_hmem import load
 from mlx_hmem.anchors.load import load_anchor, named_parameters
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import fingerprint
-from train.arms import trained_blocks
+from train.arms import trained_blocks, trained_generic
 from train.export import run_export
 from train.loop import num_steps_of
-from train.recipe import ExportSection, MemoriesSection, Recipe, TreeSection, load_recipe
+from train.recipe import (
+    CotrainSection,
+    ExportSection,
+    MemoriesSection,
+    Recipe,
+    TreeSection,
+    load_recipe,
+)
 from train.stages import STAGES, run_stages
 
 ROOT = Path(__file__).parents[1]
@@ -129,7 +136,7 @@ def test_the_model_loads_and_generates_with_every_memory(made):
 def test_the_bank_holds_the_trained_blocks_and_the_model_the_trained_anchor(made):
     _, run, _ = made
     model, recipe = load(run / "model"), recipe_of(made)
-    with trained_blocks(recipe, run, "memories") as store:
+    with trained_blocks(recipe, run) as store:
         trained = {level: list(store.weights(level)) for level in (1, 2)}
     assert model.bank is not None
     assert {level: len(blocks) for level, blocks in trained.items()} == {1: 2, 2: 4}
@@ -139,8 +146,7 @@ def test_the_bank_holds_the_trained_blocks_and_the_model_the_trained_anchor(made
             wanted = trained[level][cluster]
             assert np.abs(wanted).max() > 0.1
             assert np.array_equal(np.array(block), wanted.astype(np.float16)), (level, cluster)
-    with trained_blocks(recipe, run, "generic") as store:
-        generic = next(store.weights(1)).astype(np.float16)
+    generic = trained_generic(recipe, run).astype(np.float16)
     assert np.array_equal(np.array(model.bank.generic().rows[0]), generic)
     anchor = named_parameters(load_anchor(run / "anchor")[0])
     for name, array in named_parameters(model.anchor).items():
@@ -183,9 +189,36 @@ def test_a_quantised_export_answers_as_quantised_blocks_do(made, tmp_path):
     run_export(recipe, copy)
     model = load(copy / "model")
     assert model.bank is not None
-    with trained_blocks(recipe, run, "memories") as store:
+    with trained_blocks(recipe, run) as store:
         trained = mx.array(list(store.weights(2))[3]).astype(mx.float16)
     expected = mx.dequantize(*mx.quantize(trained, **how), None, **how, dtype=mx.float16)
     assert mx.array_equal(model.bank.fetch((1, 3)).blocks[1], expected)
     assert "nvfp4, 4 bits" in (copy / "model" / "README.md").read_text()
     assert len(list(model.stream("The", max_tokens=3))) >= 1
+
+
+def test_anchor_and_memories_trained_together_from_nothing(made, tmp_path):
+    """The anchor stage leaves its start values, the memories stage the anchor of the model."""
+    cotrain = CotrainSection(learning_rate_scale=0.5, generic_probability=0.5)
+    recipe = recipe_of(made)
+    recipe = replace(
+        recipe,
+        anchor=replace(recipe.anchor, training=None),
+        memories=replace(recipe.memories, cotrain=cotrain),
+        dense=None,
+    )
+    run_stages(recipe, tmp_path, [name for name in STAGES if name != "report"])
+    with trained_blocks(recipe, tmp_path) as store:
+        assert store.num_touched == 2 + 4 + 2  # with the generic memory on both levels
+    model = load(tmp_path / "model")
+    start = named_parameters(load_anchor(tmp_path / "anchor")[0])
+    trained = named_parameters(load_anchor(tmp_path / "memories")[0])
+    for name, array in named_parameters(model.anchor).items():
+        assert np.array_equal(np.array(array), np.array(trained[name])), name
+        assert not np.array_equal(np.array(array), np.array(start[name])), name
+    assert model.bank is not None
+    generic = trained_generic(recipe, tmp_path).astype(np.float16)
+    assert np.abs(generic[:, 2]).max() > 0.01  # down, zero at the start
+    assert np.array_equal(np.array(model.bank.generic().rows[0]), generic)
+    with pytest.raises(UserError, match="nothing trains the anchor"):
+        replace(recipe, memories=replace(recipe.memories, cotrain=None))

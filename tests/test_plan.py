@@ -31,6 +31,7 @@ from train.memories import generic_config
 from train.plan import make_plan, sequences_of, table, trainee_of
 from train.recipe import (
     AnchorSection,
+    CotrainSection,
     ExportSection,
     MemoriesSection,
     Recipe,
@@ -63,18 +64,25 @@ WIDE = replace(
 )
 
 
-@pytest.mark.parametrize("recipe", [TINY, WIDE])
+COTRAINED = replace(WIDE, memories=replace(WIDE.memories, cotrain=CotrainSection()))
+IN_PARTS = replace(TINY.anchor.training, batch_size=16, micro_batch_size=4)
+
+
+@pytest.mark.parametrize("training", [TINY.anchor.training, IN_PARTS])
+@pytest.mark.parametrize("recipe", [TINY, WIDE, COTRAINED])
 @pytest.mark.parametrize("memory", [False, True])
-def test_peak_memory_is_within_half_as_much_again_of_what_mlx_measures(tmp_path, recipe, memory):
-    training = recipe.anchor.training
+def test_peak_memory_is_within_half_as_much_again_of_what_mlx_measures(
+    tmp_path, recipe, memory, training
+):
     trainee = trainee_of(recipe, recipe.memory_config if memory else None, training, tmp_path)
     before = mx.get_active_memory()
-    own = 4 * anchor_parameters(recipe) * (1 if memory else 3)  # already there, and counted
+    frozen = memory and recipe.memories.cotrain is None
+    own = 4 * anchor_parameters(recipe) * (1 if frozen else 3)  # already there, and counted
     mx.reset_peak_memory()
     for _ in range(2):
         trainee.step(np.arange(training.batch_size), 1e-3)
     measured = mx.get_peak_memory() - before + own
-    estimate = peak_memory(recipe, memory, training.batch_size)
+    estimate = peak_memory(recipe, memory, training)
     assert 1 / 1.5 < estimate / measured < 1.5
 
 
@@ -139,14 +147,14 @@ def test_the_plan_of_a_recipe_that_fits_has_every_stage_and_real_times(tmp_path)
 
 def test_too_little_memory_is_refused_with_what_would_fit():
     batch = replace(TINY, windows=WindowsSection(context=2048))
-    with pytest.raises(UserError, match=r"does not fit in memory.*anchor.training.batch_size to"):
-        check_memory(batch, "anchor", False, 1 << 20)
+    with pytest.raises(UserError, match=r"fit in memory.*anchor.training.micro_batch_size to \d"):
+        check_memory(batch, "anchor", False, TrainerConfig(batch_size=1 << 20))
     anchor = replace(TINY.anchor, hidden_size=65536, num_hidden_layers=64, intermediate_size=262144)
     with pytest.raises(UserError, match=r"make the anchor smaller: about [\d.]+ M parameters fit"):
-        check_memory(replace(TINY, anchor=anchor), "anchor", False, 4)
+        check_memory(replace(TINY, anchor=anchor), "anchor", False, TrainerConfig(batch_size=4))
     fetched = replace(TINY, memories=MemoriesSection(r=(1 << 30, 4)))
     with pytest.raises(UserError, match=r"make memories.r smaller"):
-        check_memory(fetched, "memories", True, 4)
+        check_memory(fetched, "memories", True, TrainerConfig(batch_size=4))
 
 
 def test_too_little_disk_is_refused_with_the_r_that_would_fit(tmp_path):

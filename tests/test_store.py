@@ -28,7 +28,8 @@ from mlx_hmem.errors import UserError
 from mlx_hmem.memory import initial_block, join_blocks
 from train.anchor import initialise
 from train.checkpoint import Progress
-from train.loop import masked_loss, packed_mask, train
+from train.gradient import masked_loss, packed_mask
+from train.loop import train
 from train.memories import MemoryTrainee
 from train.recipe import TrainerConfig
 from train.records import RecordStore, check_free_space

@@ -5,15 +5,14 @@ from dataclasses import asdict
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from mlx_hmem.anchors.load import named_parameters
 from mlx_hmem.anchors.openlm import Model
+from train.adamw import AnchorWeights
 from train.checkpoint import CheckpointFile
-from train.loop import masked_loss, packed_mask
+from train.gradient import BatchGradient, is_finite
 from train.recipe import TrainerConfig
 
 
@@ -37,38 +36,12 @@ def initialise(model: Model, seed: int) -> None:
 
 
 class AnchorTrainee(CheckpointFile):
-    """An anchor, its AdamW state and its data (sequences, context + 1)."""
+    """All weights of an anchor, trained on ``tokens`` (sequences, context + 1)."""
 
-    def __init__(self, model: Model, tokens: np.ndarray, eot: int, config: TrainerConfig):
+    def __init__(self, model: Model, tokens: np.ndarray, eot: int, training: TrainerConfig):
         self.model, self.tokens = model, tokens
-        betas = [config.beta1, config.beta2]
-        # Norm gains are not decayed.
-        self.optimizer = optim.MultiOptimizer(
-            [
-                optim.AdamW(1.0, betas, weight_decay=config.weight_decay, bias_correction=True),
-                optim.AdamW(1.0, betas, weight_decay=0.0, bias_correction=True),
-            ],
-            [lambda _, weight: weight.ndim >= 2],
-        )
-        self.optimizer.init(model.trainable_parameters())
-
-        def loss(model: Model, batch: mx.array) -> mx.array:
-            inputs = batch[:, :-1]
-            return masked_loss(model(inputs, mask=packed_mask(inputs, eot)), batch, eot)
-
-        def step(batch: mx.array, rate: mx.array) -> tuple[mx.array, mx.array]:
-            value, gradients = nn.value_and_grad(model, loss)(model, batch)
-            gradients, norm = optim.clip_grad_norm(gradients, config.grad_clip)
-            self.optimizer.learning_rate = rate
-            before = self._parts()
-            self.optimizer.update(model, gradients)
-            finite = mx.isfinite(value) & mx.isfinite(norm)
-            after = tree_map(lambda new, old: mx.where(finite, new, old), self._parts(), before)
-            self._put(after)
-            return value, norm
-
-        state = [model.state, self.optimizer.state]
-        self._step = mx.compile(step, inputs=state, outputs=state)
+        self.weights = AnchorWeights(model, training, training.weight_decay)
+        self.gradient = BatchGradient(model, None, eot, training)
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -77,26 +50,18 @@ class AnchorTrainee(CheckpointFile):
     def step(
         self, rows: np.ndarray, learning_rate: float, next_rows: np.ndarray | None = None
     ) -> tuple[float, float]:
-        batch = mx.array(self.tokens[rows].astype(np.int32))
-        value, norm = self._step(batch, mx.array(learning_rate, mx.float32))
-        mx.eval(value, norm, self.model.state, self.optimizer.state)
-        return float(value), float(norm)
+        weights = {"anchor": self.weights.weights, "blocks": []}
+        loss, norm, gradients = self.gradient(weights, self.tokens[rows])
+        del weights  # or the update could not write in place
+        if is_finite(loss, norm):
+            self.weights.update(gradients["anchor"], learning_rate)
+            mx.eval(self.weights.arrays())
+        else:
+            self.weights.restore()
+        return loss, norm
 
     def state(self) -> dict[str, mx.array]:
-        pairs: Any = tree_flatten(self._parts())
-        return dict(pairs)
+        return self.weights.arrays()
 
     def load_state(self, state: dict[str, mx.array]) -> None:
-        self._put(tree_unflatten(list(state.items())))
-        mx.eval(self.model.state, self.optimizer.state)
-
-    def _parts(self) -> dict[str, Any]:
-        parts = {"model": self.model.parameters(), "optimizer": self.optimizer.state}
-        return tree_map(lambda array: array, parts)  # dictionaries of our own
-
-    def _put(self, parts: Any) -> None:
-        self.model.update(parts["model"])
-        # In place: the compiled step holds on to these very dictionaries.
-        states = parts["optimizer"]["states"]
-        for optimizer, saved in zip(self.optimizer.optimizers, states, strict=True):
-            optimizer.state.update(saved)
+        self.weights.load(state)

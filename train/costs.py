@@ -6,8 +6,9 @@ and two moments of every block, as if each were touched.
 Peak memory is that of MLX's arrays; the program itself takes 0.1 GB more. It is reckoned as
 
 * anchor, dense: 8 × parameters (weights, gradients, two moments, and their successors),
-* memories, generic: 1 × the anchor's parameters, 11 × the fetched memory of each sequence of a
-  batch (weights, moments, gradient, their successors, the joined copies and their gradients),
+* memories, generic: 1 × the anchor's parameters (8 × if it is trained along), 11 × the fetched
+  memory of each sequence of a batch (weights, moments, gradient, their successors, the joined
+  copies and their gradients),
 * activations that wait for the gradient: of each token and layer 5 × (hidden + query size), 4.5 ×
   inner FFN width and 2 × sum(r), and an attention map (batch, heads, context, context),
 * what only one layer at a time has: 5 attention maps; and 3 × the logits,
@@ -30,7 +31,7 @@ from mlx_hmem.anchors.openlm import Model
 from mlx_hmem.bank.format import PAGE, Level, num_blocks, stored_levels
 from mlx_hmem.errors import UserError
 from train.arms import model_args
-from train.recipe import Recipe
+from train.recipe import Recipe, TrainerConfig
 
 
 def count_text(number: float) -> str:
@@ -64,19 +65,22 @@ def bank_bytes(recipe: Recipe) -> int:
     return total
 
 
-def peak_memory(recipe: Recipe, memory: bool, batch_size: int) -> int:
+def peak_memory(recipe: Recipe, memory: bool, training: TrainerConfig) -> int:
     """Estimated peak bytes of a training step; see the top of this file."""
     anchor, config = recipe.anchor, recipe.memory_config
     heads, context = anchor.num_attention_heads, recipe.windows.context
+    batch_size = training.micro_batch_size or training.batch_size
     tokens = batch_size * context
     per_token = 5 * (anchor.hidden_size + heads * anchor.head_dim) + 4.5 * anchor.intermediate_size
     attention = batch_size * heads * context**2
     parameters = anchor_parameters(recipe)
+    anchor_trains = not memory or recipe.memories.cotrain is not None
+    numbers = (8 if anchor_trains else 1) * parameters
     if memory:
-        numbers = parameters + 11 * batch_size * config.fetched_parameters
+        # What joins the blocks is there for one part of the batch, their state for all of it.
+        fetched = 6 * training.batch_size + 5 * batch_size
+        numbers += fetched * config.fetched_parameters
         per_token += 2 * sum(config.r) * config.num_memory_layers / anchor.num_hidden_layers
-    else:
-        numbers = 8 * parameters
     activations = anchor.num_hidden_layers * (tokens * per_token + attention)
     logits = 3 * tokens * recipe.tokenizer.vocab_size
     return int(4 * (numbers + activations + 5 * attention + logits))
@@ -91,7 +95,8 @@ def step_operations(recipe: Recipe, memory: bool, batch_size: int) -> float:
     heads = anchor.num_attention_heads * anchor.head_dim
     attention = 12 * anchor.num_hidden_layers * context * heads
     fetched = recipe.memory_config.fetched_parameters
-    per_token = 4 * matrices + 6 * fetched if memory else 6 * matrices
+    frozen = memory and recipe.memories.cotrain is None
+    per_token = (4 if frozen else 6) * matrices + (6 * fetched if memory else 0)
     return float(batch_size * context * (per_token + attention))
 
 
@@ -127,24 +132,22 @@ def store_memory(recipe: Recipe, stage: str) -> int:
     return first + min(recipe.memories.cache_bytes, training_state_bytes(recipe) - first)
 
 
-def check_memory(recipe: Recipe, stage: str, memory: bool, batch_size: int) -> int:
+def check_memory(recipe: Recipe, stage: str, memory: bool, training: TrainerConfig) -> int:
     """The stage's peak with what its store keeps; one that the machine cannot hold is refused with
     what it could hold."""
     store = store_memory(recipe, stage) if memory else 0
-    peak, most = peak_memory(recipe, memory, batch_size) + store, machine_memory()
+    peak, most = peak_memory(recipe, memory, training) + store, machine_memory()
     if peak <= most:
         return peak
     most -= store
     section = {"anchor": "anchor", "dense": "dense"}.get(stage, "memories")
-    fits = batch_size
-    while fits and peak_memory(recipe, memory, fits) > most:
-        fits //= 2
-    if fits:
-        remedy = f"set {section}.training.batch_size to {fits}, or shorten windows.context"
-    elif memory and peak_memory(recipe, False, 1) <= machine_memory():
+    smallest = replace(training, batch_size=1, micro_batch_size=1)
+    if key := _fitting(recipe, memory, training, most):
+        remedy = f"set {section}.training.{key}, or shorten windows.context"
+    elif memory and peak_memory(recipe, False, smallest) <= machine_memory():
         remedy = "make memories.r smaller, or the anchor"
     else:
-        scale = most / peak_memory(recipe, memory, 1)
+        scale = most / peak_memory(recipe, memory, smallest)
         most_parameters = int(scale * anchor_parameters(recipe))
         remedy = f"make the anchor smaller: about {count_text(most_parameters)} parameters fit"
     raise UserError(
@@ -152,6 +155,20 @@ def check_memory(recipe: Recipe, stage: str, memory: bool, batch_size: int) -> i
         f"it needs about {bytes_text(peak)}, this machine has {bytes_text(machine_memory())}",
         remedy,
     )
+
+
+def _fitting(recipe: Recipe, memory: bool, training: TrainerConfig, most: int) -> str | None:
+    """The setting that makes the step fit, if one does: parts of the batch before smaller ones."""
+    size = training.batch_size
+    for part in range(size, 0, -1):
+        parts = replace(training, micro_batch_size=part) if size % part == 0 else None
+        if parts and peak_memory(recipe, memory, parts) <= most:
+            return f"micro_batch_size to {part}"
+    while size := size // 2:
+        one = replace(training, batch_size=size, micro_batch_size=1)
+        if peak_memory(recipe, memory, one) <= most:
+            return f"batch_size to {size} and micro_batch_size to 1"
+    return None
 
 
 def check_disk(recipe: Recipe, out: Path) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from mlx_hmem.config import FORMAT_VERSION, HmemConfig, RetrieverConfig
 from mlx_hmem.files import fingerprint, sync_folder, write_atomic
 from mlx_hmem.retriever import ClusterTree
 from mlx_hmem.retriever.encoder import STATIC_FOLDER
-from train.arms import trained_blocks
+from train.arms import trained_anchor, trained_blocks, trained_generic
 from train.recipe import ExportSection, Recipe
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
@@ -27,7 +27,7 @@ def run_export(recipe: Recipe, folder: Path) -> None:
     target, part = folder / "model", folder / "model.part"
     report = folder / "corpus" / "report.json"
     shutil.rmtree(part, ignore_errors=True)
-    copy_anchor(folder / "anchor", folder / "tokenizer", part)
+    copy_anchor(trained_anchor(recipe, folder), folder / "tokenizer", part)
     tree = part / "retriever" / "tree.safetensors"
     tree.parent.mkdir()
     shutil.copyfile(folder / "tree" / "tree.safetensors", tree)
@@ -45,9 +45,8 @@ def run_export(recipe: Recipe, folder: Path) -> None:
     if recipe.export.quantization is not None:
         stored = stored_levels(recipe.memory_config)
         quantization = [recipe.export.quantization_of(level) for level in stored]
-    with trained_blocks(recipe, folder, "memories") as blocks:
-        with trained_blocks(recipe, folder, "generic") as store:
-            generic = next(store.weights(1))
+    generic = trained_generic(recipe, folder)
+    with trained_blocks(recipe, folder) as blocks:
         write_bank(
             part / "bank",
             recipe.memory_config,

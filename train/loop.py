@@ -10,11 +10,9 @@ import math
 from pathlib import Path
 from typing import Any, Protocol
 
-import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
-from mlx_hmem.anchors.openlm import document_mask
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import write_atomic
 from train.checkpoint import Progress
@@ -52,23 +50,6 @@ def learning_rate_at(step: int, num_steps: int, config: TrainerConfig) -> float:
     cosine = (1 + math.cos(math.pi * progress)) / 2
     low = config.final_learning_rate
     return low + (config.learning_rate - low) * cosine
-
-
-def masked_loss(logits: mx.array, tokens: mx.array, eot: int) -> mx.array:
-    """Mean next-token cross-entropy in nats of ``tokens`` (batch, time + 1).
-
-    Padding, an EOT that follows an EOT, does not count.
-    """
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    counted = ((inputs != eot) | (targets != eot)).astype(mx.float32)
-    picked = mx.take_along_axis(logits, targets[..., None], axis=-1).squeeze(-1)
-    losses = mx.logsumexp(logits, axis=-1) - picked
-    return (losses * counted).sum() / mx.maximum(counted.sum(), 1)
-
-
-def packed_mask(inputs: mx.array, eot: int) -> mx.array:
-    """Attention mask (batch, 1, time, time) of packed documents, each of which begins with EOT."""
-    return document_mask(mx.cumsum((inputs == eot).astype(mx.int32), axis=1))
 
 
 class Order:

@@ -1,37 +1,40 @@
-"""Trains memory on a frozen anchor: the blocks of a bank, or the generic memory beside it.
+"""Trains memory: the blocks of a bank, or the generic memory, on a frozen anchor or with it.
 
 Every sequence brings its cluster path. A step gathers the *unique* blocks of the batch, so the
 gradient of a block sums over the sequences that share it. The number of gathered blocks is padded
 to the batch size: a compiled step wants fixed shapes, and the padding gets no gradient and is not
 put back. The blocks themselves lie in a :class:`train.store.BlockStore`.
+
+Co-training (paper, section 5) trains the anchor in the same steps, and now and then the generic
+memory stands in for the fetched one. It is kept as one more cluster of each level.
 """
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optim
 import numpy as np
 
 from mlx_hmem.anchors.attach import attach_memory
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.memory import join_blocks
-from train.blocks import adamw
+from train.adamw import AnchorWeights, adamw
 from train.checkpoint import Progress, check_identity
-from train.loop import masked_loss, num_steps_of, packed_mask
-from train.recipe import TrainerConfig
+from train.gradient import BatchGradient, is_finite
+from train.loop import num_steps_of
+from train.recipe import CotrainSection, TrainerConfig
 from train.store import BlockStore
 
 
 class MemoryTrainee:
-    """The blocks of ``store``, trained on the frozen ``anchor``.
+    """The blocks of ``store``, trained on ``anchor``.
 
     Args:
         tokens: sequences, (n, context + 1).
         paths: their cluster paths, (n, levels).
+        cotrain: how the anchor is trained along; None leaves it frozen.
     """
 
     def __init__(
@@ -42,34 +45,27 @@ class MemoryTrainee:
         paths: np.ndarray,
         eot: int,
         training: TrainerConfig,
+        cotrain: CotrainSection | None = None,
     ):
-        anchor.freeze()
         self.store, self.tokens, self.paths, self.training = store, tokens, paths, training
+        self.cotrain, self.number = cotrain, 0
         config = store.config
         self.levels = [level for level in range(1, config.num_levels + 1) if config.r[level - 1]]
-        slot = attach_memory(anchor, config)
+        self.anchor = None
+        if cotrain is None:
+            anchor.freeze()
+        else:
+            self.anchor = AnchorWeights(anchor, training, cotrain.weight_decay)
+        self.gradient = BatchGradient(anchor, attach_memory(anchor, config), eot, training)
         betas = (training.beta1, training.beta2)
 
-        def loss(blocks: list[mx.array], indices: list[mx.array], batch: mx.array) -> mx.array:
-            # One memory per sequence.
-            rows = join_blocks([b[i] for b, i in zip(blocks, indices, strict=True)], config)
-            inputs = batch[:, :-1]
-            with slot.using(rows):
-                return masked_loss(anchor(inputs, mask=packed_mask(inputs, eot)), batch, eot)
+        def update(
+            states: list[list[mx.array]], gradients: list[mx.array], rate: mx.array
+        ) -> list[list[mx.array]]:
+            pairs = zip(states, gradients, strict=True)
+            return [adamw(s, g, rate, betas, training.weight_decay) for s, g in pairs]
 
-        def step(
-            states: list[list[mx.array]], indices: list[mx.array], batch: mx.array, rate: mx.array
-        ) -> tuple[mx.array, mx.array, list[list[mx.array]]]:
-            weights = [state[0] for state in states]
-            value, gradients = mx.value_and_grad(loss)(weights, indices, batch)
-            gradients, norm = optim.clip_grad_norm(gradients, training.grad_clip)
-            updated = [
-                adamw(state, gradient, rate, betas, training.weight_decay)
-                for state, gradient in zip(states, gradients, strict=True)
-            ]
-            return value, norm, updated
-
-        self._step = mx.compile(step)
+        self._update = mx.compile(update)
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -78,44 +74,98 @@ class MemoryTrainee:
     def step(
         self, rows: np.ndarray, learning_rate: float, next_rows: np.ndarray | None = None
     ) -> tuple[float, float]:
-        batch = mx.array(self.tokens[rows].astype(np.int32))
+        paths = self._paths(rows, self.number)
         unique, indices, states = [], [], []
         for level in self.levels:
-            clusters, index = np.unique(self.paths[rows, level - 1], return_inverse=True)
+            clusters, index = np.unique(paths[:, level - 1], return_inverse=True)
             unique.append(clusters)
-            indices.append(mx.array(index.astype(np.int32)))
+            indices.append(index)
             states.append(self.store.gather(level, clusters, len(rows)))
-        value, norm, updated = self._step(states, indices, batch, mx.array(learning_rate))
+        self.number += 1
         if next_rows is not None:
-            self.store.prefetch(self._keys(next_rows), keep=self._keys(rows))
-        mx.eval(value, norm, updated)
-        loss, length = float(value), float(norm)
-        if math.isfinite(loss) and math.isfinite(length):
+            coming = self._keys(self._paths(next_rows, self.number))
+            self.store.prefetch(coming, keep=self._keys(paths))
+        weights = {
+            "anchor": self.anchor.weights if self.anchor else {},
+            "blocks": [state[0] for state in states],
+        }
+        loss, norm, gradients = self.gradient(weights, self.tokens[rows], indices)
+        del weights  # or the update could not write in place
+        if is_finite(loss, norm):
+            updated = self._update(states, gradients["blocks"], mx.array(learning_rate))
+            mx.eval(updated)
             for level, clusters, blocks in zip(self.levels, unique, updated, strict=True):
                 self.store.scatter(level, clusters, blocks)
-        return loss, length
+        if self.anchor is not None and self.cotrain is not None:
+            if is_finite(loss, norm):
+                rate = self.cotrain.learning_rate_scale * learning_rate
+                self.anchor.update(gradients["anchor"], rate)
+                mx.eval(self.anchor.arrays())
+            else:
+                self.anchor.restore()
+        return loss, norm
 
     def resume(self, folder: Path, identity: dict[str, Any]) -> Progress:
         progress = self.store.progress() or Progress(identity)
         check_identity(progress.identity, identity, self.store.folder)
         self._check_disk()
+        self.number = progress.step
+        if self.anchor is not None and progress.step:
+            arrays = self.store.arrays()
+            self.anchor.load({name: mx.array(array) for name, array in arrays.items()})
         return progress
 
     def save(self, folder: Path, progress: Progress) -> None:
-        self.store.commit(progress)
+        arrays = self.anchor.arrays() if self.anchor is not None else {}
+        self.store.commit(progress, {n: np.array(a, copy=False) for n, a in arrays.items()})
 
-    def _keys(self, rows: np.ndarray) -> list[tuple[int, int]]:
-        """The (level, cluster) of the blocks that the sequences need."""
+    def _paths(self, rows: np.ndarray, number: int) -> np.ndarray:
+        """The paths of the sequences in step ``number``, some of them that of generic memory."""
         paths = self.paths[rows]
+        if self.cotrain is None:
+            return paths
+        config = self.store.config
+        probability = self.cotrain.generic_probability
+        if probability is None:
+            probability = 1 / (config.branching[0] + 1)
+        random = np.random.default_rng([self.store.seed, 3, number])
+        generic = random.random(len(rows)) < probability
+        return np.where(generic[:, None], np.array(generic_path(config)), paths)
+
+    def _keys(self, paths: np.ndarray) -> list[tuple[int, int]]:
+        """The (level, cluster) of the blocks that the sequences need."""
         return [(level, int(c)) for level in self.levels for c in np.unique(paths[:, level - 1])]
 
     def _check_disk(self) -> None:
         most = num_steps_of(len(self.tokens), self.training) * self.training.batch_size
         a_commit = self.training.save_every * self.training.batch_size
-        touched = {n: min(most, len(np.unique(self.paths[:, n - 1]))) for n in self.levels}
-        self.store.check_disk(touched, {n: min(a_commit, touched[n]) for n in self.levels})
+        extra = 0 if self.cotrain is None else 1  # generic memory
+        touched = {n: min(most, len(np.unique(self.paths[:, n - 1])) + extra) for n in self.levels}
+        anchor = 0
+        if self.anchor is not None:
+            anchor = sum(array.nbytes for array in self.anchor.arrays().values())
+        self.store.check_disk(touched, {n: min(a_commit, touched[n]) for n in self.levels}, anchor)
 
 
 def generic_config(config: MemoryConfig) -> MemoryConfig:
     """The generic memory as a bank of one level in which cluster 0 is always chosen."""
     return replace(config, r=(sum(config.r),), branching=(2,))
+
+
+def generic_path(config: MemoryConfig) -> tuple[int, ...]:
+    """Where co-training keeps the generic memory: beyond the clusters of each level."""
+    return config.num_clusters
+
+
+def generic_block(store: BlockStore) -> np.ndarray:
+    """The generic memory of co-training as one block of sum(r) rows."""
+    config = store.config
+    blocks = [
+        mx.array(store.block(level, cluster))
+        for level, cluster in enumerate(generic_path(config), 1)
+        if config.r[level - 1]
+    ]
+    groups = [np.array(group) for group in join_blocks(blocks, config)]
+    if len(groups) == 1:
+        return groups[0]
+    return np.concatenate([group.reshape(len(group), -1) for group in groups], axis=1)

@@ -119,7 +119,8 @@ def trainee_of(
     paths = np.stack([leaves >> (depth - level) for level in range(1, depth + 1)], axis=1)
     small = replace(memory, branching=(2,) * depth)
     store = BlockStore(folder, small, 0)
-    return MemoryTrainee(model, store, tokens, paths.astype(np.int32), EOT_ID, training)
+    paths, cotrain = paths.astype(np.int32), recipe.memories.cotrain
+    return MemoryTrainee(model, store, tokens, paths, EOT_ID, training, cotrain)
 
 
 def measure(trainee: Trainee, batch_size: int, seconds: float) -> float:
@@ -143,7 +144,7 @@ def seconds_per_step(
         memories=replace(recipe.memories, layers="all", keep_parameters=False),
         windows=replace(recipe.windows, context=min(recipe.windows.context, 256)),
     )
-    one = replace(training, batch_size=1)
+    one = replace(training, batch_size=1, micro_batch_size=None)
     reduced = small.memory_config if memory is not None else None
     with tempfile.TemporaryDirectory() as folder:
         short = measure(trainee_of(small, reduced, one, Path(folder)), 1, 0)
@@ -160,20 +161,21 @@ def seconds_per_step(
 def make_plan(recipe: Recipe, out: Path | None = None, tokens: int | None = None) -> Plan:
     """Checks that the recipe fits this machine (``UserError`` if not), then measures steps."""
     config = recipe.memory_config
-    arms: list[tuple[str, MemoryConfig | None, TrainerConfig]] = [
-        ("anchor", None, recipe.anchor.training),
-        ("memories", config, recipe.memories.training),
-        ("generic", generic_config(config), recipe.memories.training),
-    ]
+    arms: list[tuple[str, MemoryConfig | None, TrainerConfig]] = []
+    if recipe.anchor.training is not None:
+        arms.append(("anchor", None, recipe.anchor.training))
+    arms.append(("memories", config, recipe.memories.training))
+    if recipe.memories.cotrain is None:
+        arms.append(("generic", generic_config(config), recipe.memories.training))
     if recipe.dense is not None:
         arms.append(("dense", None, recipe.dense.training))
     needed, free = check_disk(recipe, out or Path.cwd())
-    peaks = [check_memory(recipe, n, m is not None, t.batch_size) for n, m, t in arms]
+    peaks = [check_memory(recipe, n, m is not None, t) for n, m, t in arms]
     first, others, source = sequences_of(recipe, out, tokens)
     stages: list[StagePlan] = []
-    timed: dict[tuple[bool, str, int], tuple[float, str]] = {}
+    timed: dict[tuple[str, int], tuple[float, str]] = {}
     for (name, memory, training), peak in zip(arms, peaks, strict=True):
-        key = (memory is None, "" if memory is None else name, training.batch_size)
+        key = ("" if memory is None else name, training.batch_size)
         if key not in timed:
             timed[key] = seconds_per_step(recipe, memory, training, peak)
         seconds, how = timed[key]

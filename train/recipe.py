@@ -47,6 +47,11 @@ def _number(section: str, name: str, value: Any, least: float, most: float = ANY
         )
 
 
+def _truth(section: str, name: str, value: Any) -> None:
+    if type(value) is not bool:
+        raise UserError(f"{section}{name} is not true or false", repr(value), "use true or false")
+
+
 def _wholes(section: str, name: str, value: Any, least: int) -> None:
     if not isinstance(value, tuple) or not value:
         raise UserError(
@@ -132,6 +137,12 @@ class TrainerConfig(JsonConfig):
     beta1: float = field(default=0.9, metadata=_help("decay of the first moment"))
     beta2: float = field(default=0.95, metadata=_help("decay of the second moment"))
     save_every: int = field(default=200, metadata=_help("steps between checkpoints"))
+    micro_batch_size: int | None = field(
+        default=None, metadata=_help("sequences at a time, gradients add up; null: the whole batch")
+    )
+    document_mask: bool = field(
+        default=True, metadata=_help("attention stays within a document (paper, section 5)")
+    )
 
     def __post_init__(self) -> None:
         _number("training.", "epochs", self.epochs, 1e-6)
@@ -144,6 +155,15 @@ class TrainerConfig(JsonConfig):
         _number("training.", "beta1", self.beta1, 0, 0.9999999)
         _number("training.", "beta2", self.beta2, 0, 0.9999999)
         _whole("training.", "save_every", self.save_every, 1)
+        if self.micro_batch_size is not None:
+            _whole("training.", "micro_batch_size", self.micro_batch_size, 1)
+            if self.batch_size % self.micro_batch_size:
+                raise UserError(
+                    "training.batch_size is not a multiple of micro_batch_size",
+                    f"{self.batch_size}, {self.micro_batch_size}",
+                    "let one divide the other",
+                )
+        _truth("training.", "document_mask", self.document_mask)
 
 
 @dataclass(frozen=True)
@@ -156,8 +176,9 @@ class AnchorSection(JsonConfig):
     tie_word_embeddings: bool = field(
         default=True, metadata=_help("one matrix for input and output embeddings")
     )
-    training: TrainerConfig = field(
-        default_factory=TrainerConfig, metadata=_help("how the anchor is trained")
+    training: TrainerConfig | None = field(
+        default_factory=TrainerConfig,
+        metadata=_help("how the anchor is trained; null leaves it at its start, for co-training"),
     )
 
     def __post_init__(self) -> None:
@@ -166,12 +187,30 @@ class AnchorSection(JsonConfig):
         _whole("anchor.", "intermediate_size", self.intermediate_size, 1)
         if self.head_dim % 2:
             raise UserError("anchor.head_dim is odd", self.head_dim, "rotary positions need pairs")
-        if type(self.tie_word_embeddings) is not bool:
-            raise UserError(
-                "anchor.tie_word_embeddings is not true or false",
-                repr(self.tie_word_embeddings),
-                "use true",
-            )
+        _truth("anchor.", "tie_word_embeddings", self.tie_word_embeddings)
+
+
+@dataclass(frozen=True)
+class CotrainSection(JsonConfig):
+    """Training the anchor along with the memories (paper, section 5), in the same steps."""
+
+    learning_rate_scale: float = field(
+        default=1.0, metadata=_help("learning rate of the anchor ÷ that of the memories")
+    )
+    weight_decay: float = field(default=0.05, metadata=_help("that of the anchor"))
+    generic_probability: float | None = field(
+        default=None,
+        metadata=_help(
+            "how often the generic memory stands in for the fetched one; null: 1 / (k + 1), k the "
+            "branching of level 1; 1 trains with generic memory alone"
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        _number("cotrain.", "learning_rate_scale", self.learning_rate_scale, 0)
+        _number("cotrain.", "weight_decay", self.weight_decay, 0)
+        if self.generic_probability is not None:
+            _number("cotrain.", "generic_probability", self.generic_probability, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -190,18 +229,16 @@ class MemoriesSection(JsonConfig):
         default=1 << 30, metadata=_help("memory for blocks of deeper levels while training")
     )
     training: TrainerConfig = field(
-        default_factory=TrainerConfig, metadata=_help("how anchor and memories are trained")
+        default_factory=TrainerConfig, metadata=_help("how the memories are trained")
+    )
+    cotrain: CotrainSection | None = field(
+        default=None, metadata=_help("how the anchor is trained along; null: it is frozen")
     )
 
     def __post_init__(self) -> None:
         _wholes("memories.", "r", self.r, 0)
         _whole("memories.", "cache_bytes", self.cache_bytes, 1)
-        if type(self.keep_parameters) is not bool:
-            raise UserError(
-                "memories.keep_parameters is not true or false",
-                repr(self.keep_parameters),
-                "use false",
-            )
+        _truth("memories.", "keep_parameters", self.keep_parameters)
 
 
 @dataclass(frozen=True)
@@ -254,6 +291,12 @@ class Recipe(JsonConfig):
             raise UserError("name is not a text", repr(self.name), "name the model")
         _whole("", "seed", self.seed, 0, 2**32 - 1)
         config = self.memory_config  # r, branching and the anchor must fit together
+        if self.anchor.training is None and self.memories.cotrain is None:
+            raise UserError(
+                "nothing trains the anchor",
+                "anchor.training null, memories.cotrain null",
+                "give one of them",
+            )
         if self.export.quantization is not None:
             r = stored_r(config)
             check_quantization(tuple(map(self.export.quantization_of, r)), config, r)

@@ -27,10 +27,14 @@ def passes(recipe: Recipe) -> str:
     arms = f"fetched and generic {recipe.memories.training.epochs:g}"
     if recipe.dense is not None:
         arms += f", dense {recipe.dense.training.epochs:g}"
-    return (
-        f"N×: statements of a fact in one pass over the text; the anchor saw "
-        f"{recipe.anchor.training.epochs:g} passes, then {arms}"
+    before = 0.0 if recipe.anchor.training is None else recipe.anchor.training.epochs
+    text = (
+        f"N×: statements of a fact in one pass over the text; the anchor saw {before:g} passes, "
+        f"then {arms}"
     )
+    if recipe.memories.cotrain is not None:
+        text += "; anchor, generic and fetched memory were trained together"
+    return text
 
 
 def run_report(recipe: Recipe, folder: Path) -> None:

@@ -72,7 +72,8 @@ class BlockStore:
         self._dirty: set[Key] = set()
         self._worker = ThreadPoolExecutor(1, "store")
         self._job: Future[None] | None = None
-        full = sum(n * self.record_bytes(i + 1) for i, n in enumerate(config.num_clusters))
+        # One more of each level: the generic memory of co-training.
+        full = sum((n + 1) * self.record_bytes(i + 1) for i, n in enumerate(config.num_clusters))
         self.records = RecordStore(folder, map_size or 4 * full + (1 << 30), readonly)
 
     def __enter__(self) -> Self:
@@ -90,11 +91,11 @@ class BlockStore:
         """Blocks in the last commit."""
         return self.records.num_records() - len(self._array_types())
 
-    def check_disk(self, touched: dict[int, int], between: dict[int, int]) -> None:
+    def check_disk(self, touched: dict[int, int], between: dict[int, int], arrays: int = 0) -> None:
         """Raises UserError unless the disk has room for so many blocks of each level, ``between``
-        of which change from one commit to the next."""
+        of which change from one commit to the next, and for ``arrays`` bytes of named arrays."""
         size = sum((touched[n] + between[n]) * self.record_bytes(n) for n in touched)
-        check_free_space(self.folder, size + TRANSACTION_BYTES)
+        check_free_space(self.folder, size + 2 * arrays + TRANSACTION_BYTES)
 
     def gather(self, level: int, clusters: np.ndarray, size: int) -> list[mx.array]:
         """Weights, first and second moments (size, *block shape) and steps (size,) of ``clusters``;
@@ -163,12 +164,16 @@ class BlockStore:
 
     def weights(self, level: int) -> Iterator[np.ndarray]:
         """The weights of every block of a level as of the last commit, one after the other."""
-        self._wait()
         for cluster in range(self.config.num_clusters[level - 1]):
-            block = np.empty(self.config.block_shape(level), np.float32)
-            if not self.records.read(_block_name((level, cluster)), block, whole=False):
-                block = self._initial((level, cluster))
-            yield block
+            yield self.block(level, cluster)
+
+    def block(self, level: int, cluster: int) -> np.ndarray:
+        """The weights of one block as of the last commit."""
+        self._wait()
+        block = np.empty(self.config.block_shape(level), np.float32)
+        if not self.records.read(_block_name((level, cluster)), block, whole=False):
+            return self._initial((level, cluster))
+        return block
 
     def _array_types(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         return json.loads(self.records.value(b"arrays") or b"{}")
