@@ -30,13 +30,12 @@ from train.checkpoint import CHECKPOINT, Progress, check_identity
 from train.gradient import masked_loss, packed_mask
 from train.loop import (
     MOST_SKIPPED,
-    Order,
     Trainee,
     learning_rate_at,
-    num_steps_of,
     train,
 )
 from train.memories import MemoryTrainee
+from train.order import Order, num_steps_of
 from train.recipe import CotrainSection, TrainerConfig
 from train.records import RecordStore
 from train.store import BlockStore

@@ -19,7 +19,7 @@ from mlx_hmem.errors import UserError
 from mlx_hmem.files import fingerprint
 from train.arms import trained_blocks, trained_generic
 from train.export import run_export
-from train.loop import num_steps_of
+from train.order import num_steps_of
 from train.recipe import (
     CotrainSection,
     ExportSection,

@@ -26,8 +26,8 @@ from train.costs import (
     peak_memory,
     step_operations,
 )
-from train.loop import num_steps_of
 from train.memories import generic_config
+from train.order import num_steps_of
 from train.plan import make_plan, sequences_of, table, trainee_of
 from train.recipe import (
     AnchorSection,

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import write_atomic
 from train.checkpoint import Progress
+from train.order import Order, num_steps_of
 from train.recipe import TrainerConfig
 
 MOST_SKIPPED = 10
@@ -50,28 +51,6 @@ def learning_rate_at(step: int, num_steps: int, config: TrainerConfig) -> float:
     cosine = (1 + math.cos(math.pi * progress)) / 2
     low = config.final_learning_rate
     return low + (config.learning_rate - low) * cosine
-
-
-class Order:
-    """The endless stream of sequence numbers: one seeded permutation an epoch."""
-
-    def __init__(self, num_sequences: int, seed: int):
-        self.num_sequences, self.seed = num_sequences, seed
-        self._epoch, self._permutation = -1, np.empty(0, np.int64)
-
-    def _at(self, position: int) -> int:
-        epoch, offset = divmod(position, self.num_sequences)
-        if epoch != self._epoch:
-            rng = np.random.default_rng([self.seed, epoch])
-            self._epoch, self._permutation = epoch, rng.permutation(self.num_sequences)
-        return int(self._permutation[offset])
-
-    def batch(self, step: int, size: int) -> np.ndarray:
-        return np.array([self._at(step * size + i) for i in range(size)])
-
-
-def num_steps_of(num_sequences: int, config: TrainerConfig) -> int:
-    return max(1, int(config.epochs * num_sequences) // config.batch_size)
 
 
 def train(

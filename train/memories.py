@@ -23,7 +23,7 @@ from mlx_hmem.memory import join_blocks
 from train.adamw import AnchorWeights, adamw
 from train.checkpoint import Progress, check_identity
 from train.gradient import BatchGradient, is_finite
-from train.loop import num_steps_of
+from train.order import num_steps_of
 from train.recipe import CotrainSection, TrainerConfig
 from train.store import BlockStore
 

@@ -33,8 +33,9 @@ from train.costs import (
     step_operations,
     training_state_bytes,
 )
-from train.loop import Trainee, num_steps_of
+from train.loop import Trainee
 from train.memories import MemoryTrainee, generic_config
+from train.order import num_steps_of
 from train.recipe import Recipe, TrainerConfig, load_recipe
 from train.store import BlockStore
 from train.tokenizer import EOT_ID
