@@ -35,7 +35,7 @@ from train.loop import (
     train,
 )
 from train.memories import MemoryTrainee
-from train.order import Order, num_steps_of
+from train.order import ShuffledOrder, num_steps_of
 from train.recipe import CotrainSection, TrainerConfig
 from train.records import RecordStore
 from train.store import BlockStore
@@ -54,6 +54,10 @@ def sequences() -> tuple[np.ndarray, np.ndarray]:
     tokens[rng.random(tokens.shape) < 0.15] = EOT
     leaves = rng.integers(0, 6, ROWS)
     return tokens, np.stack([leaves // 3, leaves], axis=1)
+
+
+def order() -> ShuffledOrder:
+    return ShuffledOrder(ROWS, CONFIG, SEED)
 
 
 def make_model() -> Model:
@@ -75,7 +79,7 @@ def trainee_of(kind: str, folder: Path, config: TrainerConfig = CONFIG) -> Itera
 
 def run(kind: str, folder: Path, config: TrainerConfig = CONFIG, seed: int = SEED) -> Progress:
     with trainee_of(kind, folder, config) as trainee:
-        return train(trainee, ROWS, config, folder, seed, kind)
+        return train(trainee, ShuffledOrder(ROWS, config, seed), config, folder, kind)
 
 
 class Ended:
@@ -122,7 +126,7 @@ def killed_run(kind: str, folder: Path, moment: str) -> None:
     RecordStore.commit = commit_or_die  # type: ignore[method-assign]
     with trainee_of(kind, folder) as trainee:
         steps = 6 if moment == "step" else 1000
-        train(Ended(trainee, steps, kill), ROWS, CONFIG, folder, SEED, kind)
+        train(Ended(trainee, steps, kill), order(), CONFIG, folder, kind)
 
 
 def checkpoint(folder: Path) -> dict[str, np.ndarray]:
@@ -184,15 +188,18 @@ def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
 
 
 def test_an_epoch_is_a_permutation_that_follows_from_the_seed():
-    order = Order(12, seed=1)
-    epochs = [np.concatenate([order.batch(4 * e + i, 3) for i in range(4)]) for e in range(3)]
+    def rows(step: int, size: int, seed: int = 1) -> np.ndarray:
+        return ShuffledOrder(12, TrainerConfig(batch_size=size), seed).batch(step).rows
+
+    order = ShuffledOrder(12, TrainerConfig(batch_size=3), seed=1)
+    epochs = [np.concatenate([order.batch(4 * e + i).rows for i in range(4)]) for e in range(3)]
     for epoch in epochs:
         assert sorted(epoch) == list(range(12))
     assert not np.array_equal(epochs[0], epochs[1])
     # The same stream whatever the batch, also for one who comes in later.
-    assert np.array_equal(Order(12, seed=1).batch(2, 12), epochs[2])
-    assert np.array_equal(Order(12, seed=1).batch(1, 5), np.concatenate(epochs)[5:10])
-    assert not np.array_equal(Order(12, seed=2).batch(0, 12), epochs[0])
+    assert np.array_equal(rows(2, 12), epochs[2])
+    assert np.array_equal(rows(1, 5), np.concatenate(epochs)[5:10])
+    assert not np.array_equal(rows(0, 12, seed=2), epochs[0])
 
 
 def test_the_number_of_steps_counts_whole_batches():
@@ -265,7 +272,7 @@ def test_a_stopped_run_that_goes_on_equals_an_uninterrupted_one(kind, whole, tmp
     # Before the first checkpoint, in the 7th step of all, in the 10th.
     for steps, done in ((3, None), (6, 4), (5, 8)):
         with trainee_of(kind, tmp_path) as trainee, pytest.raises(KeyboardInterrupt):
-            train(Ended(trainee, steps, interrupt), ROWS, CONFIG, tmp_path, SEED, kind)
+            train(Ended(trainee, steps, interrupt), order(), CONFIG, tmp_path, kind)
         assert (tmp_path / "loss.jsonl").exists() == (done is not None)
         assert done is None or saved(tmp_path, kind).step == done
     assert run(kind, tmp_path).step == num_steps_of(ROWS, CONFIG) == 13
@@ -291,7 +298,7 @@ def test_a_finished_run_is_not_trained_further(whole, tmp_path):
     shutil.copytree(whole["memory"], tmp_path, dirs_exist_ok=True)
     (tmp_path / "loss.jsonl").unlink()  # killed between the last commit and this file
     with trainee_of("memory", tmp_path) as trainee:
-        train(Ended(trainee, 0, interrupt), ROWS, CONFIG, tmp_path, SEED, "memory")
+        train(Ended(trainee, 0, interrupt), order(), CONFIG, tmp_path, "memory")
     assert_equal_runs(tmp_path, whole["memory"])
 
 
@@ -320,14 +327,16 @@ def test_what_another_run_saved_is_refused(kind, changed, seed, rows, named, who
     config = replace(CONFIG, **changed)
     wanted = rf"belongs to another run: {named}; use another --out or delete"
     with trainee_of(kind, tmp_path) as trainee, pytest.raises(UserError, match=wanted):
-        train(Ended(trainee, 0, interrupt), rows, config, tmp_path, seed, kind)
+        train(
+            Ended(trainee, 0, interrupt), ShuffledOrder(rows, config, seed), config, tmp_path, kind
+        )
     assert_equal_runs(tmp_path, whole[kind])
 
 
 def test_a_run_goes_on_only_with_the_same_sizes_and_files(tmp_path):
     files = {"tokenizer": "a", "tree": "b"}
     with trainee_of("memory", tmp_path) as trainee:
-        train(trainee, ROWS, CONFIG, tmp_path, SEED, "memory", files)
+        train(trainee, order(), CONFIG, tmp_path, "memory", files)
     tokens, paths = sequences()
     other = replace(MEMORY, r=(3, 1))
     with BlockStore(tmp_path / "store", other, SEED) as store:
@@ -335,7 +344,7 @@ def test_a_run_goes_on_only_with_the_same_sizes_and_files(tmp_path):
         files["tokenizer"] = "c"
         wanted = r"another run: files.tokenizer was a, is c, sizes.r was \[3, 2\], is \[3, 1\];"
         with pytest.raises(UserError, match=wanted):
-            train(trainee, ROWS, CONFIG, tmp_path, SEED, "memory", files)
+            train(trainee, order(), CONFIG, tmp_path, "memory", files)
 
 
 def test_a_difference_is_named_also_where_a_key_is_new_and_the_many_are_cut(tmp_path):
@@ -382,12 +391,11 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path):
     leaves, counts = np.unique(paths[:, 1], return_counts=True)
     leaf = int(leaves[counts == 1][0])
     row = int(np.flatnonzero(paths[:, 1] == leaf)[0])
-    order = Order(ROWS, SEED)
-    spoiled = [step for step in range(13) if row in order.batch(step, 3)]
+    spoiled = [step for step in range(13) if row in order().batch(step).rows]
     with trainee_of("memory", tmp_path) as trainee:
         trainee.store.gather(2, np.array([leaf]), 1)
         trainee.store._entry((2, leaf)).states[0] = np.nan
-        progress = train(trainee, ROWS, CONFIG, tmp_path, SEED, "memory")
+        progress = train(trainee, order(), CONFIG, tmp_path, "memory")
     assert len(spoiled) == progress.skipped >= 3
     assert [row[0] for row in progress.curve] == [n for n in range(13) if n not in spoiled]
     state = checkpoint(tmp_path)
@@ -395,6 +403,6 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path):
     assert all(np.isfinite(state[f"{level}.weights"]).all() for level in (1, 2))
 
 
-def test_nothing_to_train_on_is_one_line(tmp_path):
-    with trainee_of("anchor", tmp_path) as trainee, pytest.raises(UserError, match="nothing to tr"):
-        train(trainee, 0, CONFIG, tmp_path, SEED, "anchor")
+def test_nothing_to_train_on_is_one_line():
+    with pytest.raises(UserError, match="nothing to train on"):
+        ShuffledOrder(0, CONFIG, SEED)

@@ -31,6 +31,7 @@ from train.checkpoint import Progress
 from train.gradient import masked_loss, packed_mask
 from train.loop import train
 from train.memories import MemoryTrainee
+from train.order import ShuffledOrder
 from train.recipe import TrainerConfig
 from train.records import RecordStore, check_free_space
 from train.store import BlockStore
@@ -66,7 +67,7 @@ def training_run(folder: Path) -> None:
     tokens, paths = sequences(60)
     with small_store(folder / "store") as store:
         trainee = MemoryTrainee(make_model(), store, tokens, paths, EOT, RUN)
-        train(trainee, len(tokens), RUN, folder, SEED, "memory")
+        train(trainee, ShuffledOrder(len(tokens), RUN, SEED), RUN, folder, "memory")
 
 
 def blocks_of(store: BlockStore) -> dict[int, list[np.ndarray]]:
@@ -139,7 +140,9 @@ def test_a_cache_of_six_blocks_and_one_of_all_train_to_the_same_bits(tmp_path):
     for cache in (1, 6 * 2308, 1 << 30):
         with small_store(tmp_path / str(cache), cache_bytes=cache) as store:
             trainee = MemoryTrainee(make_model(), store, tokens, paths, EOT, RUN)
-            curve = train(trainee, 60, RUN, tmp_path / str(cache), SEED, "memory").curve
+            curve = train(
+                trainee, ShuffledOrder(60, RUN, SEED), RUN, tmp_path / str(cache), "memory"
+            ).curve
             results.append((curve, blocks_of(store)))
     for curve, blocks in results[1:]:
         assert curve == results[0][0]
@@ -352,7 +355,7 @@ def measure_resident(folder: Path) -> None:
     with BlockStore(folder, config, SEED, cache_bytes=32 << 20) as store:
         trainee = MemoryTrainee(make_model(args), store, tokens, paths, EOT, training)
         begin = time.perf_counter()
-        train(trainee, len(tokens), training, folder, SEED, "memory")
+        train(trainee, ShuffledOrder(len(tokens), training, SEED), training, folder, "memory")
         seconds = (time.perf_counter() - begin) / 120
         touched = store.num_touched
     status = Path("/proc/self/status").read_text()

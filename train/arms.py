@@ -18,6 +18,7 @@ from mlx_hmem.files import fingerprint, save_safetensors, write_atomic
 from train.anchor import AnchorTrainee, initialise
 from train.loop import train
 from train.memories import MemoryTrainee, generic_block, generic_config
+from train.order import ShuffledOrder
 from train.recipe import Recipe, TrainerConfig
 from train.store import BlockStore
 from train.tokenizer import EOT_ID
@@ -56,7 +57,7 @@ def _train_all_weights(
     tokens, name = np.load(rows / "tokens.npy", mmap_mode="r"), folder.name
     made_from = _made_from(folder.parent, *sources)
     trainee = AnchorTrainee(model, tokens, EOT_ID, training)
-    train(trainee, len(tokens), training, folder, seed, name, made_from)
+    train(trainee, ShuffledOrder(len(tokens), training, seed), training, folder, name, made_from)
     _save_anchor(model, folder)
 
 
@@ -116,7 +117,8 @@ def _train_memory(recipe: Recipe, folder: Path, name: str) -> None:
     with _store(recipe, folder, name) as store:
         trainee = MemoryTrainee(anchor, store, tokens, paths, EOT_ID, training, cotrain)
         sources = _made_from(folder, *SOURCES)
-        train(trainee, len(tokens), training, folder / name, recipe.seed, name, sources)
+        order = ShuffledOrder(len(tokens), training, recipe.seed)
+        train(trainee, order, training, folder / name, name, sources)
         if cotrain is not None:
             _save_anchor(anchor, folder / name)
         print(f"{name}: {store.num_touched} blocks trained, in {folder / name}")

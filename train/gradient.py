@@ -97,7 +97,7 @@ class BatchGradient:
                 f"{size} sequences, {ranks} ranks, micro_batch_size {part}",
                 f"use a multiple of {ranks * part}",
             )
-        self.part, self.share = part, size // ranks
+        self.num_parts = size // ranks // part
 
     def __call__(
         self, weights: Weights, tokens: np.ndarray, indices: Sequence[np.ndarray] = ()
@@ -105,21 +105,22 @@ class BatchGradient:
         """Mean loss in nats per token, norm of the gradient before clipping, clipped gradient.
 
         Args:
-            tokens: the whole batch, (batch_size, context + 1).
+            tokens: the whole batch, (sequences, context + 1).
             indices: for each level with memory the place of each sequence's block among the unique
-                ones in ``weights["blocks"]``, (batch_size,).
+                ones in ``weights["blocks"]``, (sequences,).
         """
         scale = mx.array(1 / max(1, num_counted(tokens, self.eot)), mx.float32)
-        first = self.group.rank() * self.share
+        share = len(tokens) // self.group.size()
+        first, part_size = self.group.rank() * share, share // self.num_parts
         value, gradient = mx.array(0.0), None
-        for start in range(first, first + self.share, self.part):
-            rows = slice(start, start + self.part)
+        for start in range(first, first + share, part_size):
+            rows = slice(start, start + part_size)
             batch = mx.array(tokens[rows].astype(np.int32))
             places = [mx.array(index[rows].astype(np.int32)) for index in indices]
             loss, part = self._part(weights, places, batch, scale)
             value = value + loss
             gradient = part if gradient is None else tree_map(mx.add, gradient, part)
-            if self.part < self.share:
+            if self.num_parts > 1:
                 mx.eval(value, gradient)  # else all parts would wait in memory
         assert gradient is not None
         if self.group.size() > 1:

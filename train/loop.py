@@ -1,8 +1,7 @@
-"""The optimiser loop that every training stage shares: order of data, schedule, checkpoints.
+"""The optimiser loop that every training stage shares: schedule, checkpoints, progress.
 
 The trainee saves its whole state together with how far the run has come, in one piece, so a killed
-run goes on from there bit for bit. The order of sequences follows from (seed, epoch) alone: arms
-with the same seed see the same rows in the same order.
+run goes on from there bit for bit. The order of sequences is that of :mod:`train.order`.
 """
 
 import json
@@ -16,7 +15,7 @@ from tqdm import tqdm
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import write_atomic
 from train.checkpoint import Progress
-from train.order import Order, num_steps_of
+from train.order import Batch, Order
 from train.recipe import TrainerConfig
 
 MOST_SKIPPED = 10
@@ -55,10 +54,9 @@ def learning_rate_at(step: int, num_steps: int, config: TrainerConfig) -> float:
 
 def train(
     trainee: Trainee,
-    num_sequences: int,
+    order: Order,
     config: TrainerConfig,
     folder: Path,
-    seed: int,
     name: str,
     made_from: dict[str, str] | None = None,
 ) -> Progress:
@@ -70,13 +68,9 @@ def train(
     Args:
         made_from: fingerprints of the files it depends on; a run goes on only with the same ones.
     """
-    if num_sequences < 1:
-        raise UserError("there is nothing to train on", folder, "use a larger corpus")
-    num_steps = num_steps_of(num_sequences, config)
     identity = {
         "stage": name,
-        "num_sequences": num_sequences,
-        "seed": seed,
+        **order.identity,
         "training": config.to_dict(),
         "sizes": trainee.sizes,
         "files": made_from or {},
@@ -85,18 +79,17 @@ def train(
     progress = trainee.resume(folder, json.loads(json.dumps(identity)))
     if progress.step:
         _write_curve(folder, progress)
-    order = Order(num_sequences, seed)
-    rows = order.batch(progress.step, config.batch_size)
-    with tqdm(total=num_steps, initial=progress.step, desc=name, unit="step") as bar:
-        while progress.step < num_steps:
-            next_rows = order.batch(progress.step + 1, config.batch_size)
-            _one_step(trainee, rows, next_rows, progress, num_steps, config)
-            rows = next_rows
-            if progress.step % config.save_every == 0 or progress.step == num_steps:
+    batch = order.batch(progress.step)
+    with tqdm(total=order.num_steps, initial=progress.step, desc=name, unit="step") as bar:
+        while progress.step < order.num_steps:
+            following = order.batch(progress.step + 1)
+            _one_step(trainee, batch, following, progress, config)
+            batch = following
+            if progress.step % config.save_every == 0 or progress.step == order.num_steps:
                 trainee.save(folder, progress)
                 _write_curve(folder, progress)
             bar.update()
-            if progress.curve and (progress.step % 20 == 0 or progress.step == num_steps):
+            if progress.curve and (progress.step % 20 == 0 or progress.step == order.num_steps):
                 recent = [row[1] for row in progress.curve[-100:]]
                 bar.set_postfix(loss=f"{sum(recent) / len(recent):.3f}")
     if progress.skipped:
@@ -105,15 +98,10 @@ def train(
 
 
 def _one_step(
-    trainee: Trainee,
-    rows: np.ndarray,
-    next_rows: np.ndarray,
-    progress: Progress,
-    num_steps: int,
-    config: TrainerConfig,
+    trainee: Trainee, batch: Batch, following: Batch, progress: Progress, config: TrainerConfig
 ) -> None:
-    rate = learning_rate_at(progress.step, num_steps, config)
-    loss, norm = trainee.step(rows, rate, next_rows)
+    rate = learning_rate_at(batch.step, batch.num_steps, config)
+    loss, norm = trainee.step(batch.rows, rate, following.rows)
     if math.isfinite(loss) and math.isfinite(norm):
         progress.curve.append((progress.step, loss, rate))
     elif progress.skipped + 1 >= MOST_SKIPPED:
