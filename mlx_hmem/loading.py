@@ -1,6 +1,5 @@
 """``load(path)`` → :class:`MemoryModel`, from a model directory whose parts belong together."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from mlx_hmem.bank import Bank
 from mlx_hmem.config import HmemConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import fingerprint
+from mlx_hmem.find import find_model
 from mlx_hmem.model import MemoryModel
 from mlx_hmem.retriever import ClusterTree, Retriever, load_encoder
 
@@ -36,7 +36,7 @@ def load(
 
     A folder with an anchor but no ``hmem.json`` gives a model without memory.
     """
-    folder = _find(path_or_repo)
+    folder = find_model(path_or_repo)
     if not (folder / "config.json").exists():
         raise UserError("not a model directory: no config.json", folder, "name one, or restore it")
     if not (folder / "hmem.json").exists():
@@ -45,7 +45,7 @@ def load(
         if memory_budget is not None:
             mx.set_cache_limit(_spare_bytes(memory_budget, folder, 0))
         anchor, config = load_anchor(folder)
-        return MemoryModel(anchor, config, _tokenizer(folder, config))
+        return MemoryModel(anchor, config, read_tokenizer(folder, config))
     hmem = HmemConfig.from_file(folder / "hmem.json")
     if anchor_hash(folder) != hmem.anchor_hash:
         raise UserError(
@@ -67,7 +67,7 @@ def load(
         )
     retriever = _retriever(folder, hmem)
     anchor, config = load_anchor(folder)
-    return MemoryModel(anchor, config, _tokenizer(folder, config), retriever, bank)
+    return MemoryModel(anchor, config, read_tokenizer(folder, config), retriever, bank)
 
 
 def _spare_bytes(memory_budget: int, folder: Path, fetched_parameters: int) -> int:
@@ -81,28 +81,8 @@ def _spare_bytes(memory_budget: int, folder: Path, fetched_parameters: int) -> i
     return memory_budget - least
 
 
-def _find(path_or_repo: str | Path) -> Path:
-    folder = Path(os.path.expanduser(path_or_repo))  # Path's own fails for an unknown ~user
-    if folder.is_dir():
-        return folder
-    name = str(path_or_repo)
-    if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError("no such model directory", name, "give a folder or a Hub id user/name")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"no model directory {name}, and the Hub does not give it",
-            reason,
-            "check the name and the connection",
-        ) from None
-
-
-def _tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerWrapper:
+def read_tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerWrapper:
+    """The tokenizer of a model directory; ``config`` names the ids that end a text."""
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
         raise UserError("no tokenizer", folder, "add tokenizer.json or tokenizer.model")
     verbosity = transformers_logging.get_verbosity()

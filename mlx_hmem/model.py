@@ -12,7 +12,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_hmem.anchors.attach import attach_memory
 from mlx_hmem.anchors.fused import FusedMemory, is_fused
-from mlx_hmem.anchors.load import named_parameters
+from mlx_hmem.anchors.load import float_dtype
 from mlx_hmem.bank import Bank
 from mlx_hmem.errors import UserError
 from mlx_hmem.generation import AnchorWithMemory, prompt_ids, stream_text
@@ -69,7 +69,7 @@ class MemoryModel:
         self.retriever, self.bank = retriever, bank
         self.context: int | None = anchor_config.get("max_position_embeddings")
         self._slot = attach_memory(anchor, bank.config) if bank is not None else None
-        self._dtype = _float_dtype(anchor)
+        self._dtype = float_dtype(anchor)
 
     def __call__(
         self,
@@ -221,11 +221,3 @@ def check_mode(memory: str) -> str:
     if memory not in MODES:
         raise UserError("unknown memory mode", repr(memory), f"use one of {', '.join(MODES)}")
     return memory
-
-
-def _float_dtype(anchor: nn.Module) -> mx.Dtype:
-    """The dtype that activations have: that of the norms' gains, which are never quantised."""
-    for array in reversed(named_parameters(anchor).values()):
-        if array.ndim == 1 and mx.issubdtype(array.dtype, mx.floating):
-            return array.dtype
-    return mx.float32

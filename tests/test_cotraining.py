@@ -162,6 +162,36 @@ def test_gradients_of_parts_add_up_to_those_of_the_batch(make: Make, part: int):
     assert_close(whole, parts)
 
 
+@pytest.mark.parametrize("cotrain", [None, COTRAIN])
+@pytest.mark.parametrize("kind", ["ffn", "kv"])
+def test_layers_that_are_computed_again_give_the_same_gradient(make: Make, kind, cotrain):
+    config = replace(MEMORY, kind=kind, query_size=16).placed("last 1")
+    again = replace(TRAINING, gradient_checkpointing=True)
+    kept, computed = (make(t, cotrain, config) for t in (TRAINING, again))
+    for step in range(4):
+        rows = np.arange(4 * step, 4 * step + 4)
+        assert computed.step(rows, RATE) == pytest.approx(kept.step(rows, RATE), rel=1e-5)
+    for level, count in enumerate(MEMORY.num_clusters, 1):
+        a, b = (t.store.gather(level, np.arange(count), count)[0] for t in (kept, computed))
+        np.testing.assert_allclose(np.array(a), np.array(b), rtol=0, atol=1e-5)
+
+
+def test_layers_that_are_computed_again_take_less_memory():
+    args = ModelArgs("openlm", 64, 12, 192, 2, 32, VOCABULARY, tie_word_embeddings=True)
+    tokens, peaks = np.full((4, 129), 5, np.uint16), []
+    for again in (False, True):
+        training = replace(TRAINING, gradient_checkpointing=again)
+        model = Model(args)
+        initialise(model, SEED)
+        trainee = AnchorTrainee(model, tokens, EOT, training)
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        trainee.step(np.arange(4), RATE)
+        peaks.append(mx.get_peak_memory() - before)
+        del trainee, model
+    assert peaks[1] < 0.5 * peaks[0]
+
+
 def test_an_anchor_in_parts_is_the_anchor_in_one_piece():
     tokens, _ = sequences()
     whole, parts = (

@@ -1,6 +1,6 @@
 """The one-way arrows between the rooms of the house, read from the source.
 
-errors, files, config → memory → {anchors, bank}; config → retriever; anchors → generation;
+errors, files, find, config → memory → {anchors, bank}; config → retriever; anchors → generation;
 {anchors, bank, retriever, generation} → model → loading → evaluate; model → batch; mlx_hmem →
 {train, convert, generate.py}; torch only under convert/ and tests/.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BOTTOM = {"_blas", "config", "errors", "files"}
+BOTTOM = {"_blas", "config", "errors", "files", "find"}
 MODEL = BOTTOM | {"memory", "anchors", "bank", "retriever", "generation", "model"}
 # What each room of mlx_hmem may import from mlx_hmem, besides itself.
 ROOMS = {

@@ -11,6 +11,7 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx_hmem  # isort: skip  # noqa: F401  OpenBLAS goes in front before MLX is loaded
 import mlx.core as mx
@@ -87,7 +88,8 @@ class Ended:
 
     def __init__(self, trainee: Trainee, steps: int, end: Callable[[], None]):
         self.trainee, self.left, self.end = trainee, steps, end
-        self.resume, self.save, self.sizes = trainee.resume, trainee.save, trainee.sizes
+        self.resume, self.save = trainee.resume, trainee.save
+        self.tokens, self.sizes = trainee.tokens, trainee.sizes
 
     def step(self, rows: np.ndarray, rate: float, next_rows: np.ndarray) -> tuple[float, float]:
         if self.left == 0:
@@ -157,14 +159,24 @@ def saved(folder: Path, kind: str) -> Progress:
     return progress
 
 
+TIMES = {"tokens_per_s", "seconds", "peak_memory_bytes", "peak_resident_bytes"}
+
+
+def logged(folder: Path) -> list[dict[str, Any]]:
+    """The log, without what differs from run to run."""
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k not in TIMES} for record in records]
+
+
 def assert_equal_runs(a: Path, b: Path) -> None:
-    """Weights, moments, steps and loss curve, bit for bit."""
+    """Weights, moments, steps, loss curve and log, bit for bit."""
     first, second = checkpoint(a), checkpoint(b)
     assert first.keys() == second.keys()
     for name in first:
         assert first[name].dtype == second[name].dtype, name
         assert first[name].tobytes() == second[name].tobytes(), name
     assert (a / "loss.jsonl").read_bytes() == (b / "loss.jsonl").read_bytes()
+    assert logged(a) == logged(b)
 
 
 @pytest.fixture(scope="module")
@@ -310,6 +322,57 @@ def test_the_curve_holds_every_step(whole):
     ]
     assert rows[0]["loss"] == pytest.approx(math.log(VOCABULARY), rel=0.3)
     assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_the_log_sums_up_the_steps_between_its_lines(whole):
+    lines = (whole["memory"] / "log.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    curve = (whole["memory"] / "loss.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in curve]
+    assert [record["step"] for record in records] == [4, 8, 12, 13]  # checkpoints
+    for record, first in zip(records, [0, 4, 8, 12], strict=True):
+        last = record["step"]
+        assert record["loss"] == pytest.approx(np.mean(losses[first:last]), abs=2e-5)
+        assert record["learning_rate"] == learning_rate_at(last - 1, 13, CONFIG)
+        assert record["peak_memory_bytes"] > 0
+        assert record["peak_resident_bytes"] > 10_000_000  # Python alone
+    seconds = np.diff([0, *(record["seconds"] for record in records)])
+    for record, steps, passed in zip(records, [4, 4, 4, 1], seconds, strict=True):
+        tokens = steps * CONFIG.batch_size * CONTEXT
+        # As precise as milliseconds of a run of milliseconds allow.
+        assert record["tokens_per_s"] * (passed - 2e-3) < tokens
+        assert tokens < record["tokens_per_s"] * (passed + 2e-3)
+
+
+def test_a_log_is_cut_where_the_run_goes_on(tmp_path):
+    with trainee_of("memory", tmp_path) as trainee, pytest.raises(KeyboardInterrupt):
+        train(Ended(trainee, 6, interrupt), order(), CONFIG, tmp_path, "memory")
+    path = tmp_path / "log.jsonl"
+    before = json.loads(path.read_text())
+    assert before["step"] == 4
+    # A longer run logs every 20 steps: of what came after the checkpoint, the last half-written.
+    with path.open("a") as file:
+        file.write(json.dumps({**before, "step": 5}) + '\n{"step": 6, "lo')
+    run("memory", tmp_path)
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [record["step"] for record in records] == [4, 8, 12, 13]
+    assert records[0] == before
+    seconds = [record["seconds"] for record in records]
+    assert seconds == sorted(seconds)  # they add up over both starts
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_run_that_begins_again_from_the_start_leaves_no_old_log(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 0, "validation": {"none": 3.0}}\n')
+    run("anchor", tmp_path)
+    assert [record["step"] for record in logged(tmp_path)] == [4, 8, 12, 13]
+
+
+def test_how_a_run_is_watched_may_change_while_it_goes_on(whole, tmp_path):
+    with trainee_of("memory", tmp_path) as trainee, pytest.raises(KeyboardInterrupt):
+        train(Ended(trainee, 6, interrupt), order(), CONFIG, tmp_path, "memory")
+    run("memory", tmp_path, replace(CONFIG, validate_every=3, validation_sequences=5))
+    assert_equal_runs(tmp_path, whole["memory"])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -17,7 +17,6 @@ from mlx_hmem.anchors.openlm import Model
 from mlx_hmem.bank import write_bank
 from mlx_hmem.errors import UserError
 from train.anchor import initialise
-from train.arms import model_args
 from train.costs import (
     anchor_parameters,
     bank_bytes,
@@ -40,6 +39,7 @@ from train.recipe import (
     TreeSection,
     WindowsSection,
 )
+from train.start import model_args
 
 ROOT = Path(__file__).parents[1]
 TINY = Recipe(
@@ -66,9 +66,10 @@ WIDE = replace(
 
 COTRAINED = replace(WIDE, memories=replace(WIDE.memories, cotrain=CotrainSection()))
 IN_PARTS = replace(TINY.anchor.training, batch_size=16, micro_batch_size=4)
+AGAIN = replace(TINY.anchor.training, batch_size=16, gradient_checkpointing=True)
 
 
-@pytest.mark.parametrize("training", [TINY.anchor.training, IN_PARTS])
+@pytest.mark.parametrize("training", [TINY.anchor.training, IN_PARTS, AGAIN])
 @pytest.mark.parametrize("recipe", [TINY, WIDE, COTRAINED])
 @pytest.mark.parametrize("memory", [False, True])
 def test_peak_memory_is_within_half_as_much_again_of_what_mlx_measures(

@@ -5,15 +5,20 @@ import struct
 import sys
 from pathlib import Path
 
+import mlx_hmem  # isort: skip  # noqa: F401  OpenBLAS goes in front before MLX is loaded
+import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
-from train.plot import curves_of, leaf_counts, plot_run, smooth
+from train.checkpoint import Progress
+from train.plot import block_steps, curves_of, leaf_counts, plot_run, smooth, validations_of
+from train.store import BlockStore
 
 
 def write_curve(run: Path, stage: str, losses: list[float]) -> None:
-    (run / stage).mkdir(parents=True)
+    (run / stage).mkdir(parents=True, exist_ok=True)
     rows = ({"step": i, "loss": loss, "learning_rate": 1e-3} for i, loss in enumerate(losses))
     (run / stage / "loss.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -80,3 +85,69 @@ def test_without_matplotlib_one_line_says_what_to_install(tmp_path, monkeypatch)
     write_paths(tmp_path, [0, 1])
     with pytest.raises(UserError, match=r"needs the package matplotlib:.*pip install"):
         plot_run(tmp_path, tmp_path / "run.png")
+
+
+def write_log(run: Path, stage: str, values: dict[str, list[float | None]]) -> None:
+    """A validation after every 10 steps, each after a line of the training."""
+    (run / stage).mkdir(parents=True, exist_ok=True)
+    lines = []
+    for i in range(len(next(iter(values.values())))):
+        found = {memory: curve[i] for memory, curve in values.items()}
+        lines += [{"step": 10 * i, "loss": 1.0}, {"step": 10 * i, "validation": found}]
+    (run / stage / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def write_store(run: Path) -> None:
+    """Blocks of which some have had steps, as a training leaves them."""
+    config = MemoryConfig(hidden_size=8, num_hidden_layers=1, r=(2, 0, 1), branching=(2, 2, 2))
+    with BlockStore(run / "memories" / "store", config, seed=0) as store:
+        for level, counts in ((1, {0: 5, 1: 2}), (3, {6: 4, 0: 1, 7: 2})):
+            clusters = np.array(list(counts))
+            *states, _ = store.gather(level, clusters, len(clusters))
+            store.scatter(level, clusters, [*states, mx.array(list(counts.values()))])
+        store.commit(Progress({"seed": 0, "sizes": config.to_dict()}, step=5))
+        *states, _ = store.gather(3, np.array([5]), 1)
+        store.scatter(3, np.array([5]), [*states, mx.array([9])])  # not committed
+
+
+def test_steps_of_blocks_are_those_of_the_last_commit_by_level(tmp_path):
+    assert block_steps(tmp_path) == {}
+    write_store(tmp_path)
+    steps = block_steps(tmp_path)
+    assert {level: counts.tolist() for level, counts in steps.items()} == {
+        1: [5, 2],
+        3: [4, 2, 1, 0, 0, 0, 0, 0],
+    }
+
+
+def test_validations_are_read_by_stage_and_memory_and_nothing_twice(tmp_path):
+    write_log(tmp_path, "anchor", {"none": [9.0, 8.0]})
+    write_log(tmp_path, "generic", {"none": [8.0, 8.0], "generic": [8.0, 7.5]})
+    found = validations_of(tmp_path)
+    assert set(found) == {("anchor", "none"), ("generic", "none"), ("generic", "generic")}
+    write_log(tmp_path, "memories", {"none": [8.0, None], "fetched": [8.0, 6.0]})
+    found = validations_of(tmp_path)
+    assert ("generic", "none") not in found  # the same frozen anchor
+    assert found["memories", "fetched"].tolist() == [[0, 8.0], [10, 6.0]]
+    assert found["memories", "none"].tolist() == [[0, 8.0]]  # the other was infinite
+
+
+def test_validation_and_blocks_are_drawn_too(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib, of the extra `plot`, is missing")
+    target = tmp_path / "run.png"
+    write_paths(tmp_path, [0, 1, 1, 2, 3] * 20)
+    plot_run(tmp_path, target)
+    one, height = size_of(target)
+    write_log(tmp_path, "anchor", {"none": [9.0, 8.0]})  # killed before its first checkpoint
+    plot_run(tmp_path, target)
+    assert size_of(target) == (one, height)
+    write_log(tmp_path, "memories", {"none": [8.0, 7.9], "generic": [8.0, 7.0], "fetched": [8, 6]})
+    plot_run(tmp_path, target)
+    assert size_of(target) == (2 * one, height)
+    write_store(tmp_path)  # in place of the leaves
+    plot_run(tmp_path, target)
+    assert size_of(target) == (2 * one, height)
+    write_curve(tmp_path, "anchor", list(np.linspace(8, 2, 300)))
+    write_curve(tmp_path, "memories", list(np.linspace(2, 1, 50)))
+    plot_run(tmp_path, target)
+    assert size_of(target) == (2 * one, 2 * height)

@@ -21,6 +21,7 @@ def load_text(tmp_path: Path, text: str) -> Recipe:
     return load_recipe(path)
 
 
+# Those of the paper, some of which start from a model, are tried in test_paper_recipes.py.
 @pytest.mark.parametrize("path", sorted((ROOT / "train" / "recipes").glob("*.yaml")), ids=str)
 def test_every_recipe_of_the_repository_loads(path):
     recipe = load_recipe(path)
@@ -84,6 +85,102 @@ def test_a_wrong_recipe_is_one_line_that_names_the_key(tmp_path, text, named):
         load_text(tmp_path, text)
     assert named in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def load_set(
+    tmp_path: Path, *overrides: str, text: str = "name: t\nmemories: {r: [8, 4]}"
+) -> Recipe:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return load_recipe(path, overrides)
+
+
+def test_any_key_can_be_set_anew_and_the_last_one_counts(tmp_path):
+    recipe = load_set(
+        tmp_path, "memories.r=[2, 1]", "anchor.training.learning_rate=1e-2", "name=a=b",
+        "memories.cotrain.weight_decay=0.2", "dense=null", "memories.layers=first 2", "seed=1",
+        " seed = 2", "corpus.facts=[{kind: invented}]", "tree.branching=[3,2]",
+    )  # fmt: skip
+    assert recipe.memories.r == (2, 1)
+    assert recipe.anchor.training.learning_rate == 0.01
+    assert recipe.name == "a=b"
+    assert recipe.memories.cotrain.weight_decay == 0.2  # the section was not there before
+    assert recipe.dense is None
+    assert recipe.memory_config.layers == (0, 1)
+    assert recipe.seed == 2
+    assert recipe.corpus.facts == ({"kind": "invented"},)
+    assert recipe.tree.branching == (3, 2)
+    assert load_set(tmp_path) == load_text(tmp_path, "name: t\nmemories: {r: [8, 4]}")
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("seed", "KEY=VALUE"),
+        ("=3", "KEY=VALUE"),
+        ("memories..r=3", "KEY=VALUE"),
+        ("sede=1", "unknown key"),
+        ("memories.s=1", "unknown key"),
+        ("memories.training.epoch=1", "unknown key"),
+        ("moments.r=1", "unknown key"),
+        ("name.first=1", "name.first"),
+        ("memories.r.0=1", "memories.r.0"),
+        ("memories.r=[1,", "the value is not YAML"),
+        ("memories.r=: :", "the value is not YAML"),
+        ("memories.r=x", "memories.r"),
+        ("memories=3", "not a mapping"),
+        ("memories.r=", "memories.r"),
+        ("anchor.config={model_type: llama}", "anchor.config without a path"),
+        ("anchor.path=3", "anchor.path is not a text"),
+        ("windows.anchor_context=8", "anchor_context"),
+        ("anchor.training.steps=0", "steps"),
+        ("anchor_only=1", "anchor_only"),
+    ],
+)
+def test_a_key_that_cannot_be_set_is_one_line(tmp_path, override, named):
+    with pytest.raises(UserError) as error:
+        load_set(tmp_path, override)
+    assert named in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_key_set_on_the_command_line_is_part_of_the_recipe(tmp_path):
+    made: list[str] = []
+    recipe = load_set(tmp_path)
+    run_stages(recipe, tmp_path, ["corpus"], recorder(made))
+    with pytest.raises(UserError, match="changed: seed"):
+        run_stages(load_set(tmp_path, "seed=5"), tmp_path, ["corpus"], recorder(made))
+    run_stages(load_set(tmp_path, "anchor.head_dim=32"), tmp_path, ["corpus"], recorder(made))
+    assert made == ["corpus"]
+
+
+def test_a_run_from_before_a_key_was_known_is_still_done(tmp_path):
+    made: list[str] = []
+    run_stages(RECIPE, tmp_path, list(STAGES), recorder(made))
+    for path in tmp_path.glob("*/done.json"):
+        values = json.loads(path.read_text())
+        for section, key in (("windows", "anchor_context"), ("anchor", "path")):
+            if section in values["recipe"]:
+                assert not values["recipe"][section].pop(key)
+        path.write_text(json.dumps(values))
+    run_stages(RECIPE, tmp_path, list(STAGES), recorder(made))
+    assert made == list(STAGES)
+    longer = replace(RECIPE, windows=replace(RECIPE.windows, anchor_context=512))
+    with pytest.raises(UserError, match="changed: windows"):
+        run_stages(longer, tmp_path, ["windows"], recorder(made))
+
+
+def test_a_recipe_of_an_anchor_alone_has_no_stages_of_memory(tmp_path):
+    made: list[str] = []
+    alone = replace(RECIPE, anchor_only=True)
+    run_stages(alone, tmp_path, list(STAGES), recorder(made))
+    assert made == [
+        "corpus", "tokenizer", "windows", "anchor-sequences", "anchor", "export", "report",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match=r"stage export .* changed: memories, tree"):
+        run_stages(RECIPE, tmp_path, ["export"], recorder(made))
+    run_stages(RECIPE, tmp_path, ["corpus", "windows", "anchor", "tree"], recorder(made))
+    assert made[7:] == ["tree"]
 
 
 def recorder(made: list[str]) -> dict[str, Callable[[Recipe, Path], None]]:

@@ -1,13 +1,16 @@
 """``python -m train RECIPE.yaml --corpus FOLDER --out runs/NAME``: makes a model from text."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
-from mlx_hmem.errors import ArgumentParser, run_program
+from mlx_hmem.errors import ArgumentParser, UserError, run_program
 from train.corpus import run_corpus
+from train.log import SERVICES, Reporting
 from train.readers import FOLDER_HELP
-from train.recipe import load_recipe
+from train.recipe import SET_HELP, load_recipe
 from train.stages import STAGES, run_stages
+from train.subtrees import run_subtree
 
 
 def main() -> None:
@@ -21,11 +24,22 @@ def main() -> None:
     parser.add_argument(
         "--facts", type=Path, help="JSON table of elements, where corpus.facts has that kind"
     )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=SET_HELP)
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--only", choices=STAGES, help="run this stage alone")
     which.add_argument("--until", choices=STAGES, help="stop after this stage")
+    parser.add_argument(
+        "--subtree", type=int, metavar="N", help="with --only memories: train the blocks below "
+        "cluster N of level 1 alone, for python -m train.merge",
+    )  # fmt: skip
+    parser.add_argument(
+        "--report-to", metavar="SERVICE", help=f"logs trainings there too: {' or '.join(SERVICES)}"
+    )
+    parser.add_argument("--project-name", help="for --report-to (default: the recipe's name)")
     args = parser.parse_args()
+    if args.subtree is not None and args.only != "memories":
+        raise UserError("--subtree is for one stage", args.subtree, "add --only memories")
 
     names = list(STAGES)
     if args.only:
@@ -33,7 +47,20 @@ def main() -> None:
     elif args.until:
         names = names[: names.index(args.until) + 1]
     corpus = functools.partial(run_corpus, corpus=args.corpus, table=args.facts)
-    run_stages(load_recipe(args.recipe), args.out, names, {"corpus": corpus})
+    recipe = load_recipe(args.recipe, args.set)
+    functions: dict[str, Callable[..., None]] = {"corpus": corpus}
+    reporting = None
+    if args.report_to is not None:
+        reporting = Reporting(args.report_to, args.project_name or recipe.name)
+    if args.subtree is not None:
+        run_subtree(recipe, args.out, args.subtree, reporting)
+        return
+    if reporting is not None:
+        for name in names:
+            if STAGES[name].trains:
+                function: Callable[..., None] = STAGES[name].load()
+                functions[name] = functools.partial(function, reporting=reporting)
+    run_stages(recipe, args.out, names, functions)
 
 
 if __name__ == "__main__":

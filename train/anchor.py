@@ -2,9 +2,11 @@
 
 import math
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
@@ -13,6 +15,7 @@ from mlx_hmem.anchors.openlm import Model
 from train.adamw import AnchorWeights
 from train.checkpoint import CheckpointFile
 from train.gradient import BatchGradient, is_finite
+from train.ranks import Ranks
 from train.recipe import TrainerConfig
 
 
@@ -38,10 +41,17 @@ def initialise(model: Model, seed: int) -> None:
 class AnchorTrainee(CheckpointFile):
     """All weights of an anchor, trained on ``tokens`` (sequences, context + 1)."""
 
-    def __init__(self, model: Model, tokens: np.ndarray, eot: int, training: TrainerConfig):
-        self.model, self.tokens = model, tokens
+    def __init__(
+        self,
+        model: nn.Module,
+        tokens: np.ndarray,
+        eot: int,
+        training: TrainerConfig,
+        ranks: Ranks | None = None,
+    ):
+        self.model, self.tokens, self.ranks = model, tokens, ranks or Ranks(Path())
         self.weights = AnchorWeights(model, training, training.weight_decay)
-        self.gradient = BatchGradient(model, None, eot, training)
+        self.gradient = BatchGradient(model, None, eot, training, self.ranks)
 
     @property
     def sizes(self) -> dict[str, Any]:

@@ -6,138 +6,182 @@
 arm leaves its result in its own folder and can run in a process of its own.
 """
 
-import json
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import mlx.nn as nn
 import numpy as np
 
-from mlx_hmem.anchors.load import load_anchor, named_parameters
-from mlx_hmem.anchors.openlm import Model, ModelArgs
-from mlx_hmem.files import fingerprint, save_safetensors, write_atomic
-from train.anchor import AnchorTrainee, initialise
+from mlx_hmem.anchors.load import load_anchor, read_config
+from mlx_hmem.errors import UserError
+from mlx_hmem.files import fingerprint
+from train.anchor import AnchorTrainee
+from train.log import Reporting
 from train.loop import train
 from train.memories import MemoryTrainee, generic_block, generic_config
-from train.order import ShuffledOrder
+from train.order import OneSchedule, Order, ShuffledOrder, SubtreeOrder
+from train.ranks import Ranks
 from train.recipe import Recipe, TrainerConfig
+from train.start import save_anchor, starting_anchor, take_anchor, trainable_anchor
 from train.store import BlockStore
-from train.tokenizer import EOT_ID
+from train.tokenizer import eot_of
+from train.validation import validation_of_anchor, validation_of_memory
 
 # What a stage's numbers come from, beside the recipe: a run goes on only with the same files.
 SOURCES = {
     "tokenizer": "tokenizer/tokenizer.json",
     "tree": "tree/tree.safetensors",
-    "anchor": "anchor/model.safetensors",
+    "anchor": "anchor/model*.safetensors",
 }
 
 
-def model_args(recipe: Recipe) -> ModelArgs:
-    anchor = recipe.anchor
-    return ModelArgs(
-        model_type="openlm",
-        hidden_size=anchor.hidden_size,
-        num_hidden_layers=anchor.num_hidden_layers,
-        intermediate_size=anchor.intermediate_size,
-        num_attention_heads=anchor.num_attention_heads,
-        head_dim=anchor.head_dim,
-        vocab_size=recipe.tokenizer.vocab_size,
-        tie_word_embeddings=anchor.tie_word_embeddings,
-        max_position_embeddings=recipe.windows.context,
-    )
-
-
-def _made_from(run: Path, *names: str) -> dict[str, str]:
-    return {name: fingerprint(run / SOURCES[name]) for name in names}
+def made_from(run: Path, *names: str) -> dict[str, str]:
+    """Fingerprints of what a stage's numbers come from, by the names in ``SOURCES``."""
+    return {name: fingerprint(*sorted(run.glob(SOURCES[name]))) for name in names}
 
 
 def _train_all_weights(
-    model: Model, rows: Path, training: TrainerConfig, folder: Path, seed: int, *sources: str
+    model: nn.Module,
+    config: dict[str, Any],
+    tokens: np.ndarray,
+    order: Order,
+    training: TrainerConfig,
+    folder: Path,
+    context: int,
+    reporting: Reporting | None,
+    *sources: str,
 ) -> None:
     """Trains ``model`` and leaves it in ``folder``."""
-    tokens, name = np.load(rows / "tokens.npy", mmap_mode="r"), folder.name
-    made_from = _made_from(folder.parent, *sources)
-    trainee = AnchorTrainee(model, tokens, EOT_ID, training)
-    train(trainee, ShuffledOrder(len(tokens), training, seed), training, folder, name, made_from)
-    _save_anchor(model, folder)
+    files = made_from(folder.parent, *sources)
+    validate = validation_of_anchor(folder.parent, training, context, model)
+    ranks = Ranks(folder.parent)
+    trainee = AnchorTrainee(model, tokens, eot_of(folder.parent), training, ranks)
+    train(trainee, order, training, folder, folder.name, files, validate, reporting)
+    if ranks.first:
+        save_anchor(model, config, folder)
 
 
-def _save_anchor(model: Model, folder: Path) -> None:
-    """Writes ``model`` as an anchor that ``load_anchor`` takes."""
-    save_safetensors(folder / "model.safetensors", named_parameters(model))
-    config = asdict(model.args) | {"bos_token_id": EOT_ID, "eos_token_id": EOT_ID}
-    write_atomic(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    parameters = sum(array.size for array in named_parameters(model).values())
-    print(f"{folder.name}: {parameters:,} parameters in {folder}")
-
-
-def run_anchor(recipe: Recipe, folder: Path) -> None:
-    model = Model(model_args(recipe))
-    initialise(model, recipe.seed)
-    rows, training = folder / "anchor-sequences", recipe.anchor.training
-    if training is None:
-        _save_anchor(model, folder / "anchor")
+def run_anchor(recipe: Recipe, folder: Path, reporting: Reporting | None = None) -> None:
+    training, out = recipe.anchor.training, folder / "anchor"
+    if recipe.anchor.path is not None and training is None:
+        if Ranks(folder).first:
+            take_anchor(recipe.anchor.path, out)
         return
-    _train_all_weights(model, rows, training, folder / "anchor", recipe.seed, "tokenizer")
+    model, config = starting_anchor(recipe, folder)
+    if training is None:
+        if Ranks(folder).first:
+            save_anchor(model, config, out)
+        return
+    tokens = np.load(folder / "anchor-sequences" / "tokens.npy", mmap_mode="r")
+    order = ShuffledOrder(len(tokens), training, recipe.seed)
+    context = recipe.windows.of_anchor
+    _train_all_weights(model, config, tokens, order, training, out, context, reporting, "tokenizer")
 
 
-def run_dense(recipe: Recipe, folder: Path) -> None:
+def run_dense(recipe: Recipe, folder: Path, reporting: Reporting | None = None) -> None:
     if recipe.dense is None:
         print("dense: the recipe has none")
         return
-    model = _load(folder / "anchor")
-    rows, training = folder / "sequences", recipe.dense.training
-    _train_all_weights(model, rows, training, folder / "dense", recipe.seed, *SOURCES)
+    model, config = trainable_anchor(folder / "anchor"), read_config(folder / "anchor")
+    training = recipe.dense.training
+    tokens, paths = sequences(folder)
+    order = arm_order(recipe, paths, training)
+    out, context = folder / "dense", recipe.windows.context
+    _train_all_weights(model, config, tokens, order, training, out, context, reporting, *SOURCES)
 
 
-def _load(folder: Path) -> Model:
-    model, _ = load_anchor(folder)
-    assert isinstance(model, Model)
-    return model
+def sequences(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and cluster paths of the sequences that all arms see."""
+    tokens, paths = (folder / "sequences" / f"{name}.npy" for name in ("tokens", "paths"))
+    return np.load(tokens, mmap_mode="r"), np.load(paths, mmap_mode="r")
+
+
+def arm_order(recipe: Recipe, paths: np.ndarray, training: TrainerConfig) -> Order:
+    """The order of the sequences, the same in all arms."""
+    if not recipe.memories.group_by_subtree:
+        return ShuffledOrder(len(paths), training, recipe.seed)
+    return OneSchedule(SubtreeOrder(paths[:, 0], training, recipe.seed))
+
+
+def _memories_order(recipe: Recipe, paths: np.ndarray, subtree: int | None) -> Order:
+    """Blocks on a frozen anchor follow the schedule of their subtree, trained apart or not."""
+    memories = recipe.memories
+    if memories.cotrain is not None or not memories.group_by_subtree:
+        return arm_order(recipe, paths, memories.training)
+    return subtree_order(recipe, paths, subtree)
+
+
+def subtree_order(recipe: Recipe, paths: np.ndarray, subtree: int | None = None) -> SubtreeOrder:
+    return SubtreeOrder(paths[:, 0], recipe.memories.training, recipe.seed, subtree)
 
 
 def trained_anchor(recipe: Recipe, folder: Path) -> Path:
     """The folder of the anchor that the memories belong to."""
-    return folder / ("anchor" if recipe.memories.cotrain is None else "memories")
+    alone = recipe.anchor_only or recipe.memories.cotrain is None
+    return folder / ("anchor" if alone else "memories")
 
 
-def _store(recipe: Recipe, folder: Path, name: str, readonly: bool = False) -> BlockStore:
+def open_store(
+    recipe: Recipe, folder: Path, name: str, readonly: bool = False, own: str = "store"
+) -> BlockStore:
     config, size = recipe.memory_config, recipe.memories.cache_bytes
     if name == "generic":
         config = generic_config(config)
-    return BlockStore(folder / name / "store", config, recipe.seed, size, readonly=readonly)
+    return BlockStore(folder / name / own, config, recipe.seed, size, readonly=readonly)
 
 
-def _train_memory(recipe: Recipe, folder: Path, name: str) -> None:
-    anchor = _load(folder / "anchor")
-    tokens = np.load(folder / "sequences" / "tokens.npy", mmap_mode="r")
-    paths = np.load(folder / "sequences" / "paths.npy", mmap_mode="r")
-    if name == "generic":
-        paths = np.zeros((len(tokens), 1), np.int32)
+def train_memory(
+    recipe: Recipe,
+    folder: Path,
+    name: str,
+    subtree: int | None = None,
+    reporting: Reporting | None = None,
+) -> None:
+    """Trains the arm ``name`` in its folder of the run, or its part for a cluster of level 1."""
     training, cotrain = recipe.memories.training, recipe.memories.cotrain
-    with _store(recipe, folder, name) as store:
-        trainee = MemoryTrainee(anchor, store, tokens, paths, EOT_ID, training, cotrain)
-        sources = _made_from(folder, *SOURCES)
-        order = ShuffledOrder(len(tokens), training, recipe.seed)
-        train(trainee, order, training, folder / name, name, sources)
-        if cotrain is not None:
-            _save_anchor(anchor, folder / name)
+    if cotrain is None:
+        anchor, _ = load_anchor(folder / "anchor")
+    else:
+        anchor = trainable_anchor(folder / "anchor")
+    eot, (tokens, paths) = eot_of(folder), sequences(folder)
+    if name == "generic":
+        order = arm_order(recipe, paths, training)
+        paths = np.zeros((len(tokens), 1), np.int32)
+    else:
+        order = _memories_order(recipe, paths, subtree)
+    ranks = Ranks(folder)
+    own = "store" if ranks.first else f"store-rank-{ranks.rank}"
+    with open_store(recipe, folder, name, own=own) as store:
+        trainee = MemoryTrainee(anchor, store, tokens, paths, eot, training, cotrain, ranks)
+        trainee.subtree = subtree
+        sources = made_from(folder, *SOURCES)
+        validate = validation_of_memory(folder, recipe, name, anchor, trainee)
+        train(trainee, order, training, folder / name, name, sources, validate, reporting)
+        if cotrain is not None and ranks.first:
+            save_anchor(anchor, read_config(folder / "anchor"), folder / name)
         print(f"{name}: {store.num_touched} blocks trained, in {folder / name}")
 
 
-def run_memories(recipe: Recipe, folder: Path) -> None:
-    _train_memory(recipe, folder, "memories")
+def run_memories(recipe: Recipe, folder: Path, reporting: Reporting | None = None) -> None:
+    if apart := sorted((folder / "memories").glob("subtree-*")):
+        raise UserError(
+            "subtrees of this run are trained apart",
+            ", ".join(map(str, apart)),
+            "put them together with python -m train.merge, or delete these folders",
+        )
+    train_memory(recipe, folder, "memories", reporting=reporting)
 
 
-def run_generic(recipe: Recipe, folder: Path) -> None:
+def run_generic(recipe: Recipe, folder: Path, reporting: Reporting | None = None) -> None:
     if recipe.memories.cotrain is not None:
         print("generic: trained along with the memories")
         return
-    _train_memory(recipe, folder, "generic")
+    train_memory(recipe, folder, "generic", reporting=reporting)
 
 
 def trained_blocks(recipe: Recipe, folder: Path) -> BlockStore:
     """The blocks of the finished stage ``memories``, to read and to close."""
-    return _store(recipe, folder, "memories", readonly=True)
+    return open_store(recipe, folder, "memories", readonly=True)
 
 
 def trained_generic(recipe: Recipe, folder: Path) -> np.ndarray:
@@ -145,5 +189,5 @@ def trained_generic(recipe: Recipe, folder: Path) -> np.ndarray:
     if recipe.memories.cotrain is not None:
         with trained_blocks(recipe, folder) as store:
             return generic_block(store)
-    with _store(recipe, folder, "generic", readonly=True) as store:
+    with open_store(recipe, folder, "generic", readonly=True) as store:
         return store.block(1, 0)

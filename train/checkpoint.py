@@ -5,7 +5,7 @@ one rename. Trade-off: the whole state is written each time; blocks live in ``tr
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import load_safetensors, read_safetensors_header, save_safetensors
+from train.ranks import Ranks
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -60,12 +61,17 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
+        if value is False or value is None:
+            continue  # a key that a newer version brings and leaves off is as if it were not there
         result |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return result
 
 
 class CheckpointFile:
-    """A trainee that keeps its state in one file; it brings ``state`` and ``load_state``."""
+    """A trainee that keeps its state in one file; it brings ``state`` and ``load_state``, and the
+    ranks that train it, all of which have the same state."""
+
+    ranks: Ranks
 
     def state(self) -> dict[str, mx.array]:
         raise NotImplementedError
@@ -74,8 +80,21 @@ class CheckpointFile:
         raise NotImplementedError
 
     def resume(self, folder: Path, identity: dict[str, Any]) -> Progress:
-        """Loads the state that ``folder`` holds; without one the run is at its beginning."""
-        path = folder / CHECKPOINT
+        """Loads the state that ``folder`` holds; without one the run is at its beginning. Ranks
+        that lag behind, as a kill can leave them, take over the state of the furthest."""
+        progress = self._load(folder / CHECKPOINT, identity)
+        steps = self.ranks.gather(progress.step)
+        if len(set(steps)) == 1:
+            return progress
+        source = int(np.argmax(steps))
+        self.load_state(self.ranks.share(self.state(), source))
+        points = self.ranks.gather(len(progress.curve))[source]
+        own = progress.curve if self.ranks.rank == source else [(0, 0.0, 0.0)] * points
+        curve = mx.array(replace(progress, curve=own).curve_array())
+        shared = np.array(self.ranks.share({"curve": curve}, source)["curve"])
+        return Progress.load(json.dumps(identity), max(steps), shared.tobytes())
+
+    def _load(self, path: Path, identity: dict[str, Any]) -> Progress:
         if not path.exists():
             return Progress(identity)
         _, metadata = read_safetensors_header(path)
@@ -90,4 +109,6 @@ class CheckpointFile:
     def save(self, folder: Path, progress: Progress) -> None:
         metadata = {"step": str(progress.step), "identity": json.dumps(progress.identity)}
         state = self.state() | {"curve": mx.array(progress.curve_array())}
-        save_safetensors(folder / CHECKPOINT, state, metadata)
+        if self.ranks.first:
+            save_safetensors(folder / CHECKPOINT, state, metadata)
+        self.ranks.wait()

@@ -11,6 +11,7 @@ Peak memory is that of MLX's arrays; the program itself takes 0.1 GB more. It is
   copies and their gradients),
 * activations that wait for the gradient: of each token and layer 5 × (hidden + query size), 4.5 ×
   inner FFN width and 2 × sum(r), and an attention map (batch, heads, context, context),
+  (with gradient checkpointing of one layer; of each only the hidden states that it begins with),
 * what only one layer at a time has: 5 attention maps; and 3 × the logits,
 
 four bytes each. On 13 sizes from 0.1 to 3.3 M parameters that was 0.8 to 1.3 times MLX's measured
@@ -21,17 +22,19 @@ training store keeps in memory (:func:`store_memory`).
 import math
 import os
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_hmem.anchors.architectures import anchor_layers
 from mlx_hmem.anchors.load import named_parameters
-from mlx_hmem.anchors.openlm import Model
 from mlx_hmem.bank.format import PAGE, Level, num_blocks, stored_levels
 from mlx_hmem.errors import UserError
-from train.arms import model_args
+from mlx_hmem.memory.layer import AttentionLayer, FFNLayer
 from train.recipe import Recipe, TrainerConfig
+from train.start import anchor_shape, num_parameters
+from train.taken_tokenizer import embedded
 
 
 def count_text(number: float) -> str:
@@ -49,9 +52,44 @@ def bytes_text(number: float) -> str:
     return f"{number / 1e6:,.1f} MB"
 
 
+@dataclass(frozen=True)
+class AnchorSizes:
+    """What a step's memory and operations follow from. ``inner_size`` 0: no FFN we know of."""
+
+    num_layers: int
+    hidden_size: int
+    inner_size: int
+    num_heads: int
+    query_size: int
+    vocab_size: int
+    parameters: int
+    looked_up: int  # parameters of embeddings that are not the output matrix too
+
+
+def anchor_sizes_of(recipe: Recipe) -> AnchorSizes:
+    anchor = anchor_shape(recipe)
+    layer, arrays = anchor_layers(anchor)[0], named_parameters(anchor)
+    assert isinstance(layer.attention, AttentionLayer)
+    inner = layer.ffn.up.size if isinstance(layer.ffn, FFNLayer) else 0
+    vocabulary = recipe.tokenizer.vocab_size
+    if recipe.anchor.config is not None:
+        vocabulary = embedded(recipe.anchor.config)
+    untied = any(name.startswith("lm_head") for name in arrays)
+    hidden = layer.attention.output.size
+    return AnchorSizes(
+        num_layers=len(anchor.layers),
+        hidden_size=hidden,
+        inner_size=inner,
+        num_heads=layer.attention.num_heads,
+        query_size=layer.attention.query.size,
+        vocab_size=vocabulary,
+        parameters=sum(array.size for array in arrays.values()),
+        looked_up=vocabulary * hidden if untied else 0,
+    )
+
+
 def anchor_parameters(recipe: Recipe) -> int:
-    model = Model(model_args(recipe))  # lazy: no array is made
-    return sum(array.size for array in named_parameters(model).values())
+    return num_parameters(anchor_shape(recipe))
 
 
 def bank_bytes(recipe: Recipe) -> int:
@@ -67,33 +105,39 @@ def bank_bytes(recipe: Recipe) -> int:
 
 def peak_memory(recipe: Recipe, memory: bool, training: TrainerConfig) -> int:
     """Estimated peak bytes of a training step; see the top of this file."""
-    anchor, config = recipe.anchor, recipe.memory_config
-    heads, context = anchor.num_attention_heads, recipe.windows.context
+    anchor, config = anchor_sizes_of(recipe), recipe.memory_config
+    context = recipe.windows.context if memory else recipe.windows.of_anchor
     batch_size = training.micro_batch_size or training.batch_size
     tokens = batch_size * context
-    per_token = 5 * (anchor.hidden_size + heads * anchor.head_dim) + 4.5 * anchor.intermediate_size
-    attention = batch_size * heads * context**2
-    parameters = anchor_parameters(recipe)
+    per_token = 5 * (anchor.hidden_size + anchor.query_size) + 4.5 * anchor.inner_size
+    attention = batch_size * anchor.num_heads * context**2
+    parameters = anchor.parameters
     anchor_trains = not memory or recipe.memories.cotrain is not None
     numbers = (8 if anchor_trains else 1) * parameters
     if memory:
         # What joins the blocks is there for one part of the batch, their state for all of it.
-        fetched = 6 * training.batch_size + 5 * batch_size
-        numbers += fetched * config.fetched_parameters
-        per_token += 2 * sum(config.r) * config.num_memory_layers / anchor.num_hidden_layers
-    activations = anchor.num_hidden_layers * (tokens * per_token + attention)
-    logits = 3 * tokens * recipe.tokenizer.vocab_size
+        levels = enumerate(config.num_clusters, 1)
+        gathered = sum(
+            min(training.batch_size, n + 1) * math.prod(config.block_shape(level))
+            for level, n in levels
+        )
+        numbers += 6 * gathered + 5 * batch_size * config.fetched_parameters
+        per_token += 2 * sum(config.r) * config.num_memory_layers / anchor.num_layers
+    activations = tokens * per_token + attention
+    if training.gradient_checkpointing:
+        activations += anchor.num_layers * tokens * anchor.hidden_size
+    else:
+        activations *= anchor.num_layers
+    logits = 3 * tokens * anchor.vocab_size
     return int(4 * (numbers + activations + 5 * attention + logits))
 
 
 def step_operations(recipe: Recipe, memory: bool, batch_size: int) -> float:
     """Floating-point operations of a training step: 6 a parameter and token, 4 where frozen."""
-    anchor, context = recipe.anchor, recipe.windows.context
-    matrices = anchor_parameters(recipe)
-    if not anchor.tie_word_embeddings:
-        matrices -= recipe.tokenizer.vocab_size * anchor.hidden_size  # looked up, not multiplied
-    heads = anchor.num_attention_heads * anchor.head_dim
-    attention = 12 * anchor.num_hidden_layers * context * heads
+    anchor = anchor_sizes_of(recipe)
+    context = recipe.windows.context if memory else recipe.windows.of_anchor
+    matrices = anchor.parameters - anchor.looked_up
+    attention = 12 * anchor.num_layers * context * anchor.query_size
     fetched = recipe.memory_config.fetched_parameters
     frozen = memory and recipe.memories.cotrain is None
     per_token = (4 if frozen else 6) * matrices + (6 * fetched if memory else 0)
@@ -104,6 +148,8 @@ def disk_bytes(recipe: Recipe) -> int:
     """What a finished run leaves, and the copy beside an anchor's checkpoint while it is written.
     The corpus and its tokens are not counted."""
     parameters = 4 * anchor_parameters(recipe)
+    if recipe.anchor_only:
+        return 8 * parameters
     arms = 1 if recipe.dense is None else 2
     generic = 3 * 4 * recipe.memory_config.fetched_parameters
     # Weights, checkpoint of three times as much, and its copy; the exported anchors.
@@ -141,7 +187,7 @@ def check_memory(recipe: Recipe, stage: str, memory: bool, training: TrainerConf
         return peak
     most -= store
     section = {"anchor": "anchor", "dense": "dense"}.get(stage, "memories")
-    smallest = replace(training, batch_size=1, micro_batch_size=1)
+    smallest = replace(training, batch_size=1, micro_batch_size=1, gradient_checkpointing=True)
     if key := _fitting(recipe, memory, training, most):
         remedy = f"set {section}.training.{key}, or shorten windows.context"
     elif memory and peak_memory(recipe, False, smallest) <= machine_memory():
@@ -164,6 +210,9 @@ def _fitting(recipe: Recipe, memory: bool, training: TrainerConfig, most: int) -
         parts = replace(training, micro_batch_size=part) if size % part == 0 else None
         if parts and peak_memory(recipe, memory, parts) <= most:
             return f"micro_batch_size to {part}"
+    again = replace(training, micro_batch_size=1, gradient_checkpointing=True)
+    if peak_memory(recipe, memory, again) <= most:
+        return "micro_batch_size to 1 and gradient_checkpointing to true"
     while size := size // 2:
         one = replace(training, batch_size=size, micro_batch_size=1)
         if peak_memory(recipe, memory, one) <= most:

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from mlx_hmem.anchors.load import anchor_hash
+from mlx_hmem.anchors.load import anchor_hash, read_config
 from mlx_hmem.bank import stored_levels, write_bank
 from mlx_hmem.config import FORMAT_VERSION, HmemConfig, RetrieverConfig
 from mlx_hmem.files import fingerprint, sync_folder, write_atomic
@@ -18,8 +18,8 @@ from mlx_hmem.retriever import ClusterTree
 from mlx_hmem.retriever.encoder import STATIC_FOLDER
 from train.arms import trained_anchor, trained_blocks, trained_generic
 from train.recipe import ExportSection, Recipe
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+from train.start import copy_anchor_files
+from train.taken_tokenizer import is_tokenizer_file
 
 
 def run_export(recipe: Recipe, folder: Path) -> None:
@@ -28,6 +28,18 @@ def run_export(recipe: Recipe, folder: Path) -> None:
     report = folder / "corpus" / "report.json"
     shutil.rmtree(part, ignore_errors=True)
     copy_anchor(trained_anchor(recipe, folder), folder / "tokenizer", part)
+    if not recipe.anchor_only:
+        _add_memory(recipe, folder, part)
+    write_atomic(part / "README.md", card(recipe, json.loads(report.read_text()), part))
+    shutil.rmtree(target, ignore_errors=True)
+    os.rename(part, target)
+    sync_folder(folder)
+    size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+    print(f"export: a model of {size / 1e6:.1f} MB in {target}")
+
+
+def _add_memory(recipe: Recipe, folder: Path, part: Path) -> None:
+    """Retriever, bank and what ties them to the anchor that ``part`` has already."""
     tree = part / "retriever" / "tree.safetensors"
     tree.parent.mkdir()
     shutil.copyfile(folder / "tree" / "tree.safetensors", tree)
@@ -57,13 +69,7 @@ def run_export(recipe: Recipe, folder: Path) -> None:
             anchor_hash=hmem.anchor_hash,
             tree_hash=hmem.retriever.tree_hash,
         )
-    write_atomic(part / "README.md", card(recipe, json.loads(report.read_text())))
     write_atomic(part / "hmem.json", hmem.to_json())
-    shutil.rmtree(target, ignore_errors=True)
-    os.rename(part, target)
-    sync_folder(folder)
-    size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
-    print(f"export: a model of {size / 1e6:.1f} MB in {target}")
 
 
 def place_encoder(name: str, target: Path) -> str:
@@ -78,37 +84,57 @@ def place_encoder(name: str, target: Path) -> str:
 
 CARD = """# {name}
 
-A small language model with a hierarchical memory, made by mlx_hmem's recipe `{name}`.
+{what}, made by mlx_hmem's recipe `{name}`.
 
 | | |
 |---|---|
-| anchor | OpenLM: {layers} layers, hidden {hidden}, vocabulary {vocabulary}, context {context} |
-| memory bank | {bank:,} parameters, {clusters} clusters, r {r}, stored as {stored} |
-| fetched memory | {fetched:,} parameters |
-| encoder | {encoder} |
-| trained on | {documents} documents, and {statements} statements of {facts} facts |
+| anchor | {anchor} |
+{memory}| trained on | {documents} documents, and {statements} statements of {facts} facts |
 
-It shows a method. It is far too small to be relied on for anything it says.
+It shows a method and is not to be relied on for anything it says.
 
 {attribution}
 """
 
 
-def card(recipe: Recipe, corpus: dict[str, Any]) -> str:
-    """The model's card; ``corpus`` is the report of the corpus stage."""
+MEMORY = """| memory bank | {bank:,} parameters, {clusters} clusters, r {r}, stored as {stored} |
+| fetched memory | {fetched:,} parameters |
+| encoder | {encoder} |
+"""
+
+
+def _anchor_text(recipe: Recipe, folder: Path) -> str:
+    config = read_config(folder)
+    if recipe.anchor.path is not None:
+        trained = recipe.anchor.training or (recipe.memories.cotrain and not recipe.anchor_only)
+        return f"{config['model_type']}, {'begun from' if trained else 'as'} {recipe.anchor.path}"
+    return (
+        f"OpenLM: {recipe.anchor.num_hidden_layers} layers, hidden {recipe.anchor.hidden_size}, "
+        f"vocabulary {recipe.tokenizer.vocab_size}, context {recipe.windows.of_anchor}"
+    )
+
+
+def _memory_text(recipe: Recipe) -> str:
+    if recipe.anchor_only:
+        return ""
     memory = recipe.memory_config
-    return CARD.format(
-        name=recipe.name,
-        layers=recipe.anchor.num_hidden_layers,
-        hidden=recipe.anchor.hidden_size,
-        vocabulary=recipe.tokenizer.vocab_size,
-        context=recipe.windows.context,
+    return MEMORY.format(
         bank=memory.bank_parameters,
         clusters=" × ".join(map(str, memory.branching)),
         r=list(memory.r),
         stored=_stored_as(recipe.export),
         fetched=memory.fetched_parameters,
         encoder=recipe.tree.encoder,
+    )
+
+
+def card(recipe: Recipe, corpus: dict[str, Any], folder: Path) -> str:
+    """The card of the model in ``folder``; ``corpus`` is the report of the corpus stage."""
+    return CARD.format(
+        what=f"A language model{'' if recipe.anchor_only else ' with a hierarchical memory'}",
+        name=recipe.name,
+        anchor=_anchor_text(recipe, folder),
+        memory=_memory_text(recipe),
         documents=corpus["train_documents"],
         statements=corpus["fact_documents"],
         facts=corpus["facts"],
@@ -126,7 +152,7 @@ def _stored_as(export: ExportSection) -> str:
 def copy_anchor(anchor: Path, tokenizer: Path, target: Path) -> None:
     """An anchor with its tokenizer as a model directory of its own."""
     target.mkdir(parents=True)
-    for name in ("config.json", "model.safetensors"):
-        shutil.copyfile(anchor / name, target / name)
-    for name in TOKENIZER_FILES:
-        shutil.copyfile(tokenizer / name, target / name)
+    copy_anchor_files(anchor, target)
+    for file in tokenizer.iterdir():
+        if is_tokenizer_file(file.name):
+            shutil.copyfile(file, target / file.name)

@@ -7,6 +7,7 @@ of the batch, and gradients are summed over the ranks.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -16,9 +17,12 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_hmem.anchors.attach import MemorySlot
+from mlx_hmem.anchors.load import float_dtype
 from mlx_hmem.anchors.openlm import document_mask
 from mlx_hmem.errors import UserError
 from mlx_hmem.memory import join_blocks
+from mlx_hmem.memory.layer import extend
+from train.ranks import Ranks
 from train.recipe import TrainerConfig
 
 # What is trained: "anchor", its weights by name, and "blocks", the unique blocks of each level.
@@ -36,7 +40,7 @@ def masked_loss(logits: mx.array, tokens: mx.array, eot: int) -> mx.array:
 
 def summed_loss(logits: mx.array, tokens: mx.array, eot: int) -> mx.array:
     """:func:`masked_loss` summed over the tokens that count."""
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    inputs, targets, logits = tokens[:, :-1], tokens[:, 1:], logits.astype(mx.float32)
     counted = ((inputs != eot) | (targets != eot)).astype(mx.float32)
     picked = mx.take_along_axis(logits, targets[..., None], axis=-1).squeeze(-1)
     losses = mx.logsumexp(logits, axis=-1) - picked
@@ -61,13 +65,15 @@ class BatchGradient:
         slot: MemorySlot | None,
         eot: int,
         training: TrainerConfig,
-        group: mx.distributed.Group | None = None,
+        ranks: Ranks,
     ):
-        self.training, self.eot = training, eot
-        self.group = group or mx.distributed.init()
-        self.exchanged_bytes = 0
+        self.training, self.eot, self.ranks = training, eot, ranks
+        if training.gradient_checkpointing:
+            recompute_layers(anchor, slot)
+        self.exchanged_bytes = 0  # of one rank, since the beginning
         self._check_sizes()
         call: Callable[..., mx.array] = anchor
+        dtype = float_dtype(anchor)
 
         def logits(inputs: mx.array) -> mx.array:
             if not training.document_mask:
@@ -83,13 +89,14 @@ class BatchGradient:
                 return scale * summed_loss(logits(batch[:, :-1]), batch, eot)
             # One memory per sequence.
             blocks = [b[i] for b, i in zip(weights["blocks"], indices, strict=True)]
-            with slot.using(join_blocks(blocks, slot.config)):
+            rows = tuple(rows.astype(dtype) for rows in join_blocks(blocks, slot.config))
+            with slot.using(rows):
                 return scale * summed_loss(logits(batch[:, :-1]), batch, eot)
 
         self._part = mx.compile(mx.value_and_grad(loss))
 
     def _check_sizes(self) -> None:
-        size, ranks = self.training.batch_size, self.group.size()
+        size, ranks = self.training.batch_size, self.ranks.size
         part = self.training.micro_batch_size or size // ranks
         if size % ranks or (size // ranks) % part:
             raise UserError(
@@ -100,7 +107,11 @@ class BatchGradient:
         self.num_parts = size // ranks // part
 
     def __call__(
-        self, weights: Weights, tokens: np.ndarray, indices: Sequence[np.ndarray] = ()
+        self,
+        weights: Weights,
+        tokens: np.ndarray,
+        indices: Sequence[np.ndarray] = (),
+        num_unique: Sequence[int] = (),
     ) -> tuple[float, float, Weights]:
         """Mean loss in nats per token, norm of the gradient before clipping, clipped gradient.
 
@@ -108,10 +119,11 @@ class BatchGradient:
             tokens: the whole batch, (sequences, context + 1).
             indices: for each level with memory the place of each sequence's block among the unique
                 ones in ``weights["blocks"]``, (sequences,).
+            num_unique: how many of these there are; what follows them is padding.
         """
         scale = mx.array(1 / max(1, num_counted(tokens, self.eot)), mx.float32)
-        share = len(tokens) // self.group.size()
-        first, part_size = self.group.rank() * share, share // self.num_parts
+        share = len(tokens) // self.ranks.size
+        first, part_size = self.ranks.rank * share, share // self.num_parts
         value, gradient = mx.array(0.0), None
         for start in range(first, first + share, part_size):
             rows = slice(start, start + part_size)
@@ -123,23 +135,83 @@ class BatchGradient:
             if self.num_parts > 1:
                 mx.eval(value, gradient)  # else all parts would wait in memory
         assert gradient is not None
-        if self.group.size() > 1:
-            value, gradient = self._sum_over_ranks(value, gradient)
+        if self.ranks.size > 1:
+            value, gradient = self._sum_over_ranks(value, gradient, num_unique)
         gradient, norm = optim.clip_grad_norm(gradient, self.training.grad_clip)
         mx.eval(value, norm, gradient)
         return value.item(), norm.item(), gradient  # type: ignore[return-value]
 
-    def _sum_over_ranks(self, value: mx.array, gradient: Weights) -> tuple[mx.array, Weights]:
+    def _sum_over_ranks(
+        self, value: mx.array, gradient: Weights, num_unique: Sequence[int]
+    ) -> tuple[mx.array, Weights]:
         """One message for everything: many small ones cost a round trip each."""
+        sizes = [len(blocks) for blocks in gradient["blocks"]]
+        touched = [b[:n] for b, n in zip(gradient["blocks"], num_unique, strict=True)]
+        gradient = {"anchor": gradient["anchor"], "blocks": touched}
         leaves: Any = tree_flatten(gradient)
-        mx.eval(value, gradient)
         flat = mx.concatenate([value.reshape(1), *(array.reshape(-1) for _, array in leaves)])
-        flat = mx.distributed.all_sum(flat, group=self.group)
+        mx.eval(flat)  # its memory is let go of before the answer comes
+        flat = self.ranks.sum(flat)
         self.exchanged_bytes += flat.nbytes
         ends = np.cumsum([1, *(array.size for _, array in leaves)]).tolist()
         parts = iter(mx.split(flat, ends[:-1]))
         value = next(parts).squeeze(0)
-        return value, tree_map(lambda array: next(parts).reshape(array.shape), gradient)
+        gradient = tree_map(lambda array: next(parts).reshape(array.shape), gradient)
+        gradient["blocks"] = [
+            mx.pad(blocks, [(0, size - len(blocks)), *[(0, 0)] * (blocks.ndim - 1)])
+            for blocks, size in zip(gradient["blocks"], sizes, strict=True)
+        ]
+        return value, gradient
+
+
+def recompute_layers(anchor: nn.Module, slot: MemorySlot | None) -> None:
+    """Makes the layers of ``anchor`` keep their input only and compute the rest again when the
+    gradient wants it."""
+    places = {} if slot is None else {i: p for p, i in enumerate(slot.config.memory_layers)}
+    for index, layer in enumerate(anchor.layers):
+        extend(layer, partial(_recomputed, layer, slot, places.get(index)))
+
+
+def _recomputed(
+    layer: nn.Module,
+    slot: MemorySlot | None,
+    place: int | None,
+    before: Callable[..., mx.array],
+    x: mx.array,
+    *arguments: Any,
+    **options: Any,
+) -> mx.array:
+    # What a gradient is wanted for must be an argument of the function that is computed again.
+    rows = None if slot is None or place is None else slot.of_layer(place)
+    leaves: Any = tree_flatten(layer.trainable_parameters())
+    names, weights = [name for name, _ in leaves], [array for _, array in leaves]
+
+    def call(x: mx.array, *arrays: mx.array) -> mx.array:
+        layer.update(tree_unflatten(list(zip(names, arrays, strict=False))))
+        if slot is None or rows is None:
+            return before(x, *arguments, **options)
+        with slot.using_in_layer(arrays[len(names) :]):
+            return before(x, *arguments, **options)
+
+    return _computed_again(call)(x, *weights, *(rows or ()))
+
+
+def _computed_again(call: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """``mx.checkpoint``, but the layer before waits until all gradients of this one are there. Left
+    to itself MLX may first go down all layers for the gradient of the input and keep what it has
+    computed again in each of them."""
+    function = mx.custom_function(call)
+
+    @function.vjp
+    def gradient(primals: Any, cotangent: mx.array, output: mx.array) -> list[mx.array]:
+        arrays = mx.depends(list(primals), [cotangent])
+        _, gradients = mx.vjp(call, arrays, [cotangent])
+        if len(gradients) > 1:
+            gradients[:1] = mx.depends(gradients[:1], gradients[1:])
+        return gradients
+
+    result: Any = function
+    return result
 
 
 def is_finite(loss: float, norm: float) -> bool:

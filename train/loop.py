@@ -1,4 +1,4 @@
-"""The optimiser loop that every training stage shares: schedule, checkpoints, progress.
+"""The optimiser loop that every training stage shares: schedule, checkpoints, validation, log.
 
 The trainee saves its whole state together with how far the run has come, in one piece, so a killed
 run goes on from there bit for bit. The order of sequences is that of :mod:`train.order`.
@@ -6,16 +6,18 @@ run goes on from there bit for bit. The order of sequences is that of :mod:`trai
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from tqdm import tqdm
 
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import write_atomic
 from train.checkpoint import Progress
+from train.log import Log, Reporting
 from train.order import Batch, Order
+from train.ranks import Ranks
 from train.recipe import TrainerConfig
 
 MOST_SKIPPED = 10
@@ -23,6 +25,8 @@ MOST_SKIPPED = 10
 
 class Trainee(Protocol):
     """What a training stage brings: a step on some sequences, and where its state is kept."""
+
+    tokens: np.ndarray  # all sequences, (n, context + 1)
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -52,6 +56,25 @@ def learning_rate_at(step: int, num_steps: int, config: TrainerConfig) -> float:
     return low + (config.learning_rate - low) * cosine
 
 
+def identity_of(
+    name: str,
+    order: Order,
+    config: TrainerConfig,
+    sizes: dict[str, Any],
+    made_from: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """What a run is made from, as JSON values: see :func:`train`."""
+    values = {
+        "stage": name,
+        **order.identity,
+        "training": config.numbers(),
+        "sizes": sizes,
+        "files": made_from or {},
+    }
+    result: dict[str, Any] = json.loads(json.dumps(values))
+    return result
+
+
 def train(
     trainee: Trainee,
     order: Order,
@@ -59,42 +82,52 @@ def train(
     folder: Path,
     name: str,
     made_from: dict[str, str] | None = None,
+    validate: Callable[[], dict[str, float]] | None = None,
+    reporting: Reporting | None = None,
 ) -> Progress:
     """Runs or resumes a training to its end.
 
-    Leaves what the trainee saves and ``loss.jsonl`` ({step, loss, learning_rate}) in ``folder``. A
-    step whose loss or gradient is not finite is skipped, ``MOST_SKIPPED`` of them end the run.
+    Leaves what the trainee saves, ``loss.jsonl`` ({step, loss, learning_rate}) and ``log.jsonl``
+    (:mod:`train.log`) in ``folder``. A step whose loss or gradient is not finite is skipped,
+    ``MOST_SKIPPED`` of them end the run.
 
     Args:
         made_from: fingerprints of the files it depends on; a run goes on only with the same ones.
+        validate: gives the perplexity with each memory: before the first step, every
+            ``validate_every`` steps and after the last. Rank 0 calls it.
     """
-    identity = {
-        "stage": name,
-        **order.identity,
-        "training": config.to_dict(),
-        "sizes": trainee.sizes,
-        "files": made_from or {},
-    }
+    identity = identity_of(name, order, config, trainee.sizes, made_from)
     folder.mkdir(parents=True, exist_ok=True)
-    progress = trainee.resume(folder, json.loads(json.dumps(identity)))
-    if progress.step:
+    ranks = Ranks(folder)
+    progress = trainee.resume(folder, identity)
+    if progress.step and ranks.first:
         _write_curve(folder, progress)
-    batch = order.batch(progress.step)
-    with tqdm(total=order.num_steps, initial=progress.step, desc=name, unit="step") as bar:
-        while progress.step < order.num_steps:
+    batch, num_steps = order.batch(progress.step), order.num_steps
+    tokens_per_step = config.batch_size * (trainee.tokens.shape[1] - 1)
+    shown = ranks.rank == 0
+    with Log(folder, progress, num_steps, tokens_per_step, shown, reporting) as log:
+        if shown and validate is not None and progress.step == 0:
+            log.validated(validate())
+        while progress.step < num_steps:
             following = order.batch(progress.step + 1)
             _one_step(trainee, batch, following, progress, config)
-            batch = following
-            if progress.step % config.save_every == 0 or progress.step == order.num_steps:
+            batch, ended = following, progress.step == num_steps
+            saves = ended or progress.step % config.save_every == 0
+            # Before the checkpoint: all that was shown up to it is there if the run goes on.
+            log.step(saves)
+            if shown and validate is not None and _is_due(progress.step, ended, config):
+                log.validated(validate())
+            if saves:
                 trainee.save(folder, progress)
-                _write_curve(folder, progress)
-            bar.update()
-            if progress.curve and (progress.step % 20 == 0 or progress.step == order.num_steps):
-                recent = [row[1] for row in progress.curve[-100:]]
-                bar.set_postfix(loss=f"{sum(recent) / len(recent):.3f}")
+                if ranks.first:
+                    _write_curve(folder, progress)
     if progress.skipped:
         print(f"{name}: {progress.skipped} steps skipped, their loss or gradient was not finite")
     return progress
+
+
+def _is_due(step: int, ended: bool, config: TrainerConfig) -> bool:
+    return ended or (config.validate_every > 0 and step % config.validate_every == 0)
 
 
 def _one_step(

@@ -2,8 +2,8 @@
 
 Every sequence brings its cluster path. A step gathers the *unique* blocks of the batch, so the
 gradient of a block sums over the sequences that share it. The number of gathered blocks is padded
-to the batch size: a compiled step wants fixed shapes, and the padding gets no gradient and is not
-put back. The blocks themselves lie in a :class:`train.store.BlockStore`.
+to the most that a batch can touch: a compiled step wants fixed shapes, and the padding gets no
+gradient and is not put back. The blocks themselves lie in a :class:`train.store.BlockStore`.
 
 Co-training (paper, section 5) trains the anchor in the same steps, and now and then the generic
 memory stands in for the fetched one. It is kept as one more cluster of each level.
@@ -19,11 +19,13 @@ import numpy as np
 
 from mlx_hmem.anchors.attach import attach_memory
 from mlx_hmem.config import MemoryConfig
+from mlx_hmem.errors import UserError
 from mlx_hmem.memory import join_blocks
 from train.adamw import AnchorWeights, adamw
 from train.checkpoint import Progress, check_identity
 from train.gradient import BatchGradient, is_finite
 from train.order import num_steps_of
+from train.ranks import Ranks
 from train.recipe import CotrainSection, TrainerConfig
 from train.store import BlockStore
 
@@ -46,9 +48,11 @@ class MemoryTrainee:
         eot: int,
         training: TrainerConfig,
         cotrain: CotrainSection | None = None,
+        ranks: Ranks | None = None,
     ):
         self.store, self.tokens, self.paths, self.training = store, tokens, paths, training
-        self.cotrain, self.number = cotrain, 0
+        self.subtree: int | None = None  # the cluster of level 1 it is to be trained on alone
+        self.cotrain, self.number, self.ranks = cotrain, 0, ranks or Ranks(Path())
         config = store.config
         self.levels = [level for level in range(1, config.num_levels + 1) if config.r[level - 1]]
         self.anchor = None
@@ -56,7 +60,8 @@ class MemoryTrainee:
             anchor.freeze()
         else:
             self.anchor = AnchorWeights(anchor, training, cotrain.weight_decay)
-        self.gradient = BatchGradient(anchor, attach_memory(anchor, config), eot, training)
+        self.slot = attach_memory(anchor, config)
+        self.gradient = BatchGradient(anchor, self.slot, eot, training, self.ranks)
         betas = (training.beta1, training.beta2)
 
         def update(
@@ -80,7 +85,8 @@ class MemoryTrainee:
             clusters, index = np.unique(paths[:, level - 1], return_inverse=True)
             unique.append(clusters)
             indices.append(index)
-            states.append(self.store.gather(level, clusters, len(rows)))
+            most = min(len(rows), self.store.config.num_clusters[level - 1] + 1)  # generic too
+            states.append(self.store.gather(level, clusters, most))
         self.number += 1
         if next_rows is not None:
             coming = self._keys(self._paths(next_rows, self.number))
@@ -89,7 +95,8 @@ class MemoryTrainee:
             "anchor": self.anchor.weights if self.anchor else {},
             "blocks": [state[0] for state in states],
         }
-        loss, norm, gradients = self.gradient(weights, self.tokens[rows], indices)
+        counts = [len(clusters) for clusters in unique]
+        loss, norm, gradients = self.gradient(weights, self.tokens[rows], indices, counts)
         del weights  # or the update could not write in place
         if is_finite(loss, norm):
             updated = self._update(states, gradients["blocks"], mx.array(learning_rate))
@@ -106,6 +113,7 @@ class MemoryTrainee:
         return loss, norm
 
     def resume(self, folder: Path, identity: dict[str, Any]) -> Progress:
+        self._settle()
         progress = self.store.progress() or Progress(identity)
         check_identity(progress.identity, identity, self.store.folder)
         self._check_disk()
@@ -117,7 +125,23 @@ class MemoryTrainee:
 
     def save(self, folder: Path, progress: Progress) -> None:
         arrays = self.anchor.arrays() if self.anchor is not None else {}
-        self.store.commit(progress, {n: np.array(a, copy=False) for n, a in arrays.items()})
+        numbers = {name: np.array(array, copy=False) for name, array in arrays.items()}
+        self.store.commit(progress, numbers, self.ranks.wait if self.ranks.size > 1 else None)
+
+    def _settle(self) -> None:
+        """Ends a commit that was cut off, so that the stores of all ranks are at the same step: if
+        one rank has made it live, all of them had it prepared."""
+        live, prepared = self.store.steps()
+        steps, ready = self.ranks.gather(live), self.ranks.gather(prepared)
+        last = max(steps)
+        if any(step < last != ahead for step, ahead in zip(steps, ready, strict=True)):
+            raise UserError(
+                "the ranks do not continue the same run",
+                f"their steps are {steps}",
+                "start with as many ranks as before, or delete the folder of this stage everywhere",
+            )
+        if prepared:
+            self.store.settle(live < last)
 
     def _paths(self, rows: np.ndarray, number: int) -> np.ndarray:
         """The paths of the sequences in step ``number``, some of them that of generic memory."""
@@ -137,10 +161,13 @@ class MemoryTrainee:
         return [(level, int(c)) for level in self.levels for c in np.unique(paths[:, level - 1])]
 
     def _check_disk(self) -> None:
-        most = num_steps_of(len(self.tokens), self.training) * self.training.batch_size
+        paths = self.paths
+        if self.subtree is not None:
+            paths = paths[paths[:, 0] == self.subtree]
+        most = num_steps_of(len(paths), self.training) * self.training.batch_size
         a_commit = self.training.save_every * self.training.batch_size
         extra = 0 if self.cotrain is None else 1  # generic memory
-        touched = {n: min(most, len(np.unique(self.paths[:, n - 1])) + extra) for n in self.levels}
+        touched = {n: min(most, len(np.unique(paths[:, n - 1])) + extra) for n in self.levels}
         anchor = 0
         if self.anchor is not None:
             anchor = sum(array.nbytes for array in self.anchor.arrays().values())

@@ -21,9 +21,9 @@ from mlx_hmem.anchors.openlm import Model
 from mlx_hmem.config import MemoryConfig, read_json
 from mlx_hmem.errors import ArgumentParser, UserError, run_program
 from train.anchor import AnchorTrainee, initialise
-from train.arms import model_args
 from train.costs import (
     anchor_parameters,
+    anchor_sizes_of,
     bank_bytes,
     bytes_text,
     check_disk,
@@ -36,7 +36,8 @@ from train.costs import (
 from train.loop import Trainee
 from train.memories import MemoryTrainee, generic_config
 from train.order import num_steps_of
-from train.recipe import Recipe, TrainerConfig, load_recipe
+from train.recipe import SET_HELP, Recipe, TrainerConfig, WindowsSection, load_recipe
+from train.start import anchor_shape
 from train.store import BlockStore
 from train.tokenizer import EOT_ID
 
@@ -80,7 +81,7 @@ class Plan:
 def sequences_of(recipe: Recipe, out: Path | None, tokens: int | None) -> tuple[int, int, str]:
     """(sequences of the anchor, sequences of the other stages, where they are known from); 0 where
     nothing is known."""
-    context = recipe.windows.context
+    context, of_anchor = recipe.windows.context, recipe.windows.of_anchor
     if out is not None:
         rows = [out / name / "tokens.npy" for name in ("anchor-sequences", "sequences")]
         if all(path.exists() for path in rows):
@@ -100,7 +101,7 @@ def sequences_of(recipe: Recipe, out: Path | None, tokens: int | None) -> tuple[
         return 0, 0, "nothing: give --tokens, or --out with the corpus stage done"
     # The last sequence of a leaf is half empty.
     leaves = min(recipe.memory_config.num_clusters[-1], tokens // context)
-    return max(1, tokens // context), max(1, tokens // context + leaves // 2), source
+    return max(1, tokens // of_anchor), max(1, tokens // context + leaves // 2), source
 
 
 def trainee_of(
@@ -108,11 +109,12 @@ def trainee_of(
 ) -> Trainee:
     """A real trainee of the recipe's sizes on random tokens, its store in ``folder``. Of the bank
     it has two clusters a branch: a step touches no more blocks than it has sequences."""
-    model = Model(model_args(recipe))
-    initialise(model, 0)
-    shape = (training.batch_size, recipe.windows.context + 1)
-    random = np.random.default_rng(0)
-    tokens = random.integers(1, recipe.tokenizer.vocab_size, shape).astype(np.uint16)
+    model = anchor_shape(recipe)
+    if isinstance(model, Model):
+        initialise(model, 0)
+    context = recipe.windows.of_anchor if memory is None else recipe.windows.context
+    random, vocab_size = np.random.default_rng(0), anchor_sizes_of(recipe).vocab_size
+    tokens = random.integers(1, vocab_size, (training.batch_size, context + 1), np.uint32)
     if memory is None:
         return AnchorTrainee(model, tokens, EOT_ID, training)
     depth = memory.num_levels
@@ -139,12 +141,12 @@ def seconds_per_step(
     recipe: Recipe, memory: MemoryConfig | None, training: TrainerConfig, peak: int
 ) -> tuple[float, str]:
     """(seconds, "measured" or "scaled")."""
-    small = replace(
-        recipe,
-        anchor=replace(recipe.anchor, num_hidden_layers=1),
-        memories=replace(recipe.memories, layers="all", keep_parameters=False),
-        windows=replace(recipe.windows, context=min(recipe.windows.context, 256)),
-    )
+    context = min(recipe.windows.context, 256)
+    small = replace(recipe, windows=WindowsSection(context))
+    if recipe.anchor.path is None:  # else its config may not allow fewer layers
+        anchor = replace(recipe.anchor, num_hidden_layers=1)
+        memories = replace(recipe.memories, layers="all", keep_parameters=False)
+        small = replace(small, anchor=anchor, memories=memories)
     one = replace(training, batch_size=1, micro_batch_size=None)
     reduced = small.memory_config if memory is not None else None
     with tempfile.TemporaryDirectory() as folder:
@@ -159,37 +161,55 @@ def seconds_per_step(
         return measure(trainee, training.batch_size, MEASURE_SECONDS), "measured"
 
 
-def make_plan(recipe: Recipe, out: Path | None = None, tokens: int | None = None) -> Plan:
-    """Checks that the recipe fits this machine (``UserError`` if not), then measures steps."""
-    config = recipe.memory_config
-    arms: list[tuple[str, MemoryConfig | None, TrainerConfig]] = []
+def _on_sequences(recipe: Recipe) -> Recipe:
+    """With the context of the sequences that all arms see, which the anchor's may exceed."""
+    return replace(recipe, windows=replace(recipe.windows, anchor_context=None))
+
+
+Arm = tuple[str, MemoryConfig | None, TrainerConfig]
+
+
+def arms_of(recipe: Recipe) -> list[Arm]:
+    """The stages that train: name, memory, how."""
+    arms: list[Arm] = []
     if recipe.anchor.training is not None:
         arms.append(("anchor", None, recipe.anchor.training))
+    if recipe.anchor_only:
+        return arms
+    config = recipe.memory_config
     arms.append(("memories", config, recipe.memories.training))
     if recipe.memories.cotrain is None:
         arms.append(("generic", generic_config(config), recipe.memories.training))
     if recipe.dense is not None:
         arms.append(("dense", None, recipe.dense.training))
+    return arms
+
+
+def make_plan(recipe: Recipe, out: Path | None = None, tokens: int | None = None) -> Plan:
+    """Checks that the recipe fits this machine (``UserError`` if not), then measures steps."""
+    config, arms = recipe.memory_config, arms_of(recipe)
     needed, free = check_disk(recipe, out or Path.cwd())
-    peaks = [check_memory(recipe, n, m is not None, t) for n, m, t in arms]
+    recipes = [_on_sequences(recipe) if n != "anchor" else recipe for n, _, _ in arms]
+    peaks = [
+        check_memory(r, n, m is not None, t) for r, (n, m, t) in zip(recipes, arms, strict=True)
+    ]
     first, others, source = sequences_of(recipe, out, tokens)
     stages: list[StagePlan] = []
-    timed: dict[tuple[str, int], tuple[float, str]] = {}
-    for (name, memory, training), peak in zip(arms, peaks, strict=True):
-        key = ("" if memory is None else name, training.batch_size)
+    timed: dict[tuple[str, int, int], tuple[float, str]] = {}
+    for (name, memory, training), own, peak in zip(arms, recipes, peaks, strict=True):
+        context = own.windows.of_anchor
+        key = ("" if memory is None else name, training.batch_size, context)
         if key not in timed:
-            timed[key] = seconds_per_step(recipe, memory, training, peak)
+            timed[key] = seconds_per_step(own, memory, training, peak)
         seconds, how = timed[key]
         rows = first if name == "anchor" else others
-        steps = num_steps_of(rows, training) if rows else None
+        steps = num_steps_of(rows, training) if rows else training.steps
         stages.append(
             StagePlan(
                 stage=name,
                 batch_size=training.batch_size,
                 sequences=rows or None,
-                tokens=None
-                if steps is None
-                else steps * training.batch_size * recipe.windows.context,
+                tokens=None if steps is None else steps * training.batch_size * context,
                 steps=steps,
                 peak_memory_bytes=peak,
                 seconds_per_step=seconds,
@@ -197,14 +217,16 @@ def make_plan(recipe: Recipe, out: Path | None = None, tokens: int | None = None
                 hours=None if steps is None else steps * seconds / 3600,
             )
         )
+    blocks = [n for n, r in zip(config.num_clusters, config.r, strict=True) if r]
+    alone = recipe.anchor_only
     return Plan(
         name=recipe.name,
         anchor_parameters=anchor_parameters(recipe),
-        fetched_parameters=config.fetched_parameters,
-        bank_parameters=config.bank_parameters,
-        bank_blocks=sum(n for n, r in zip(config.num_clusters, config.r, strict=True) if r),
-        bank_bytes=bank_bytes(recipe),
-        training_state_bytes=training_state_bytes(recipe),
+        fetched_parameters=0 if alone else config.fetched_parameters,
+        bank_parameters=0 if alone else config.bank_parameters,
+        bank_blocks=0 if alone else sum(blocks),
+        bank_bytes=0 if alone else bank_bytes(recipe),
+        training_state_bytes=0 if alone else training_state_bytes(recipe),
         disk_bytes=needed,
         disk_free_bytes=free,
         memory_bytes=machine_memory(),
@@ -265,13 +287,14 @@ def main() -> None:
         "status 2). Starts no stage; takes some ten seconds to measure steps.",
     )
     parser.add_argument("recipe", type=Path, help="YAML file, see train/recipes")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=SET_HELP)
     parser.add_argument("--out", type=Path, help="folder of the run; its corpus gives the tokens")
     parser.add_argument("--tokens", type=int, help="tokens of one pass, where no run knows them")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     if args.tokens is not None and args.tokens < 1:
         raise UserError("--tokens is not 1 or more", args.tokens, "give the tokens of one pass")
-    plan = make_plan(load_recipe(args.recipe), args.out, args.tokens)
+    plan = make_plan(load_recipe(args.recipe, args.set), args.out, args.tokens)
     print(json.dumps(asdict(plan), indent=2) if args.json else table(plan))
 
 

@@ -1,9 +1,11 @@
-"""``python -m train.plot RUN``: a picture of a run: its loss curves and how evenly blocks are used.
+"""``python -m train.plot RUN``: a picture of a run: losses, validation, and how blocks are used.
 
-Left the anchor's loss; in the middle that of the arms that go on from it, which see the same
-sequences in the same order; each batch pale, a running mean over it. Right how many sequences each
-leaf of the cluster tree got. A stage in training is drawn as far as it is saved; what the run does
-not have yet is left out. matplotlib is optional: no other program needs it.
+First the anchor's loss, then that of the arms that go on from it, which see the same sequences in
+the same order; each batch pale, a running mean over it. Then the perplexity on held-out windows, if
+the run was validated, and how many steps each block of a level has had; before there are blocks,
+how many sequences each leaf of the cluster tree got. A stage in training is drawn as far as it is
+saved; what the run does not have yet is left out. matplotlib is optional: no other program needs
+it.
 """
 
 import json
@@ -13,11 +15,27 @@ from typing import Any
 
 import numpy as np
 
+from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import ArgumentParser, UserError, run_program
 from mlx_hmem.files import atomic_file
+from train.log import read_log
+from train.records import RecordStore
+from train.store import BlockStore
 
 # Okabe and Ito's colours, told apart by colour-blind people too.
 COLOURS = {"anchor": "#444444", "dense": "#E69F00", "generic": "#56B4E9", "memories": "#D55E00"}
+# What a validation of a stage shows, and whose colour its line has.
+VALIDATED = {
+    ("anchor", "none"): ("anchor", "anchor"),
+    ("dense", "none"): ("dense", "dense"),
+    ("generic", "none"): ("no memory", "anchor"),
+    ("generic", "generic"): ("generic memory", "generic"),
+    ("memories", "none"): ("no memory", "anchor"),
+    ("memories", "generic"): ("generic memory", "generic"),
+    ("memories", "fetched"): ("fetched memory", "memories"),
+}
+LEVELS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+COLUMNS = 3
 RAW_POINTS = 4000  # of a longer curve, every n-th batch is drawn
 
 
@@ -46,6 +64,37 @@ def curves_of(run: Path) -> dict[str, np.ndarray]:
     return {name: curve for name, curve in curves.items() if len(curve)}
 
 
+def validations_of(run: Path) -> dict[tuple[str, str], np.ndarray]:
+    """(step, perplexity) of every validation, (n, 2), by stage and memory. Where another arm shows
+    the same, it is left out: a frozen anchor without memory stays what it is."""
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for stage in COLOURS:
+        path = run / stage / "log.jsonl"
+        for record in read_log(path) if path.exists() else ():
+            for memory, value in record.get("validation", {}).items():
+                if value is not None and (stage, memory) in VALIDATED:
+                    found.setdefault((stage, memory), []).append((record["step"], value))
+    if ("memories", "none") in found:
+        found.pop(("generic", "none"), None)
+    return {key: np.array(points, np.float64) for key, points in found.items()}
+
+
+def block_steps(run: Path) -> dict[int, np.ndarray]:
+    """Steps of each block by level, most first; nothing if no blocks are saved."""
+    folder = run / "memories" / "store"
+    if not (folder / "data.mdb").exists():
+        return {}
+    with RecordStore(folder, readonly=True) as records:
+        saved = records.value(b"identity")
+    if saved is None:
+        return {}
+    identity = json.loads(saved)
+    config = MemoryConfig.from_dict(identity["sizes"], str(folder))
+    with BlockStore(folder, config, identity["seed"], readonly=True) as store:
+        levels = [level for level, r in enumerate(config.r, 1) if r]
+        return {level: np.sort(store.block_steps(level))[::-1] for level in levels}
+
+
 def leaf_counts(run: Path) -> np.ndarray | None:
     """Sequences of each leaf that has any, most first."""
     path = run / "sequences" / "paths.npy"
@@ -55,8 +104,13 @@ def leaf_counts(run: Path) -> np.ndarray | None:
     return np.sort(counts)[::-1]
 
 
+def _window(curves: dict[str, np.ndarray]) -> int:
+    """Batches that the line is a mean over."""
+    return max(1, max(map(len, curves.values())) // 30)
+
+
 def _draw_losses(axes: Any, curves: dict[str, np.ndarray], title: str) -> None:
-    window = max(1, max(map(len, curves.values())) // 30)
+    window = _window(curves)
     for name, curve in curves.items():
         every = -(-len(curve) // RAW_POINTS)
         steps, losses = curve[:, 0] + 1, curve[:, 1]
@@ -73,8 +127,12 @@ def _draw_losses(axes: Any, curves: dict[str, np.ndarray], title: str) -> None:
     axes.legend(frameon=False, title=what, loc="upper right")
 
 
-def _draw_anchor(axes: Any, curve: np.ndarray) -> None:
+def _draw_anchor(axes: Any, curve: np.ndarray, held_out: np.ndarray | None) -> None:
     _draw_losses(axes, {"anchor": curve}, "The anchor learns")
+    if held_out is not None:
+        nats, label = np.log(held_out[:, 1]), f"held-out text: {np.log(held_out[-1, 1]):.2f}"
+        axes.plot(held_out[:, 0], nats, "o-", color="#CC79A7", markersize=3, label=label, zorder=3)
+        axes.legend(frameon=False, title=axes.get_legend().get_title().get_text())
     axes.set_yscale("log")  # a fall of several nats, then of hundredths
     low, high = curve[:, 1].min(), curve[:, 1].max()
     ticks = [
@@ -87,8 +145,50 @@ def _draw_anchor(axes: Any, curve: np.ndarray) -> None:
 def _draw_arms(axes: Any, curves: dict[str, np.ndarray]) -> None:
     _draw_losses(axes, curves, "The arms go on from the anchor")
     losses = np.concatenate([curve[:, 1] for curve in curves.values()])
-    low, high = np.percentile(losses, [5, 95])  # the lines set the scale, not single batches
+    low, high = np.percentile(losses, [5, 95])  # single batches do not set the scale
+    means = [smooth(curve[:, 1], _window(curves)) for curve in curves.values()]
+    low, high = min(low, *map(np.min, means)), max(high, *map(np.max, means))
     axes.set_ylim(low, high + 0.35 * (high - low))  # room for the legend
+
+
+def _draw_validations(axes: Any, curves: dict[tuple[str, str], np.ndarray]) -> None:
+    for (stage, memory), curve in curves.items():
+        what, colour = VALIDATED[stage, memory]
+        label = f"{what}: {curve[-1, 1]:.2f}"
+        axes.plot(*curve.T, "o-", color=COLOURS[colour], markersize=3, label=label)
+    axes.set(title="Held-out text", xlabel="step", ylabel="perplexity per token")
+    values = np.concatenate([curve[:, 1] for curve in curves.values()])
+    low, high = values.min(), values.max()
+    axes.set_ylim(low - 0.04 * (high - low), high + 0.4 * (high - low) + 1e-3 * high)
+    axes.legend(frameon=False, loc="upper right")
+
+
+def _draw_blocks(axes: Any, steps: dict[int, np.ndarray]) -> None:
+    """Each level from its most to its least used block, so that levels of any size compare."""
+    for level, counts in steps.items():
+        used, colour = counts[counts > 0], LEVELS[(level - 1) % len(LEVELS)]
+        place = (np.arange(len(used)) + 0.5) / len(counts)
+        label = f"level {level}: {len(used):,} of {len(counts):,} blocks trained"
+        marker = "o" if len(counts) <= 16 else ""
+        axes.plot(place, used, marker=marker, markersize=4, color=colour, linewidth=2, label=label)
+    axes.set(
+        title="Steps of a block",
+        xlabel="blocks of a level, most used first",
+        ylabel="steps that trained it",
+    )
+    axes.set_xlim(0, 1)
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "all"])
+    used = np.concatenate([counts[counts > 0] for counts in steps.values()])
+    if len(used) and used.max() > 10 * used.min():
+        from matplotlib.ticker import LogLocator
+
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+        axes.yaxis.set_minor_formatter("")
+    else:
+        axes.set_ylim(0)
+    axes.legend(frameon=False)
 
 
 def _draw_leaves(axes: Any, counts: np.ndarray) -> None:
@@ -109,8 +209,10 @@ def _draw_leaves(axes: Any, counts: np.ndarray) -> None:
 
 def plot_run(run: Path, target: Path) -> None:
     """Draws ``run`` into the PNG file ``target``."""
-    curves, counts = curves_of(run), leaf_counts(run)
-    if not curves and counts is None:
+    curves, validations, steps = curves_of(run), validations_of(run), block_steps(run)
+    counts = None if steps else leaf_counts(run)
+    held_out = validations.pop(("anchor", "none"), None)
+    if not curves and not validations and not steps and counts is None:
         raise UserError("nothing to draw", run, "give the folder of a run that has begun to train")
     try:
         import matplotlib
@@ -127,22 +229,30 @@ def plot_run(run: Path, target: Path) -> None:
     arms = {name: curve for name, curve in curves.items() if name != "anchor"}
     panels: list[Callable[[Any], None]] = []
     if "anchor" in curves:
-        panels.append(lambda axes: _draw_anchor(axes, curves["anchor"]))
+        panels.append(lambda axes: _draw_anchor(axes, curves["anchor"], held_out))
     if arms:
         panels.append(lambda axes: _draw_arms(axes, arms))
+    if validations:
+        panels.append(lambda axes: _draw_validations(axes, validations))
+    if steps:
+        panels.append(lambda axes: _draw_blocks(axes, steps))
     if counts is not None:
         panels.append(lambda axes: _draw_leaves(axes, counts))
     style: Any = {"axes.spines.top": False, "axes.spines.right": False, "axes.titleweight": "bold"}
     with pyplot.rc_context(style):
+        rows = -(-len(panels) // COLUMNS)
+        columns = -(-len(panels) // rows)
         figure, grid = pyplot.subplots(
-            1,
-            len(panels),
-            figsize=(5 * len(panels), 4),
+            rows,
+            columns,
+            figsize=(5 * columns, 4 * rows),
             layout=ConstrainedLayoutEngine(w_pad=0.12),
             squeeze=False,
         )
-        for axes, draw in zip(grid[0], panels, strict=True):
+        for axes, draw in zip(grid.flat, panels, strict=False):
             draw(axes)
+        for axes in grid.flat[len(panels) :]:
+            axes.set_axis_off()
         with atomic_file(target) as file:
             figure.savefig(file, format="png", dpi=150)
         pyplot.close(figure)
@@ -151,7 +261,7 @@ def plot_run(run: Path, target: Path) -> None:
 def main() -> None:
     parser = ArgumentParser(
         prog="python -m train.plot",
-        description="Draws the loss curves of a run and how evenly its blocks are used.",
+        description="Draws losses and validation of a run, and how evenly its blocks are used.",
     )
     parser.add_argument("run", type=Path, help="folder of the run, --out of python -m train")
     parser.add_argument("--out", type=Path, help="the PNG file (default: RUN/plot.png)")

@@ -7,6 +7,10 @@ in transactions of at most ``TRANSACTION_BYTES`` which change nothing that a rea
 would see; :meth:`RecordStore.commit` makes all of them live in one small transaction and frees the
 old places. A kill at any moment leaves the last commit; what was written since is overwritten.
 
+Several stores that must change together commit in two phases: :meth:`RecordStore.prepare` makes the
+next commit lasting beside the last one; when all have done so, each calls ``commit``. Whoever was
+killed in between finds his ``prepared`` values again and commits them, or drops them.
+
 The file grows by the records ever written, those written between two commits and one transaction:
 freed pages are used again, never given back. Each transaction is synced to the disk.
 """
@@ -51,12 +55,12 @@ class RecordStore:
         self._lock = None if readonly else _lock(folder)
         try:
             self._env = lmdb.open(
-                os.fspath(folder), map_size=map_size, max_dbs=3, readonly=readonly
+                os.fspath(folder), map_size=map_size, max_dbs=5, readonly=readonly
             )
-            names = (b"records", b"places", b"values")
-            self._records, self._places, self._values = (
-                self._env.open_db(name, create=not readonly) for name in names
-            )
+            names = [b"records", b"places", b"values"]
+            names += [] if readonly else [b"prepared places", b"prepared values"]
+            databases = [self._env.open_db(name, create=not readonly) for name in names]
+            self._records, self._places, self._values, *self._prepared = databases
         except lmdb.Error as error:
             self._unlock()
             remedy = f"close it elsewhere, or {RESTORE}"
@@ -100,6 +104,28 @@ class RecordStore:
         self._used(target.nbytes)
         return True
 
+    def end_of(self, name: bytes, size: int) -> bytes | None:
+        """The last ``size`` bytes of the record ``name``, if there is one."""
+        with self._env.begin(buffers=True) as transaction:
+            place = self._place(transaction, name)
+            if place is None:
+                return None
+            record: Any = transaction.get(_key(name, place), db=self._records)
+            result = bytes(record[-size:])
+        self._used(4096)  # a page
+        return result
+
+    def names(self, start: bytes) -> list[bytes]:
+        """The records of the last commit whose names begin with ``start``."""
+        with self._env.begin(self._places) as transaction:
+            cursor, found = transaction.cursor(), []
+            if cursor.set_range(start):
+                for name in cursor.iternext(keys=True, values=False):
+                    if not name.startswith(start):
+                        break
+                    found.append(name)
+        return found
+
     def num_records(self) -> int:
         """Records in the last commit."""
         with self._env.begin() as transaction:
@@ -135,12 +161,43 @@ class RecordStore:
     def commit(self, values: dict[bytes, bytes]) -> None:
         """Makes everything written since the last commit live, together with ``values``."""
         with self._transaction() as transaction:
-            for name, place in self._staged.items():
-                if transaction.replace(name, bytes([place]), db=self._places) is not None:
-                    transaction.delete(_key(name, 1 - place), db=self._records)
-            for name, value in values.items():
-                transaction.put(name, value, db=self._values)
+            self._make_live(transaction, self._staged, values)
         self._staged = {}
+
+    def prepare(self, values: dict[bytes, bytes]) -> None:
+        """Makes everything written since the last commit, and ``values``, ready to go live."""
+        places, prepared = self._prepared
+        with self._transaction() as transaction:
+            for name, place in self._staged.items():
+                transaction.put(name, bytes([place]), db=places)
+            for name, value in values.items():
+                transaction.put(name, value, db=prepared)
+
+    def prepared(self) -> dict[bytes, bytes]:
+        """The values of a prepared commit, if there is one."""
+        with self._env.begin(self._prepared[1]) as transaction:
+            return dict(transaction.cursor())
+
+    def commit_prepared(self, live: bool = True) -> None:
+        """Makes a prepared commit live, or drops it."""
+        places, _ = self._prepared
+        values = self.prepared()
+        with self._transaction() as transaction:
+            staged = {name: place[0] for name, place in transaction.cursor(places)}
+            if live:
+                self._make_live(transaction, staged, values)
+            for database in self._prepared:
+                transaction.drop(database, delete=False)
+        self._staged = {}
+
+    def _make_live(
+        self, transaction: Any, staged: dict[bytes, int], values: dict[bytes, bytes]
+    ) -> None:
+        for name, place in staged.items():
+            if transaction.replace(name, bytes([place]), db=self._places) is not None:
+                transaction.delete(_key(name, 1 - place), db=self._records)
+        for name, value in values.items():
+            transaction.put(name, value, db=self._values)
 
     def _place(self, transaction: Any, name: bytes) -> int | None:
         if name in self._staged:

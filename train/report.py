@@ -12,7 +12,7 @@ from mlx_hmem.files import write_atomic
 from mlx_hmem.loading import load
 from mlx_hmem.model import MemoryModel
 from train.export import copy_anchor
-from train.recipe import Recipe
+from train.recipe import Recipe, TrainerConfig
 
 
 def dense_model(folder: Path) -> MemoryModel:
@@ -22,16 +22,25 @@ def dense_model(folder: Path) -> MemoryModel:
     return load(target)
 
 
+def _length(training: TrainerConfig | None) -> str:
+    if training is None:
+        return "0 passes"
+    return f"{training.epochs:g} passes" if training.steps is None else f"{training.steps} steps"
+
+
 def passes(recipe: Recipe) -> str:
     """What the columns of the recall table count."""
-    arms = f"fetched and generic {recipe.memories.training.epochs:g}"
+    text = "N×: statements of a fact in one pass over the text; "
+    if recipe.anchor.path is not None:
+        text += f"the anchor began as {recipe.anchor.path} and was trained for "
+    else:
+        text += "the anchor was trained for "
+    text += _length(recipe.anchor.training)
+    if recipe.anchor_only:
+        return text
+    text += f", then fetched and generic {_length(recipe.memories.training)}"
     if recipe.dense is not None:
-        arms += f", dense {recipe.dense.training.epochs:g}"
-    before = 0.0 if recipe.anchor.training is None else recipe.anchor.training.epochs
-    text = (
-        f"N×: statements of a fact in one pass over the text; the anchor saw {before:g} passes, "
-        f"then {arms}"
-    )
+        text += f", dense {_length(recipe.dense.training)}"
     if recipe.memories.cotrain is not None:
         text += "; anchor, generic and fetched memory were trained together"
     return text
@@ -43,9 +52,10 @@ def run_report(recipe: Recipe, folder: Path) -> None:
     texts = read_texts(folder / "corpus" / "held_out.jsonl")
     model = load(folder / "model")
     arms = [("anchor alone", model, "none")]
-    if recipe.dense is not None:
-        arms.append(("dense, trained on", dense_model(folder), "none"))
-    arms += [("generic", model, "generic"), ("fetched", model, "fetched")]
+    if not recipe.anchor_only:
+        if recipe.dense is not None:
+            arms.append(("dense, trained on", dense_model(folder), "none"))
+        arms += [("generic", model, "generic"), ("fetched", model, "fetched")]
     recalls: list[FactRecall] = []
     scores: list[Perplexity] = []
     for name, arm, memory in arms:

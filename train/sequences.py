@@ -2,8 +2,8 @@
 
 Each row begins with the last token of the row before, so that every token is a target once. A
 window may be cut by a row's border; the cut-off part then lacks its beginning, which costs less
-than padding. The last row is padded with `<|endoftext|>`: the loss ignores positions where input
-and target are both that token.
+than padding. The last row is padded with the end of text: the loss ignores positions where input
+and target are both that token. Rows have the type of the windows' tokens.
 """
 
 from pathlib import Path
@@ -11,22 +11,21 @@ from pathlib import Path
 import numpy as np
 
 from train.recipe import Recipe
-from train.tokenizer import EOT_ID
-from train.windows import Windows, save_array
+from train.windows import Windows, load_windows, save_array, windows_of_run
 
 
 def pack(windows: Windows, order: np.ndarray, context: int) -> np.ndarray:
-    """The windows in this order as rows, (n, context + 1) uint16."""
+    """The windows in this order as rows, (n, context + 1)."""
     flat = np.concatenate([windows[i] for i in order])
     num_rows = max(1, -(-(len(flat) - 1) // context))
-    padded = np.full(num_rows * context + 1, EOT_ID, dtype=np.uint16)
+    padded = np.full(num_rows * context + 1, windows.begin[0], dtype=flat.dtype)
     padded[: len(flat)] = flat
     starts = np.arange(num_rows) * context
     return padded[starts[:, None] + np.arange(context + 1)]
 
 
 def pack_anchor(windows: Windows, context: int, seed: int) -> np.ndarray:
-    """All windows, shuffled, as rows (n, context + 1) uint16, shuffled too."""
+    """All windows, shuffled, as rows (n, context + 1), shuffled too."""
     random = np.random.default_rng([seed, 1])
     rows = pack(windows, random.permutation(len(windows)), context)
     return random.permutation(rows)
@@ -37,7 +36,7 @@ def pack_by_leaf(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows that hold windows of one leaf only (paper, section 5), shuffled globally.
 
-    ``paths`` (windows, depth) is each window's cluster path. Returns rows (n, context + 1) uint16
+    ``paths`` (windows, depth) is each window's cluster path. Returns rows (n, context + 1)
     and the cluster path of each row, (n, depth) int32.
     """
     random = np.random.default_rng([seed, 2])
@@ -54,23 +53,28 @@ def pack_by_leaf(
 
 
 def run_anchor_sequences(recipe: Recipe, folder: Path) -> None:
-    """Writes ``anchor-sequences/tokens.npy``, (n, context + 1) uint16."""
-    out = folder / "anchor-sequences"
-    rows = pack_anchor(Windows.load(folder / "windows"), recipe.windows.context, recipe.seed)
+    """Writes ``anchor-sequences/tokens.npy``, (n, context + 1). A longer context than that of the
+    memories needs windows of its own."""
+    out, context = folder / "anchor-sequences", recipe.windows.of_anchor
+    if context == recipe.windows.context:
+        windows = load_windows(folder)
+    else:
+        windows = windows_of_run(folder, context)
+    rows = pack_anchor(windows, context, recipe.seed)
     save_array(out / "tokens.npy", rows)
     print(f"anchor-sequences: {len(rows)} rows of {rows.shape[1]} tokens, in {out}")
 
 
 def run_sequences(recipe: Recipe, folder: Path) -> None:
-    """Writes ``sequences/``: tokens.npy (n, context + 1) uint16 and paths.npy (n, depth) int32."""
+    """Writes ``sequences/``: tokens.npy (n, context + 1) and paths.npy (n, depth) int32."""
     out = folder / "sequences"
     paths = np.load(folder / "tree" / "paths.npy")
-    rows, row_paths = pack_by_leaf(
-        Windows.load(folder / "windows"), paths, recipe.windows.context, recipe.seed
-    )
+    windows = load_windows(folder)
+    rows, row_paths = pack_by_leaf(windows, paths, recipe.windows.context, recipe.seed)
     save_array(out / "tokens.npy", rows)
     save_array(out / "paths.npy", row_paths)
-    padding = float(np.mean((rows[:, :-1] == EOT_ID) & (rows[:, 1:] == EOT_ID)))
+    eot = windows.begin[0]
+    padding = float(np.mean((rows[:, :-1] == eot) & (rows[:, 1:] == eot)))
     print(
         f"sequences: {len(rows)} rows of {rows.shape[1]} tokens in "
         f"{len(np.unique(row_paths[:, -1]))} leaves, {padding:.1%} padding, in {out}"

@@ -12,25 +12,28 @@ import importlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mlx_hmem.config import read_json
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import write_atomic
+from train.ranks import Ranks
 from train.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class Stage:
     """``function`` is `module:name` with the signature ``(recipe, folder) -> None``; the module is
-    imported when the stage runs. ``needs`` are the stages whose files it reads."""
+    imported when the stage runs. ``needs`` are the stages whose files it reads. One that
+    ``trains`` is run by all ranks together."""
 
     name: str
     function: str
     sections: tuple[str, ...]
     needs: tuple[str, ...] = ()
+    trains: bool = False
 
     def load(self) -> Callable[[Recipe, Path], None]:
         module, name = self.function.split(":")
@@ -45,25 +48,46 @@ STAGES = {
         Stage("tokenizer", "train.tokenizer:run_tokenizer", ("tokenizer",), ("corpus",)),
         Stage("windows", "train.windows:run_windows", ("windows",), ("tokenizer",)),
         Stage("anchor-sequences", "train.sequences:run_anchor_sequences", (), ("windows",)),
-        Stage("anchor", "train.arms:run_anchor", ("anchor",), ("anchor-sequences",)),
+        Stage("anchor", "train.arms:run_anchor", ("anchor",), ("anchor-sequences",), True),
         Stage("tree", "train.tree:run_tree", ("tree",), ("windows",)),
         Stage("sequences", "train.sequences:run_sequences", (), ("tree",)),
-        Stage("memories", "train.arms:run_memories", ("memories",), ("anchor", "sequences")),
-        Stage("generic", "train.arms:run_generic", ("memories",), ("anchor", "sequences")),
-        Stage("dense", "train.arms:run_dense", ("dense",), ("anchor", "sequences")),
+        Stage("memories", "train.arms:run_memories", ("memories",), ("anchor", "sequences"), True),
+        Stage("generic", "train.arms:run_generic", ("memories",), ("anchor", "sequences"), True),
+        Stage("dense", "train.arms:run_dense", ("dense",), ("anchor", "sequences"), True),
         Stage("export", "train.export:run_export", ("name", "export"), ("memories", "generic")),
         Stage("report", "train.report:run_report", (), ("export", "dense")),
     )
 }
 
 
-def _sections(stage: Stage) -> set[str]:
+ANCHOR_STAGES = ("corpus", "tokenizer", "windows", "anchor-sequences", "anchor")
+
+
+def stages_of(recipe: Recipe) -> dict[str, Stage]:
+    """The stages that the recipe has: all, or those that make an anchor alone."""
+    if not recipe.anchor_only:
+        return STAGES
+    stages = {name: STAGES[name] for name in ANCHOR_STAGES}
+    stages["export"] = replace(STAGES["export"], needs=("anchor",))
+    stages["report"] = replace(STAGES["report"], needs=("export",))
+    return stages
+
+
+def _sections(stage: Stage, stages: dict[str, Stage]) -> set[str]:
     """The parts of the recipe that the stage depends on, by itself or by what it reads."""
-    return set(stage.sections).union(*(_sections(STAGES[name]) for name in stage.needs))
+    needs = (_sections(stages[name], stages) for name in stage.needs)
+    return set(stage.sections).union(*needs)
+
+
+def _given(values: Any) -> Any:
+    """Without keys that are null or false: a run from before such a key was known stays valid."""
+    if not isinstance(values, dict):
+        return values
+    return {k: _given(v) for k, v in values.items() if v is not None and v is not False}
 
 
 def _digest(values: Any) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(_given(values), sort_keys=True).encode()).hexdigest()
 
 
 def is_done(stage: Stage, recipe: Recipe, folder: Path) -> bool:
@@ -71,11 +95,10 @@ def is_done(stage: Stage, recipe: Recipe, folder: Path) -> bool:
     path = folder / stage.name / "done.json"
     if not path.exists():
         return False
-    wanted = recipe.sections(sorted(_sections(stage)))
-    done = read_json(path)
-    if done.get("hash") == _digest(wanted):
+    wanted = recipe.sections(sorted(_sections(stage, stages_of(recipe))))
+    made_with = read_json(path).get("recipe", {})
+    if _digest(wanted) == _digest(made_with):
         return True
-    made_with = done.get("recipe", {})
     changed = [name for name in wanted if _digest(wanted[name]) != _digest(made_with.get(name))]
     raise UserError(
         f"stage {stage.name} in {folder} was made with another recipe",
@@ -85,24 +108,37 @@ def is_done(stage: Stage, recipe: Recipe, folder: Path) -> bool:
 
 
 def mark_done(stage: Stage, recipe: Recipe, folder: Path) -> None:
-    wanted = recipe.sections(sorted(_sections(stage)))
-    values = {"stage": stage.name, "hash": _digest(wanted), "recipe": wanted}
+    wanted = recipe.sections(sorted(_sections(stage, stages_of(recipe))))
+    values = {"stage": stage.name, "recipe": wanted}
     write_atomic(folder / stage.name / "done.json", json.dumps(values, indent=2) + "\n")
 
 
 @contextlib.contextmanager
-def _alone(stage: Stage, folder: Path) -> Iterator[None]:
-    """One process per stage; the lock dies with its process."""
-    with (folder / stage.name / "lock").open("w") as lock:
+def alone(what: str, folder: Path) -> Iterator[None]:
+    """One process that does ``what`` in ``folder``; the lock dies with its process."""
+    os.makedirs(folder, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(
-                f"stage {stage.name} is running in another process",
+                f"{what} is running in another process",
                 folder,
                 "wait for it, or stop it first",
             ) from None
         yield
+
+
+def check_needs(stage: Stage, recipe: Recipe, folder: Path) -> None:
+    """Raises UserError unless the stages whose files it reads are done."""
+    stages = stages_of(recipe)
+    for need in stage.needs:
+        if not is_done(stages[need], recipe, folder):
+            raise UserError(
+                f"stage {stage.name} needs a stage that is not done",
+                need,
+                "run without --only first",
+            )
 
 
 def run_stages(
@@ -113,20 +149,36 @@ def run_stages(
 ) -> None:
     """Runs the named stages in order, skipping those that are done.
 
+    Of several ranks the first one of each machine runs a stage, all of them one that trains.
     ``functions`` stand in for the stages' own; ``__main__`` binds the corpus folder that way.
     """
+    ranks = Ranks(folder)
+    stages = stages_of(recipe)
     for name in names:
-        stage = STAGES[name]
-        if is_done(stage, recipe, folder):
-            print(f"{name}: done before, in {folder / name}")
+        if name not in stages:
+            if ranks.first:
+                print(f"{name}: the recipe trains an anchor alone")
             continue
-        for need in stage.needs:
-            if not is_done(STAGES[need], recipe, folder):
-                raise UserError(
-                    f"stage {name} needs a stage that is not done", need, "run without --only first"
-                )
+        stage = stages[name]
+        done = ranks.gather(is_done(stage, recipe, folder))
+        if all(done):
+            if ranks.first:
+                print(f"{name}: done before, in {folder / name}")
+            continue
+        if stage.trains and any(done):
+            raise UserError(
+                f"stage {name} is done on some machines only",
+                f"ranks {[rank for rank, is_there in enumerate(done) if is_there]}",
+                "copy the folder of the run to all of them",
+            )
+        check_needs(stage, recipe, folder)
+        function = (functions or {}).get(name) or stage.load()
         os.makedirs(folder / name, exist_ok=True)
-        with _alone(stage, folder):
-            function = (functions or {}).get(name) or stage.load()
-            function(recipe, folder)
-            mark_done(stage, recipe, folder)
+        if ranks.first and not done[ranks.rank]:
+            with alone(f"stage {name}", folder / name):
+                function(recipe, folder)
+                mark_done(stage, recipe, folder)
+        elif stage.trains:
+            with contextlib.redirect_stdout(None):
+                function(recipe, folder)
+        ranks.wait()

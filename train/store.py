@@ -13,7 +13,7 @@ disk: the price of a checkpoint.
 import json
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -27,6 +27,7 @@ from train.checkpoint import Progress
 from train.records import TRANSACTION_BYTES, RecordStore, check_free_space
 
 CACHE_BYTES = 1 << 30
+BLOCK = b"block"  # how the names of their records begin
 Key = tuple[int, int]  # level, cluster
 
 
@@ -129,21 +130,44 @@ class BlockStore:
         wanted = list(keys)
         self._job = self._worker.submit(self._load, wanted, {*wanted, *keep})
 
-    def commit(self, progress: Progress, arrays: dict[str, np.ndarray] | None = None) -> None:
+    def commit(
+        self,
+        progress: Progress,
+        arrays: dict[str, np.ndarray] | None = None,
+        agreed: Callable[[], None] | None = None,
+    ) -> None:
         """Makes all blocks, ``progress`` and ``arrays`` (an anchor that is trained along, its
-        optimiser) lasting, together."""
+        optimiser) lasting, together.
+
+        ``agreed`` waits until the stores of all ranks are ready to do the same.
+        """
         self._wait()
         shapes = {name: [str(a.dtype), a.shape] for name, a in (arrays or {}).items()}
         self._write(sorted(self._dirty))
         self.records.write((_array_name(name), a) for name, a in (arrays or {}).items())
-        self.records.commit(
-            {
-                b"identity": json.dumps(progress.identity).encode(),
-                b"step": str(progress.step).encode(),
-                b"curve": progress.curve_array().tobytes(),
-                b"arrays": json.dumps(shapes).encode(),
-            }
-        )
+        values = {
+            b"identity": json.dumps(progress.identity).encode(),
+            b"step": str(progress.step).encode(),
+            b"curve": progress.curve_array().tobytes(),
+            b"arrays": json.dumps(shapes).encode(),
+        }
+        if agreed is None:
+            self.records.commit(values)
+            return
+        self.records.prepare(values)
+        agreed()
+        self.records.commit_prepared()
+
+    def steps(self) -> tuple[int, int]:
+        """The steps of the last commit and of one that was prepared; 0 where there is none."""
+        self._wait()
+        live, prepared = self.records.value(b"step"), self.records.prepared()
+        return int(live or 0), int(prepared.get(b"step", 0))
+
+    def settle(self, live: bool) -> None:
+        """Ends a prepared commit: it becomes the last one, or is dropped."""
+        self._wait()
+        self.records.commit_prepared(live)
 
     def progress(self) -> Progress | None:
         """That of the last commit, if there is one."""
@@ -174,6 +198,40 @@ class BlockStore:
         if not self.records.read(_block_name((level, cluster)), block, whole=False):
             return self._initial((level, cluster))
         return block
+
+    def current(self, level: int, cluster: int) -> np.ndarray:
+        """The weights of one block as they are now; the cache stays as it is."""
+        self._wait()
+        key = (level, cluster)
+        entry = self._resident.get(key) or self._cache.get(key)
+        return self.block(level, cluster) if entry is None else entry.states[0].copy()
+
+    def block_steps(self, level: int) -> np.ndarray:
+        """How many steps each block of a level has had as of the last commit, (clusters,) int32."""
+        self._wait()
+        result = np.zeros(self.config.num_clusters[level - 1], np.int32)
+        for cluster in range(len(result)):
+            steps = self.records.end_of(_block_name((level, cluster)), 4)
+            if steps is not None:
+                result[cluster] = np.frombuffer(steps, np.int32)[0]
+        return result
+
+    def touched(self) -> list[Key]:
+        """The (level, cluster) of the blocks in the last commit."""
+        self._wait()
+        names = self.records.names(BLOCK)
+        return [(name[5], int.from_bytes(name[6:], "big")) for name in names]
+
+    def take(self, other: "BlockStore", keys: Iterable[Key]) -> None:
+        """Copies blocks of ``other``'s last commit, weights, moments and steps, to be lasting with
+        the next commit. None of them may have been gathered here."""
+        self._wait()
+        self.records.write((_block_name(key), other._record(key)) for key in keys)
+
+    def _record(self, key: Key) -> np.ndarray:
+        record = Entry.empty(self.config.block_shape(key[0])).record
+        self.records.read(_block_name(key), record)
+        return record
 
     def _array_types(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         return json.loads(self.records.value(b"arrays") or b"{}")
@@ -240,7 +298,7 @@ class BlockStore:
 
 
 def _block_name(key: Key) -> bytes:
-    return b"block" + key[0].to_bytes(1, "big") + key[1].to_bytes(4, "big")
+    return BLOCK + key[0].to_bytes(1, "big") + key[1].to_bytes(4, "big")
 
 
 def _array_name(name: str) -> bytes:

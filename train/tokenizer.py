@@ -1,4 +1,5 @@
-"""The tokenizer: SentencePiece BPE, and the same tokenizer for Hugging Face.
+"""The tokenizer of a run: our own, SentencePiece BPE and the same for Hugging Face, or that of a
+model (:mod:`train.taken_tokenizer`).
 
 Lossless: identity normalisation, all spaces kept, bytes for what has no piece. The one exception is
 the character U+2581 (▁), which SentencePiece itself uses for the space and gives back as one.
@@ -9,7 +10,7 @@ import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import sentencepiece as spm
 
@@ -17,6 +18,7 @@ from mlx_hmem.errors import UserError
 from mlx_hmem.files import write_atomic
 from train.corpus import read_texts
 from train.recipe import Recipe
+from train.taken_tokenizer import TakenTokenizer, embedded, take_tokenizer, taken_facts
 
 EOT, EOT_ID = "<|endoftext|>", 0
 UNKNOWN = "<unk>"
@@ -167,13 +169,42 @@ def _config() -> dict[str, Any]:
     }
 
 
-def load_tokenizer(folder: Path) -> spm.SentencePieceProcessor:
-    """The tokenizer that :func:`run_tokenizer` trained in a run's ``folder``."""
+class RunTokenizer(Protocol):
+    """What training asks of a tokenizer."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text alone, in which no special token is seen."""
+
+    def decode(self, ids: list[int]) -> str: ...
+
+
+def load_tokenizer(folder: Path) -> RunTokenizer:
+    """The tokenizer that :func:`run_tokenizer` left in a run's ``folder``."""
+    if taken_facts(folder) is not None:
+        return TakenTokenizer(folder / "tokenizer")
     path = folder / "tokenizer" / "tokenizer.model"
     return spm.SentencePieceProcessor(model_proto=path.read_bytes())
 
 
+def begin_of(folder: Path) -> tuple[int, ...]:
+    """The ids that each window of a run begins with; the first of them is its end of text."""
+    facts = taken_facts(folder)
+    return (EOT_ID,) if facts is None else facts.begin
+
+
+def eot_of(folder: Path) -> int:
+    """The id that ends and begins a document, and pads, in a run's tokens."""
+    return begin_of(folder)[0]
+
+
 def run_tokenizer(recipe: Recipe, folder: Path) -> None:
+    """Writes ``tokenizer/``: trained on the corpus, or taken from a model."""
     out = folder / "tokenizer"
+    source = recipe.anchor.path or recipe.tokenizer.path
+    if source is not None:
+        config = recipe.anchor.config
+        vocab_size = recipe.tokenizer.vocab_size if config is None else embedded(config)
+        take_tokenizer(source, out, vocab_size)
+        return
     train_tokenizer(read_texts(folder / "corpus" / "train.jsonl"), recipe.tokenizer.vocab_size, out)
     print(f"tokenizer: {recipe.tokenizer.vocab_size} pieces, in {out}")

@@ -15,7 +15,7 @@ from mlx_hmem.files import write_atomic
 from mlx_hmem.retriever import ClusterTree, Encoder, load_encoder
 from train.recipe import Recipe
 from train.tokenizer import load_tokenizer
-from train.windows import Windows, save_array
+from train.windows import Windows, load_windows, save_array
 
 CHUNK = 1024
 
@@ -57,7 +57,7 @@ def distinct(vectors: np.ndarray) -> np.ndarray:
 def run_tree(recipe: Recipe, folder: Path) -> None:
     """Writes ``tree/``: vectors.npy, tree.safetensors and paths.npy (windows, depth) int32."""
     out, branching = folder / "tree", recipe.tree.branching
-    windows = Windows.load(folder / "windows")
+    windows = load_windows(folder)
     encoder = load_encoder(recipe.tree.encoder)
     vectors = encode_windows(windows, folder, encoder).astype(np.float32)
     if len(vectors) < np.prod(branching):

@@ -41,8 +41,8 @@ def _classes(config: dict[str, Any]) -> tuple[type[nn.Module], type]:
     return _get_classes(config)
 
 
-def load_anchor(folder: Path, lazy: bool = False) -> tuple[nn.Module, dict[str, Any]]:
-    """The anchor and its ``config.json``; mlx-lm's own loader with OpenLM added."""
+def read_config(folder: Path) -> dict[str, Any]:
+    """The anchor's ``config.json``, checked for what every architecture has."""
     config = read_json(folder / "config.json")
     if not isinstance(config, dict) or "model_type" not in config:
         raise UserError(
@@ -55,6 +55,38 @@ def load_anchor(folder: Path, lazy: bool = False) -> tuple[nn.Module, dict[str, 
             repr(context)[:40],
             f"correct {folder / 'config.json'}",
         )
+    result: dict[str, Any] = config
+    return result
+
+
+def anchor_of_config(config: dict[str, Any]) -> nn.Module:
+    """An anchor of this shape with random weights, none of which is made before it is used."""
+    try:
+        model, args = _classes(config)
+        anchor: Any = model
+        anchor = anchor(args.from_dict(config))  # type: ignore[attr-defined]
+        if config["model_type"] == "gemma3_text" and config.get("tie_word_embeddings", True):
+            anchor.sanitize({})  # only the weights tell it that it has no head of its own
+    except Exception as error:  # a wrong config is whatever an architecture makes of it
+        raise UserError(
+            "config.json describes no anchor",
+            f"{type(error).__name__}: {error}"[:300],
+            "restore it",
+        ) from None
+    return anchor
+
+
+def float_dtype(anchor: nn.Module) -> mx.Dtype:
+    """The dtype that activations have: that of the norms' gains, which are never quantised."""
+    for array in reversed(named_parameters(anchor).values()):
+        if array.ndim == 1 and mx.issubdtype(array.dtype, mx.floating):
+            return array.dtype
+    return mx.float32
+
+
+def load_anchor(folder: Path, lazy: bool = False) -> tuple[nn.Module, dict[str, Any]]:
+    """The anchor and its ``config.json``; mlx-lm's own loader with OpenLM added."""
+    read_config(folder)
     weight_files(folder)
     try:
         return load_model(folder, lazy=lazy, get_model_classes=_classes)

@@ -1,0 +1,62 @@
+"""The processes of one training, started by ``mlx.launch``: on one machine or on several.
+
+Each rank holds the whole anchor and a store of its own, takes its share of every batch, and makes
+the same update from the summed gradient. Ranks on one machine share the folder of the run: the
+first of them there reads and writes what they share, the others wait.
+"""
+
+import hashlib
+import socket
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_hmem.errors import UserError
+
+
+class Ranks:
+    """This process among those that train the run in ``folder``."""
+
+    def __init__(self, folder: Path, group: mx.distributed.Group | None = None):
+        self.group = group or mx.distributed.init()
+        self.rank, self.size = self.group.rank(), self.group.size()
+        place = f"{socket.gethostname()} {folder.resolve()}".encode()
+        number = int.from_bytes(hashlib.sha256(place).digest()[:3], "big")
+        self.first = self.gather(number).index(number) == self.rank
+
+    def gather(self, number: int) -> list[int]:
+        """The numbers, up to 2**31, that the ranks came with, once all have come."""
+        if self.size == 1:
+            return [number]
+        # A sum, because every backend has it.
+        numbers = np.zeros(self.size, np.int32)
+        numbers[self.rank] = number
+        return [int(i) for i in np.array(self.sum(mx.array(numbers)))]
+
+    def sum(self, array: mx.array) -> mx.array:
+        """The sum of the ranks' arrays. Raises UserError if one of them has gone."""
+        try:
+            result = mx.distributed.all_sum(array, group=self.group)
+            mx.eval(result)
+        except RuntimeError as error:
+            raise UserError(
+                "the connection between the ranks was lost",
+                error,
+                "see what the others say, and start all of them again: the run goes on",
+            ) from None
+        return result
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        self.gather(0)
+
+    def share(self, arrays: dict[str, mx.array], source: int) -> dict[str, mx.array]:
+        """The arrays of rank ``source`` on all ranks; names and shapes are the same everywhere."""
+        if self.size == 1:
+            return arrays
+        result = {}
+        for name, array in arrays.items():
+            own = array if self.rank == source else mx.zeros_like(array)
+            result[name] = self.sum(own)
+        return result
