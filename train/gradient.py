@@ -132,6 +132,7 @@ class BatchGradient:
             loss, part = self._part(weights, places, batch, scale)
             value = value + loss
             gradient = part if gradient is None else tree_map(mx.add, gradient, part)
+            del part  # so that sums and clipping write in place
             if self.num_parts > 1:
                 mx.eval(value, gradient)  # else all parts would wait in memory
         assert gradient is not None
