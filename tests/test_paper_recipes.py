@@ -209,8 +209,9 @@ def test_an_anchor_alone_ends_in_a_model_directory(a1):
     model = load(a1 / "model")
     assert (model.bank, model.context) == (None, 128)
     assert len(list(model.stream("The", max_tokens=3, memory="none"))) >= 1
-    rows = np.load(a1 / "anchor-sequences" / "tokens.npy")
-    assert rows.shape[1] == 129
+    for length in (128, 64, 32):
+        rows = np.load(a1 / "anchor-sequences" / f"tokens-{length}.npy")
+        assert rows.shape[1] == length + 1
     losses = [json.loads(line)["loss"] for line in (a1 / "anchor" / "loss.jsonl").open()]
     assert len(losses) == 12
     assert losses[-1] < losses[0]

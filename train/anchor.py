@@ -1,7 +1,7 @@
 """Trains all weights of an OpenLM anchor: from scratch, or on from a trained one (``dense``)."""
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from mlx.utils import tree_unflatten
 from mlx_hmem.anchors.load import named_parameters
 from mlx_hmem.anchors.openlm import Model
 from train.adamw import AnchorWeights
+from train.buckets import Buckets
 from train.checkpoint import CheckpointFile
 from train.gradient import BatchGradient, is_finite
 from train.ranks import Ranks
@@ -39,18 +40,21 @@ def initialise(model: Model, seed: int) -> None:
 
 
 class AnchorTrainee(CheckpointFile):
-    """All weights of an anchor, trained on ``tokens`` (sequences, context + 1)."""
+    """All weights of an anchor, trained on ``tokens`` (sequences, context + 1). Those of buckets
+    hold one document each and need no mask but the causal one."""
 
     def __init__(
         self,
         model: nn.Module,
-        tokens: np.ndarray,
+        tokens: np.ndarray | Buckets,
         eot: int,
         training: TrainerConfig,
         ranks: Ranks | None = None,
     ):
         self.model, self.tokens, self.ranks = model, tokens, ranks or Ranks(Path())
         self.weights = AnchorWeights(model, training, training.weight_decay)
+        if isinstance(tokens, Buckets):
+            training = replace(training, document_mask=False)
         self.gradient = BatchGradient(model, None, eot, training, self.ranks)
 
     @property

@@ -16,10 +16,11 @@ from mlx_hmem.anchors.load import load_anchor, read_config
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import fingerprint
 from train.anchor import AnchorTrainee
+from train.buckets import Buckets
 from train.log import Reporting
 from train.loop import train
 from train.memories import MemoryTrainee, generic_block, generic_config
-from train.order import OneSchedule, Order, ShuffledOrder, SubtreeOrder
+from train.order import BucketOrder, OneSchedule, Order, ShuffledOrder, SubtreeOrder
 from train.ranks import Ranks
 from train.recipe import Recipe, TrainerConfig
 from train.start import save_anchor, starting_anchor, take_anchor, trainable_anchor
@@ -43,7 +44,7 @@ def made_from(run: Path, *names: str) -> dict[str, str]:
 def _train_all_weights(
     model: nn.Module,
     config: dict[str, Any],
-    tokens: np.ndarray,
+    tokens: np.ndarray | Buckets,
     order: Order,
     training: TrainerConfig,
     folder: Path,
@@ -72,10 +73,21 @@ def run_anchor(recipe: Recipe, folder: Path, reporting: Reporting | None = None)
         if Ranks(folder).first:
             save_anchor(model, config, out)
         return
-    tokens = np.load(folder / "anchor-sequences" / "tokens.npy", mmap_mode="r")
-    order = ShuffledOrder(len(tokens), training, recipe.seed)
+    tokens, order = anchor_sequences(recipe, folder, training)
     context = recipe.windows.of_anchor
     _train_all_weights(model, config, tokens, order, training, out, context, reporting, "tokenizer")
+
+
+def anchor_sequences(
+    recipe: Recipe, folder: Path, training: TrainerConfig
+) -> tuple[np.ndarray | Buckets, Order]:
+    """What the anchor is trained on, and in which order."""
+    files = folder / "anchor-sequences"
+    if recipe.windows.decompose:
+        buckets = Buckets.load(files, recipe.windows.of_anchor)
+        return buckets, BucketOrder(buckets.counts, training, recipe.seed)
+    tokens = np.load(files / "tokens.npy", mmap_mode="r")
+    return tokens, ShuffledOrder(len(tokens), training, recipe.seed)
 
 
 def run_dense(recipe: Recipe, folder: Path, reporting: Reporting | None = None) -> None:

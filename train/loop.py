@@ -14,6 +14,7 @@ import numpy as np
 
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import write_atomic
+from train.buckets import Buckets
 from train.checkpoint import Progress
 from train.log import Log, Reporting
 from train.order import Batch, Order
@@ -26,7 +27,9 @@ MOST_SKIPPED = 10
 class Trainee(Protocol):
     """What a training stage brings: a step on some sequences, and where its state is kept."""
 
-    tokens: np.ndarray  # all sequences, (n, context + 1)
+    @property
+    def tokens(self) -> np.ndarray | Buckets:
+        """All sequences, (n, context + 1)."""
 
     @property
     def sizes(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Arms with the same seed see the same sequences in the same order, and a run that was stopped goes on
 with the sequences that would have come. ``SubtreeOrder`` makes batches of one level-1 cluster each,
-so that a subtree of the bank can be trained apart.
+so that a subtree of the bank can be trained apart, ``BucketOrder`` batches of one length each.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -121,6 +121,44 @@ class SubtreeOrder:
         cluster, own = self.place(min(step, self.num_steps - 1))
         numbers = self._streams[cluster].numbers(own * self.batch_size, self.batch_size)
         return Batch(self._rows[cluster][numbers], own, self.steps_of[cluster])
+
+
+class BucketOrder:
+    """Batches of sequences of one length each, all of as many tokens: the shorter the sequences,
+    the more of them. A bucket gets steps by the tokens it holds, mixed evenly over the run; one
+    that holds less than half a batch may get none. Weights are the same for every bucket, so all
+    steps are on one schedule of learning rates.
+
+    Args:
+        counts: the sequences of each length. They are numbered bucket after bucket, the longest
+            first; ``training.batch_size`` is the number of those of the longest length in a batch.
+    """
+
+    def __init__(self, counts: dict[int, int], training: TrainerConfig, seed: int):
+        self.counts, self.seed = dict(sorted(counts.items(), reverse=True)), seed
+        longest, tokens = max(counts), [length * n for length, n in self.counts.items()]
+        _check_some(sum(tokens))
+        self.batch_sizes = [training.batch_size * longest // length for length in self.counts]
+        self.num_steps = num_steps_of(sum(tokens) // longest, training)
+        # The largest remainders are rounded up, so that the steps of all are as many as wanted.
+        shares = np.array(tokens) * (self.num_steps / sum(tokens))
+        steps = np.floor(shares).astype(np.int64)
+        steps[np.argsort(steps - shares, kind="stable")[: self.num_steps - steps.sum()]] += 1
+        self.steps_of = dict(enumerate(steps.tolist()))
+        self._mixed = _mix(self.steps_of, seed)
+        self._firsts = np.cumsum([0, *self.counts.values()])
+        self._streams = [Stream(n, seed, length) for length, n in self.counts.items()]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"buckets": {str(length): n for length, n in self.counts.items()}, "seed": self.seed}
+
+    def batch(self, step: int) -> Batch:
+        """After the last one: the last again."""
+        bucket, own = (int(i) for i in self._mixed[min(step, self.num_steps - 1)])
+        size = self.batch_sizes[bucket]
+        numbers = self._streams[bucket].numbers(own * size, size)
+        return Batch(self._firsts[bucket] + numbers, step, self.num_steps)
 
 
 class OneSchedule:

@@ -76,11 +76,25 @@ class WindowsSection(JsonConfig):
         default=None,
         metadata=help_text("those of the anchor's training, and its longest; null: `context`"),
     )
+    decompose: bool = field(
+        default=False,
+        metadata=help_text(
+            "the anchor trains on parts of one document each, of power-of-two lengths, in place of "
+            "rows of packed documents (Pouransari et al. 2024)"
+        ),
+    )
 
     def __post_init__(self) -> None:
         check_whole("windows.", "context", self.context, 8)
         if self.anchor_context is not None:
             check_whole("windows.", "anchor_context", self.anchor_context, self.context)
+        check_truth("windows.", "decompose", self.decompose)
+        if self.decompose and self.of_anchor & (self.of_anchor - 1):
+            raise UserError(
+                "windows.decompose needs a context that is a power of two",
+                self.of_anchor,
+                f"set the anchor's context to {1 << self.of_anchor.bit_length()}",
+            )
 
     @property
     def of_anchor(self) -> int:

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
+from train.buckets import Buckets, decompose
 from train.recipe import Recipe
 from train.windows import Windows, load_windows, save_array, windows_of_run
+
+WHOLE = 1 << 40  # tokens, more than a document has: its one window is all of it
 
 
 def pack(windows: Windows, order: np.ndarray, context: int) -> np.ndarray:
@@ -54,8 +57,16 @@ def pack_by_leaf(
 
 def run_anchor_sequences(recipe: Recipe, folder: Path) -> None:
     """Writes ``anchor-sequences/tokens.npy``, (n, context + 1). A longer context than that of the
-    memories needs windows of its own."""
+    memories needs windows of its own. Decomposed: ``tokens-LENGTH.npy`` for each length."""
     out, context = folder / "anchor-sequences", recipe.windows.of_anchor
+    if recipe.windows.decompose:
+        documents = windows_of_run(folder, WHOLE)
+        buckets = Buckets(decompose(documents, context))
+        buckets.save(out)
+        each = ", ".join(f"{count} of {length}" for length, count in buckets.counts.items())
+        padding = buckets.padding(documents.begin[0])
+        print(f"anchor-sequences: {each} tokens, {padding:.1%} padding, in {out}")
+        return
     if context == recipe.windows.context:
         windows = load_windows(folder)
     else:
