@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -70,7 +71,7 @@ class Validation:
             self.known = {"none": found["none"]}
         return {mode: {**self.known, **found}[mode] for mode in modes}
 
-    def _perplexity(self, mode: str, bar: "tqdm[None]") -> float:
+    def _perplexity(self, mode: str, bar: "tqdm[Any]") -> float:
         total, count, front = 0.0, 0, len(self.windows.begin)
         for numbers in self.batches:
             rows = [self.windows[i] for i in numbers]
