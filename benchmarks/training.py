@@ -10,7 +10,6 @@ what the disk grew.
 import contextlib
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -32,6 +31,7 @@ from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import ArgumentParser, run_program
 from train.anchor import AnchorTrainee, initialise
 from train.checkpoint import Progress
+from train.log import peak_resident_bytes
 from train.loop import Trainee
 from train.memories import MemoryTrainee
 from train.recipe import CotrainSection, TrainerConfig
@@ -109,7 +109,9 @@ def step_times(steps: int, context: int, batch_size: int) -> dict[str, Any]:
 
 
 def resident_memory() -> int:
-    """Bytes of this process that are not pages of a file."""
+    """Bytes of this process that are not pages of a file; where only the peak is known, that."""
+    if sys.platform == "darwin":
+        return peak_resident_bytes()
     pages = [int(n) for n in Path("/proc/self/statm").read_text().split()]
     return (pages[1] - pages[2]) * os.sysconf("SC_PAGE_SIZE")
 
@@ -168,7 +170,7 @@ def full_run(kind: str, steps: int, context: int) -> dict[str, Any]:
         "bank_parameters": MEMORY.bank_parameters,
         "step_s": float(np.median(times[1:])),
         "commit_s": commit,
-        "peak_resident_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "peak_resident_bytes": peak_resident_bytes(),
         "disk_bytes": grown,
         "touched_blocks": touched,
         "touched_block_bytes": size,

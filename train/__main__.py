@@ -8,7 +8,7 @@ from mlx_hmem.errors import ArgumentParser, UserError, run_program
 from train.corpus import run_corpus
 from train.log import SERVICES, Reporting
 from train.readers import FOLDER_HELP
-from train.recipe import SET_HELP, load_recipe
+from train.recipe import add_recipe_arguments, load_recipe
 from train.stages import STAGES, run_stages
 from train.subtrees import run_subtree
 
@@ -19,12 +19,11 @@ def main() -> None:
         description="Makes a model with hierarchical memories from text. Finished stages are "
         "skipped, so a stopped run goes on with the same command.",
     )
-    parser.add_argument("recipe", type=Path, help="YAML file, see train/recipes")
+    add_recipe_arguments(parser)
     parser.add_argument("--corpus", type=Path, help=FOLDER_HELP)
     parser.add_argument(
         "--facts", type=Path, help="JSON table of elements, where corpus.facts has that kind"
     )
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=SET_HELP)
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--only", choices=STAGES, help="run this stage alone")

@@ -164,8 +164,9 @@ def train_memory(
     ranks = Ranks(folder)
     own = "store" if ranks.first else f"store-rank-{ranks.rank}"
     with open_store(recipe, folder, name, own=own) as store:
-        trainee = MemoryTrainee(anchor, store, tokens, paths, eot, training, cotrain, ranks)
-        trainee.subtree = subtree
+        trainee = MemoryTrainee(
+            anchor, store, tokens, paths, eot, training, cotrain, ranks, subtree
+        )
         sources = made_from(folder, *SOURCES)
         validate = validation_of_memory(folder, recipe, name, anchor, trainee)
         train(trainee, order, training, folder / name, name, sources, validate, reporting)

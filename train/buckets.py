@@ -11,12 +11,11 @@ a piece of that length padded with the end of text, as if it ended with it: drop
 the ends of all documents along.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from train.windows import Windows, save_array
+from train.windows import Windows, counted, save_array
 
 SMALLEST = 32  # tokens
 
@@ -81,11 +80,9 @@ class Buckets:
 
     def padding(self, eot: int) -> float:
         """The share of the positions that do not count in the loss."""
-        padded = [np.sum((rows[:, :-1] == eot) & (rows[:, 1:] == eot)) for rows in self._each()]
-        return float(sum(padded) / max(1, sum(rows[:, 1:].size for rows in self._each())))
-
-    def _each(self) -> Iterator[np.ndarray]:
-        return iter(self.pieces.values())
+        each = self.pieces.values()
+        padded = sum(np.sum(~counted(rows, eot)) for rows in each)
+        return float(padded / max(1, sum(rows[:, 1:].size for rows in each)))
 
     def save(self, folder: Path) -> None:
         """Writes ``tokens-LENGTH.npy`` for each length."""

@@ -83,7 +83,7 @@ def anchor_sizes_of(recipe: Recipe) -> AnchorSizes:
         num_heads=layer.attention.num_heads,
         query_size=layer.attention.query.size,
         vocab_size=vocabulary,
-        parameters=sum(array.size for array in arrays.values()),
+        parameters=num_parameters(anchor),
         looked_up=vocabulary * hidden if untied else 0,
     )
 

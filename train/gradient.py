@@ -24,36 +24,28 @@ from mlx_hmem.memory import join_blocks
 from mlx_hmem.memory.layer import extend
 from train.ranks import Ranks
 from train.recipe import TrainerConfig
+from train.windows import counted
 
 # What is trained: "anchor", its weights by name, and "blocks", the unique blocks of each level.
 Weights = dict[str, Any]
 
 
 def masked_loss(logits: mx.array, tokens: mx.array, eot: int) -> mx.array:
-    """Mean next-token cross-entropy in nats of ``tokens`` (batch, time + 1).
-
-    Padding, an EOT that follows an EOT, does not count.
-    """
-    counted = (tokens[:, :-1] != eot) | (tokens[:, 1:] != eot)
-    return summed_loss(logits, tokens, eot) / mx.maximum(counted.sum(), 1)
+    """Mean next-token cross-entropy in nats of ``tokens`` (batch, time + 1), padding left out."""
+    return summed_loss(logits, tokens, eot) / mx.maximum(counted(tokens, eot).sum(), 1)
 
 
 def summed_loss(logits: mx.array, tokens: mx.array, eot: int) -> mx.array:
     """:func:`masked_loss` summed over the tokens that count."""
-    inputs, targets, logits = tokens[:, :-1], tokens[:, 1:], logits.astype(mx.float32)
-    counted = ((inputs != eot) | (targets != eot)).astype(mx.float32)
-    picked = mx.take_along_axis(logits, targets[..., None], axis=-1).squeeze(-1)
+    logits = logits.astype(mx.float32)
+    picked = mx.take_along_axis(logits, tokens[:, 1:, None], axis=-1).squeeze(-1)
     losses = mx.logsumexp(logits, axis=-1) - picked
-    return (losses * counted).sum()
+    return (losses * counted(tokens, eot).astype(mx.float32)).sum()
 
 
 def packed_mask(inputs: mx.array, eot: int) -> mx.array:
     """Attention mask (batch, 1, time, time) of packed documents, each of which begins with EOT."""
     return document_mask(mx.cumsum((inputs == eot).astype(mx.int32), axis=1))
-
-
-def num_counted(tokens: np.ndarray, eot: int) -> int:
-    return int(np.sum((tokens[:, :-1] != eot) | (tokens[:, 1:] != eot)))
 
 
 class BatchGradient:
@@ -121,7 +113,7 @@ class BatchGradient:
                 ones in ``weights["blocks"]``, (sequences,).
             num_unique: how many of these there are; what follows them is padding.
         """
-        scale = mx.array(1 / max(1, num_counted(tokens, self.eot)), mx.float32)
+        scale = mx.array(1 / max(1, int(counted(tokens, self.eot).sum())), mx.float32)
         share = len(tokens) // self.ranks.size
         first, part_size = self.ranks.rank * share, share // self.num_parts
         value, gradient = mx.array(0.0), None

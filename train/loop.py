@@ -16,6 +16,7 @@ from mlx_hmem.errors import UserError
 from mlx_hmem.files import write_atomic
 from train.buckets import Buckets
 from train.checkpoint import Progress
+from train.gradient import is_finite
 from train.log import Log, Reporting
 from train.order import Batch, Order
 from train.ranks import Ranks
@@ -138,7 +139,7 @@ def _one_step(
 ) -> None:
     rate = learning_rate_at(batch.step, batch.num_steps, config)
     loss, norm = trainee.step(batch.rows, rate, following.rows)
-    if math.isfinite(loss) and math.isfinite(norm):
+    if is_finite(loss, norm):
         progress.curve.append((progress.step, loss, rate))
     elif progress.skipped + 1 >= MOST_SKIPPED:
         raise UserError(

@@ -20,7 +20,7 @@ import numpy as np
 from mlx_hmem.anchors.attach import attach_memory
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
-from mlx_hmem.memory import join_blocks
+from mlx_hmem.memory import join_blocks, whole_block
 from train.adamw import AnchorWeights, adamw
 from train.checkpoint import Progress, check_identity
 from train.gradient import BatchGradient, is_finite
@@ -37,6 +37,7 @@ class MemoryTrainee:
         tokens: sequences, (n, context + 1).
         paths: their cluster paths, (n, levels).
         cotrain: how the anchor is trained along; None leaves it frozen.
+        subtree: the cluster of level 1 that is trained alone, if one is.
     """
 
     def __init__(
@@ -49,10 +50,11 @@ class MemoryTrainee:
         training: TrainerConfig,
         cotrain: CotrainSection | None = None,
         ranks: Ranks | None = None,
+        subtree: int | None = None,
     ):
         self.store, self.tokens, self.paths, self.training = store, tokens, paths, training
-        self.subtree: int | None = None  # the cluster of level 1 it is to be trained on alone
-        self.cotrain, self.number, self.ranks = cotrain, 0, ranks or Ranks(Path())
+        self.cotrain, self.ranks, self.subtree = cotrain, ranks or Ranks(Path()), subtree
+        self.number = 0  # of the step to come
         config = store.config
         self.levels = [level for level in range(1, config.num_levels + 1) if config.r[level - 1]]
         self.anchor = None
@@ -98,18 +100,18 @@ class MemoryTrainee:
         counts = [len(clusters) for clusters in unique]
         loss, norm, gradients = self.gradient(weights, self.tokens[rows], indices, counts)
         del weights  # or the update could not write in place
-        if is_finite(loss, norm):
-            updated = self._update(states, gradients["blocks"], mx.array(learning_rate))
-            mx.eval(updated)
-            for level, clusters, blocks in zip(self.levels, unique, updated, strict=True):
-                self.store.scatter(level, clusters, blocks)
-        if self.anchor is not None and self.cotrain is not None:
-            if is_finite(loss, norm):
-                rate = self.cotrain.learning_rate_scale * learning_rate
-                self.anchor.update(gradients["anchor"], rate)
-                mx.eval(self.anchor.arrays())
-            else:
+        if not is_finite(loss, norm):
+            if self.anchor is not None:
                 self.anchor.restore()
+            return loss, norm
+        updated = self._update(states, gradients["blocks"], mx.array(learning_rate))
+        mx.eval(updated)
+        for level, clusters, blocks in zip(self.levels, unique, updated, strict=True):
+            self.store.scatter(level, clusters, blocks)
+        if self.anchor is not None and self.cotrain is not None:
+            rate = self.cotrain.learning_rate_scale * learning_rate
+            self.anchor.update(gradients["anchor"], rate)
+            mx.eval(self.anchor.arrays())
         return loss, norm
 
     def resume(self, folder: Path, identity: dict[str, Any]) -> Progress:
@@ -192,7 +194,4 @@ def generic_block(store: BlockStore) -> np.ndarray:
         for level, cluster in enumerate(generic_path(config), 1)
         if config.r[level - 1]
     ]
-    groups = [np.array(group) for group in join_blocks(blocks, config)]
-    if len(groups) == 1:
-        return groups[0]
-    return np.concatenate([group.reshape(len(group), -1) for group in groups], axis=1)
+    return whole_block([np.array(group) for group in join_blocks(blocks, config)])

@@ -19,7 +19,7 @@ from train.arms import SOURCES, made_from, open_store, sequences, subtree_order,
 from train.checkpoint import Progress, check_identity
 from train.loop import identity_of
 from train.order import SubtreeOrder
-from train.recipe import SET_HELP, Recipe, load_recipe
+from train.recipe import Recipe, add_recipe_arguments, load_recipe
 from train.records import check_free_space
 from train.stages import run_stages
 from train.store import BlockStore, Key
@@ -154,8 +154,7 @@ def main() -> None:
         description="Puts subtrees that were trained apart together, as if one job had trained "
         "them; then python -m train goes on with the stages that follow.",
     )
-    parser.add_argument("recipe", type=Path, help="YAML file, see train/recipes")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=SET_HELP)
+    add_recipe_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument(
         "--from", dest="others", type=Path, nargs="+", default=[], metavar="FOLDER",

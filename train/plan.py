@@ -36,7 +36,7 @@ from train.costs import (
 from train.loop import Trainee
 from train.memories import MemoryTrainee, generic_config
 from train.order import num_steps_of
-from train.recipe import SET_HELP, Recipe, TrainerConfig, WindowsSection, load_recipe
+from train.recipe import Recipe, TrainerConfig, WindowsSection, add_recipe_arguments, load_recipe
 from train.start import anchor_shape
 from train.store import BlockStore
 from train.tokenizer import EOT_ID
@@ -286,8 +286,7 @@ def main() -> None:
         "it runs here, beside whatever else runs now. A recipe that cannot fit is refused (exit "
         "status 2). Starts no stage; takes some ten seconds to measure steps.",
     )
-    parser.add_argument("recipe", type=Path, help="YAML file, see train/recipes")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=SET_HELP)
+    add_recipe_arguments(parser)
     parser.add_argument("--out", type=Path, help="folder of the run; its corpus gives the tokens")
     parser.add_argument("--tokens", type=int, help="tokens of one pass, where no run knows them")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -14,10 +14,12 @@ from typing import Any
 
 import yaml
 
+from mlx_hmem.anchors.attach import memory_config
+from mlx_hmem.anchors.load import anchor_of_config, read_config
 from mlx_hmem.bank.format import stored_r
 from mlx_hmem.bank.quantization import check_quantization
 from mlx_hmem.config import JsonConfig, MemoryConfig
-from mlx_hmem.errors import UserError
+from mlx_hmem.errors import ArgumentParser, UserError
 from mlx_hmem.find import find_model
 from train.checks import check_truth, check_whole, help_text
 from train.sections import (
@@ -35,7 +37,6 @@ from train.sections import (
 )
 
 __all__ = [
-    "SET_HELP",
     "AnchorSection",
     "CorpusSection",
     "CotrainSection",
@@ -47,10 +48,17 @@ __all__ = [
     "TrainerConfig",
     "TreeSection",
     "WindowsSection",
+    "add_recipe_arguments",
     "load_recipe",
 ]
 
 SET_HELP = "sets a key of the recipe anew: section.key=value, the value in YAML; repeatable"
+
+
+def add_recipe_arguments(parser: ArgumentParser) -> None:
+    """``recipe`` and ``--set``, which every program takes that reads a recipe."""
+    parser.add_argument("recipe", type=Path, help="YAML file, see train/recipes")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=SET_HELP)
 
 
 @dataclass(frozen=True)
@@ -107,9 +115,6 @@ class Recipe(JsonConfig):
         return config.placed(memories.layers, memories.keep_parameters)
 
     def _memory_of_model(self) -> MemoryConfig:
-        from mlx_hmem.anchors.attach import memory_config
-        from mlx_hmem.anchors.load import anchor_of_config
-
         assert self.anchor.config is not None, "load_recipe fills it in"
         anchor = anchor_of_config(self.anchor.config)  # lazy: no array is made
         return memory_config(anchor, self.memories.r, self.tree.branching, self.memories.kind)
@@ -126,9 +131,7 @@ class Recipe(JsonConfig):
             values["tree"] = values["memories"] = values["dense"] = None
             return {name: values[name] for name in names}
         del values["memories"]["cache_bytes"]  # how fast, not what
-        if not values["memories"]["group_by_subtree"]:
-            del values["memories"]["group_by_subtree"]  # finished runs may not know it yet
-        elif values["dense"] is not None:
+        if self.memories.group_by_subtree and self.dense is not None:
             values["dense"]["group_by_subtree"] = True  # it sees the same sequences
         return {name: values[name] for name in names}
 
@@ -211,8 +214,6 @@ def _set(values: Any, override: str) -> None:
 
 def _with_model(recipe: Recipe, path: str) -> Recipe:
     """The recipe with the config of the model that its anchor starts from."""
-    from mlx_hmem.anchors.load import read_config
-
     if recipe.tokenizer.path is not None:
         raise UserError(
             "anchor.path and tokenizer.path",

@@ -12,7 +12,7 @@ import numpy as np
 
 from train.buckets import Buckets, decompose
 from train.recipe import Recipe
-from train.windows import Windows, load_windows, save_array, windows_of_run
+from train.windows import Windows, counted, load_windows, save_array, windows_of_run
 
 WHOLE = 1 << 40  # tokens, more than a document has: its one window is all of it
 
@@ -84,8 +84,7 @@ def run_sequences(recipe: Recipe, folder: Path) -> None:
     rows, row_paths = pack_by_leaf(windows, paths, recipe.windows.context, recipe.seed)
     save_array(out / "tokens.npy", rows)
     save_array(out / "paths.npy", row_paths)
-    eot = windows.begin[0]
-    padding = float(np.mean((rows[:, :-1] == eot) & (rows[:, 1:] == eot)))
+    padding = 1 - float(np.mean(counted(rows, windows.begin[0])))
     print(
         f"sequences: {len(rows)} rows of {rows.shape[1]} tokens in "
         f"{len(np.unique(row_paths[:, -1]))} leaves, {padding:.1%} padding, in {out}"

@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -24,6 +25,12 @@ def save_array(path: Path, values: np.ndarray) -> None:
     """``np.save``, complete or not at all."""
     with atomic_file(path) as file:
         np.save(file, values)
+
+
+def counted(tokens: Any, eot: int) -> Any:
+    """Which targets of the sequences ``tokens`` (n, time + 1) count in the loss, (n, time): all but
+    padding, an EOT that follows an EOT. Of NumPy's or MLX's arrays, whichever it is given."""
+    return (tokens[:, :-1] != eot) | (tokens[:, 1:] != eot)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,6 @@ class MemorySlot:
 
     def __init__(self, config: MemoryConfig):
         self.config = config
-        self.rows: Rows | None = None
         self.by_layer: list[Rows] | None = None
 
     def set(self, rows: Rows | None) -> None:
@@ -42,17 +41,17 @@ class MemorySlot:
                     f"rows, width) {wanted}",
                     "fetch it from a bank made for this anchor",
                 )
-        self.rows, self.by_layer = rows, None if rows is None else _by_layer(rows)
+        self.by_layer = None if rows is None else _by_layer(rows)
 
     @contextmanager
     def using(self, rows: Rows | None) -> Iterator[None]:
         """The memory for the calls inside the ``with`` block; what was there before comes back."""
-        before = self.rows, self.by_layer
+        before = self.by_layer
         self.set(rows)
         try:
             yield
         finally:
-            self.rows, self.by_layer = before
+            self.by_layer = before
 
     @contextmanager
     def using_in_layer(self, rows: Rows) -> Iterator[None]:

@@ -48,6 +48,13 @@ def split_block(block: mx.array, config: MemoryConfig) -> Rows:
     return tuple(parts)
 
 
+def whole_block(groups: Sequence[np.ndarray]) -> np.ndarray:
+    """The block that :func:`split_block` splits into ``groups``, each (layers, rows, r, width)."""
+    if len(groups) == 1:
+        return groups[0]
+    return np.concatenate([group.reshape(len(group), -1) for group in groups], axis=1)
+
+
 def join_blocks(blocks: Sequence[mx.array], config: MemoryConfig) -> Rows:
     """The blocks of several levels side by side along r."""
     if len(blocks) == 1:
@@ -58,10 +65,7 @@ def join_blocks(blocks: Sequence[mx.array], config: MemoryConfig) -> Rows:
 
 def initial_block(config: MemoryConfig, r: int, rng: np.random.Generator) -> np.ndarray:
     """A float32 block of multiplier ``r`` that has no effect on the anchor."""
-    groups = KINDS[config.kind].initial(group_shapes(config, r), rng)
-    if len(groups) == 1:
-        return groups[0]
-    return np.concatenate([group.reshape(len(group), -1) for group in groups], axis=1)
+    return whole_block(KINDS[config.kind].initial(group_shapes(config, r), rng))
 
 
 @dataclass(frozen=True)
