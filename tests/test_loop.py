@@ -199,53 +199,6 @@ def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
     assert learning_rate_at(0, 1, replace(config, warmup_steps=0)) == 1.0
 
 
-def test_an_epoch_is_a_permutation_that_follows_from_the_seed():
-    def rows(step: int, size: int, seed: int = 1) -> np.ndarray:
-        return ShuffledOrder(12, TrainerConfig(batch_size=size), seed).batch(step).rows
-
-    order = ShuffledOrder(12, TrainerConfig(batch_size=3), seed=1)
-    epochs = [np.concatenate([order.batch(4 * e + i).rows for i in range(4)]) for e in range(3)]
-    for epoch in epochs:
-        assert sorted(epoch) == list(range(12))
-    assert not np.array_equal(epochs[0], epochs[1])
-    # The same stream whatever the batch, also for one who comes in later.
-    assert np.array_equal(rows(2, 12), epochs[2])
-    assert np.array_equal(rows(1, 5), np.concatenate(epochs)[5:10])
-    assert not np.array_equal(rows(0, 12, seed=2), epochs[0])
-
-
-def test_the_number_of_steps_counts_whole_batches():
-    assert num_steps_of(10, TrainerConfig(epochs=1.5, batch_size=4)) == 3
-    assert num_steps_of(1, TrainerConfig(epochs=0.1, batch_size=4)) == 1
-
-
-def loss_of(model: Model, row: list[int]) -> float:
-    batch = mx.array([row])
-    inputs = batch[:, :-1]
-    return masked_loss(model(inputs, mask=packed_mask(inputs, EOT)), batch, EOT).item()
-
-
-def test_the_loss_of_packed_documents_is_that_of_the_documents_alone():
-    model, rng = make_model(), np.random.default_rng(1)
-    documents = [[EOT, *rng.integers(1, VOCABULARY, n).tolist()] for n in (2, 5, 1, 4)]
-    row = [*itertools.chain.from_iterable(documents), EOT]
-    packed = loss_of(model, row)
-    alone = [loss_of(model, [*document, EOT]) for document in documents]
-    assert packed == pytest.approx(np.average(alone, weights=list(map(len, documents))), rel=1e-5)
-    # Attention across the borders would be another loss.
-    batch = mx.array([row])
-    assert masked_loss(model(batch[:, :-1]), batch, EOT).item() != pytest.approx(packed, rel=1e-4)
-
-
-def test_padding_does_not_count():
-    model, row = make_model(), [EOT, 5, 6, 7, EOT, 8, 9]
-    ended = loss_of(model, [*row, EOT])
-    assert loss_of(model, [*row, EOT, EOT, EOT, EOT]) == pytest.approx(ended, rel=1e-6)
-    # The one that ends a document does.
-    assert ended != pytest.approx(loss_of(model, row), rel=1e-4)
-    assert loss_of(model, [EOT, EOT, EOT]) == 0.0
-
-
 def test_the_anchor_is_trained_by_adamw_that_leaves_norm_gains_undecayed():
     config = replace(CONFIG, weight_decay=0.5, grad_clip=0.05)
     model, (tokens, _) = make_model(), sequences()
@@ -464,8 +417,3 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path):
     state = checkpoint(tmp_path)
     assert state["2.steps"][leaf] == 0  # not written at all
     assert all(np.isfinite(state[f"{level}.weights"]).all() for level in (1, 2))
-
-
-def test_nothing_to_train_on_is_one_line():
-    with pytest.raises(UserError, match="nothing to train on"):
-        ShuffledOrder(0, CONFIG, SEED)

@@ -1,4 +1,4 @@
-"""The order of the data by subtree: which batches come when, and what that saves in reads."""
+"""The order of the data: which batches come when, and what those of one subtree save in reads."""
 
 from collections import Counter
 from typing import Any
@@ -29,6 +29,31 @@ def order_of(subtree: int | None = None, training: TrainerConfig = TRAINING) -> 
 def batches(order: Order) -> list[tuple[list[int], int, int]]:
     found = [order.batch(step) for step in range(order.num_steps)]
     return [(batch.rows.tolist(), batch.step, batch.num_steps) for batch in found]
+
+
+def test_an_epoch_is_a_permutation_that_follows_from_the_seed():
+    def rows(step: int, size: int, seed: int = 1) -> np.ndarray:
+        return ShuffledOrder(12, TrainerConfig(batch_size=size), seed).batch(step).rows
+
+    order = ShuffledOrder(12, TrainerConfig(batch_size=3), seed=1)
+    epochs = [np.concatenate([order.batch(4 * e + i).rows for i in range(4)]) for e in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(12))
+    assert not np.array_equal(epochs[0], epochs[1])
+    # The same stream whatever the batch, also for one who comes in later.
+    assert np.array_equal(rows(2, 12), epochs[2])
+    assert np.array_equal(rows(1, 5), np.concatenate(epochs)[5:10])
+    assert not np.array_equal(rows(0, 12, seed=2), epochs[0])
+
+
+def test_the_number_of_steps_counts_whole_batches():
+    assert num_steps_of(10, TrainerConfig(epochs=1.5, batch_size=4)) == 3
+    assert num_steps_of(1, TrainerConfig(epochs=0.1, batch_size=4)) == 1
+
+
+def test_nothing_to_train_on_is_one_line():
+    with pytest.raises(UserError, match="nothing to train on"):
+        ShuffledOrder(0, TRAINING, 0)
 
 
 def test_a_batch_is_of_one_cluster_and_a_cluster_has_its_own_steps_and_schedule():

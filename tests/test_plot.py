@@ -35,6 +35,15 @@ def size_of(png: Path) -> tuple[int, int]:
     return struct.unpack(">II", data[16:24])
 
 
+def first_panel(run: Path) -> tuple[Path, tuple[int, int]]:
+    """The picture of a run that has but its leaves, and its size."""
+    pytest.importorskip("matplotlib", reason="matplotlib, of the extra `plot`, is missing")
+    target = run / "run.png"
+    write_paths(run, [0, 1, 1, 2, 3] * 20)
+    plot_run(run, target)
+    return target, size_of(target)
+
+
 def test_the_running_mean_is_the_mean_of_the_batches_around():
     losses = np.array([4.0, 0.0, 2.0, 6.0, 8.0])
     assert smooth(losses, 1).tolist() == losses.tolist()
@@ -53,11 +62,7 @@ def test_leaves_are_counted_and_sorted_and_curves_read_as_written(tmp_path):
 
 
 def test_a_panel_is_drawn_for_what_the_run_has(tmp_path):
-    pytest.importorskip("matplotlib", reason="matplotlib, of the extra `plot`, is missing")
-    target = tmp_path / "run.png"
-    write_paths(tmp_path, [0, 1, 1, 2, 3] * 20)
-    plot_run(tmp_path, target)
-    one, height = size_of(target)
+    target, (one, height) = first_panel(tmp_path)
     write_curve(tmp_path, "anchor", list(np.linspace(8, 2, 300)))
     plot_run(tmp_path, target)
     assert size_of(target) == (2 * one, height)
@@ -133,11 +138,7 @@ def test_validations_are_read_by_stage_and_memory_and_nothing_twice(tmp_path):
 
 
 def test_validation_and_blocks_are_drawn_too(tmp_path):
-    pytest.importorskip("matplotlib", reason="matplotlib, of the extra `plot`, is missing")
-    target = tmp_path / "run.png"
-    write_paths(tmp_path, [0, 1, 1, 2, 3] * 20)
-    plot_run(tmp_path, target)
-    one, height = size_of(target)
+    target, (one, height) = first_panel(tmp_path)
     write_log(tmp_path, "anchor", {"none": [9.0, 8.0]})  # killed before its first checkpoint
     plot_run(tmp_path, target)
     assert size_of(target) == (one, height)

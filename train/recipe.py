@@ -131,7 +131,9 @@ class Recipe(JsonConfig):
             values["tree"] = values["memories"] = values["dense"] = None
             return {name: values[name] for name in names}
         del values["memories"]["cache_bytes"]  # how fast, not what
-        if self.memories.group_by_subtree and self.dense is not None:
+        if not values["memories"]["group_by_subtree"]:
+            del values["memories"]["group_by_subtree"]  # finished runs may not know it yet
+        elif values["dense"] is not None:
             values["dense"]["group_by_subtree"] = True  # it sees the same sequences
         return {name: values[name] for name in names}
 
