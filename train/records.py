@@ -126,11 +126,6 @@ class RecordStore:
                     found.append(name)
         return found
 
-    def num_records(self) -> int:
-        """Records in the last commit."""
-        with self._env.begin() as transaction:
-            return int(transaction.stat(self._places)["entries"])
-
     def write(self, records: Iterable[tuple[bytes, np.ndarray]]) -> None:
         """Writes contiguous arrays; they are read at once and become lasting with ``commit``."""
         group: list[tuple[bytes, np.ndarray]] = []

@@ -90,7 +90,7 @@ class BlockStore:
     @property
     def num_touched(self) -> int:
         """Blocks in the last commit."""
-        return self.records.num_records() - len(self._array_types())
+        return len(self.touched())
 
     def check_disk(self, touched: dict[int, int], between: dict[int, int], arrays: int = 0) -> None:
         """Raises UserError unless the disk has room for so many blocks of each level, ``between``
@@ -187,12 +187,13 @@ class BlockStore:
         return result
 
     def weights(self, level: int) -> Iterator[np.ndarray]:
-        """The weights of every block of a level as of the last commit, one after the other."""
+        """:meth:`block` for every block of a level, one after the other."""
         for cluster in range(self.config.num_clusters[level - 1]):
             yield self.block(level, cluster)
 
     def block(self, level: int, cluster: int) -> np.ndarray:
-        """The weights of one block as of the last commit."""
+        """The weights of one block as they were written last: as of the last commit, unless this
+        store has made room for others since."""
         self._wait()
         block = np.empty(self.config.block_shape(level), np.float32)
         if not self.records.read(_block_name((level, cluster)), block, whole=False):
@@ -207,7 +208,8 @@ class BlockStore:
         return self.block(level, cluster) if entry is None else entry.states[0].copy()
 
     def block_steps(self, level: int) -> np.ndarray:
-        """How many steps each block of a level has had as of the last commit, (clusters,) int32."""
+        """How many steps each block of a level had had when it was written last, (clusters,)
+        int32."""
         self._wait()
         result = np.zeros(self.config.num_clusters[level - 1], np.int32)
         for cluster in range(len(result)):
