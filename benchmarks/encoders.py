@@ -20,7 +20,7 @@ from mlx_hmem.errors import ArgumentParser, UserError, run_program
 from mlx_hmem.retriever import ClusterTree
 from mlx_hmem.retriever.encoder import STATIC_FOLDER, Encoder, find_minilm, load_encoder
 from mlx_hmem.retriever.minilm import FILES
-from train.corpus import clean
+from train.cleaning import clean
 from train.static_encoder import NOUNS, PROMPTS, is_held_out, read_articles, sentences
 
 BRANCHING = (16, 16)

@@ -16,6 +16,10 @@ class UserError(ValueError):
         super().__init__(" ".join(text.split()))
         self.what, self.value, self.remedy = what, value, remedy
 
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
+        """Pickled as what it was made of, so that it comes back from another process."""
+        return type(self), (self.what, str(self.value), self.remedy)
+
 
 class ArgumentParser(argparse.ArgumentParser):
     """A wrong command line is a :class:`UserError` like every other wrong input."""

@@ -206,7 +206,7 @@ def atomic_file(path: Source) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     try:
-        with open(part, "wb") as file:
+        with open(part, "w+b") as file:
             yield file
             sync(file)
         os.replace(part, path)

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from mlx_hmem.errors import UserError
-from train.corpus import clean, cut, read_texts, run_corpus, sample_documents
+from tests.samples import sample_documents
+from train.cleaning import clean, cut
+from train.corpus import read_texts, run_corpus
 from train.readers import Faults, corpus_files
 from train.recipe import CorpusSection, Recipe
 
@@ -150,6 +152,31 @@ def test_the_stage_writes_plain_and_fact_documents_and_keeps_facts_exact(tmp_pat
     assert (tmp_path / "again" / "corpus" / "train.jsonl").read_bytes() == first
 
 
+@pytest.mark.parametrize("documents", [None, 90])
+def test_shards_do_not_change_the_corpus(tmp_path, monkeypatch, documents):
+    monkeypatch.setattr("train.shards.num_cores", lambda: 1)  # others would not know what follows
+    source = tmp_path / "in"
+    source.mkdir()
+    for number in range(20):
+        repeated = document(7) if number in (3, 11) else document(1000 + number)
+        write(source / f"{number}.jsonl", [document(20 * number + i) for i in range(20)])
+        with (source / f"{number}.jsonl").open("a") as file:
+            file.write(json.dumps(repeated) + "\nbroken\n")
+    section = CorpusSection(documents=documents, held_out=0.2)
+    recipe = Recipe(name="t", corpus=section)
+    for size in (1 << 20, 2000):
+        monkeypatch.setattr("train.sample.SHARD_BYTES", size)
+        run_corpus(recipe, tmp_path / str(size), source)
+    one, many = (tmp_path / str(size) / "corpus" for size in (1 << 20, 2000))
+    for name in ("train.jsonl", "held_out.jsonl", "report.json"):
+        assert (one / name).read_bytes() == (many / name).read_bytes()
+    report = json.loads((one / "report.json").read_text())
+    assert report["train_documents"] + report["held_out_documents"] == (documents or 418)
+    if documents is None:
+        assert report["passed_over"] == {"not JSON": 20, "the id occurred before": 2}
+    assert not (many / "shards").exists()
+
+
 def test_people_come_from_articles_that_are_not_sampled_and_ids_stay_apart(tmp_path):
     people = [
         {"id": str(i), "title": f"Jo N{i}", "text": f"Jo N{i} (1 May {1900 + i}) was a poet. Fine."}
@@ -181,4 +208,4 @@ def test_no_corpus_no_files_and_nothing_left_are_one_line(tmp_path):
     (tmp_path / "a.jsonl").write_text("nothing\n")
     with pytest.raises(UserError, match="no document is left"):
         run_corpus(recipe, tmp_path, tmp_path)
-    assert not (tmp_path / "corpus").exists()
+    assert not (tmp_path / "corpus" / "train.jsonl").exists()

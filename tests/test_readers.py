@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from mlx_hmem.errors import UserError
-from train.corpus import run_corpus, sample_documents
+from tests.samples import sample_documents
+from train.corpus import run_corpus
 from train.readers import Faults, corpus_files, read_documents
 from train.recipe import CorpusSection, Recipe
 

@@ -1,14 +1,18 @@
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import sentencepiece as spm
 
-from train.recipe import Recipe, TreeSection
+from train import tree
+from train.ranks import Ranks
+from train.recipe import Recipe, TreeSection, WindowsSection
 from train.sequences import pack_anchor, pack_by_leaf
 from train.tokenizer import EOT_ID, load_tokenizer, train_tokenizer
-from train.tree import encode_windows
-from train.windows import Windows, cut_windows
+from train.tree import distinct, encode_windows
+from train.windows import Windows, cut_windows, load_windows, run_windows
 
 CONTEXT = 16
 TEXTS = [
@@ -62,6 +66,20 @@ def test_windows_of_a_document_that_fits_are_its_text(processor):
     assert list(windows.texts(processor, first=1)) == ["river\n2"]
 
 
+@pytest.mark.parametrize("size", [1, 50, 999, 1 << 20])
+def test_windows_cut_in_shards_are_those_cut_at_once(run, windows, monkeypatch, size):
+    monkeypatch.setattr("train.shards.num_cores", lambda: 1)  # others would not know the size
+    monkeypatch.setattr("train.windows.SHARD_BYTES", size)
+    (run / "corpus").mkdir(exist_ok=True)
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS[: 9 if size == 1 else None])
+    (run / "corpus" / "train.jsonl").write_text(lines)
+    run_windows(Recipe(name="t", windows=WindowsSection(CONTEXT)), run)
+    found = load_windows(run)
+    assert np.array_equal(found.tokens, windows.tokens[: len(found.tokens)])
+    assert np.array_equal(found.offsets, windows.offsets[: len(found.offsets)])
+    assert size == 1 or len(found) == len(windows)
+
+
 def test_saved_windows_come_back(windows, tmp_path):
     windows.save(tmp_path)
     again = Windows.load(tmp_path)
@@ -69,16 +87,18 @@ def test_saved_windows_come_back(windows, tmp_path):
     assert np.array_equal(again.offsets, windows.offsets)
 
 
-def test_anchor_rows_teach_each_token_once(windows):
-    rows = pack_anchor(windows, CONTEXT, seed=0)
+def test_anchor_rows_teach_each_token_once(windows, tmp_path):
+    rows = pack_anchor(windows, CONTEXT, 0, tmp_path / "tokens.npy")
     assert rows.shape[1] == CONTEXT + 1
     assert rows.dtype == np.uint16
     check_each_token_is_a_target_once(rows, [windows.tokens])
 
 
-def test_leaf_rows_hold_one_leaf_and_teach_each_token_once(windows):
+@pytest.mark.parametrize("at_once", [1, 7, 4096])
+def test_leaf_rows_hold_one_leaf_and_teach_each_token_once(windows, tmp_path, monkeypatch, at_once):
+    monkeypatch.setattr("train.sequences.ROWS", at_once)
     paths = made_up_paths(len(windows))
-    rows, row_paths = pack_by_leaf(windows, paths, CONTEXT, seed=0)
+    rows, row_paths = pack_by_leaf(windows, paths, CONTEXT, 0, tmp_path / "tokens.npy")
     assert rows.dtype == np.uint16
     assert row_paths.dtype == np.int32
     assert row_paths.shape == (len(rows), 2)
@@ -91,11 +111,19 @@ def test_leaf_rows_hold_one_leaf_and_teach_each_token_once(windows):
     assert len(np.unique(row_paths[: len(rows) // 4, 1])) > 6
 
 
-def test_the_order_follows_from_the_seed(windows):
+def test_the_order_follows_from_the_seed_and_not_from_how_much_is_packed_at_once(
+    windows, tmp_path, monkeypatch
+):
     paths = made_up_paths(len(windows))
-    assert np.array_equal(pack_anchor(windows, CONTEXT, 3), pack_anchor(windows, CONTEXT, 3))
-    assert not np.array_equal(pack_anchor(windows, CONTEXT, 3), pack_anchor(windows, CONTEXT, 4))
-    first, again = (pack_by_leaf(windows, paths, CONTEXT, 3) for _ in range(2))
+    files = iter(tmp_path / f"{number}.npy" for number in range(9))
+    rows, by_leaf = [], []
+    for seed, at_once in [(3, 4096), (3, 5), (4, 4096)]:
+        monkeypatch.setattr("train.sequences.ROWS", at_once)
+        rows.append(pack_anchor(windows, CONTEXT, seed, next(files)))
+        by_leaf.append(pack_by_leaf(windows, paths, CONTEXT, seed, next(files)))
+    assert np.array_equal(rows[0], rows[1])
+    assert not np.array_equal(rows[0], rows[2])
+    first, again, _ = by_leaf
     assert np.array_equal(first[0], again[0])
     assert np.array_equal(first[1], again[1])
 
@@ -116,29 +144,66 @@ class LetterEncoder:
         return (counts / (np.linalg.norm(counts, axis=1, keepdims=True) + 1e-9)).astype(np.float32)
 
 
-def test_encoding_goes_on_where_it_was_stopped(run, windows, monkeypatch):
+@pytest.fixture
+def stage(run, windows, monkeypatch):
+    """The run with its windows, no vectors yet, and an encoder of letters."""
     monkeypatch.setattr("train.tree.CHUNK", 50)
-    (run / "tree").mkdir(exist_ok=True)
+    # In this process: the others would know neither the encoder nor the shorter chunks.
+    monkeypatch.setattr("train.shards.num_cores", lambda: 1)
+    tree._encoder.cache_clear()
+    windows.save(run / "windows")
+    shutil.rmtree(run / "tree", ignore_errors=True)
+    yield monkeypatch
+    tree._encoder.cache_clear()
+
+
+def test_encoding_goes_on_where_it_was_stopped(run, windows, stage):
+    stopping, rest = LetterEncoder(most_calls=2), LetterEncoder()
+    stage.setattr(tree, "load_encoder", lambda name: stopping)
     with pytest.raises(KeyboardInterrupt):
-        encode_windows(windows, run, LetterEncoder(most_calls=2))
-    rest = LetterEncoder()
-    vectors = encode_windows(windows, run, rest)
+        encode_windows(run, "letters", Ranks(run))
+    tree._encoder.cache_clear()
+    stage.setattr(tree, "load_encoder", lambda name: rest)
+    vectors, fingerprint = encode_windows(run, "letters", Ranks(run))
     assert 1000 - rest.calls_left == -(-len(windows) // 50) - 2
     whole = LetterEncoder().encode(list(windows.texts(load_tokenizer(run))))
     assert np.array_equal(vectors, whole.astype(np.float16))
+    assert fingerprint == "letters"
 
 
-def test_the_tree_stage_routes_every_window(run, windows, monkeypatch, capsys):
-    from train import tree
+def test_vectors_of_another_encoder_are_not_gone_on_with(run, stage):
+    for name in ("letters", "others"):
+        encoder = LetterEncoder()
+        encoder.fingerprint = name
+        tree._encoder.cache_clear()
+        stage.setattr(tree, "load_encoder", lambda _, encoder=encoder: encoder)
+        encode_windows(run, name, Ranks(run))
+        assert encoder.calls_left < 1000
 
-    monkeypatch.setattr(tree, "load_encoder", lambda name: LetterEncoder())
-    windows.save(run / "windows")
+
+def test_equal_vectors_count_once():
+    vectors = np.random.default_rng(0).random((9, 4)).astype(np.float16)
+    vectors[[5, 7]] = vectors[[2, 0]]
+    assert distinct(vectors).tolist() == [0, 1, 2, 3, 4, 6, 8]
+
+
+def test_the_tree_stage_routes_every_window(run, windows, stage, capsys):
+    stage.setattr(tree, "load_encoder", lambda name: LetterEncoder())
+    stage.setattr(tree, "ROUTED", 70)
     recipe = Recipe(name="t", tree=TreeSection(branching=(3, 2)))
     tree.run_tree(recipe, run)
     paths = np.load(run / "tree" / "paths.npy")
     assert paths.shape == (len(windows), 2)
     assert (paths[:, 1] // 2 == paths[:, 0]).all()
-    vectors = np.load(run / "tree" / "vectors.npy").astype(np.float32)
+    vectors = np.load(run / "tree" / "vectors.npy")
     fitted = tree.ClusterTree.load(run / "tree" / "tree.safetensors")
     assert np.array_equal(fitted.route_batch(vectors), paths)
     assert "empty" in capsys.readouterr().out
+    assert {path.name for path in (run / "tree").iterdir()} == {
+        "vectors.npy", "tree.safetensors", "paths.npy",
+    }  # fmt: skip
+    # Mapped and in half precision, of some rows: the tree of these rows in memory.
+    rows = distinct(vectors)
+    again = tree.ClusterTree.fit(vectors[rows].astype(np.float32), (3, 2), seed=0)
+    for a, b in zip(again.centroids, fitted.centroids, strict=True):
+        assert np.array_equal(a, b)

@@ -12,12 +12,18 @@ the ends of all documents along.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from train.windows import Windows, counted, save_array
+from mlx_hmem.files import atomic_file
+from train.arrays import load_mapped, save_pieces
+from train.shards import Advance
+from train.windows import Windows, counted, cut_part
 
 SMALLEST = 32  # tokens
+ROWS = 1 << 14  # looked at together
+WHOLE = 1 << 40  # tokens, more than a document has: its one window is all of it
 
 
 def lengths(context: int) -> list[int]:
@@ -80,20 +86,39 @@ class Buckets:
 
     def padding(self, eot: int) -> float:
         """The share of the positions that do not count in the loss."""
-        each = self.pieces.values()
-        padded = sum(np.sum(~counted(rows, eot)) for rows in each)
-        return float(padded / max(1, sum(rows[:, 1:].size for rows in each)))
-
-    def save(self, folder: Path) -> None:
-        """Writes ``tokens-LENGTH.npy`` for each length."""
-        for length, rows in self.pieces.items():
-            save_array(folder / f"tokens-{length}.npy", rows)
+        padded = positions = 0
+        for rows in self.pieces.values():
+            for start in range(0, len(rows), ROWS):
+                part = rows[start : start + ROWS]
+                padded += int(np.sum(~counted(part, eot)))
+                positions += part[:, 1:].size
+        return padded / max(1, positions)
 
     @classmethod
     def load(cls, folder: Path, context: int) -> "Buckets":
-        return cls(
-            {
-                length: np.load(folder / f"tokens-{length}.npy", mmap_mode="r")
-                for length in lengths(context)
-            }
-        )
+        """Those in the files ``tokens-LENGTH.npy``, mapped."""
+        return cls({n: load_mapped(folder / f"tokens-{n}.npy") for n in lengths(context)})
+
+
+def decompose_shard(path: Path, task: tuple[Path, int, tuple[int, int]], advance: Advance) -> None:
+    """Writes the pieces of a part of a run's documents, an array for each length, as a .npz file.
+
+    ``task``: the run, the context, and the bytes of train.jsonl within which a document begins.
+    """
+    run, context, part = task
+    pieces = decompose(cut_part(run, WHOLE, part, advance), context)
+    with atomic_file(path) as file:
+        arrays: dict[str, Any] = {str(length): rows for length, rows in pieces.items()}
+        np.savez(file, **arrays)
+
+
+def join_pieces(files: list[Path], folder: Path, context: int) -> Buckets:
+    """The pieces of all ``files``, in ``tokens-LENGTH.npy``."""
+    for length in lengths(context):
+        name = str(length)
+        first = np.load(files[0])[name]
+        count = sum(len(np.load(file)[name]) for file in files)
+        pieces = (np.load(file)[name] for file in files)
+        shape = (count, length + 1)
+        save_pieces(folder / f"tokens-{name}.npy", first.dtype, shape, pieces)
+    return Buckets.load(folder, context)

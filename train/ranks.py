@@ -5,14 +5,19 @@ the same update from the summed gradient. Ranks on one machine share the folder 
 first of them there reads and writes what they share, the others wait.
 """
 
+import contextlib
 import hashlib
 import socket
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_hmem.errors import UserError
+from mlx_hmem.files import atomic_file
+
+PIECE = 1 << 24  # bytes of a file that travel at once
 
 
 class Ranks:
@@ -23,7 +28,9 @@ class Ranks:
         self.rank, self.size = self.group.rank(), self.group.size()
         place = f"{socket.gethostname()} {folder.resolve()}".encode()
         number = int.from_bytes(hashlib.sha256(place).digest()[:3], "big")
-        self.first = self.gather(number).index(number) == self.rank
+        numbers = self.gather(number)
+        self.first = numbers.index(number) == self.rank
+        self.on_this_machine = numbers.count(number)
 
     def gather(self, number: int) -> list[int]:
         """The numbers, up to 2**31, that the ranks came with, once all have come."""
@@ -50,6 +57,22 @@ class Ranks:
     def wait(self) -> None:
         """Until all ranks are here."""
         self.gather(0)
+
+    def share_file(self, path: Path, source: int) -> None:
+        """Puts the file of rank ``source`` where machines lack it."""
+        size = path.stat().st_size if self.rank == source else 0
+        pieces = self.gather(size // PIECE)[source] * [PIECE] + [self.gather(size % PIECE)[source]]
+        file: Any = contextlib.nullcontext()
+        if self.rank == source:
+            file = path.open("rb")
+        elif self.first and not path.exists():
+            file = atomic_file(path)
+        with file as opened:
+            for length in pieces:
+                own = opened.read(length) if self.rank == source else bytes(length)
+                piece = self.sum(mx.array(np.frombuffer(own, np.uint8)))
+                if opened is not None and self.rank != source:
+                    opened.write(np.array(piece))
 
     def share(self, arrays: dict[str, mx.array], source: int) -> dict[str, mx.array]:
         """The arrays of rank ``source`` on all ranks; names and shapes are the same everywhere."""

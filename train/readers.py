@@ -54,6 +54,14 @@ class Faults:
         if len(self.named) < MAX_KEPT:
             self.named.append(f"{where}: {reason}")
 
+    def to_dict(self) -> dict[str, Any]:
+        return {"counts": dict(self.counts), "named": self.named}
+
+    def extend(self, values: dict[str, Any]) -> None:
+        """Adds those of other files, as :meth:`to_dict` gives them."""
+        self.counts.update(values["counts"])
+        self.named += values["named"][: MAX_KEPT - len(self.named)]
+
     def print(self) -> None:
         for line in self.named[:MAX_NAMED]:
             print(f"passed over {line}", file=sys.stderr)
@@ -260,13 +268,18 @@ RECORDS: dict[str, Reader] = {
 TEXTS: dict[str, Reader] = {".txt": _read_text, ".md": _read_text}
 
 
-def read_documents(files: Iterable[CorpusFile], faults: Faults) -> Iterator[Document]:
+def documents_of(file: CorpusFile, faults: Faults) -> Iterator[Document]:
     """(id, title, text) of each good document, in order; the others go to ``faults``."""
+    reader = next(r for end, r in (RECORDS | TEXTS).items() if file.name.endswith(end))
+    yield from reader(file, faults)
+
+
+def read_documents(files: Iterable[CorpusFile], faults: Faults) -> Iterator[Document]:
+    """:func:`documents_of` several files, with a progress bar."""
     with tqdm(unit=" documents") as progress:
         for file in files:
             progress.set_description_str(_printable(file.name), refresh=False)
-            reader = next(r for end, r in (RECORDS | TEXTS).items() if file.name.endswith(end))
-            for document in reader(file, faults):
+            for document in documents_of(file, faults):
                 progress.update()
                 yield document
 

@@ -27,13 +27,18 @@ from train.recipe import Recipe
 class Stage:
     """``function`` is `module:name` with the signature ``(recipe, folder) -> None``; the module is
     imported when the stage runs. ``needs`` are the stages whose files it reads. One that
-    ``trains`` is run by all ranks together."""
+    ``trains``, or is ``shared`` out in shards, is run by all ranks together."""
 
     name: str
     function: str
     sections: tuple[str, ...]
     needs: tuple[str, ...] = ()
     trains: bool = False
+    shared: bool = False
+
+    @property
+    def together(self) -> bool:
+        return self.trains or self.shared
 
     def load(self) -> Callable[[Recipe, Path], None]:
         module, name = self.function.split(":")
@@ -44,12 +49,18 @@ class Stage:
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("corpus", "train.corpus:run_corpus", ("seed", "corpus")),
+        Stage("corpus", "train.corpus:run_corpus", ("seed", "corpus"), shared=True),
         Stage("tokenizer", "train.tokenizer:run_tokenizer", ("tokenizer",), ("corpus",)),
-        Stage("windows", "train.windows:run_windows", ("windows",), ("tokenizer",)),
-        Stage("anchor-sequences", "train.sequences:run_anchor_sequences", (), ("windows",)),
+        Stage("windows", "train.windows:run_windows", ("windows",), ("tokenizer",), shared=True),
+        Stage(
+            "anchor-sequences",
+            "train.sequences:run_anchor_sequences",
+            (),
+            ("windows",),
+            shared=True,
+        ),
         Stage("anchor", "train.arms:run_anchor", ("anchor",), ("anchor-sequences",), True),
-        Stage("tree", "train.tree:run_tree", ("tree",), ("windows",)),
+        Stage("tree", "train.tree:run_tree", ("tree",), ("windows",), shared=True),
         Stage("sequences", "train.sequences:run_sequences", (), ("tree",)),
         Stage("memories", "train.arms:run_memories", ("memories",), ("anchor", "sequences"), True),
         Stage("generic", "train.arms:run_generic", ("memories",), ("anchor", "sequences"), True),
@@ -149,7 +160,8 @@ def run_stages(
 ) -> None:
     """Runs the named stages in order, skipping those that are done.
 
-    Of several ranks the first one of each machine runs a stage, all of them one that trains.
+    Of several ranks the first one of each machine runs a stage, all of them one that trains or that
+    is shared out.
     ``functions`` stand in for the stages' own; ``__main__`` binds the corpus folder that way.
     """
     ranks = Ranks(folder)
@@ -165,7 +177,7 @@ def run_stages(
             if ranks.first:
                 print(f"{name}: done before, in {folder / name}")
             continue
-        if stage.trains and any(done):
+        if stage.together and any(done):
             raise UserError(
                 f"stage {name} is done on some machines only",
                 f"ranks {[rank for rank, is_there in enumerate(done) if is_there]}",
@@ -178,7 +190,7 @@ def run_stages(
             with alone(f"stage {name}", folder / name):
                 function(recipe, folder)
                 mark_done(stage, recipe, folder)
-        elif stage.trains:
+        elif stage.together:
             with contextlib.redirect_stdout(None):
                 function(recipe, folder)
         ranks.wait()

@@ -25,7 +25,7 @@ from mlx_hmem.retriever.encoder import find_minilm
 from mlx_hmem.retriever.minilm import MAX_LENGTH, MiniLMEncoder
 from mlx_hmem.retriever.static import VOCAB_SIZE, WordPieces, pool, save_static
 from mlx_hmem.retriever.texts import load_tokenizer
-from train.corpus import clean
+from train.cleaning import clean
 from train.readers import Faults, corpus_files, read_documents
 
 HELD_OUT = 0.05

@@ -4,6 +4,8 @@ A window holds at most ``context`` tokens, the end of text first, also where it 
 document: each window is a document of its own for attention and for routing.
 """
 
+import json
+import shutil
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -11,20 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import atomic_file
-from train.corpus import read_texts
+from mlx_hmem.files import atomic_file, fingerprint
+from train.arrays import load_mapped, save_array, save_pieces
+from train.ranks import Ranks
 from train.recipe import Recipe
+from train.shards import Advance, Shard, Work, make_shards
 from train.taken_tokenizer import taken_facts
 from train.tokenizer import EOT_ID, RunTokenizer, begin_of, load_tokenizer
 
-
-def save_array(path: Path, values: np.ndarray) -> None:
-    """``np.save``, complete or not at all."""
-    with atomic_file(path) as file:
-        np.save(file, values)
+SHARD_BYTES = 32 << 20  # of text
 
 
 def counted(tokens: Any, eot: int) -> Any:
@@ -37,8 +36,9 @@ def counted(tokens: Any, eot: int) -> Any:
 class Windows:
     """Window ``i`` is ``tokens[offsets[i] : offsets[i + 1]]``.
 
-    Tokens are uint16, or uint32 if the vocabulary is larger; offsets int64. Each window has the
-    tokens ``begin`` in front of its text, the first of which is the end of text.
+    Tokens are uint16, or uint32 if the vocabulary is larger; offsets int64; loaded, both are
+    mapped. Each window has the tokens ``begin`` in front of its text, the first of which is the end
+    of text.
     """
 
     tokens: np.ndarray
@@ -51,9 +51,11 @@ class Windows:
     def __getitem__(self, index: int) -> np.ndarray:
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
-    def texts(self, tokenizer: RunTokenizer, first: int = 0) -> Iterator[str]:
-        """The text of each window from number ``first`` on, in order."""
-        for i in range(first, len(self)):
+    def texts(
+        self, tokenizer: RunTokenizer, first: int = 0, end: int | None = None
+    ) -> Iterator[str]:
+        """The text of each window from number ``first`` to before ``end``, in order."""
+        for i in range(first, len(self) if end is None else end):
             yield tokenizer.decode(self[i][len(self.begin) :].tolist())
 
     def save(self, folder: Path) -> None:
@@ -62,7 +64,8 @@ class Windows:
 
     @classmethod
     def load(cls, folder: Path, begin: tuple[int, ...] = (EOT_ID,)) -> "Windows":
-        return cls(np.load(folder / "tokens.npy"), np.load(folder / "offsets.npy"), begin)
+        tokens, offsets = (load_mapped(folder / f"{name}.npy") for name in ("tokens", "offsets"))
+        return cls(tokens, offsets, begin)
 
 
 def cut_windows(
@@ -93,12 +96,61 @@ def cut_windows(
     return Windows(np.array(tokens, dtype), np.array(offsets, dtype=np.int64), begin)
 
 
-def windows_of_run(folder: Path, context: int) -> Windows:
-    """The documents that the run trains on, cut."""
-    texts = tqdm(read_texts(folder / "corpus" / "train.jsonl"), desc="windows", unit=" documents")
-    facts = taken_facts(folder)
+def texts_between(path: Path, start: int, end: int, advance: Advance) -> Iterator[str]:
+    """The ``text`` of each line that begins within these bytes."""
+    with path.open("rb") as file:
+        if start > 0:
+            file.seek(start - 1)
+            file.readline()  # ends the line before
+        while file.tell() < end and (line := file.readline()):
+            advance(len(line))
+            yield json.loads(line)["text"]
+
+
+def cut_part(run: Path, context: int, part: tuple[int, int], advance: Advance) -> Windows:
+    """The windows of the run's documents that begin within these bytes of train.jsonl."""
+    texts = texts_between(run / "corpus" / "train.jsonl", *part, advance)
+    facts = taken_facts(run)
     vocab_size = 1 << 16 if facts is None else facts.vocab_size
-    return cut_windows(texts, load_tokenizer(folder), context, begin_of(folder), vocab_size)
+    return cut_windows(texts, load_tokenizer(run), context, begin_of(run), vocab_size)
+
+
+def cut_shard(path: Path, task: tuple[Path, int, tuple[int, int]], advance: Advance) -> None:
+    """Writes tokens and offsets of :func:`cut_part` as a .npz file."""
+    windows = cut_part(*task, advance)
+    with atomic_file(path) as file:
+        np.savez(file, tokens=windows.tokens, offsets=windows.offsets)
+
+
+def shard_documents(
+    run: Path, context: int, work: Work, folder: Path, ranks: Ranks, desc: str
+) -> list[Path]:
+    """Has ``work`` make a file in ``folder`` of each part of the documents the run trains on."""
+    source = run / "corpus" / "train.jsonl"
+    size = source.stat().st_size
+    starts = range(0, max(1, size), SHARD_BYTES)
+    parts = [(start, min(start + SHARD_BYTES, size)) for start in starts]
+    shards = [Shard((run, context, part), part[1] - part[0]) for part in parts]
+    identity = {
+        "bytes": size,
+        "context": context,
+        "tokenizer": fingerprint(*sorted((run / "tokenizer").glob("*.json"))),
+    }
+    return make_shards(folder, ranks, work, shards, identity, desc=desc, unit="B")
+
+
+def join_windows(files: list[Path], folder: Path, begin: tuple[int, ...]) -> Windows:
+    """The windows of all ``files`` as one, in ``folder``, mapped."""
+    offsets, count = [np.zeros(1, np.int64)], 0
+    for file in files:
+        own = np.load(file)["offsets"]
+        offsets.append(own[1:] + count)
+        count += int(own[-1])
+    save_array(folder / "offsets.npy", np.concatenate(offsets))
+    dtype = np.load(files[0])["tokens"].dtype
+    tokens = (np.load(file)["tokens"] for file in files)
+    save_pieces(folder / "tokens.npy", dtype, (count,), tokens)
+    return Windows.load(folder, begin)
 
 
 def load_windows(folder: Path) -> Windows:
@@ -108,9 +160,12 @@ def load_windows(folder: Path) -> Windows:
 
 def run_windows(recipe: Recipe, folder: Path) -> None:
     """Writes ``windows/``: tokens.npy and offsets.npy of the documents to train on."""
-    out, context = folder / "windows", recipe.windows.context
-    windows = windows_of_run(folder, context)
-    windows.save(out)
+    out, context, ranks = folder / "windows", recipe.windows.context, Ranks(folder)
+    files = shard_documents(folder, context, cut_shard, out / "shards", ranks, "windows")
+    if not ranks.first:
+        return
+    windows = join_windows(files, out, begin_of(folder))
+    shutil.rmtree(out / "shards")
     print(
         f"windows: {len(windows)} of at most {context} tokens, {len(windows.tokens)} in all, "
         f"in {out}"

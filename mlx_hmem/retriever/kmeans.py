@@ -36,7 +36,8 @@ def kmeans(
 ) -> np.ndarray:
     """At most ``k`` centroids of ``vectors[rows]`` (all of them without ``rows``).
 
-    ``vectors`` is (n, dim) float32; the result (m, dim) float32, with m < k where the sampled
+    ``vectors`` is (n, dim) float32, or float16, of which only what is looked at becomes float32;
+    the result (m, dim) float32, with m < k where the sampled
     examples hold only m distinct vectors. The rule of balance holds in the first
     ``balanced_steps`` of the 20 steps.
     """
@@ -62,12 +63,13 @@ def _samples(
         order = rows[order]
     size = max(EXAMPLES_PER_STEP, EXAMPLES_PER_CLUSTER * k)
     if len(order) <= size:
-        batch = vectors[order]
+        batch = vectors[order].astype(np.float32, copy=False)
         while True:
             yield batch
     at = 0
     while True:
-        yield vectors[order.take(np.arange(at, at + size), mode="wrap")]
+        batch = vectors[order.take(np.arange(at, at + size), mode="wrap")]
+        yield batch.astype(np.float32, copy=False)
         at = (at + size) % len(order)
 
 
@@ -139,16 +141,20 @@ def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.square(difference, out=difference).sum(-1)
 
 
-def nearest(vectors: np.ndarray, centroids: np.ndarray) -> np.ndarray:
-    """For each of ``vectors`` (n, dim) the index of its nearest centroid (k, dim), as int64.
+def nearest(
+    vectors: np.ndarray, centroids: np.ndarray, rows: np.ndarray | None = None
+) -> np.ndarray:
+    """For each of ``vectors[rows]`` (n, dim), all without ``rows``, the index of its nearest
+    centroid (k, dim), as int64.
 
     The answer is that of :func:`distances`, the lower index among equals, whatever the number of
     vectors and the BLAS: float32 matmuls decide only where their rounding cannot.
     """
-    result = np.empty(len(vectors), np.int64)
+    result = np.empty(len(vectors) if rows is None else len(rows), np.int64)
     far = np.sqrt(_squares(centroids).max())
-    for start in range(0, len(vectors), CHUNK):
-        x = vectors[start : start + CHUNK]
+    for start in range(0, len(result), CHUNK):
+        part = slice(start, start + CHUNK)
+        x = vectors[part if rows is None else rows[part]].astype(np.float32, copy=False)
         with np.errstate(over="ignore", invalid="ignore"):
             scores = _scores(x, centroids)
             labels = scores.argmin(1)

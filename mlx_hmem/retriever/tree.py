@@ -21,7 +21,7 @@ from tqdm import tqdm
 from mlx_hmem.config import MAX_CLUSTERS, MAX_DEPTH
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import Source, load_safetensors, read_safetensors_header, save_safetensors
-from mlx_hmem.retriever.kmeans import distances, kmeans, nearest
+from mlx_hmem.retriever.kmeans import CHUNK, distances, kmeans, nearest
 
 FORMAT_VERSION = "1"
 LARGEST_ENTRY = 1e15  # squares and their sums stay finite in float32
@@ -63,41 +63,45 @@ class ClusterTree:
         depth: int | None = None,
         seed: int = 0,
         progress: bool = False,
+        rows: np.ndarray | None = None,
     ) -> "ClusterTree":
         """Fits a tree to ``vectors`` (n, dim), meant to be L2-normalised, used as float32.
+
+        ``rows`` are the numbers of those to fit it to, all by default. Mapped float16 vectors are
+        read as they are needed, and may be more than there is memory.
 
         ``branching`` is one int for all of ``depth`` levels (3 unless given), or one int per level.
         The result depends on vectors, branching, depth and seed only; each cluster has a random
         generator of its own. :class:`UserError` for anything but finite vectors, at least one.
         """
         data = _check_vectors(vectors)
-        if len(data) == 0:
+        if len(data) == 0 or (rows is not None and len(rows) == 0):
             raise UserError("no vectors to cluster", data.shape, "give at least one")
-        if np.abs(data).max() > LARGEST_ENTRY:
+        if data.dtype != np.float16 and np.abs(data).max() > LARGEST_ENTRY:
             raise UserError("a vector is too long", np.abs(data).max(), "normalise the vectors")
         widths = check_branching(branching, depth)
         if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or seed < 0:
             raise UserError("seed is not a whole number of 0 or more", repr(seed), "correct it")
         centroids, counts = [], []
-        rows: dict[int, np.ndarray | None] = {0: None}  # of the clusters with examples
-        total = len(widths) * len(data)
+        members: dict[int, np.ndarray | None] = {0: rows}  # of the clusters with examples
+        total = len(widths) * len(data if rows is None else rows)
         with tqdm(total=total, desc="clustering", unit="vec", disable=not progress) as bar:
             for level, k in enumerate(widths, 1):
                 size = _num_clusters(widths)[level - 1]
                 centroids.append(np.zeros((size, data.shape[1]), np.float32))
                 counts.append(np.zeros(size, np.int64))
                 below: dict[int, np.ndarray | None] = {}
-                for parent, own in rows.items():
+                for parent, own in members.items():
                     rng = np.random.default_rng([int(seed), level, parent])
-                    means, members = _split(data, own, k, rng)
-                    for child, (mean, member) in enumerate(
-                        zip(means, members, strict=True), parent * k
+                    means, parts = _split(data, own, k, rng)
+                    for child, (mean, part) in enumerate(
+                        zip(means, parts, strict=True), parent * k
                     ):
                         centroids[-1][child] = mean
-                        counts[-1][child] = len(member)
-                        below[child] = member
-                    bar.update(sum(map(len, members)))
-                rows = below
+                        counts[-1][child] = len(part)
+                        below[child] = part
+                    bar.update(sum(map(len, parts)))
+                members = below
         return cls(widths, centroids, counts, int(seed))
 
     def route(self, vector: np.ndarray) -> tuple[int, ...]:
@@ -124,7 +128,7 @@ class ClusterTree:
             starts = np.flatnonzero(np.diff(parents[order])) + 1
             for rows in np.split(order, starts) if len(data) else []:
                 children = self._children(level, int(parents[rows[0]]))
-                paths[rows, level] = children[nearest(data[rows], self.centroids[level][children])]
+                paths[rows, level] = children[nearest(data, self.centroids[level][children], rows)]
             parents = paths[:, level].astype(np.int64)
         return paths
 
@@ -189,11 +193,9 @@ def _split(
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """Children of one cluster, those with examples only: centroids, and the rows of each."""
     means = kmeans(data, k, rng, rows=rows)
+    labels = nearest(data, means, rows)
     if rows is None:
         rows = np.arange(len(data))
-        labels = nearest(data, means)
-    else:
-        labels = nearest(data[rows], means)
     members = [rows[labels == child] for child in range(len(means))]
     used = [child for child, member in enumerate(members) if len(member)]
     return means[used], [members[child] for child in used]
@@ -231,7 +233,7 @@ def check_branching(branching: int | Sequence[int], depth: int | None) -> tuple[
 
 
 def _check_vectors(vectors: np.ndarray, dim: int | None = None) -> np.ndarray:
-    """``vectors`` as finite float32 (n, dim), or a :class:`UserError`."""
+    """``vectors`` as finite float32 or float16 (n, dim), or a :class:`UserError`."""
     data = np.asarray(vectors)
     if data.dtype.kind not in "fiu":
         raise UserError("vectors are not numbers", data.dtype, "encode the texts first")
@@ -239,11 +241,14 @@ def _check_vectors(vectors: np.ndarray, dim: int | None = None) -> np.ndarray:
         raise UserError(
             "vectors have a wrong shape", data.shape, f"give (n, {'dim' if dim is None else dim})"
         )
-    with np.errstate(over="ignore"):
-        data = np.ascontiguousarray(data, np.float32)
-    if not np.isfinite(data).all():
-        row = int(np.flatnonzero(~np.isfinite(data).all(1))[0])
-        raise UserError("a vector is not finite", f"row {row}", "encode the texts again")
+    if data.dtype != np.float16:
+        with np.errstate(over="ignore"):
+            data = np.ascontiguousarray(data, np.float32)
+    for start in range(0, len(data), CHUNK):
+        finite = np.isfinite(data[start : start + CHUNK]).all(1)
+        if not finite.all():
+            row = start + int(np.flatnonzero(~finite)[0])
+            raise UserError("a vector is not finite", f"row {row}", "encode the texts again")
     return data
 
 

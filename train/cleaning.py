@@ -1,0 +1,44 @@
+"""Cleaning: what an encyclopaedia extractor leaves behind goes, long texts end at a sentence."""
+
+import html
+import re
+
+_MARKS = [
+    (re.compile(r"<!--.*?(-->|$)", re.DOTALL), ""),
+    (re.compile(r"<ref[^<>]*/>|<ref[^<>]*>[^<>]*</ref>"), ""),
+    (re.compile(r"</?[a-zA-Z][^<>\n]{0,200}>"), ""),
+    (re.compile(r"__[A-Z]+__"), ""),
+    (re.compile(r"\{\{[^{}]*\}\}"), ""),
+    (re.compile(r"\[ ?\[ ?update\]\]"), ""),
+    (re.compile(r"^.*(#if:|\{\{|\}\}|\[\[|\]\]|\{\||\|\}).*$", re.MULTILINE), ""),
+    (re.compile(r"^\s*[|!].*$", re.MULTILINE), ""),
+    # A sentence around a lost formula says nothing any more.
+    (re.compile(r"(?<![^.!?\n])[^.!?\n]*formula_\d[^.!?\n]*[.!?]?"), ""),
+    (re.compile(r"\(\s*(?:[;,:]\s*)+"), "("),
+    (re.compile(r" ?\(\s*\)"), ""),
+    (re.compile(r"[^\S\n]+"), " "),
+    (re.compile(r" +([,;])|(?<=\w) +(\.)(?=\s|$)"), r"\1\2"),
+    (re.compile(r"\s*\n\s*"), "\n"),
+    # Headings of lists that the extractor left out.
+    (re.compile(r"\n(References|External links|See also|Notes|Further reading)\.(?=\n|$)"), ""),
+]
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\u200e\u200f\ufeff]")
+_SENTENCE_END = re.compile(r"[.!?][\"')\]]?(?=\s)")
+
+
+def clean(text: str) -> str:
+    """Takes out what an encyclopaedia extractor leaves behind: marks, templates, empty brackets."""
+    text = _CONTROL.sub("", html.unescape(text).replace("\r\n", "\n").replace("\r", "\n"))
+    for pattern, replacement in _MARKS:
+        text = pattern.sub(replacement, text)
+    return text.strip()
+
+
+def cut(text: str, max_characters: int) -> str:
+    """``text``, or its start up to the last sentence (else word) end within ``max_characters``."""
+    if len(text) <= max_characters:
+        return text
+    ends = [m.end() for m in _SENTENCE_END.finditer(text[: max_characters + 1])]
+    if ends:
+        return text[: ends[-1]]
+    return text[: max_characters + 1].rsplit(None, 1)[0][:max_characters]
