@@ -86,7 +86,15 @@ def float_dtype(anchor: nn.Module) -> mx.Dtype:
 
 def load_anchor(folder: Path, lazy: bool = False) -> tuple[nn.Module, dict[str, Any]]:
     """The anchor and its ``config.json``; mlx-lm's own loader with OpenLM added."""
-    read_config(folder)
+    config = read_config(folder)
+    # transformers 5 writes it so; mlx-lm would take a default base instead, without a word.
+    unread = "rope_parameters" in config and config.get("rope_theta") is None
+    if unread and config["model_type"] != "qwen3":
+        raise UserError(
+            "config.json keeps RoPE's base where mlx-lm does not look",
+            f"rope_parameters in {folder}",
+            "convert the model: python -m convert FOLDER DESTINATION",
+        )
     weight_files(folder)
     try:
         return load_model(folder, lazy=lazy, get_model_classes=_classes)

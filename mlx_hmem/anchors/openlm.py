@@ -196,34 +196,40 @@ class Model(nn.Module):
         return weights
 
 
-_TOP_NAMES = {
-    "tok_embeddings.weight": "model.embed_tokens.weight",
-    "output.weight": "lm_head.weight",
-    "norm.weight": "model.norm.weight",
+# OpenLM's names and ours, for layer {i}; of a packed matrix, ours are equal parts of its rows.
+NAMES = {
+    "tok_embeddings.weight": ("model.embed_tokens.weight",),
+    "layers.{i}.attention.in_proj.weight": (
+        "model.layers.{i}.self_attn.q_proj.weight",
+        "model.layers.{i}.self_attn.k_proj.weight",
+        "model.layers.{i}.self_attn.v_proj.weight",
+    ),
+    "layers.{i}.attention.out_proj.weight": ("model.layers.{i}.self_attn.o_proj.weight",),
+    "layers.{i}.attention.q_norm.weight": ("model.layers.{i}.self_attn.q_norm.weight",),
+    "layers.{i}.attention.k_norm.weight": ("model.layers.{i}.self_attn.k_norm.weight",),
+    "layers.{i}.feed_forward.w12.weight": (
+        "model.layers.{i}.mlp.gate_proj.weight",
+        "model.layers.{i}.mlp.up_proj.weight",
+    ),
+    "layers.{i}.feed_forward.w3.weight": ("model.layers.{i}.mlp.down_proj.weight",),
+    "layers.{i}.attention_norm.weight": ("model.layers.{i}.input_layernorm.weight",),
+    "layers.{i}.ffn_norm.weight": ("model.layers.{i}.post_attention_layernorm.weight",),
+    "norm.weight": ("model.norm.weight",),
+    "output.weight": ("lm_head.weight",),
 }
-# OpenLM's packed matrices and the names of their equal parts, in row order.
-_LAYER_NAMES = {
-    "attention.in_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "attention.out_proj": ("self_attn.o_proj",),
-    "attention.q_norm": ("self_attn.q_norm",),
-    "attention.k_norm": ("self_attn.k_norm",),
-    "feed_forward.w12": ("mlp.gate_proj", "mlp.up_proj"),
-    "feed_forward.w3": ("mlp.down_proj",),
-    "attention_norm": ("input_layernorm",),
-    "ffn_norm": ("post_attention_layernorm",),
-}
+PREFIXES = ("module.", "_orig_mod.", "model.")  # of PyTorch's wrappers
 
 
 def from_openlm_names(weights: dict[str, mx.array]) -> dict[str, mx.array]:
     """Renames and unpacks an OpenLM state dict; RoPE buffers are dropped."""
     result = {}
     for name, array in weights.items():
-        name = name.removeprefix("module.").removeprefix("_orig_mod.").removeprefix("model.")
-        if name in _TOP_NAMES:
-            result[_TOP_NAMES[name]] = array
-        elif not name.endswith("inv_freq"):
-            _, index, rest = name.split(".", 2)
-            parts = _LAYER_NAMES[rest.removesuffix(".weight")]
-            for part, piece in zip(parts, mx.split(array, len(parts), axis=0), strict=True):
-                result[f"model.layers.{index}.{part}.weight"] = piece
+        while prefix := next((p for p in PREFIXES if name.startswith(p)), ""):
+            name = name.removeprefix(prefix)
+        if name.endswith("inv_freq"):
+            continue
+        index = name.split(".")[1]
+        parts = NAMES[name.replace(f"layers.{index}.", "layers.{i}.", 1)]
+        for part, piece in zip(parts, mx.split(array, len(parts), axis=0), strict=True):
+            result[part.replace("{i}", index)] = piece
     return result

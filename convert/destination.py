@@ -1,0 +1,145 @@
+"""Where a conversion writes: a folder that appears when it is whole, and not before.
+
+Everything goes into ``NAME.part`` beside the destination, which also says in ``conversion.json``
+what is being converted. Files in it are written atomically, so one that is there is whole: a
+conversion that was stopped goes on behind the last of them, provided that it is the same one (same
+source files, same options); what is left of another one is deleted. At the end the folder is
+renamed and ``conversion.json`` removed; if that last step was cut off, the same command makes up
+for it.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mlx_hmem.config import read_json
+from mlx_hmem.errors import UserError
+from mlx_hmem.files import sync_folder, write_atomic
+
+RECORD = "conversion.json"
+REPLACED = "replaced"  # the folder of before, while the new one takes its place
+# Files of which a folder that may be overwritten has at least one.
+MARKS = ("config.json", "hmem.json", "hmem_pytorch.json", RECORD)
+
+
+def identity_of(files: Iterable[Path], **options: Any) -> dict[str, Any]:
+    """What a conversion is known by: its source files and its options."""
+    sources = {}
+    for file in sorted(files):
+        info = file.stat()
+        sources[str(file.resolve())] = [info.st_size, info.st_mtime_ns]
+    return {"sources": sources, **options}
+
+
+@contextlib.contextmanager
+def destination(
+    path: Path, replace: bool, identity: dict[str, Any], need_bytes: int
+) -> Iterator[Path]:
+    """A folder to write into that becomes ``path`` only when the block ends without an error.
+
+    Args:
+        path: the folder to make; its parents are made too.
+        replace: whether a model that lies there may be replaced.
+        identity: a JSON object; what an earlier call with an equal one has left is gone on with,
+            so whoever writes skips the files that exist.
+        need_bytes: what will be written, altogether.
+
+    Raises UserError if ``path`` exists and may not be replaced, if the disk has too little room, or
+    if another conversion is writing there.
+    """
+    path = Path(os.path.abspath(path))  # the folder may be named "."
+    part = path.with_name(f"{path.name}.part")
+    identity = json.loads(json.dumps(identity))
+    if _record(path) == identity and not part.exists():
+        os.rename(path, part)  # only the last step is missing: it is done again
+    _check_existing(path, replace, identity)
+    with _claimed(part):
+        if _record(part) != identity:
+            _clear(part, path)
+            _check_existing(path, replace, identity)
+        _check_room(part, need_bytes)
+        write_atomic(part / RECORD, json.dumps(identity, indent=2) + "\n")
+        yield part
+        _finish(part, path)
+
+
+def _record(folder: Path) -> Any:
+    """What ``conversion.json`` in the folder says; None where there is none."""
+    with contextlib.suppress(UserError):
+        return read_json(folder / RECORD)
+    return None
+
+
+def _check_existing(path: Path, replace: bool, identity: dict[str, Any]) -> None:
+    if not path.exists() and not path.is_symlink():
+        return
+    if not replace:
+        raise UserError("the destination exists", path, "choose another or add --overwrite")
+    if not path.is_dir() or path.is_symlink():
+        raise UserError("the destination is not a folder", path, "choose another")
+    if any(path.iterdir()) and not any((path / mark).exists() for mark in MARKS):
+        raise UserError("the destination holds no model", path, "choose another or empty it")
+    for source in identity.get("sources", {}):
+        if Path(source).is_relative_to(path.resolve()):
+            raise UserError("the source lies in the destination", source, "choose another")
+
+
+@contextlib.contextmanager
+def _claimed(part: Path) -> Iterator[None]:
+    """Makes the folder and keeps other conversions out of it."""
+    part.mkdir(parents=True, exist_ok=True)
+    handle = os.open(part, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UserError("another conversion writes here", part, "wait for it to end") from None
+    try:
+        yield
+    finally:
+        os.close(handle)
+        with contextlib.suppress(OSError):
+            part.rmdir()  # nothing was begun
+
+
+def _clear(part: Path, path: Path) -> None:
+    """Empties the folder of what another conversion has left."""
+    strays = set(os.listdir(part)) - {f".{RECORD}.part"}
+    if strays and _record(part) is None:
+        raise UserError("something else lies in the way", part, "move it away")
+    if (part / REPLACED).exists() and not path.exists():
+        os.rename(part / REPLACED, path)
+    for entry in part.iterdir():
+        if entry.name != RECORD:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    (part / RECORD).unlink(missing_ok=True)  # last: without it the folder is a stranger's
+
+
+def _check_room(part: Path, need_bytes: int) -> None:
+    there = sum(f.stat().st_size for f in part.rglob("*") if f.is_file())
+    free = shutil.disk_usage(part).free
+    if free < need_bytes - there:
+        raise UserError(
+            "no room on the disk",
+            f"{need_bytes - there:,} bytes are needed, {free:,} are free",
+            f"make room, or choose a destination elsewhere than {part.parent}",
+        )
+
+
+def _finish(part: Path, path: Path) -> None:
+    for stray in part.rglob(".*.part"):  # of a write that was killed
+        stray.unlink()
+    for folder in (part, *(f for f in part.rglob("*") if f.is_dir())):
+        sync_folder(folder)
+    if path.exists():
+        os.rename(path, part / REPLACED)
+    os.rename(part, path)
+    sync_folder(path.parent)
+    shutil.rmtree(path / REPLACED, ignore_errors=True)
+    (path / RECORD).unlink()
+    sync_folder(path)
