@@ -90,7 +90,7 @@ def plan_from_torch(
     plan.notes.extend(f"left out {name}: no part of the model" for name in checkpoint.left_out)
     plan.sources.extend([*files, *([file] if file else [])])
     plan.copied.extend(companions(tokenizer or (source if source.is_dir() else source.parent)))
-    if not plan.copied:
+    if not any(file.name.startswith("tokenizer") for file in plan.copied):
         plan.notes.append("no tokenizer beside the checkpoint: put tokenizer.json into the result")
     return plan
 

@@ -30,7 +30,7 @@ SHARD_BYTES = 1 << 30  # a stopped conversion begins again with the shard it was
 COMPANIONS = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
-    "chat_template.json", "generation_config.json",
+    "chat_template.json", "generation_config.json", "README.md", "LICENSE", "LICENSE.txt", "NOTICE",
 )  # fmt: skip
 
 
@@ -155,7 +155,7 @@ def write_shards(folder: Path, targets: Sequence[Target], metadata: dict[str, st
 
 
 def companions(folder: Path) -> list[Path]:
-    """The tokenizer's files and others that travel with a model."""
+    """The tokenizer's files, the card and the licence, and others that travel with a model."""
     return [folder / name for name in COMPANIONS if (folder / name).is_file()]
 
 

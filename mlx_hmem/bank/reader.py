@@ -1,10 +1,9 @@
 """Reads the blocks of one cluster path out of a bank of any size.
 
 Opening validates the manifest and every header and touches no block. A block is one contiguous run,
-read with ``preadv`` straight into MLX buffers, one for each of its parts: nothing is copied, no
-other block's pages are brought in, and a file that shrinks is a short read rather than a bus error,
-as it would be under mmap. The price is that a block is copied out of the page cache once, 4 ms for
-36 MB.
+read with ``preadv`` straight into MLX buffers, one for each of its parts: no other block's pages
+are brought in, and a file that shrinks is a short read rather than a bus error, as it would be
+under mmap. The price is that a block is copied out of the page cache once.
 
 Resident memory is ``cache_bytes``, plus the visited blocks of ``resident_levels``, whatever the
 size of the bank. Blocks are kept as they are stored, and a quantised one is dequantised on every
@@ -12,12 +11,9 @@ fetch: of 16-bit memory the same budget then holds two to seven times the blocks
 10 to 70 ns a value on one busy Linux core; on Metal it has not been measured.
 """
 
-import os
 import threading
-from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -26,6 +22,7 @@ from typing import Literal, Self
 
 import mlx.core as mx
 
+from mlx_hmem.bank.blocks import BlockReader, Place, Reading, StoredBlock
 from mlx_hmem.bank.format import (
     GENERIC,
     MANIFEST,
@@ -37,11 +34,12 @@ from mlx_hmem.bank.format import (
     num_blocks,
 )
 from mlx_hmem.bank.quantization import dequantize_block
-from mlx_hmem.bank.shards import OpenShard, StoredBlock, open_shard
+from mlx_hmem.bank.shards import MOST_OPEN, Obtain, OpenShard, Shards
 from mlx_hmem.errors import UserError
 from mlx_hmem.memory import FetchedMemory
 
 CACHE_BYTES = 256 << 20
+Source = Literal["disk", "cache", "resident"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class BlockRead:
     level: int
     cluster: int
     bytes: int
-    source: Literal["disk", "cache", "resident"]
+    source: Source
 
 
 class Bank:
@@ -64,8 +62,7 @@ class Bank:
     def __init__(
         self,
         manifest: Manifest,
-        shards: dict[int, list[OpenShard]],
-        files: ExitStack,
+        shards: Shards,
         resident_levels: tuple[int, ...],
         cache_bytes: int,
     ):
@@ -79,7 +76,7 @@ class Bank:
         self._parts = {
             n: block_parts(self.config, n, self.dtype, q) for n, q in self._quantization.items()
         }
-        self._shards, self._files, self._lock = shards, files, threading.Lock()
+        self._shards, self._reader, self._lock = shards, BlockReader(), threading.Lock()
         self._resident: dict[tuple[int, int], StoredBlock] = {}
         self._cache: OrderedDict[tuple[int, int], StoredBlock] = OrderedDict()
         self._cached_bytes = 0
@@ -92,6 +89,7 @@ class Bank:
         resident_levels: tuple[int, ...] = (),
         cache_bytes: int = CACHE_BYTES,
         level_folders: dict[int, Path] | None = None,
+        obtain: Obtain | None = None,
     ) -> "Bank":
         """Opens the bank in ``folder`` and validates it without touching a block.
 
@@ -99,6 +97,8 @@ class Bank:
             resident_levels: levels whose blocks stay in memory once read (1 = coarsest).
             cache_bytes: most bytes of recently used blocks of the other levels to keep; 0 for none.
             level_folders: folders of levels that lie elsewhere than ``folder``.
+            obtain: shards may be missing; it is called with the names of those that a fetch needs
+                and must put them into ``folder``. No thread that needs none of them waits for it.
 
         Raises:
             UserError: a file is missing or damaged, of a newer format, or not as the manifest says.
@@ -112,16 +112,13 @@ class Bank:
                 raise UserError(
                     "the bank has no such level", number, f"use 1 to {manifest.memory.num_levels}"
                 )
-        shards: dict[int, list[OpenShard]] = {}
-        with ExitStack() as files:
-            for level in manifest.all_levels:
-                place = Path(elsewhere.get(level.level, folder))
-                row = manifest.row_type(level.level)
-                shards[level.level] = [
-                    open_shard(place / shard.file, level, shard, row, files)
-                    for shard in level.shards
-                ]
-            return cls(manifest, shards, files.pop_all(), tuple(resident_levels), cache_bytes)
+        shards = Shards(manifest, folder, elsewhere, obtain)
+        try:
+            shards.check()
+        except BaseException:
+            shards.close()
+            raise
+        return cls(manifest, shards, tuple(resident_levels), cache_bytes)
 
     def fetch(
         self, path: tuple[int, ...], blocked: frozenset[tuple[int, int]] = frozenset()
@@ -158,10 +155,18 @@ class Bank:
         for level, cluster in keys:
             if level not in self._layouts or not 0 <= cluster < num_blocks(self.config, level):
                 raise UserError("no such block", (level, cluster), "give (level, cluster) pairs")
+        self._shards.obtain([k for k in keys if not self._kept(k)])
         with self._lock:
             self.last_fetch = []
-            self._hint([k for k in keys if k not in self._resident and k not in self._cache])
-            return [self._block(level, cluster) for level, cluster in keys]
+            # So many that the files of all of them can be open at once.
+            groups = (keys[start : start + MOST_OPEN] for start in range(0, len(keys), MOST_OPEN))
+            return [block for group in groups for block in self._group(group)]
+
+    def stored(self, level: int, cluster: int) -> StoredBlock:
+        """A block as it lies in its file, for making another bank of; errors as :meth:`blocks`."""
+        self._shards.obtain([(level, cluster)])
+        with self._lock:
+            return next(self._read([(level, cluster)]))[1]
 
     def check(self, anchor_hash: str, tree_hash: str) -> None:
         """Raises UserError unless the bank was made for this anchor and this cluster tree."""
@@ -179,8 +184,8 @@ class Bank:
     def close(self) -> None:
         """Closes the files and lets go of the kept blocks; fetched memories stay valid."""
         with self._lock:
-            self._files.close()
-            self._shards = {}
+            self._reader.close()
+            self._shards.close()
             self._resident.clear()
             self._cache.clear()
             self._cached_bytes = 0
@@ -206,19 +211,25 @@ class Bank:
                     continue
             raise UserError("no such cluster to block", pair, "give (level, cluster) pairs")
 
-    def _block(self, level: int, cluster: int) -> mx.array:
-        key, num_bytes = (level, cluster), self._layouts[level].block_bytes
-        source: Literal["disk", "cache", "resident"] = "disk"
-        if (block := self._resident.get(key)) is not None:
-            source = "resident"
-        elif (block := self._cache.get(key)) is not None:
-            self._cache.move_to_end(key)
-            source = "cache"
-        else:
-            block = self._read(level, cluster)
+    def _group(self, keys: Sequence[tuple[int, int]]) -> list[mx.array]:
+        found: dict[tuple[int, int], tuple[StoredBlock, Source]] = {}
+        for key in keys:
+            if (block := self._resident.get(key)) is not None:
+                found[key] = block, "resident"
+            elif (block := self._cache.get(key)) is not None:
+                self._cache.move_to_end(key)
+                found[key] = block, "cache"
+        for key, block in self._read([key for key in dict.fromkeys(keys) if key not in found]):
             self._keep(key, block)
-        self.last_fetch.append(BlockRead(level, cluster, num_bytes, source))
-        return self._decode(level, block)
+            found[key] = block, "disk"
+        blocks = []
+        for key in keys:
+            block, source = found[key]
+            self.last_fetch.append(BlockRead(*key, self._layouts[key[0]].block_bytes, source))
+            if source == "disk":
+                found[key] = block, "cache"  # where the same call asks for it again
+            blocks.append(self._decode(key[0], block))
+        return blocks
 
     def _decode(self, level: int, block: StoredBlock) -> mx.array:
         dtype, quantization = STORED_TYPES[self.dtype].dtype, self._quantization[level]
@@ -237,41 +248,42 @@ class Bank:
                 self._cached_bytes -= oldest.nbytes
             self._cache[key] = block
 
-    def _place(self, level: int, cluster: int) -> tuple[OpenShard, int]:
-        """The shard that holds a block, and the block's row in it."""
-        if not self._shards:
-            raise UserError("the bank is closed", f"level {level}", "open it again")
-        shards = self._shards[level]
-        index = bisect_right(shards, cluster, key=lambda s: s.shard.first_cluster) - 1
-        return shards[index], cluster - shards[index].shard.first_cluster
+    def _kept(self, key: tuple[int, int]) -> bool:
+        return key in self._resident or key in self._cache
 
-    def _hint(self, keys: list[tuple[int, int]]) -> None:
-        """Starts reading all blocks before the first is waited for: 10 % off a cold fetch."""
-        if not hasattr(os, "posix_fadvise"):
-            return
-        for level, cluster in keys:
-            place, row = self._place(level, cluster)
-            layout = self._layouts[level]
-            offset = PAGE + row * layout.block_stride
-            with suppress(OSError):
-                os.posix_fadvise(
-                    place.file.fileno(), offset, layout.block_bytes, os.POSIX_FADV_WILLNEED
-                )
-
-    def _read(self, level: int, cluster: int) -> StoredBlock:
-        """Reads one block from its file and, the first time, verifies its checksum."""
-        where = "the generic memory" if level == GENERIC else f"level {level}, cluster {cluster}"
-        place, row = self._place(level, cluster)
-        offset = PAGE + row * self._layouts[level].block_stride
+    def _read(
+        self, keys: Sequence[tuple[int, int]]
+    ) -> Iterator[tuple[tuple[int, int], StoredBlock]]:
+        """Reads blocks from their files and, the first time, verifies their checksums."""
+        found = [self._shards.find(*key) for key in keys]
+        places = [
+            Place(shard.file, PAGE + row * self._layouts[level].block_stride, self._parts[level])
+            for (level, _), (shard, row) in zip(keys, found, strict=True)
+        ]
+        readings = list(self._reader.begin(places))
         try:
-            block = StoredBlock.read(place.file, offset, self._parts[level])
+            for key, (shard, row), reading in zip(keys, found, readings, strict=True):
+                block = self._finish(key, shard, row, reading)
+                self.bytes_read += block.nbytes
+                yield key, block
+        finally:
+            for reading in readings:
+                reading.release()
+
+    def _finish(
+        self, key: tuple[int, int], shard: OpenShard, row: int, reading: Reading
+    ) -> StoredBlock:
+        level, cluster = key
+        where = "the generic memory" if level == GENERIC else f"level {level}, cluster {cluster}"
+        try:
+            result = reading.result(with_checksum=not shard.verified[row])
         except OSError as error:
             raise UserError(f"cannot read {where} of the bank", error, REMEDY) from None
-        if block is None:
-            raise UserError(f"{where} of the bank is cut off", place.file.name, REMEDY)
-        self.bytes_read += block.nbytes
-        if not place.verified[row]:
-            if block.checksum() != place.shard.xxh3[16 * row : 16 * row + 16]:
-                raise UserError(f"{where} of the bank is damaged", place.file.name, REMEDY)
-            place.verified[row] = 1
+        if result is None:
+            raise UserError(f"{where} of the bank is cut off", shard.file.name, REMEDY)
+        block, checksum = result
+        if not shard.verified[row]:
+            if checksum != shard.shard.xxh3[16 * row : 16 * row + 16]:
+                raise UserError(f"{where} of the bank is damaged", shard.file.name, REMEDY)
+            shard.verified[row] = 1
         return block

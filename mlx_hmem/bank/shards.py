@@ -1,89 +1,117 @@
-"""The files of a bank and the blocks in them, as bytes: what they mean, the reader knows."""
+"""The files of a bank, and in which of them a block lies: what it means, the reader knows.
+
+A shard that is not there yet may be obtained from elsewhere when a block of it is first needed; by
+what means, the bank does not know. It is then checked like any other file.
+"""
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Self
+from typing import BinaryIO, NamedTuple
 
-import mlx.core as mx
-import xxhash
-
-from mlx_hmem.bank.format import Level, RowType, Shard, check_shard
-from mlx_hmem.bank.quantization import Part
+from mlx_hmem.bank.format import Level, Manifest, Shard, check_shard
+from mlx_hmem.errors import UserError
 from mlx_hmem.files import open_regular
 
-MOST_AT_ONCE = 1 << 30  # macOS refuses a single read of 2 GiB or more
+MOST_OPEN = 128  # macOS lets a process have 256 files open
+Obtain = Callable[[Sequence[str]], None]  # puts the named files into the bank's folder
 
 
 class OpenShard(NamedTuple):
     shard: Shard
     file: BinaryIO
+    files: ExitStack  # holds ``file``; closing it closes the file
     verified: bytearray  # one byte per block: 1 once its checksum has been found right
 
 
-def open_shard(path: Path, level: Level, shard: Shard, row: RowType, files: ExitStack) -> OpenShard:
-    check_shard(path, level, shard, row)
-    file = files.enter_context(open_regular(path))
-    if hasattr(os, "posix_fadvise"):
-        # Read-ahead beyond a block read 1.2 times the bytes.
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-    return OpenShard(shard, file, bytearray(shard.num_clusters))
+class Shards:
+    """The shards of a bank. At most ``MOST_OPEN`` are open at once, those used last.
 
+    One that is opened again is checked anew, its blocks too: another file may lie there now.
+    Only :meth:`obtain` may be called by several threads at a time.
+    """
 
-class StoredBlock(NamedTuple):
-    """The parts of a block as they lie in the file, each an array of integers."""
+    def __init__(
+        self,
+        manifest: Manifest,
+        folder: Path,
+        elsewhere: Mapping[int, Path],
+        obtain: Obtain | None = None,
+    ):
+        self._manifest, self._folder, self._elsewhere = manifest, folder, elsewhere
+        self._levels = {level.level: level for level in manifest.all_levels}
+        self._obtain, self._obtaining = obtain, threading.Lock()
+        self._open: OrderedDict[tuple[int, int], OpenShard] = OrderedDict()
+        self._closed = False
 
-    buffers: list[mx.array]
+    def check(self) -> None:
+        """Validates every file that is there; one that is not must be one that can be obtained."""
+        for level in self._manifest.all_levels:
+            for index, shard in enumerate(level.shards):
+                if self._obtain is not None and not self._path(level, shard).exists():
+                    continue
+                if len(self._open) < MOST_OPEN:
+                    self._open_shard(level, index)
+                else:
+                    self._check_shard(level, shard)
 
-    @classmethod
-    def read(cls, file: BinaryIO, offset: int, parts: Sequence[Part]) -> Self | None:
-        """Reads the parts that follow one another from ``offset`` on; None if the file ends."""
-        buffers = []
-        for part in parts:
-            buffer = mx.zeros((part.nbytes // part.bits.size,), dtype=part.bits)
-            mx.eval(buffer)
-            with as_bytes(buffer) as target:
-                if _read_into(file, target, offset) < part.nbytes:
-                    return None
-            offset += part.nbytes
-            buffers.append(buffer)
-        return cls(buffers)
+    def obtain(self, keys: Iterable[tuple[int, int]]) -> None:
+        """Obtains the files that the blocks of ``keys``, (level, cluster), lie in and that are
+        not here yet: each once, however many threads ask."""
+        if self._obtain is None or self._closed:
+            return
+        wanted = {self._index(level, cluster): None for level, cluster in keys}
+        if not self._missing(wanted):
+            return
+        with self._obtaining:
+            if missing := self._missing(wanted):
+                self._obtain(missing)
 
-    @property
-    def nbytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self.buffers)
+    def find(self, level: int, cluster: int) -> tuple[OpenShard, int]:
+        """The open shard that holds a block, and the block's row in it."""
+        if self._closed:
+            raise UserError("the bank is closed", f"level {level}", "open it again")
+        key = self._index(level, cluster)
+        if key not in self._open:
+            self._open_shard(self._levels[level], key[1])
+        self._open.move_to_end(key)
+        return self._open[key], cluster - self._open[key].shard.first_cluster
 
-    def checksum(self) -> str:
-        """XXH3 of the bytes, 16 hex digits."""
-        digest = xxhash.xxh3_64()
-        for buffer in self.buffers:
-            with as_bytes(buffer) as data:
-                digest.update(data)
-        return digest.hexdigest()
+    def close(self) -> None:
+        self._closed = True
+        while self._open:
+            self._open.popitem()[1].files.close()
 
-    def arrays(self, parts: Sequence[Part]) -> list[mx.array]:
-        """The parts in their own dtypes and shapes; nothing is copied."""
-        return [
-            buffer.view(part.dtype).reshape(part.shape)
-            for buffer, part in zip(self.buffers, parts, strict=True)
-        ]
+    def _index(self, level: int, cluster: int) -> tuple[int, int]:
+        """Level and number of the shard that holds a block."""
+        shards = self._levels[level].shards
+        return level, bisect_right(shards, cluster, key=lambda s: s.first_cluster) - 1
 
+    def _missing(self, wanted: Iterable[tuple[int, int]]) -> list[str]:
+        shards = [(self._levels[n], self._levels[n].shards[i]) for n, i in wanted]
+        return [shard.file for level, shard in shards if not self._path(level, shard).exists()]
 
-@contextmanager
-def as_bytes(array: mx.array) -> Iterator[memoryview]:
-    """The bytes of an evaluated array of integers, for writing too."""
-    with memoryview(array) as view, view.cast("B") as data:  # type: ignore[arg-type]
-        yield data
+    def _path(self, level: Level, shard: Shard) -> Path:
+        return Path(self._elsewhere.get(level.level, self._folder)) / shard.file
 
+    def _check_shard(self, level: Level, shard: Shard) -> Path:
+        path = self._path(level, shard)
+        check_shard(path, level, shard, self._manifest.row_type(level.level))
+        return path
 
-def _read_into(file: BinaryIO, target: memoryview, offset: int) -> int:
-    """Reads at ``offset`` until ``target`` is full or the file ends; returns the bytes read."""
-    done = 0
-    while done < len(target):
-        part = target[done : done + MOST_AT_ONCE]
-        count = os.preadv(file.fileno(), [part], offset + done)
-        if count == 0:
-            break
-        done += count
-    return done
+    def _open_shard(self, level: Level, index: int) -> None:
+        shard = level.shards[index]
+        path = self._check_shard(level, shard)
+        while len(self._open) >= MOST_OPEN:
+            self._open.popitem(last=False)[1].files.close()
+        with ExitStack() as files:
+            file = files.enter_context(open_regular(path))
+            if hasattr(os, "posix_fadvise"):
+                # Read-ahead beyond a block read 1.2 times the bytes.
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            verified = bytearray(shard.num_clusters)
+            self._open[level.level, index] = OpenShard(shard, file, files.pop_all(), verified)

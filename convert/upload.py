@@ -1,0 +1,280 @@
+"""Puts a model directory on the Hugging Face Hub: ``python -m convert upload DIR USER/NAME``.
+
+Nothing goes up that does not load here: every part is checked against the others and every block of
+the bank against its checksum. The upload is one commit, so whoever loads the model meanwhile gets
+the old one or the new one. Only a bank of very many shards takes more: its shards go first, and
+what names them last. An upload that was stopped is run again; what the Hub has is not sent again.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
+from json import dumps
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from mlx_hmem.anchors.load import read_config, weight_files
+from mlx_hmem.bank import Bank, Manifest, stored_levels
+from mlx_hmem.bank.format import MANIFEST, num_blocks
+from mlx_hmem.config import HmemConfig
+from mlx_hmem.errors import ArgumentParser, UserError
+from mlx_hmem.files import write_atomic
+from mlx_hmem.find import BANK_FILES, BANK_FOLDER, MODEL_FILES, is_repo_name
+from mlx_hmem.loading import load
+
+CARD = "README.md"
+UPLOADED = (*MODEL_FILES, *BANK_FILES, CARD, "LICENSE*", "NOTICE*")
+NOT_UPLOADED = (".*", "*/.*")  # half-written files begin with a dot
+# What an earlier model may have left and would mix with this one.
+REPLACED = ("model*.safetensors*", "hmem.json", "tokenizer*", "retriever/*", f"{BANK_FOLDER}/*")
+ONE_COMMIT = 200  # huggingface_hub cuts commits of more than 250 files
+
+
+def upload(directory: Path, repo: str, private: bool = False) -> None:
+    """Checks the model in ``directory`` and uploads it as ``user/name``.
+
+    A card is written into the directory where it has none, and front matter put before one that
+    has none.
+
+    Raises:
+        UserError: it is not a whole model; there is no token; the Hub does not take it.
+    """
+    from huggingface_hub import HfApi, get_token
+
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise UserError("no such model directory", directory, "give the folder of a model")
+    if not is_repo_name(repo):
+        raise UserError("not the name of a repository on the Hub", repo, "write it as user/name")
+    token = get_token()
+    if token is None:
+        raise UserError(
+            "there is no token for the Hub", repo, "run `hf auth login`, or set HF_TOKEN"
+        )
+    check_whole(directory)
+    write_card(directory, repo)
+    try:
+        api = HfApi(token=token)
+        place = api.create_repo(repo, private=private or None, exist_ok=True)
+        commit = _send(api, directory, repo)
+    except Exception as error:  # what the library raises, and its HTTP client, has no common class
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(
+            f"the Hub did not take {directory} as {repo}",
+            reason,
+            "check the token and the connection, and run it again",
+        ) from None
+    print(f"{directory} is at {place}, commit {commit}")
+    print(f'python generate.py --model {repo} --lazy --prompt "..."')
+
+
+def _send(api: Any, directory: Path, repo: str) -> str:
+    """Uploads the files of a model; returns the hash of the last commit."""
+    files = list(_uploaded(directory))
+    stale = [
+        name
+        for name in api.list_repo_files(repo)
+        if name not in files and any(fnmatch(name, pattern) for pattern in REPLACED)
+    ]
+    first: list[str] = []
+    if len(files) > ONE_COMMIT:
+        first = [name for name in files if fnmatch(name, BANK_FILES[0])]
+        api.upload_folder(
+            repo_id=repo, folder_path=directory, allow_patterns=first, commit_message="Memory bank"
+        )
+    return api.upload_folder(
+        repo_id=repo,
+        folder_path=directory,
+        allow_patterns=[name for name in files if name not in set(first)],
+        delete_patterns=stale or None,
+        commit_message="Model made by mlx_hmem",
+    ).oid
+
+
+def _uploaded(directory: Path) -> Iterator[str]:
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        if not path.is_file() or any(fnmatch(name, pattern) for pattern in NOT_UPLOADED):
+            continue
+        if any(fnmatch(name, pattern) for pattern in UPLOADED):
+            yield name
+
+
+def check_whole(directory: Path) -> None:
+    """Loads the model and reads its whole bank; a UserError says what is broken."""
+    bank = load(directory, cache_bytes=0).bank
+    if bank is None:
+        return
+    with bank:
+        encoder = HmemConfig.from_file(directory / "hmem.json").retriever.encoder
+        if encoder not in ("minilm", "static") and not encoder.startswith("retriever/"):
+            raise UserError(
+                "the encoder would not be downloaded with the model",
+                encoder,
+                "move it into retriever/ and say so in hmem.json",
+            )
+        _check_blocks(bank)
+
+
+def _check_blocks(bank: Bank) -> None:
+    keys = [(n, i) for n in stored_levels(bank.config) for i in range(num_blocks(bank.config, n))]
+    for key in tqdm(keys, desc="checking bank", unit="block", delay=2):
+        bank.blocks([key])
+
+
+def write_card(directory: Path, repo: str) -> None:
+    """Gives the directory a card with front matter, if it has none."""
+    path = directory / CARD
+    try:
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text", error, "convert it") from None
+    if text in ("", card(directory)):
+        write_atomic(path, card(directory, repo))
+    elif not text.startswith("---\n"):
+        write_atomic(path, f"{_front_matter(directory)}\n{text}")
+
+
+FRONT = """---
+library_name: mlx
+pipeline_tag: text-generation
+tags:
+- mlx
+- mlx_hmem
+- hierarchical-memory
+"""
+TEXT = """
+# {name}
+
+A language model{what}, in the format of mlx_hmem.
+
+| | |
+|---|---|
+| anchor | {anchor}, {anchor_bytes} |
+{table}
+## How to use it
+
+```sh
+python generate.py --model {name} --prompt "..."{lazy}
+```
+
+```python
+from mlx_hmem import load
+
+model = load("{name}"{lazy_argument})
+for piece in model.stream("...", max_tokens=50{memory_argument}):
+    print(piece.text, end="")
+```
+{memory}"""
+TABLE = """| memory bank | {parameters:,} parameters, {clusters} clusters, {kind}, r {r} |
+| its files | {bank_bytes} |
+| stored as | {stored} |
+| fetched memory | {fetched:,} parameters for each text |
+| encoder | {encoder} |
+"""
+MEMORY = """
+## What the memory is
+
+The anchor, a small model, knows language; the memory bank knows facts. A text is sent down a tree
+of {levels} levels of clusters, and of the bank only the blocks on its way, one for each level, are
+attached to the anchor. `--memory none` runs the anchor alone, `--memory generic` attaches a memory
+that no text chooses. With `--lazy`, parts of the bank are downloaded when a text first needs them.
+
+The method is that of *Pretraining with hierarchical memories: separating long-tail and common
+knowledge* (Pouransari et al., arXiv 2510.02375).
+"""
+
+
+def card(
+    directory: Path,
+    name: str | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+) -> str:
+    """A model card for the Hub: YAML front matter, what the model is, how it is used.
+
+    ``name`` is what the model is loaded by, by default the directory's own; ``base_model`` is the
+    anchor's id on the Hub, by default what its config says; ``license`` is a licence's identifier
+    there. What is not known is left out.
+    """
+    config = read_config(directory)
+    sizes = [f"{config[key]} {word}" for key, word in _SIZES if type(config.get(key)) is int]
+    parts: dict[str, str] = dict(what="", table="", lazy=" --memory none", lazy_argument="")
+    parts |= dict(memory_argument=', memory="none"', memory="")
+    if (directory / "hmem.json").exists():
+        parts |= _memory_parts(directory)
+    return _front_matter(directory, base_model, license) + TEXT.format(
+        name=name or Path(directory).resolve().name,
+        anchor=": ".join([str(config["model_type"]), ", ".join(sizes)]) if sizes else "unknown",
+        anchor_bytes=_megabytes(sum(file.stat().st_size for file in weight_files(directory))),
+        **parts,
+    )
+
+
+_SIZES = (
+    ("num_hidden_layers", "layers"),
+    ("hidden_size", "hidden"),
+    ("vocab_size", "in the vocabulary"),
+    ("max_position_embeddings", "tokens of context"),
+)
+
+
+def _memory_parts(directory: Path) -> dict[str, str]:
+    hmem = HmemConfig.from_file(directory / "hmem.json")
+    manifest = Manifest.from_file(directory / BANK_FOLDER / MANIFEST)
+    memory = hmem.memory
+    shards = [shard for level in manifest.all_levels for shard in level.shards]
+    table = TABLE.format(
+        parameters=memory.bank_parameters,
+        clusters=" × ".join(map(str, memory.branching)),
+        kind=memory.kind,
+        r=list(memory.r),
+        bank_bytes=f"{_megabytes(sum(s.bytes for s in shards))} in {len(shards)} files",
+        stored=_stored(manifest),
+        fetched=memory.fetched_parameters,
+        encoder=hmem.retriever.encoder,
+    )
+    return {
+        "what": " with a hierarchical memory",
+        "table": table,
+        "lazy": " --lazy",
+        "lazy_argument": ", lazy=True",
+        "memory_argument": "",
+        "memory": MEMORY.format(levels=memory.num_levels),
+    }
+
+
+def _stored(manifest: Manifest) -> str:
+    """The bank's dtype, and the levels that are quantised."""
+    levels = [
+        f"{'generic' if q.level == 0 else f'level {q.level}'} {q.mode}, {q.bits} bits"
+        for q in manifest.quantization or ()
+    ]
+    return "; ".join([manifest.dtype, *levels])
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"
+
+
+def _front_matter(
+    directory: Path, base_model: str | None = None, license: str | None = None
+) -> str:
+    source = base_model or read_config(directory).get("_name_or_path")
+    text = FRONT
+    if isinstance(source, str) and is_repo_name(source):
+        text += f"base_model: {dumps(source)}\n"
+    if license is not None:
+        text += f"license: {dumps(license)}\n"
+    return text + "---\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = ArgumentParser(prog="python -m convert upload", description=__doc__)
+    parser.add_argument("directory", type=Path, help="model directory")
+    parser.add_argument("repo", help="where to, as user/name")
+    parser.add_argument("--private", action="store_true", help="if the repository is made now")
+    args = parser.parse_args(sys.argv[2:] if arguments is None else arguments)
+    upload(args.directory, args.repo, args.private)
