@@ -40,6 +40,11 @@ def parse_arguments() -> argparse.Namespace:
         metavar="BYTES",
         help="most bytes for the anchor, the memory and what is kept of the bank",
     )
+    parser.add_argument(
+        "--lazy",
+        action="store_true",
+        help="of a Hub id, fetch the parts of the bank only when they are needed",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
     return parser.parse_args()
 
@@ -74,7 +79,11 @@ def main() -> None:
     from mlx_hmem.generation import prompt_ids
     from mlx_hmem.loading import DEMO, load
 
-    model = load(DEMO if args.model is None else args.model, memory_budget=args.memory_budget)
+    model = load(
+        DEMO if args.model is None else args.model,
+        memory_budget=args.memory_budget,
+        lazy=args.lazy,
+    )
     start = time.perf_counter()
     ids = prompt_ids(model.tokenizer, prompt, model.context)
     recall = model.recall(

@@ -1,12 +1,26 @@
-"""Where a model lies: in a folder, or on the Hugging Face Hub, from where it is fetched."""
+"""Where a model lies: in a folder, or on the Hugging Face Hub, from where it is fetched.
+
+What is fetched lies in the Hub's own cache, shared with every other program. A model keeps to the
+one revision it was found at, also when shards of its bank are fetched later: a repository that
+changes in between cannot mix two models.
+"""
 
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mlx_hmem.errors import UserError
 
+# What a model is made of, but for the shards of its bank; as glob patterns, * matches / too.
+MODEL_FILES = (
+    "*.json", "model*.safetensors", "tokenizer*", "*.model", "*.tiktoken", "*.txt", "*.jinja",
+    "retriever/*",
+)  # fmt: skip
+BANK_FOLDER = "bank"
+BANK_FILES = (f"{BANK_FOLDER}/*.safetensors",)
 
-def find_model(path_or_repo: str | Path, only: list[str] | None = None) -> Path:
+
+def find_model(path_or_repo: str | Path, only: Sequence[str] | None = None) -> Path:
     """The folder of a model: itself, or what the Hugging Face Hub has under ``user/name``.
 
     ``only`` names the files that are wanted from the Hub, with * and ?; None wants all of them.
@@ -15,17 +29,50 @@ def find_model(path_or_repo: str | Path, only: list[str] | None = None) -> Path:
     if folder.is_dir():
         return folder
     name = str(path_or_repo)
-    if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if folder.exists() or not is_repo_name(name):
         raise UserError("no such model directory", name, "give a folder or a Hub id user/name")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=only))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        patterns = None if only is None else list(only)
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # what the library raises, and its HTTP client, has no common class
         raise UserError(
             f"no model directory {name}, and the Hub does not give it",
-            reason,
+            _reason(error),
             "check the name and the connection",
         ) from None
+
+
+def find_for_bank(path_or_repo: str | Path) -> tuple[Path, Callable[[Sequence[str]], None] | None]:
+    """As :func:`find_model` without the bank's shards, and what fetches those by their names.
+
+    The second is None for a folder, which has no more to come.
+    """
+    folder = find_model(path_or_repo, MODEL_FILES)
+    if Path(os.path.expanduser(path_or_repo)).is_dir():
+        return folder, None
+    repo, revision = str(path_or_repo), folder.name  # the cache has a folder for each commit
+
+    def fetch(names: Sequence[str]) -> None:
+        from huggingface_hub import hf_hub_download
+
+        for file in (f"{BANK_FOLDER}/{name}" for name in names):
+            try:
+                hf_hub_download(repo, file, revision=revision)
+            except Exception as error:  # as above
+                raise UserError(
+                    f"{file} of {repo} is not on this computer, and the Hub does not give it",
+                    _reason(error),
+                    "connect and ask again; without --lazy, a load fetches the whole bank",
+                ) from None
+
+    return folder, fetch
+
+
+def is_repo_name(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -13,7 +13,7 @@ from mlx_hmem.bank import Bank
 from mlx_hmem.config import HmemConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import fingerprint
-from mlx_hmem.find import find_model
+from mlx_hmem.find import BANK_FILES, BANK_FOLDER, MODEL_FILES, find_for_bank, find_model
 from mlx_hmem.model import MemoryModel
 from mlx_hmem.retriever import ClusterTree, Retriever, load_encoder
 
@@ -25,6 +25,7 @@ def load(
     *,
     cache_bytes: int = 256 << 20,
     memory_budget: int | None = None,
+    lazy: bool = False,
 ) -> MemoryModel:
     """Loads a model directory or a Hub repository, and checks that its parts belong together.
 
@@ -33,10 +34,15 @@ def load(
         cache_bytes: how many bytes of blocks may stay in memory.
         memory_budget: bytes for anchor, fetched memory and kept blocks together; what anchor and
             fetched memory leave of it bounds the kept blocks and MLX's own buffer cache.
+        lazy: of a model on the Hub, fetch a shard of the bank only when a block of it is first
+            needed, always of the revision found now.
 
     A folder with an anchor but no ``hmem.json`` gives a model without memory.
     """
-    folder = find_model(path_or_repo)
+    if lazy:
+        folder, obtain = find_for_bank(path_or_repo)
+    else:
+        folder, obtain = find_model(path_or_repo, (*MODEL_FILES, *BANK_FILES)), None
     if not (folder / "config.json").exists():
         raise UserError("not a model directory: no config.json", folder, "name one, or restore it")
     if not (folder / "hmem.json").exists():
@@ -57,7 +63,7 @@ def load(
         spare = _spare_bytes(memory_budget, folder, hmem.memory.fetched_parameters)
         cache_bytes = min(cache_bytes, spare // 2)
         mx.set_cache_limit(spare // 2)
-    bank = Bank.open(folder / "bank", cache_bytes=cache_bytes)
+    bank = Bank.open(folder / BANK_FOLDER, cache_bytes=cache_bytes, obtain=obtain)
     bank.check(anchor_hash=hmem.anchor_hash, tree_hash=hmem.retriever.tree_hash)
     if bank.config != hmem.memory:
         raise UserError(
