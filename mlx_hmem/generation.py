@@ -12,7 +12,7 @@ from mlx_lm.generate import GenerationResponse, stream_generate
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_hmem.anchors.attach import MemorySlot
+from mlx_hmem.anchors.attach import ArrivingRows, MemorySlot
 from mlx_hmem.errors import UserError
 from mlx_hmem.memory import Rows
 
@@ -24,7 +24,9 @@ class AnchorWithMemory:
     turns on one anchor.
     """
 
-    def __init__(self, anchor: nn.Module, slot: MemorySlot | None, rows: Rows | None):
+    def __init__(
+        self, anchor: nn.Module, slot: MemorySlot | None, rows: Rows | ArrivingRows | None
+    ):
         self._anchor, self._slot, self._rows = anchor, slot, rows
 
     def __call__(self, *args: Any, **kwargs: Any) -> mx.array:

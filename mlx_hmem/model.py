@@ -14,6 +14,7 @@ from mlx_hmem.anchors.attach import attach_memory
 from mlx_hmem.anchors.fused import FusedMemory, is_fused
 from mlx_hmem.anchors.load import float_dtype
 from mlx_hmem.bank import Bank
+from mlx_hmem.bank.arriving import ArrivingMemory
 from mlx_hmem.errors import UserError
 from mlx_hmem.generation import AnchorWithMemory, prompt_ids, stream_text
 from mlx_hmem.memory import FetchedMemory, Rows, join_blocks
@@ -25,7 +26,8 @@ Path_ = tuple[int, ...]
 
 @dataclass
 class Recall:
-    """What was fetched for one prompt, from where and how long it took."""
+    """What was fetched for one prompt, from where and how long it took: without waiting, until the
+    reading had begun."""
 
     mode: str
     path: Path_ | None = None
@@ -33,7 +35,7 @@ class Recall:
     bytes_read: int = 0
     route_ms: float = 0.0
     fetch_ms: float = 0.0
-    rows: Rows | None = None
+    rows: Rows | ArrivingMemory | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All but the memory itself, as JSON values."""
@@ -119,9 +121,17 @@ class MemoryModel:
         model = self.with_rows(recall.rows)
         return stream_text(model, self.tokenizer, ids, max_tokens, **options)
 
-    def recall(self, text: str, memory: str = "fetched", blocked: Collection[Path_] = ()) -> Recall:
+    def recall(
+        self,
+        text: str,
+        memory: str = "fetched",
+        blocked: Collection[Path_] = (),
+        wait: bool = True,
+    ) -> Recall:
         """Routes ``text`` and fetches its memory.
 
+        Without ``wait`` a fetched memory is read while the prompt is processed, layer by layer: for
+        one stream, which raises the UserError of a damaged block before its first token.
         ``blocked`` holds clusters that may not be fetched, each as the path that leads to it:
         ``(3,)`` bars the whole subtree, ``(3, 51)`` one cluster of level 2 and what is below.
         """
@@ -132,14 +142,15 @@ class MemoryModel:
         start = time.perf_counter()
         path = retriever.route(text) if memory == "fetched" else None
         routed = time.perf_counter()
-        if path is None:
-            fetched = bank.generic()
+        clusters = [bank.config.check_path(b, whole=False) for b in blocked]
+        barred = frozenset((len(c), c[-1]) for c in clusters)
+        rows: Rows | ArrivingMemory | None
+        if path is not None and not wait:
+            rows = bank.begin(path, barred, self._dtype)
         else:
-            clusters = [bank.config.check_path(b, whole=False) for b in blocked]
-            fetched = bank.fetch(path, blocked=frozenset((len(c), c[-1]) for c in clusters))
-        rows = self.rows_of([fetched])
-        if rows is not None:
-            mx.eval(*rows)
+            rows = self.rows_of([bank.generic() if path is None else bank.fetch(path, barred)])
+            if rows is not None:
+                mx.eval(*rows)
         return Recall(
             memory,
             path,
@@ -150,7 +161,7 @@ class MemoryModel:
             rows,
         )
 
-    def with_rows(self, rows: Rows | None) -> AnchorWithMemory:
+    def with_rows(self, rows: Rows | ArrivingMemory | None) -> AnchorWithMemory:
         """The anchor bound to a memory, or to one per row of a batch (see mlx_hmem.memory)."""
         if is_fused(self.anchor):
             raise UserError(

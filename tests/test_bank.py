@@ -255,14 +255,14 @@ def test_cache_drops_the_least_recently_used_and_stays_in_its_bound(folder: Path
             for leaf in leaves:
                 bank.fetch((leaf // 6, leaf // 3, leaf))
                 found.append(bank.last_fetch[1].source)
-                assert sum(block.nbytes for block in bank._cache.values()) <= bound
-                assert bank._cached_bytes == sum(b.nbytes for b in bank._cache.values())
+                assert sum(block.nbytes for block in bank._kept._cache.values()) <= bound
+                assert bank._kept._cached_bytes == sum(b.nbytes for b in bank._kept._cache.values())
             return found
 
         assert sources(0, 1, 0, 1) == ["disk", "disk", "cache", "cache"]
         assert sources(2, 1, 0) == ["disk", "cache", "disk"]
         sources(*range(12))
-        assert len(bank._cache) == 2
+        assert len(bank._kept._cache) == 2
 
 
 def test_cache_of_zero_bytes_keeps_nothing(folder: Path) -> None:
@@ -270,7 +270,7 @@ def test_cache_of_zero_bytes_keeps_nothing(folder: Path) -> None:
         for _ in range(2):
             bank.fetch(PATH)
             assert {b.source for b in bank.last_fetch} == {"disk"}
-        assert not bank._cache
+        assert not bank._kept._cache
     with pytest.raises(UserError, match="cache_bytes"):
         Bank.open(folder, cache_bytes=-1)
 

@@ -271,7 +271,7 @@ def test_cache_counts_what_is_stored(tmp_path: Path) -> None:
             bank.fetch((leaf // 2, leaf))
         assert [b.source for b in bank.last_fetch] == ["resident", "cache"]
         # In float32 one block would not have fitted beside another.
-        assert bank._cached_bytes == 4 * stored < 2 * block_of(CONFIG, 2, 0).nbytes
+        assert bank._kept._cached_bytes == 4 * stored < 2 * block_of(CONFIG, 2, 0).nbytes
         read = bank.bytes_read
         bank.fetch((0, 0))
         assert bank.bytes_read == read == 4 * stored + 2 * 3 * 3 * 24 * 2

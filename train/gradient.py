@@ -175,7 +175,7 @@ def _recomputed(
     **options: Any,
 ) -> mx.array:
     # What a gradient is wanted for must be an argument of the function that is computed again.
-    rows = None if slot is None or place is None else slot.of_layer(place)
+    rows = None if slot is None or place is None else slot.of_layer(place, None)
     leaves: Any = tree_flatten(layer.trainable_parameters())
     names, weights = [name for name, _ in leaves], [array for _, array in leaves]
 

@@ -8,7 +8,7 @@ frozen into the graph.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,15 +20,31 @@ from mlx_hmem.memory import KINDS, Rows
 from mlx_hmem.memory.layer import AnchorLayer, AttentionLayer, FFNLayer, Projection
 
 
+class ArrivingRows(Protocol):
+    """A memory of which some is still being read; its layers come in order."""
+
+    def is_here(self, place: int) -> bool:
+        """Whether the rows of the layer at this place need not be waited for."""
+        ...
+
+    def __getitem__(self, place: int) -> Rows:
+        """The rows of the layer at this place, waited for."""
+        ...
+
+
 class MemorySlot:
     """Holds the memory that the attached layers use: rows for the whole batch, rows with a batch
-    axis in front for one memory per row, or None for the anchor alone (see mlx_hmem.memory)."""
+    axis in front for one memory per row, rows that are still being read, or None for the anchor
+    alone (see mlx_hmem.memory)."""
 
     def __init__(self, config: MemoryConfig):
         self.config = config
-        self.by_layer: list[Rows] | None = None
+        self.by_layer: list[Rows] | ArrivingRows | None = None
 
-    def set(self, rows: Rows | None) -> None:
+    def set(self, rows: Rows | ArrivingRows | None) -> None:
+        if rows is not None and not isinstance(rows, tuple):
+            self.by_layer = rows
+            return
         if rows is not None:
             layers = self.config.num_memory_layers
             wanted = [(layers, count, width) for count, width in self.config.groups]
@@ -44,7 +60,7 @@ class MemorySlot:
         self.by_layer = None if rows is None else _by_layer(rows)
 
     @contextmanager
-    def using(self, rows: Rows | None) -> Iterator[None]:
+    def using(self, rows: Rows | ArrivingRows | None) -> Iterator[None]:
         """The memory for the calls inside the ``with`` block; what was there before comes back."""
         before = self.by_layer
         self.set(rows)
@@ -62,9 +78,17 @@ class MemorySlot:
         finally:
             self.by_layer = before
 
-    def of_layer(self, place: int) -> Rows | None:
-        """The rows of the layer at this place among those that have memory."""
-        return None if self.by_layer is None else self.by_layer[place]
+    def of_layer(self, place: int, so_far: mx.array | None) -> Rows | None:
+        """The rows of the layer at this place among those that have memory.
+
+        ``so_far``: what the layer has computed; the device works on it while rows are waited for.
+        """
+        rows = self.by_layer
+        if rows is None:
+            return None
+        if so_far is not None and not isinstance(rows, list) and not rows.is_here(place):
+            mx.async_eval(so_far)
+        return rows[place]
 
 
 @mx.custom_function

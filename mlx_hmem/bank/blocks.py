@@ -4,13 +4,16 @@ All blocks of a fetch are begun together: the disk is told what will be read, an
 work buffers are allocated; a few threads then read pieces of some MB straight into them, and the
 checksum follows piece by piece. So a cold fetch takes hardly longer than the disk, and a warm one
 as long as two passes over the bytes: MLX knows no buffer that it has not filled with zeros before.
+
+Pieces are read in the order in which the layers of the anchor will ask for them: the first of all
+blocks, then the second of all. Who can use a part of a block need not wait for the rest.
 """
 
 import fcntl
 import os
 import struct
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from typing import Any, BinaryIO, NamedTuple
@@ -21,7 +24,7 @@ import xxhash
 from mlx_hmem.bank.quantization import Part
 
 THREADS = 4
-PIECE = 4 << 20  # bytes read at once
+PIECE = 2 << 20  # bytes read at once
 F_RDADVISE = 44  # of macOS; its argument is struct radvisory
 
 
@@ -31,6 +34,10 @@ class Place(NamedTuple):
     file: BinaryIO
     offset: int
     parts: Sequence[Part]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
 
 
 class StoredBlock(NamedTuple):
@@ -50,44 +57,76 @@ class StoredBlock(NamedTuple):
         ]
 
 
-class Reading:
-    """A block that is being read."""
+class _Piece(NamedTuple):
+    start: int  # in the block
+    target: memoryview
+    offset: int  # in the file
 
-    def __init__(self, place: Place, pool: ThreadPoolExecutor, alone: bool):
-        self._buffers: list[mx.array] = []
+
+class Reading:
+    """A block that is being read: :meth:`wait_for` its bytes, then take the :meth:`result`.
+
+    ``block`` may be looked at as far as was waited for. Used by one thread.
+    """
+
+    def __init__(self, place: Place, with_checksum: bool):
+        self.nbytes, self.with_checksum = place.nbytes, with_checksum
+        # Its own handle: another thread may close the file meanwhile.
+        self.file = -1
+        self.pieces: list[_Piece] = []
+        self.counts: list[Future[int]] = []  # of the bytes read, in order of the pieces
         self._views: list[memoryview] = []
-        self._pieces: list[tuple[memoryview, Future[int]]] = []
-        offset, file = place.offset, place.file.fileno()
+        self._digest, self._done, self._whole = xxhash.xxh3_64(), 0, True
+        buffers, start = [], 0
         for part in place.parts:
             buffer = mx.zeros((part.nbytes // part.bits.size,), dtype=part.bits)
             mx.eval(buffer)
-            self._buffers.append(buffer)
-            self._views.append(memoryview(buffer).cast("B"))  # type: ignore[arg-type]
-            for start in range(0, part.nbytes, PIECE):
-                piece = self._views[-1][start : start + PIECE]
-                submit = _at_once if alone else pool.submit
-                self._pieces.append((piece, submit(_read_into, file, piece, offset + start)))
-            offset += part.nbytes
+            buffers.append(buffer)
+            view = memoryview(buffer).cast("B")  # type: ignore[arg-type]
+            self._views.append(view)
+            for at in range(0, part.nbytes, PIECE):
+                piece = _Piece(start + at, view[at : at + PIECE], place.offset + start + at)
+                self.pieces.append(piece)
+            start += part.nbytes
+        self.block = StoredBlock(buffers)
+        self.file = os.dup(place.file.fileno())
 
-    def result(self, with_checksum: bool) -> tuple[StoredBlock, str] | None:
-        """The block, and its XXH3 as 16 hex digits if asked for; None if the file ends before."""
-        digest = xxhash.xxh3_64()
-        for piece, count in self._pieces:
-            if count.result() < len(piece):
-                return None
-            if with_checksum:
-                digest.update(piece)
+    def is_here(self, nbytes: int) -> bool:
+        """Whether the first ``nbytes`` have been read."""
+        pairs = zip(self.pieces[self._done :], self.counts[self._done :], strict=True)
+        return all(count.done() for piece, count in pairs if piece.start < nbytes)
+
+    def wait_for(self, nbytes: int) -> None:
+        """Waits until the first ``nbytes`` have been read; OSError if they cannot be."""
+        while self._done < len(self.pieces) and self.pieces[self._done].start < nbytes:
+            piece, count = self.pieces[self._done], self.counts[self._done].result()
+            self._whole &= count == len(piece.target)
+            if self.with_checksum:
+                self._digest.update(piece.target)
+            self._done += 1
+
+    def result(self) -> str | None:
+        """Waits for all; the XXH3 as 16 hex digits, or "" without; None if the file ends before."""
+        self.wait_for(self.nbytes)
         self.release()
-        return StoredBlock(self._buffers), digest.hexdigest() if with_checksum else ""
+        if not self._whole:
+            return None
+        return self._digest.hexdigest() if self.with_checksum else ""
 
     def release(self) -> None:
-        """Waits until nobody writes into the buffers any more, and gives them back to MLX."""
-        wait([count for _, count in self._pieces])
-        for piece, _ in self._pieces:
-            piece.release()
+        """Waits until nobody writes into the buffers any more, and lets go of them and the file."""
+        if self.file < 0:
+            return
+        wait(self.counts)
+        for piece in self.pieces:
+            piece.target.release()
         for view in self._views:
             view.release()
-        self._pieces, self._views = [], []
+        os.close(self.file)
+        self.file = -1
+
+    def __del__(self) -> None:
+        self.release()  # whoever began it may have given up
 
 
 class BlockReader:
@@ -96,13 +135,19 @@ class BlockReader:
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="bank")
 
-    def begin(self, places: Sequence[Place]) -> Iterator[Reading]:
-        """Begins to read all blocks, one after the other as they are taken."""
-        sizes = [sum(part.nbytes for part in place.parts) for place in places]
-        for place, size in zip(places, sizes, strict=True):
-            advise(place.file, place.offset, size)
-        for place in places:
-            yield Reading(place, self._pool, alone=sum(sizes) <= PIECE)
+    def begin(self, places: Sequence[Place], with_checksum: Sequence[bool]) -> list[Reading]:
+        """Begins to read all blocks."""
+        steps = [(at / p.nbytes, p, at) for p in places for at in range(0, p.nbytes, PIECE)]
+        for _, place, at in sorted(steps, key=lambda step: step[0]):
+            advise(place.file, place.offset + at, min(PIECE, place.nbytes - at))
+        readings = [Reading(*pair) for pair in zip(places, with_checksum, strict=True)]
+        alone = sum(place.nbytes for place in places) <= PIECE
+        submit = _at_once if alone else self._pool.submit
+        jobs = [(piece.start / r.nbytes, r, piece) for r in readings for piece in r.pieces]
+        # A stable sort: the pieces of a block keep their order.
+        for _, reading, piece in sorted(jobs, key=lambda job: job[0]):
+            reading.counts.append(submit(_read_into, reading.file, piece.target, piece.offset))
+        return readings
 
     def close(self) -> None:
         self._pool.shutdown()
@@ -114,8 +159,7 @@ def advise(file: BinaryIO, offset: int, length: int) -> None:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), offset, length, os.POSIX_FADV_WILLNEED)
         elif sys.platform == "darwin":
-            most = (1 << 31) - 1
-            fcntl.fcntl(file, F_RDADVISE, struct.pack("@qi", offset, min(length, most)))
+            fcntl.fcntl(file, F_RDADVISE, struct.pack("@qi", offset, length))
 
 
 def _at_once(work: Callable[..., int], *args: Any) -> Future[int]:

@@ -7,21 +7,20 @@ under mmap. The price is that a block is copied out of the page cache once.
 
 Resident memory is ``cache_bytes``, plus the visited blocks of ``resident_levels``, whatever the
 size of the bank. Blocks are kept as they are stored, and a quantised one is dequantised on every
-fetch: of 16-bit memory the same budget then holds two to seven times the blocks. The price is work,
-10 to 70 ns a value on one busy Linux core; on Metal it has not been measured.
+fetch: work of 10 to 70 ns a value on one busy Linux core; on Metal it has not been measured.
 """
 
 import threading
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import NamedTuple, Self
 
 import mlx.core as mx
 
+from mlx_hmem.bank.arriving import ArrivingBlock, ArrivingMemory
 from mlx_hmem.bank.blocks import BlockReader, Place, Reading, StoredBlock
 from mlx_hmem.bank.format import (
     GENERIC,
@@ -33,13 +32,13 @@ from mlx_hmem.bank.format import (
     block_parts,
     num_blocks,
 )
+from mlx_hmem.bank.kept import KeptBlocks, Key, Source
 from mlx_hmem.bank.quantization import dequantize_block
 from mlx_hmem.bank.shards import MOST_OPEN, Obtain, OpenShard, Shards
 from mlx_hmem.errors import UserError
 from mlx_hmem.memory import FetchedMemory
 
 CACHE_BYTES = 256 << 20
-Source = Literal["disk", "cache", "resident"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +68,7 @@ class Bank:
         self.manifest, self.config, self.dtype = manifest, manifest.memory, manifest.dtype
         self.anchor_hash, self.tree_hash = manifest.anchor_hash, manifest.tree_hash
         self.resident_levels, self.cache_bytes = resident_levels, cache_bytes
+        self._kept = KeptBlocks(resident_levels, cache_bytes)
         self.bytes_read = 0
         self.last_fetch: list[BlockRead] = []
         self._layouts = {level.level: level for level in manifest.all_levels}
@@ -77,9 +77,6 @@ class Bank:
             n: block_parts(self.config, n, self.dtype, q) for n, q in self._quantization.items()
         }
         self._shards, self._reader, self._lock = shards, BlockReader(), threading.Lock()
-        self._resident: dict[tuple[int, int], StoredBlock] = {}
-        self._cache: OrderedDict[tuple[int, int], StoredBlock] = OrderedDict()
-        self._cached_bytes = 0
 
     @classmethod
     def open(
@@ -120,9 +117,7 @@ class Bank:
             raise
         return cls(manifest, shards, tuple(resident_levels), cache_bytes)
 
-    def fetch(
-        self, path: tuple[int, ...], blocked: frozenset[tuple[int, int]] = frozenset()
-    ) -> FetchedMemory:
+    def fetch(self, path: tuple[int, ...], blocked: frozenset[Key] = frozenset()) -> FetchedMemory:
         """The blocks of one cluster path, in the bank's dtype.
 
         Args:
@@ -133,20 +128,43 @@ class Bank:
         Raises:
             UserError: no such path or cluster, or a block is damaged or unreadable.
         """
-        path = self.config.check_path(path)
-        self._check_blocked(blocked)
-        blocks: list[mx.array | None] = [None] * len(path)
-        keys = list(takewhile(lambda key: key not in blocked, enumerate(path, 1)))
-        keys = [key for key in keys if key[0] in self._layouts]
+        keys = self._keys(path, blocked)
+        blocks: list[mx.array | None] = [None] * self.config.num_levels
         for (level, _), block in zip(keys, self.blocks(keys), strict=True):
             blocks[level - 1] = block
         return FetchedMemory(tuple(blocks), self.config)
+
+    def begin(
+        self,
+        path: tuple[int, ...],
+        blocked: frozenset[Key] = frozenset(),
+        dtype: mx.Dtype = mx.float32,
+    ) -> ArrivingMemory | None:
+        """As :meth:`fetch`, but does not wait: the layers of the memory, in ``dtype``, are there as
+        they are asked for. None if no block may be fetched."""
+        keys = self._keys(path, blocked)
+        self._shards.obtain([k for k in keys if k not in self._kept])
+        with self._lock:
+            self.last_fetch = []
+            found = self._found(keys)
+            missing = {m.key: m for m in self._begin([k for k in keys if k not in found])}
+            blocks = []
+            for key in keys:
+                if key in found:
+                    block, source = found[key]
+                    self._note(key, source)
+                    array = self._decode(key[0], block)
+                    blocks.append(ArrivingBlock.of(array))
+                else:
+                    self._note(key, "disk")
+                    blocks.append(self._arriving(missing[key]))
+        return ArrivingMemory(blocks, self.config, dtype) if blocks else None
 
     def generic(self) -> FetchedMemory:
         """The generic memory: one block of sum(r) rows, in the bank's dtype."""
         return FetchedMemory(tuple(self.blocks([(GENERIC, 0)])), self.config)
 
-    def blocks(self, keys: Sequence[tuple[int, int]]) -> list[mx.array]:
+    def blocks(self, keys: Sequence[Key]) -> list[mx.array]:
         """Blocks by (level, cluster), in the bank's dtype; (0, 0) is the generic memory.
 
         Raises:
@@ -155,7 +173,7 @@ class Bank:
         for level, cluster in keys:
             if level not in self._layouts or not 0 <= cluster < num_blocks(self.config, level):
                 raise UserError("no such block", (level, cluster), "give (level, cluster) pairs")
-        self._shards.obtain([k for k in keys if not self._kept(k)])
+        self._shards.obtain([k for k in keys if k not in self._kept])
         with self._lock:
             self.last_fetch = []
             # So many that the files of all of them can be open at once.
@@ -166,7 +184,7 @@ class Bank:
         """A block as it lies in its file, for making another bank of; errors as :meth:`blocks`."""
         self._shards.obtain([(level, cluster)])
         with self._lock:
-            return next(self._read([(level, cluster)]))[1]
+            return self._finish(*self._begin([(level, cluster)]))
 
     def check(self, anchor_hash: str, tree_hash: str) -> None:
         """Raises UserError unless the bank was made for this anchor and this cluster tree."""
@@ -186,9 +204,7 @@ class Bank:
         with self._lock:
             self._reader.close()
             self._shards.close()
-            self._resident.clear()
-            self._cache.clear()
-            self._cached_bytes = 0
+            self._kept.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -201,7 +217,14 @@ class Bank:
     ) -> None:
         self.close()
 
-    def _check_blocked(self, blocked: frozenset[tuple[int, int]]) -> None:
+    def _keys(self, path: tuple[int, ...], blocked: frozenset[Key]) -> list[Key]:
+        """(level, cluster) of the blocks of a path, as far down as is not blocked."""
+        path = self.config.check_path(path)
+        self._check_blocked(blocked)
+        keys = takewhile(lambda key: key not in blocked, enumerate(path, 1))
+        return [key for key in keys if key[0] in self._layouts]
+
+    def _check_blocked(self, blocked: frozenset[Key]) -> None:
         counts = self.config.num_clusters
         for pair in blocked:
             match pair:
@@ -211,25 +234,50 @@ class Bank:
                     continue
             raise UserError("no such cluster to block", pair, "give (level, cluster) pairs")
 
-    def _group(self, keys: Sequence[tuple[int, int]]) -> list[mx.array]:
-        found: dict[tuple[int, int], tuple[StoredBlock, Source]] = {}
-        for key in keys:
-            if (block := self._resident.get(key)) is not None:
-                found[key] = block, "resident"
-            elif (block := self._cache.get(key)) is not None:
-                self._cache.move_to_end(key)
-                found[key] = block, "cache"
-        for key, block in self._read([key for key in dict.fromkeys(keys) if key not in found]):
-            self._keep(key, block)
-            found[key] = block, "disk"
+    def _group(self, keys: Sequence[Key]) -> list[mx.array]:
+        found = self._found(keys)
+        missing = self._begin([key for key in dict.fromkeys(keys) if key not in found])
+        try:
+            for each in missing:
+                found[each.key] = self._finish(each), "disk"
+                self._kept.keep(each.key, found[each.key][0])
+        finally:
+            for each in missing:
+                each.reading.release()
         blocks = []
         for key in keys:
             block, source = found[key]
-            self.last_fetch.append(BlockRead(*key, self._layouts[key[0]].block_bytes, source))
+            self._note(key, source)
             if source == "disk":
                 found[key] = block, "cache"  # where the same call asks for it again
             blocks.append(self._decode(key[0], block))
         return blocks
+
+    def _found(self, keys: Sequence[Key]) -> dict[Key, tuple[StoredBlock, Source]]:
+        """The blocks that are kept in memory, and where."""
+        pairs = ((key, self._kept.get(key)) for key in keys)
+        return {key: found for key, found in pairs if found is not None}
+
+    def _note(self, key: Key, source: Source) -> None:
+        self.last_fetch.append(BlockRead(*key, self._layouts[key[0]].block_bytes, source))
+
+    def _arriving(self, missing: "_Missing") -> ArrivingBlock:
+        level = missing.key[0]
+
+        def finish() -> StoredBlock:
+            with self._lock:
+                block = self._finish(missing)
+                self._kept.keep(missing.key, block)
+                return block
+
+        def decode(nbytes: int) -> mx.array:
+            if self._quantization[level] is not None:
+                missing.reading.wait_for(missing.reading.nbytes)
+            else:
+                missing.reading.wait_for(nbytes)
+            return self._decode(level, missing.reading.block)
+
+        return ArrivingBlock(missing.reading, decode, finish)
 
     def _decode(self, level: int, block: StoredBlock) -> mx.array:
         dtype, quantization = STORED_TYPES[self.dtype].dtype, self._quantization[level]
@@ -238,52 +286,42 @@ class Bank:
             return arrays[0]
         return dequantize_block(arrays, self.config, dtype, quantization)
 
-    def _keep(self, key: tuple[int, int], block: StoredBlock) -> None:
-        if key[0] in self.resident_levels:
-            self._resident[key] = block
-        elif block.nbytes <= self.cache_bytes:
-            self._cached_bytes += block.nbytes
-            while self._cached_bytes > self.cache_bytes:
-                _, oldest = self._cache.popitem(last=False)
-                self._cached_bytes -= oldest.nbytes
-            self._cache[key] = block
-
-    def _kept(self, key: tuple[int, int]) -> bool:
-        return key in self._resident or key in self._cache
-
-    def _read(
-        self, keys: Sequence[tuple[int, int]]
-    ) -> Iterator[tuple[tuple[int, int], StoredBlock]]:
-        """Reads blocks from their files and, the first time, verifies their checksums."""
+    def _begin(self, keys: Sequence[Key]) -> list["_Missing"]:
+        """Begins to read blocks from their files."""
         found = [self._shards.find(*key) for key in keys]
         places = [
             Place(shard.file, PAGE + row * self._layouts[level].block_stride, self._parts[level])
             for (level, _), (shard, row) in zip(keys, found, strict=True)
         ]
-        readings = list(self._reader.begin(places))
-        try:
-            for key, (shard, row), reading in zip(keys, found, readings, strict=True):
-                block = self._finish(key, shard, row, reading)
-                self.bytes_read += block.nbytes
-                yield key, block
-        finally:
-            for reading in readings:
-                reading.release()
+        first_time = [not shard.verified[row] for shard, row in found]
+        readings = self._reader.begin(places, first_time)
+        return [
+            _Missing(key, *place, reading)
+            for key, place, reading in zip(keys, found, readings, strict=True)
+        ]
 
-    def _finish(
-        self, key: tuple[int, int], shard: OpenShard, row: int, reading: Reading
-    ) -> StoredBlock:
-        level, cluster = key
+    def _finish(self, missing: "_Missing") -> StoredBlock:
+        """The block when all of it is read and, the first time, its checksum found right."""
+        (level, cluster), shard, row, reading = missing
         where = "the generic memory" if level == GENERIC else f"level {level}, cluster {cluster}"
         try:
-            result = reading.result(with_checksum=not shard.verified[row])
+            checksum = reading.result()
         except OSError as error:
             raise UserError(f"cannot read {where} of the bank", error, REMEDY) from None
-        if result is None:
+        if checksum is None:
             raise UserError(f"{where} of the bank is cut off", shard.file.name, REMEDY)
-        block, checksum = result
-        if not shard.verified[row]:
+        if reading.with_checksum:
             if checksum != shard.shard.xxh3[16 * row : 16 * row + 16]:
                 raise UserError(f"{where} of the bank is damaged", shard.file.name, REMEDY)
             shard.verified[row] = 1
-        return block
+        self.bytes_read += reading.nbytes
+        return reading.block
+
+
+class _Missing(NamedTuple):
+    """A block that is being read: (level, cluster), and where it lies."""
+
+    key: Key
+    shard: OpenShard
+    row: int
+    reading: Reading

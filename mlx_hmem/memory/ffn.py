@@ -56,10 +56,11 @@ class FFNMemory:
         activation = layer.ffn.activation
 
         def call(before: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
-            rows = memory()
+            output = before(x)
+            rows = memory(output)
             if rows is None:
-                return before(x)
-            return before(x) + ffn_memory(x, rows[0].astype(x.dtype), activation)
+                return output
+            return output + ffn_memory(x, rows[0].astype(x.dtype), activation)
 
         extend(layer.ffn.module, call)
 

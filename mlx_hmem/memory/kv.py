@@ -59,7 +59,7 @@ class KVMemory:
             return output
 
         def output_call(before: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
-            rows, queries = memory(), _normed(seen.pop(), attention)
+            rows, queries = memory(x), _normed(seen.pop(), attention)
             if rows is None:
                 return before(x)
             pairs = rows[0].astype(x.dtype)

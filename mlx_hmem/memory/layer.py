@@ -14,8 +14,9 @@ import numpy as np
 
 Rows = tuple[mx.array, ...]
 # The rows of one layer at the moment of the call, (rows, R, width) or (batch, rows, R, width) for
-# each group; None for the anchor alone.
-LayerMemory = Callable[[], Rows | None]
+# each group; None for the anchor alone. Given what the layer has computed so far: while the rows
+# are still on their way from the disk, that is evaluated.
+LayerMemory = Callable[[mx.array], Rows | None]
 Activation = Callable[[mx.array], mx.array]
 
 

@@ -52,7 +52,8 @@ class LoRAMemory:
 
 def _patch(projection: Projection, memory: LayerMemory, a: Row, b: Row) -> None:
     def call(before: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
-        output, rows = before(x), memory()
+        output = before(x)
+        rows = memory(output)
         if rows is None:
             return output
         down = rows[a.group][..., a.place, :, :].astype(x.dtype)
