@@ -28,7 +28,7 @@ from mlx_hmem.errors import UserError
 from mlx_hmem.files import write_atomic
 from train.ranks import Ranks
 
-Advance = Callable[[int], None]  # moves the progress bar on
+Advance = Callable[[int], object]  # moves the progress bar on
 Work = Callable[[Path, Any, Advance], None]
 
 
