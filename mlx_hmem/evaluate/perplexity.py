@@ -1,8 +1,8 @@
 """Perplexity of a model over documents.
 
 A document that does not fit the context is cut into windows of about equal length, as in
-training; each starts anew from the end-of-text token and is routed by its own text, so nothing
-carries over between windows.
+training; each starts anew from the end-of-text token, so nothing carries over between windows but,
+where the whole document routes them, the choice of the memory.
 All tokens of a text are predicted, the first from end-of-text alone; end-of-text itself is not.
 Windows of about one length share a batch, padded on the right, which a causal model cannot see.
 """
@@ -23,7 +23,7 @@ from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.routing import route_texts
 from mlx_hmem.model import MemoryModel
 
-ROUTE_BY = ("document", "first_sentence")
+ROUTE_BY = ("window", "document", "first_sentence")
 LONGEST = 2048  # window, in tokens
 
 
@@ -67,15 +67,16 @@ def perplexity(
     texts: Sequence[str],
     memory: str = "fetched",
     *,
-    route_by: str = "document",
+    route_by: str = "window",
     context: int | None = None,
     tokens_per_batch: int = 2048,
     progress: bool = True,
 ) -> Perplexity:
     """Perplexity of ``model`` over ``texts``.
 
-    ``memory`` is "fetched", "generic" or "none"; ``route_by`` says what of a window routes it:
-    "document", all of it (the paper, section 2), or "first_sentence". ``context`` is the longest
+    ``memory`` is "fetched", "generic" or "none"; ``route_by`` says what routes a window: "window",
+    its own text, as in training; "document", the whole document (the paper, section 2; the same
+    where it fits one window); or "first_sentence", that of the window. ``context`` is the longest
     window in tokens; that of the anchor, at most 2,048, unless given.
     """
     if route_by not in ROUTE_BY:
@@ -86,7 +87,7 @@ def perplexity(
     windows = [w for i, text in enumerate(texts) for w in _windows(model, i, text, context)]
     if not windows:
         raise UserError("there is no text to score", f"{len(texts)} documents", "give some text")
-    routed = [w.text if route_by == "document" else first_sentence(w.text) for w in windows]
+    routed = [_routed_by(w, texts, route_by) for w in windows]
     paths = route_texts(model, routed, memory, progress)
     losses, counts = np.zeros(len(texts)), np.zeros(len(texts))
     with tqdm(
@@ -101,6 +102,12 @@ def perplexity(
             bar.update(len(rows))
     sizes = np.array([len(t.encode()) for t in texts], dtype=np.float64)
     return _summary(memory, route_by, losses[counts > 0], counts[counts > 0], sizes[counts > 0])
+
+
+def _routed_by(window: _Window, texts: Sequence[str], route_by: str) -> str:
+    if route_by == "document":
+        return texts[window.document]
+    return window.text if route_by == "window" else first_sentence(window.text)
 
 
 def _windows(model: MemoryModel, document: int, text: str, context: int) -> Iterator[_Window]:

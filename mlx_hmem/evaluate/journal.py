@@ -1,0 +1,73 @@
+"""Results kept row by row, so that a run that was cut short goes on where it was.
+
+One file per model, task, settings and kind of memory: a line of JSON that says what these are,
+then one per scored row, in the order in which batches ended. A batch is appended and synced at
+once; what a kill left of an unfinished line is dropped.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from mlx_hmem.errors import UserError
+from mlx_hmem.files import sync
+
+
+class Journal:
+    """The results of one run over one task; a context manager that holds the file."""
+
+    def __init__(self, folder: Path, name: str, settings: dict[str, Any]):
+        self._head = json.dumps(settings, sort_keys=True, ensure_ascii=False)
+        digest = xxhash.xxh3_64_hexdigest(self._head.encode())
+        self.path = folder / f"{name}.{digest}.jsonl"
+        self.rows: dict[int, dict[str, Any]] = {}
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator["Journal"]:
+        """Reads what is there and holds the file; UserError if another program does, or if what
+        it holds is something else."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a+b") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                remedy = "wait for it, or choose another --out"
+                raise UserError("another run writes these results", self.path, remedy) from None
+            self._file = file
+            self._load()
+            yield self
+
+    def _load(self) -> None:
+        self._file.seek(0)
+        data = self._file.read()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            self._file.truncate(whole)
+        lines = data[:whole].splitlines()
+        if not lines:
+            self._append([self._head])
+            return
+        try:
+            if lines[0].decode() != self._head:
+                raise ValueError("the first line is not this run's")
+            for line in lines[1:]:
+                row = json.loads(line)
+                self.rows[row["row"]] = row
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.path} is no file of results", error, "delete it") from None
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Appends results, each with its ``row``, and puts them on the disk."""
+        self._append([json.dumps(row, ensure_ascii=False) for row in rows])
+        self.rows |= {row["row"]: row for row in rows}
+
+    def _append(self, lines: list[str]) -> None:
+        self._file.seek(0, os.SEEK_END)
+        self._file.write("".join(line + "\n" for line in lines).encode())
+        sync(self._file)
