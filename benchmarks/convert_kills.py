@@ -1,12 +1,15 @@
 """``python -m benchmarks.convert_kills [--kills N] [--json]``: SIGKILL at random moments.
 
 Conversions of a 32 MB anchor in 64 shards (OpenLM's pickle, sharded safetensors, the way back to
-PyTorch, and one over an older model) are killed and started again with the same command. After each
-kill the destination must be absent, what it was before, or, byte for byte, what a conversion makes
-that nobody disturbed; and what lies beside it must not load. Half of the moments are drawn from the
-whole time of a run, half from the moment on at which it begins to write.
+PyTorch, and one over an older model) and of the whole demo model with its memory (from PyTorch's
+layout, back to it, and quantised over an older model) are killed and started again with the same
+command: N times the four of the anchor together, N times each of the whole model's. After each kill
+the destination must be absent, what it was before, or, byte for byte, what a conversion makes that
+nobody disturbed; and what lies beside it must not load unless it is all there. Half of the moments
+are drawn from the whole time of a run, half from the time in which it writes.
 """
 
+import contextlib
 import json
 import random
 import shutil
@@ -14,9 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx_hmem  # noqa: F401  (before mlx.core)
 
@@ -30,6 +33,7 @@ from mlx_hmem.anchors.load import load_anchor, named_parameters
 from mlx_hmem.anchors.openlm import Model, ModelArgs
 from mlx_hmem.errors import ArgumentParser, UserError, run_program
 from mlx_hmem.files import save_safetensors
+from mlx_hmem.loading import DEMO, load
 
 SHARD_BYTES = 512 << 10
 # The command itself, with shards so small that there are many moments between two.
@@ -38,15 +42,45 @@ import sys
 import mlx_hmem
 import convert.weights
 from convert.__main__ import main
+from convert.bank import write_tensors_as_bank
+from mlx_hmem.bank.writer import shard_cuts
 from mlx_hmem.errors import run_program
-convert.weights.SHARD_BYTES = int(sys.argv.pop(1))
+size = int(sys.argv.pop(1))
+convert.weights.SHARD_BYTES = size
+shard_cuts.__defaults__ = (size,)
+write_tensors_as_bank.__kwdefaults__["shard_bytes"] = size
 run_program(main)
 """
+NOTES = "bank/notes/"  # of a quantisation that is not at its end
 Files = dict[str, bytes]
 
 
-def command(source: Path, out: Path, *more: str, shard_bytes: int = SHARD_BYTES) -> list[str]:
-    return [sys.executable, "-c", PROGRAM, str(shard_bytes), str(source), str(out), *more]
+def load_whole(folder: Path) -> None:
+    """Loads a model with its memory; a UserError says why it is none."""
+    bank = load(folder).bank
+    if bank is None:
+        raise UserError("a model has lost its memory", folder, "find out why")
+    bank.close()
+
+
+class Case(NamedTuple):
+    """A conversion to kill. ``older``: the model that lies at the destination before."""
+
+    name: str
+    source: Path
+    options: list[str]
+    older: Path | None = None
+    program: tuple[str, ...] = ()
+    load: Callable[[Path], object] = load_anchor
+
+    def command(self, out: Path, shard_bytes: int) -> list[str]:
+        start = [sys.executable, "-c", PROGRAM, str(shard_bytes), *self.program]
+        return [*start, str(self.source), str(out), *self.options]
+
+    @property
+    def loads(self) -> bool:
+        """Whether its result is a model of ours."""
+        return "pytorch" not in self.options
 
 
 def contents(folder: Path) -> Files:
@@ -82,13 +116,30 @@ def save_llama(folder: Path, layers: int = 16) -> Path:
     return folder
 
 
+def undisturbed(arguments: list[str], part: Path) -> tuple[float, float]:
+    """Runs to the end; seconds in all, and from the moment at which ``part`` appears."""
+    start = time.perf_counter()
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not part.exists():
+        time.sleep(0.001)
+    began = time.perf_counter()
+    if process.wait():
+        raise UserError("a conversion fails undisturbed", arguments[3:], "run it by hand")
+    return time.perf_counter() - start, time.perf_counter() - began
+
+
 def kill_once(arguments: list[str], part: Path, delay: float, writing: bool) -> bool:
     """Starts and kills; whether it was still running.
 
-    ``writing``: the delay counts from the moment at which ``part`` appears, not from the start.
+    ``writing``: the delay counts from the moment at which ``part`` is there, not from the start.
     """
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while writing and process.poll() is None and not part.exists():
+    locked = part / RECORD
+    before = locked.stat().st_mtime_ns if locked.exists() else 0
+    while writing and process.poll() is None:
+        with contextlib.suppress(FileNotFoundError):
+            if locked.stat().st_mtime_ns != before:  # each run writes it anew
+                break
         time.sleep(0.001)
     try:
         process.wait(delay)
@@ -99,76 +150,95 @@ def kill_once(arguments: list[str], part: Path, delay: float, writing: bool) -> 
         return True
 
 
-def check(out: Path, part: Path, before: Files | None, wanted: Files) -> str:
+def check(case: Case, out: Path, part: Path, before: Files | None, wanted: Files) -> str:
     """What lies at the destination after a kill: "nothing", "before" or "whole"."""
-    if part.exists() and not set(wanted) <= set(contents(part)):
-        try:
-            load_anchor(part)
-        except UserError:
-            pass
-        else:
-            raise UserError("a half-made directory loads", part, "find out why")
+    if part.exists():
+        check_part(case, part, wanted)
     if not out.exists():
         return "nothing"
     found = contents(out)
     if before is not None and found == before:
+        case.load(out)
         return "before"
     # The record, and the folder of before, may still lie in it.
     more = [n for n in found if n not in wanted]
     strange = [n for n in more if n != RECORD and not n.startswith(f"{REPLACED}/")]
     if strange or {n: found.get(n) for n in wanted} != wanted:
         raise UserError("a directory is neither old nor new", out, "find out why")
+    if case.loads:
+        case.load(out)
     return "whole"
 
 
-def cases(folder: Path, layers: int = 16) -> Iterator[tuple[str, Path, list[str], Path | None]]:
-    """Name, source, options, and the model that lies at the destination before."""
+def check_part(case: Case, part: Path, wanted: Files) -> None:
+    """What is half made must not load; what loads must be whole, bit for bit."""
+    try:
+        case.load(part)
+    except UserError:
+        return
+    found = contents(part)
+    more = [n for n in found if n not in wanted and n != RECORD]
+    more = [n for n in more if not n.startswith((f"{REPLACED}/", NOTES)) and ".part" not in n]
+    if more or {n: found.get(n) for n in wanted} != wanted:
+        raise UserError("a half-made directory loads", part, "find out why")
+
+
+def cases(folder: Path, layers: int = 16) -> Iterator[Case]:
+    """Conversions of an anchor."""
     model = save_model(folder / "model", 0, layers)
     older = save_model(folder / "older", 1, layers)
     checkpoint = folder / "checkpoint"
     convert([str(model), str(checkpoint), "--to", "pytorch"])
     llama = save_llama(folder / "llama", layers)
-    yield "openlm", checkpoint, [], None
-    yield "huggingface", llama, [], None
-    yield "to pytorch", model, ["--to", "pytorch"], None
-    yield "overwrite", checkpoint, ["--overwrite"], older
+    yield Case("openlm", checkpoint, [])
+    yield Case("huggingface", llama, [])
+    yield Case("to pytorch", model, ["--to", "pytorch"])
+    yield Case("overwrite", checkpoint, ["--overwrite"], older)
+
+
+def whole_cases(folder: Path) -> Iterator[Case]:
+    """Conversions of the demo model: an anchor, a memory bank, a cluster tree and an encoder."""
+    checkpoint, model, older = (folder / f"whole-{n}" for n in ("checkpoint", "model", "older"))
+    convert([str(DEMO), str(checkpoint), "--to", "pytorch", "--dtype", "float16"])
+    convert([str(checkpoint), str(model)])  # the demo's own bank is quantised
+    convert(["quantize", str(model), str(older), "--bank-bits", "4"])
+    yield Case("whole from pytorch", checkpoint, [], load=load_whole)
+    yield Case("whole to pytorch", model, ["--to", "pytorch"], load=load_whole)
+    options = ["--anchor-bits", "4", "--bank-bits", "8", "--overwrite"]
+    yield Case("whole quantised", model, options, older, ("quantize",), load_whole)
 
 
 def run_case(
-    folder: Path, case: tuple[str, Path, list[str], Path | None], rng: random.Random, kills: int,
-    shard_bytes: int = SHARD_BYTES,
-) -> dict[str, int]:  # fmt: skip
+    folder: Path, case: Case, rng: random.Random, kills: int, shard_bytes: int = SHARD_BYTES
+) -> dict[str, int]:
     """Kills conversions of one case ``kills`` times in all; counts of what was found."""
-    name, source, options, older = case
-    undisturbed = folder / f"{name}-undisturbed"
-    start = time.perf_counter()
-    arguments = command(source, undisturbed, *options, shard_bytes=shard_bytes)
-    subprocess.run(arguments, check=True, capture_output=True)
-    duration, wanted = time.perf_counter() - start, contents(undisturbed)
-    before = contents(older) if older else None
-    found = {"kills": 0, "runs": 0, "nothing": 0, "before": 0, "whole": 0}
+    model = folder / f"{case.name}-undisturbed"
+    arguments = case.command(model, shard_bytes)
+    duration, write_time = undisturbed(arguments, model.with_name(f"{model.name}.part"))
+    wanted, before = contents(model), contents(case.older) if case.older else None
+    found = {"kills": 0, "while writing": 0, "runs": 0, "nothing": 0, "before": 0, "whole": 0}
     while found["kills"] < kills:
-        out = folder / f"{name}-{found['runs']}"
+        out = folder / f"{case.name}-{found['runs']}"
         part = out.with_name(f"{out.name}.part")
-        if older:
-            shutil.copytree(older, out)
-        arguments = command(source, out, *options, shard_bytes=shard_bytes)
+        if case.older:
+            shutil.copytree(case.older, out)
+        arguments = case.command(out, shard_bytes)
         while found["kills"] < kills:
             writing = rng.random() < 0.5
-            if not kill_once(
-                arguments, part, rng.uniform(0, duration / (2 if writing else 1)), writing
-            ):
+            delay = rng.uniform(0, write_time if writing else duration)
+            if not kill_once(arguments, part, delay, writing):
                 break
             found["kills"] += 1
-            found[check(out, part, before, wanted)] += 1
+            found["while writing"] += writing
+            found[check(case, out, part, before, wanted)] += 1
         if part.exists() or not out.exists() or contents(out) != wanted:
             done = subprocess.run(arguments, capture_output=True, text=True)
             if done.returncode:
                 raise UserError("a killed conversion does not go on", done.stderr, "find out why")
         if contents(out) != wanted or part.exists():
             raise UserError("a killed conversion came out otherwise", out, "find out why")
-        if name != "to pytorch":
-            load_anchor(out)
+        if case.loads:
+            case.load(out)
         found["runs"] += 1
         shutil.rmtree(out)
     return found
@@ -176,14 +246,17 @@ def run_case(
 
 def main() -> None:
     parser = ArgumentParser(prog="python -m benchmarks.convert_kills", description=__doc__)
-    parser.add_argument("--kills", type=int, default=52)
+    parser.add_argument("--kills", type=int, default=52, metavar="N")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     rng, results = random.Random(0), dict[str, Any]()
-    with tempfile.TemporaryDirectory() as name, tqdm(total=4, unit="case") as bar:
-        for case in cases(Path(name)):
-            results[case[0]] = run_case(Path(name), case, rng, -(-args.kills // 4))
-            bar.update()
+    with tempfile.TemporaryDirectory() as name, tqdm(total=7, unit="case") as bar:
+        for make, kills in ((cases, -(-args.kills // 4)), (whole_cases, args.kills)):
+            with contextlib.redirect_stdout(sys.stderr):  # what the conversions say
+                chosen = list(make(Path(name)))
+            for case in chosen:
+                results[case.name] = run_case(Path(name), case, rng, kills)
+                bar.update()
     print(json.dumps(results) if args.json else results)
 
 

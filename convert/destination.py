@@ -29,11 +29,12 @@ MARKS = ("config.json", "hmem.json", "hmem_pytorch.json", RECORD)
 
 def identity_of(files: Iterable[Path], **options: Any) -> dict[str, Any]:
     """What a conversion is known by: its source files and its options."""
-    sources = {}
-    for file in sorted(files):
-        info = file.stat()
-        sources[str(file.resolve())] = [info.st_size, info.st_mtime_ns]
-    return {"sources": sources, **options}
+    return {"sources": {str(f.resolve()): _state(f) for f in sorted(files)}, **options}
+
+
+def _state(file: Path) -> list[int]:
+    info = file.stat()
+    return [info.st_size, info.st_mtime_ns]
 
 
 @contextlib.contextmanager
@@ -49,22 +50,28 @@ def destination(
             so whoever writes skips the files that exist.
         need_bytes: what will be written, altogether.
 
-    Raises UserError if ``path`` exists and may not be replaced, if the disk has too little room, or
-    if another conversion is writing there.
+    Raises UserError if ``path`` exists and may not be replaced, if the disk has too little room, if
+    another conversion is writing there, or if a source changes meanwhile.
     """
     path = Path(os.path.abspath(path))  # the folder may be named "."
     part = path.with_name(f"{path.name}.part")
     identity = json.loads(json.dumps(identity))
-    if _record(path) == identity and not part.exists():
-        os.rename(path, part)  # only the last step is missing: it is done again
-    _check_existing(path, replace, identity)
-    with _claimed(part):
+    renamed = _record(path) == identity and not part.exists()
+    if not renamed:
+        _check_existing(path, replace, identity)
+        part.mkdir(parents=True, exist_ok=True)
+    with _claimed(path if renamed else part, part):
+        if renamed:
+            if _record(path) != identity:  # whoever was at it has just ended
+                raise UserError("the destination exists", path, "choose another")
+            os.rename(path, part)  # only the last step is missing: it is done again
         if _record(part) != identity:
             _clear(part, path)
-            _check_existing(path, replace, identity)
+        _check_existing(path, replace, identity)
         _check_room(part, need_bytes)
         write_atomic(part / RECORD, json.dumps(identity, indent=2) + "\n")
         yield part
+        _check_sources(identity)
         _finish(part, path)
 
 
@@ -90,21 +97,44 @@ def _check_existing(path: Path, replace: bool, identity: dict[str, Any]) -> None
 
 
 @contextlib.contextmanager
-def _claimed(part: Path) -> Iterator[None]:
-    """Makes the folder and keeps other conversions out of it."""
-    part.mkdir(parents=True, exist_ok=True)
-    handle = os.open(part, os.O_RDONLY)
+def _claimed(folder: Path, part: Path) -> Iterator[None]:
+    """Keeps other conversions out of a folder, also when it is renamed; removes an empty one."""
+    other = UserError("another conversion writes here", folder, "wait for it to end")
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise UserError("another conversion writes here", part, "wait for it to end") from None
+        handle = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:  # that one has just renamed it
+        raise other from None
     try:
-        yield
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise other from None
+        if not _lies_at(handle, folder):  # it was renamed before it could be locked
+            raise other
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                if _lies_at(handle, part):
+                    part.rmdir()  # nothing was begun
     finally:
         os.close(handle)
-        with contextlib.suppress(OSError):
-            part.rmdir()  # nothing was begun
+
+
+def _lies_at(handle: int, folder: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(folder))
+    except FileNotFoundError:
+        return False
+
+
+def _check_sources(identity: dict[str, Any]) -> None:
+    """That what was read is what was there at the beginning."""
+    for name, before in identity.get("sources", {}).items():
+        if not os.path.exists(name) or _state(Path(name)) != before:
+            raise UserError(
+                "a source changed while it was converted", name, "run the same command again"
+            )
 
 
 def _clear(part: Path, path: Path) -> None:
@@ -137,6 +167,8 @@ def _finish(part: Path, path: Path) -> None:
     for folder in (part, *(f for f in part.rglob("*") if f.is_dir())):
         sync_folder(folder)
     if path.exists():
+        if (part / REPLACED).exists():  # killed here before, and then another one came to lie there
+            shutil.rmtree(part / REPLACED)
         os.rename(path, part / REPLACED)
     os.rename(part, path)
     sync_folder(path.parent)

@@ -208,10 +208,10 @@ def from_pytorch(
     small = sum(f.stat().st_size for f in sources[1 + len(opened.files) + len(anchor.sources) :])
     need = anchor.need_bytes + bank_bytes(memory, stored) + 2 * small + (1 << 20)
     with destination(target, overwrite, identity, need) as part:
+        (part / "bank").mkdir(exist_ok=True)  # first: else the anchor would load alone
         anchor.write(part)
         retriever = _write_retriever(opened, part)
         hmem = HmemConfig(FORMAT_VERSION, memory, retriever, anchor_hash(part))
-        (part / "bank").mkdir(exist_ok=True)
         write_tensors_as_bank(
             part / "bank",
             memory,

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from convert.destination import RECORD, destination, identity_of
+from convert.destination import RECORD, REPLACED, destination, identity_of
 from convert.quantize_report import Report
 from convert.quantized_anchor import (
     INDEX,
@@ -35,7 +35,7 @@ from mlx_hmem.loading import load
 
 COPIED = (*MODEL_FILES, "README.md", "LICENSE*", "NOTICE*")
 ANCHOR_FILES = ("config.json", "model*.safetensors", INDEX)
-REWRITTEN = ("hmem.json", RECORD, f"{BANK_FOLDER}/*")
+REWRITTEN = ("hmem.json", RECORD, f"{REPLACED}/*", f"{BANK_FOLDER}/*")
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,8 @@ def quantize(chosen: Plan, out: Path, texts: Sequence[str] = (), overwrite: bool
     """
     with destination(out, overwrite, chosen.identity, chosen.bytes_needed) as part:
         before = _scores(chosen.folder, texts)
+        if chosen.bank is not None:  # first: else the anchor would load alone
+            (part / BANK_FOLDER).mkdir(exist_ok=True)
         for file in chosen.files:
             _copy(chosen.folder / file, part / file)
         if chosen.anchor is not None:

@@ -15,6 +15,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from convert.destination import RECORD
+from convert.destination import REPLACED as FORMER
 from mlx_hmem.anchors.load import read_config, weight_files
 from mlx_hmem.bank import Bank, Manifest, stored_levels
 from mlx_hmem.bank.format import MANIFEST, num_blocks
@@ -26,7 +28,8 @@ from mlx_hmem.loading import load
 
 CARD = "README.md"
 UPLOADED = (*MODEL_FILES, *BANK_FILES, CARD, "LICENSE*", "NOTICE*")
-NOT_UPLOADED = (".*", "*/.*")  # half-written files begin with a dot
+# Half-written files begin with a dot; the others are left by a conversion killed in its last step.
+NOT_UPLOADED = (".*", "*/.*", RECORD, f"{FORMER}/*")
 # What an earlier model may have left and would mix with this one.
 REPLACED = ("model*.safetensors*", "hmem.json", "tokenizer*", "retriever/*", f"{BANK_FOLDER}/*")
 ONE_COMMIT = 200  # huggingface_hub cuts commits of more than 250 files
