@@ -1,5 +1,7 @@
 """A prompt in, text out: ``python generate.py --prompt "The atomic number of iron is"``.
 
+With ``--chat`` a conversation.
+
 The text streams to standard output; the route and the timings go to standard error.
 """
 
@@ -7,14 +9,17 @@ import argparse
 import json
 import sys
 import time
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from mlx_hmem.errors import ArgumentParser, UserError, run_program
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(description="Generates text with a memory fetched for the prompt.")
-    parser.add_argument("--prompt", required=True, help="text to continue, - for standard input")
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--prompt", help="text to continue, - for standard input")
+    asked.add_argument("--chat", action="store_true", help="answer line by line; /help says more")
     parser.add_argument("--model", help="folder or Hub id (default: the bundled demo model)")
     parser.add_argument(
         "--memory",
@@ -30,7 +35,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="PATH",
         help="clusters that may not be fetched, each as its path: 3 or 3,51",
     )
-    parser.add_argument("--max-tokens", type=int, default=100, help="default: %(default)s")
+    parser.add_argument("--max-tokens", type=int, help="default: 100, of an answer in a chat 256")
     parser.add_argument("--temp", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--top-p", type=float, default=1.0, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
@@ -41,12 +46,35 @@ def parse_arguments() -> argparse.Namespace:
         help="most bytes for the anchor, the memory and what is kept of the bank",
     )
     parser.add_argument(
+        "--resident-levels",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="LEVEL",
+        help="levels whose blocks stay in memory once they are read (1 = coarsest)",
+    )
+    parser.add_argument(
+        "--level-folder",
+        nargs="+",
+        default=[],
+        metavar="LEVEL=FOLDER",
+        help="levels of the bank that lie elsewhere, such as on another disk",
+    )
+    parser.add_argument(
         "--lazy",
         action="store_true",
         help="of a Hub id, fetch the parts of the bank only when they are needed",
     )
+    parser.add_argument(
+        "--strict-memory",
+        action="store_true",
+        help="stop at a block that cannot be read (default: go on without it, and say so)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.chat and (args.json or args.route_text is not None):
+        parser.error("--json and --route-text do not go with --chat")
+    return args
 
 
 def cluster_path(text: str) -> tuple[int, ...]:
@@ -56,6 +84,15 @@ def cluster_path(text: str) -> tuple[int, ...]:
         raise UserError(
             "--block is not a cluster path", repr(text), "write it as 3 or 3,51"
         ) from None
+
+
+def level_folder(text: str) -> tuple[int, Path]:
+    level, equals, folder = text.partition("=")
+    if not (level.isdecimal() and equals and Path(folder).is_dir()):
+        raise UserError(
+            "--level-folder names no folder", repr(text), "write it as 3=/Volumes/DISK/bank"
+        )
+    return int(level), Path(folder)
 
 
 def read_prompt(prompt: str) -> str:
@@ -71,7 +108,7 @@ def read_prompt(prompt: str) -> str:
 
 def main() -> None:
     args = parse_arguments()
-    prompt = read_prompt(args.prompt)
+    prompt = "" if args.chat else read_prompt(args.prompt)
     blocked = [cluster_path(text) for text in args.block]
 
     import mlx.core as mx
@@ -83,15 +120,31 @@ def main() -> None:
         DEMO if args.model is None else args.model,
         memory_budget=args.memory_budget,
         lazy=args.lazy,
+        resident_levels=tuple(args.resident_levels),
+        level_folders=dict(level_folder(text) for text in args.level_folder),
     )
+    damaged: Literal["stop", "skip"] = "stop" if args.strict_memory else "skip"
+    options: dict[str, Any] = {"temp": args.temp, "top_p": args.top_p, "seed": args.seed}
+    if args.chat:
+        from mlx_hmem.chat import chat
+        from mlx_hmem.conversation import Conversation
+
+        options |= {} if args.max_tokens is None else {"max_tokens": args.max_tokens}
+        options |= {"memory": args.memory, "blocked": blocked, "damaged": damaged}
+        chat(Conversation(model, notify=say, **options))
+        return
     start = time.perf_counter()
     ids = prompt_ids(model.tokenizer, prompt, model.context)
     recall = model.recall(
-        prompt if args.route_text is None else args.route_text, args.memory, blocked
+        prompt if args.route_text is None else args.route_text,
+        args.memory,
+        blocked,
+        wait=False,
+        damaged=damaged,
     )
     pieces, ttft_ms, piece = [], 0.0, None
-    options = {"temp": args.temp, "top_p": args.top_p, "seed": args.seed}
-    for piece in model.stream_ids(ids, recall, args.max_tokens, **options):
+    max_tokens = 100 if args.max_tokens is None else args.max_tokens
+    for piece in model.stream_ids(ids, recall, max_tokens, **options):
         ttft_ms = ttft_ms or (time.perf_counter() - start) * 1e3
         pieces.append(piece.text)
         if not args.json:
@@ -109,7 +162,13 @@ def main() -> None:
         print(json.dumps(result, ensure_ascii=False))
     else:
         print()
-        print(summary(result), file=sys.stderr)
+        say(summary(result))
+    if recall.damage:
+        say(f"the answer went on {', '.join(recall.damage)}")
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def summary(result: dict[str, Any]) -> str:

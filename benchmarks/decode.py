@@ -1,12 +1,16 @@
 """What memory costs when one stream is decoded: attached, and fused into the anchor's own FFN.
 
-``python -m benchmarks.decode [--json]``
+``python -m benchmarks.decode [--json] [--plot FILE] [--bits 4]``
 
 OpenLM-160M with random weights in float32 and the paper's r = (256, 64, 16, 0). The contenders take
 turns, a few tokens each, and every ratio is the median of the ratios within one round, so that
 other load on the machine hits all alike; the CPU time, of all threads, hardly sees it at all. A
 decoding step reads each weight once, so the aim is the ratio of parameters, anchor / (anchor +
 fetched).
+
+With ``--bits`` the anchor is quantised, as mlx-lm does it, in groups of 64. A fetched memory stays
+in float32, a tenth of the parameters and two fifths of the bytes, so both shares are given; such an
+anchor has no fused form.
 
 A contender with 16 rows of memory shows what the shapes of the matrices do by themselves. On the
 Linux CPU a matrix whose rows are 2,048 floats, as those of the anchor's down are, is multiplied at
@@ -17,14 +21,12 @@ strided slice of a matrix is copied on each product, a joined matrix is not; ass
 writes in place.
 """
 
-import json
-import platform
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from importlib.metadata import version
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -32,6 +34,9 @@ import mlx.nn as nn
 from mlx_lm.generate import generate_step
 from tqdm import trange
 
+from benchmarks.counting import machine
+from benchmarks.plots import Panel, draw
+from benchmarks.show import add_outputs, report
 from mlx_hmem.anchors.attach import attach_memory, memory_config
 from mlx_hmem.anchors.fused import FusedMemory
 from mlx_hmem.anchors.load import named_parameters
@@ -44,7 +49,15 @@ from mlx_hmem.memory import FetchedMemory
 R, BRANCHING = (256, 64, 16, 0), (16, 16, 16, 16)
 FEW = 16  # rows of the contender that differs from the anchor in little but its shapes
 ROUNDS, TOKENS, REPEATS = 11, 6, 5
+GROUP = 64  # values of a quantised anchor that share a scale
 PROMPT = list(range(5, 13))
+
+LABELS = {
+    "alone": "anchor alone",
+    "attached": "memory attached",
+    "fused": "memory fused",
+    "fused_few": f"{FEW} rows of memory fused",
+}
 
 Blocks = tuple[mx.array | None, ...]
 
@@ -59,9 +72,11 @@ def random_blocks(config: MemoryConfig, seed: int) -> Blocks:
     return blocks
 
 
-def copy_of(anchor: Model) -> Model:
-    """Another anchor with the same arrays for weights."""
+def copy_of(anchor: Model, bits: int | None = None) -> Model:
+    """Another anchor with the same arrays for weights, which may be quantised."""
     other = Model(anchor.args)
+    if bits is not None:
+        nn.quantize(other, group_size=GROUP, bits=bits)
     other.update(anchor.parameters())
     return other
 
@@ -95,53 +110,59 @@ def switch_times(fused: FusedMemory, topics: list[Blocks]) -> dict[str, float]:
     return {name: statistics.median(times) for name, times in found.items()}
 
 
-def run() -> dict[str, Any]:
+def run(rounds: int, bits: int | None) -> dict[str, Any]:
     mx.random.seed(0)
     anchor = Model(PRESETS["openlm-160m"])
     mx.eval(anchor.parameters())
-    config = memory_config(anchor, R, BRANCHING)
+    parameters, config = count(anchor), memory_config(anchor, R, BRANCHING)
     topics = [random_blocks(config, seed) for seed in (1, 2)]
     rows = FetchedMemory(topics[0], config).rows
     assert rows is not None
     mx.eval(*rows)
-    attached, wide, shaped = copy_of(anchor), copy_of(anchor), copy_of(anchor)
+    if bits is not None:
+        nn.quantize(anchor, group_size=GROUP, bits=bits)
+        mx.eval(anchor.parameters())
+    attached = copy_of(anchor, bits)
     bound = AnchorWithMemory(attached, attach_memory(attached, config), rows)
-    fused = FusedMemory(wide, config)
-    fused.set(topics[0])
-    small = memory_config(anchor, (FEW,), BRANCHING[:1])
-    FusedMemory(shaped, small).set(random_blocks(small, 3))
+    contenders: dict[str, Any] = {"alone": anchor, "attached": bound}
+    configs, fused = {"attached": config}, None
+    if bits is None:
+        wide, shaped = copy_of(anchor), copy_of(anchor)
+        fused = FusedMemory(wide, config)
+        fused.set(topics[0])
+        small = memory_config(anchor, (FEW,), BRANCHING[:1])
+        FusedMemory(shaped, small).set(random_blocks(small, 3))
+        contenders |= {"fused": wide, "fused_few": shaped}
+        configs |= {"fused": config, "fused_few": small}
 
-    configs = {"attached": config, "fused": config, "fused_few": small}
-    contenders = {"alone": anchor, "attached": bound, "fused": wide, "fused_few": shaped}
     seconds: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for _ in trange(ROUNDS, desc="decoding", leave=False, delay=2):
+    for _ in trange(rounds, desc="decoding", leave=False, delay=2):
         for name, model in contenders.items():
             seconds[name].append(decode(model))
-    alone = seconds["alone"]
+    alone, nbytes = seconds["alone"], sum(a.nbytes for a in named_parameters(anchor).values())
+    extra = {name: configs[name].fetched_parameters if name in configs else 0 for name in seconds}
     return {
-        "machine": f"{platform.system()} {platform.machine()}, {mx.default_device()}",
-        "versions": f"Python {platform.python_version()}, mlx {version('mlx')}",
-        "anchor_parameters": count(anchor),
+        **machine(),
+        "bits": bits,
+        "anchor_parameters": parameters,
+        "anchor_bytes": nbytes,
         "fetched_parameters": config.fetched_parameters,
         "contenders": {
             name: {
                 "tokens_per_s": 1 / statistics.median(wall for wall, _ in found),
                 "of_alone": ratio(alone, found, 0),
                 "of_alone_cpu": ratio(alone, found, 1),
-                "by_parameters": share(anchor, configs.get(name)),
+                "by_parameters": parameters / (parameters + extra[name]),
+                "by_bytes": nbytes / (nbytes + 4 * extra[name]),
             }
             for name, found in seconds.items()
         },
-        "ms": switch_times(fused, topics),
+        "ms": switch_times(fused, topics) if fused is not None else {},
     }
 
 
 def count(anchor: nn.Module) -> int:
     return sum(array.size for array in named_parameters(anchor).values())
-
-
-def share(anchor: nn.Module, config: MemoryConfig | None) -> float:
-    return count(anchor) / (count(anchor) + (config.fetched_parameters if config else 0))
 
 
 def ratio(alone: list[tuple[float, float]], mine: list[tuple[float, float]], clock: int) -> float:
@@ -150,23 +171,21 @@ def ratio(alone: list[tuple[float, float]], mine: list[tuple[float, float]], clo
 
 def show(result: dict[str, Any]) -> None:
     print(f"{result['machine']}; {result['versions']}")
+    bits = "float32" if result["bits"] is None else f"{result['bits']} bits"
     print(
-        f"OpenLM-160M, float32: {result['anchor_parameters']:,} parameters, "
+        f"OpenLM-160M, {bits}: {result['anchor_parameters']:,} parameters, "
         f"{result['fetched_parameters']:,} fetched"
     )
-    labels = {
-        "alone": "anchor alone",
-        "attached": "memory attached",
-        "fused": "memory fused",
-        "fused_few": f"{FEW} rows of memory fused",
-    }
-    print(f"{'':26}{'tokens/s':>10}{'of alone':>10}{'by CPU time':>13}{'by parameters':>15}")
+    print(f"{'':26}{'tokens/s':>10}{'of alone':>10}{'by CPU time':>13}", end="")
+    print(f"{'by parameters':>15}{'by bytes':>10}")
     for name, c in result["contenders"].items():
         print(
-            f"{labels[name]:26}{c['tokens_per_s']:10.2f}{c['of_alone']:10.3f}"
-            f"{c['of_alone_cpu']:13.3f}{c['by_parameters']:15.3f}"
+            f"{LABELS[name]:26}{c['tokens_per_s']:10.2f}{c['of_alone']:10.3f}"
+            f"{c['of_alone_cpu']:13.3f}{c['by_parameters']:15.3f}{c['by_bytes']:10.3f}"
         )
     ms = result["ms"]
+    if not ms:
+        return
     print(
         f"another topic, all levels {ms['all_levels']:.1f} ms, last level {ms['last_level']:.1f} ms"
     )
@@ -175,15 +194,31 @@ def show(result: dict[str, Any]) -> None:
     )
 
 
+def plot(result: dict[str, Any], target: Path) -> None:
+    found = result["contenders"]
+    bars = [
+        (f"{LABELS[name]}, {clock}", c[key])
+        for name, c in found.items()
+        if name != "alone"
+        for key, clock in (
+            ("of_alone", "measured"),
+            ("by_parameters", "by parameters"),
+            ("by_bytes", "by bytes"),
+        )
+    ]
+    draw(
+        target,
+        [Panel("decoding speed ÷ the anchor's alone", "ratio", bars, 1.0)],
+        f"{result['machine']}; {result['versions']}",
+    )
+
+
 def main() -> None:
     parser = ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_outputs(parser, ROUNDS)
+    parser.add_argument("--bits", type=int, choices=(8, 4), help="quantise the anchor")
     args = parser.parse_args()
-    result = run()
-    if args.json:
-        print(json.dumps(result, indent=2))
-    else:
-        show(result)
+    report(run(args.repeats, args.bits), args, show, plot)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Knows the anchor and its memory slot only; routing and fetching are done before.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -72,18 +72,42 @@ def stream_text(
 
     ``options`` go to mlx-lm's ``generate_step`` (``prompt_cache``, ``kv_bits``, ...).
     """
-    if max_tokens < 1:
-        raise UserError("max_tokens is not positive", max_tokens, "ask for 1 or more")
-    if not temp >= 0:
-        raise UserError("temp is negative", temp, "use 0 for greedy, 0.7 for variety")
-    if not 0 < top_p <= 1:
-        raise UserError("top_p is out of range", top_p, "use a number above 0 and up to 1")
+    check_options(max_tokens, temp, top_p, seed)
     if seed is not None:
-        if not 0 <= seed < 1 << 64:
-            raise UserError("seed is out of range", seed, "use a whole number of 0 or more")
         mx.random.seed(seed)
     sampler = make_sampler(temp=temp, top_p=top_p)
     anchor: Any = model  # not an nn.Module, but all that mlx-lm asks of one
     return stream_generate(
         anchor, tokenizer, ids, max_tokens=max_tokens, sampler=sampler, **options
     )
+
+
+def check_options(
+    max_tokens: int,
+    temp: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    **options: Any,
+) -> None:
+    """Raises UserError for a value that :func:`stream_text` cannot take."""
+    if max_tokens < 1:
+        raise UserError("max_tokens is not positive", max_tokens, "ask for 1 or more")
+    if not temp >= 0:
+        raise UserError("temp is negative", temp, "use 0 for greedy, 0.7 for variety")
+    if not 0 < top_p <= 1:
+        raise UserError("top_p is out of range", top_p, "use a number above 0 and up to 1")
+    if seed is not None and not 0 <= seed < 1 << 64:
+        raise UserError("seed is out of range", seed, "use a whole number of 0 or more")
+
+
+def first_or(
+    stream: Iterator[GenerationResponse], otherwise: Callable[[], Iterator[GenerationResponse]]
+) -> Iterator[GenerationResponse]:
+    """``stream``; ``otherwise()`` where that fails before its first piece, its memory damaged."""
+    try:
+        first = next(stream)
+    except (UserError, OSError):
+        stream = otherwise()
+        first = next(stream)
+    yield first
+    yield from stream

@@ -26,6 +26,8 @@ def load(
     cache_bytes: int = 256 << 20,
     memory_budget: int | None = None,
     lazy: bool = False,
+    resident_levels: tuple[int, ...] = (),
+    level_folders: dict[int, Path] | None = None,
 ) -> MemoryModel:
     """Loads a model directory or a Hub repository, and checks that its parts belong together.
 
@@ -36,6 +38,8 @@ def load(
             fetched memory leave of it bounds the kept blocks and MLX's own buffer cache.
         lazy: of a model on the Hub, fetch a shard of the bank only when a block of it is first
             needed, always of the revision found now.
+        resident_levels, level_folders: levels of the bank that stay in memory once read, or lie in
+            other folders (:meth:`mlx_hmem.bank.Bank.open`).
 
     A folder with an anchor but no ``hmem.json`` gives a model without memory.
     """
@@ -63,7 +67,13 @@ def load(
         spare = _spare_bytes(memory_budget, folder, hmem.memory.fetched_parameters)
         cache_bytes = min(cache_bytes, spare // 2)
         mx.set_cache_limit(spare // 2)
-    bank = Bank.open(folder / BANK_FOLDER, cache_bytes=cache_bytes, obtain=obtain)
+    bank = Bank.open(
+        folder / BANK_FOLDER,
+        cache_bytes=cache_bytes,
+        resident_levels=resident_levels,
+        level_folders=level_folders,
+        obtain=obtain,
+    )
     bank.check(anchor_hash=hmem.anchor_hash, tree_hash=hmem.retriever.tree_hash)
     if bank.config != hmem.memory:
         raise UserError(

@@ -3,7 +3,9 @@
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from functools import partial
+from itertools import takewhile
+from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,19 +17,22 @@ from mlx_hmem.anchors.fused import FusedMemory, is_fused
 from mlx_hmem.anchors.load import float_dtype
 from mlx_hmem.bank import Bank
 from mlx_hmem.bank.arriving import ArrivingMemory
+from mlx_hmem.bank.replacing import ReplacingMemory
 from mlx_hmem.errors import UserError
-from mlx_hmem.generation import AnchorWithMemory, prompt_ids, stream_text
+from mlx_hmem.generation import AnchorWithMemory, first_or, prompt_ids, stream_text
 from mlx_hmem.memory import FetchedMemory, Rows, join_blocks
 from mlx_hmem.retriever import Retriever
 
 MODES = ("fetched", "generic", "none")
 Path_ = tuple[int, ...]
+Damaged = Literal["stop", "skip"]
+Memory = Rows | ArrivingMemory | ReplacingMemory
 
 
 @dataclass
 class Recall:
     """What was fetched for one prompt, from where and how long it took: without waiting, until the
-    reading had begun."""
+    reading had begun. ``damage`` says of each block that was left out, in one line, why."""
 
     mode: str
     path: Path_ | None = None
@@ -35,17 +40,22 @@ class Recall:
     bytes_read: int = 0
     route_ms: float = 0.0
     fetch_ms: float = 0.0
-    rows: Rows | ArrivingMemory | None = None
+    rows: Memory | None = None
+    blocked: Collection[Path_] = ()
+    damaged: Damaged = "stop"
+    damage: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the memory itself, as JSON values."""
+        """All but the memory itself, as JSON values. ``fetch_ms`` of a memory that was used while
+        it was read is the time until all of it was there."""
+        arrived = self.rows.arrived_ms if isinstance(self.rows, ArrivingMemory) else 0.0
         return {
             "mode": self.mode,
             "path": None if self.path is None else list(self.path),
             "blocks": self.blocks,
             "bytes_read": self.bytes_read,
             "route_ms": round(self.route_ms, 3),
-            "fetch_ms": round(self.fetch_ms, 3),
+            "fetch_ms": round(arrived or self.fetch_ms, 3),
         }
 
 
@@ -118,8 +128,21 @@ class MemoryModel:
         """As :meth:`stream`, of token ids and a memory recalled before."""
         if self.context is not None:
             max_tokens = min(max_tokens, self.context - len(ids))
-        model = self.with_rows(recall.rows)
-        return stream_text(model, self.tokenizer, ids, max_tokens, **options)
+
+        def start() -> Iterator[GenerationResponse]:
+            model = self.with_rows(recall.rows)
+            return stream_text(model, self.tokenizer, ids, max_tokens, **options)
+
+        def mended() -> Iterator[GenerationResponse]:
+            self.mend(recall)
+            return start()
+
+        arriving = recall.rows is not None and not isinstance(recall.rows, tuple)
+        if recall.damaged == "stop" or not arriving:
+            return start()
+        if "prompt_cache" in options:  # it has the damaged memory in it then
+            raise UserError("prompt_cache given", "damaged skip", "recall with wait, or stop")
+        return first_or(start(), mended)
 
     def recall(
         self,
@@ -127,6 +150,7 @@ class MemoryModel:
         memory: str = "fetched",
         blocked: Collection[Path_] = (),
         wait: bool = True,
+        damaged: Damaged = "stop",
     ) -> Recall:
         """Routes ``text`` and fetches its memory.
 
@@ -134,34 +158,95 @@ class MemoryModel:
         one stream, which raises the UserError of a damaged block before its first token.
         ``blocked`` holds clusters that may not be fetched, each as the path that leads to it:
         ``(3,)`` bars the whole subtree, ``(3, 51)`` one cluster of level 2 and what is below.
+        With ``damaged`` "skip" a block that cannot be read at a second try either is left out, and
+        ``Recall.damage`` says so; a stream that has begun to use it begins again.
         """
         if check_mode(memory) == "none":
             return Recall("none")
-        bank, retriever = self.require_bank(), self.retriever
-        assert retriever is not None  # load() makes both or neither
+        self.require_bank()
+        assert self.retriever is not None  # load() makes both or neither
         start = time.perf_counter()
-        path = retriever.route(text) if memory == "fetched" else None
+        path = self.retriever.route(text) if memory == "fetched" else None
         routed = time.perf_counter()
+        recall = self.recall_path(path, blocked, wait, damaged)
+        recall.route_ms = (routed - start) * 1e3
+        return recall
+
+    def recall_path(
+        self,
+        path: Path_ | None,
+        blocked: Collection[Path_] = (),
+        wait: bool = True,
+        damaged: Damaged = "stop",
+        before: Recall | None = None,
+    ) -> Recall:
+        """As :meth:`recall`, of a cluster path, or of the generic memory for None.
+
+        ``before`` is a recall that no stream uses any more: of the levels that it shares with this
+        one nothing is read or moved, and their source is "attached".
+        """
+        bank, start = self.require_bank(), time.perf_counter()
         clusters = [bank.config.check_path(b, whole=False) for b in blocked]
         barred = frozenset((len(c), c[-1]) for c in clusters)
-        rows: Rows | ArrivingMemory | None
+        rows: Memory | None
+        attached: list[dict[str, Any]] = []
+        damage: list[str] = []
         if path is not None and not wait:
-            rows = bank.begin(path, barred, self._dtype)
+            try:
+                rows, attached = self._arriving(path, barred, before)
+            except UserError:
+                if damaged == "stop":
+                    raise
+                return self.recall_path(path, blocked, damaged=damaged)
         else:
-            rows = self.rows_of([bank.generic() if path is None else bank.fetch(path, barred)])
+            fetch = bank.generic if path is None else partial(bank.fetch, path, barred)
+            rows = self.rows_of([fetch(damaged=damaged)])
             if rows is not None:
                 mx.eval(*rows)
+            damage = _said(bank) if damaged == "skip" else []
         return Recall(
-            memory,
+            "generic" if path is None else "fetched",
             path,
-            [asdict(block) for block in bank.last_fetch],
+            attached + [asdict(block) for block in bank.last_fetch],
             sum(block.bytes for block in bank.last_fetch if block.source == "disk"),
-            (routed - start) * 1e3,
-            (time.perf_counter() - routed) * 1e3,
-            rows,
+            fetch_ms=(time.perf_counter() - start) * 1e3,
+            rows=rows,
+            blocked=blocked,
+            damaged=damaged,
+            damage=damage,
         )
 
-    def with_rows(self, rows: Rows | ArrivingMemory | None) -> AnchorWithMemory:
+    def _arriving(
+        self, path: Path_, barred: frozenset[tuple[int, int]], before: Recall | None
+    ) -> tuple[Memory | None, list[dict[str, Any]]]:
+        """A memory that is being read, and the blocks that it takes from the one before."""
+        bank = self.require_bank()
+        keys = bank.keys_of(path, barred)
+        had = [] if before is None or before.damage else before.blocks
+        pairs = zip(keys, ((b["level"], b["cluster"]) for b in had), strict=False)
+        same = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+        levels = [level for level, _ in keys]
+        if (
+            before is None
+            or same == 0
+            or levels != [b["level"] for b in had]
+            or not isinstance(before.rows, ArrivingMemory | ReplacingMemory)
+        ):
+            return bank.begin(path, barred, self._dtype), []
+        attached = [b | {"source": "attached"} for b in had[:same]]
+        deeper = bank.begin(path, barred, self._dtype, above=levels[same - 1])
+        if deeper is None:
+            return before.rows, attached
+        start = sum(bank.config.r[level - 1] for level in levels[:same])
+        return ReplacingMemory(before.rows.take(), deeper, start), attached
+
+    def mend(self, recall: Recall) -> None:
+        """Fetches anew what could not be read to the end, and leaves out what cannot be read."""
+        again = self.recall_path(recall.path, recall.blocked, damaged="skip")
+        recall.rows, recall.blocks, recall.damage = again.rows, again.blocks, again.damage
+        recall.bytes_read += again.bytes_read
+
+    def with_rows(self, rows: Memory | None) -> AnchorWithMemory:
         """The anchor bound to a memory, or to one per row of a batch (see mlx_hmem.memory)."""
         if is_fused(self.anchor):
             raise UserError(
@@ -225,6 +310,12 @@ class MemoryModel:
                 "this model has no memory bank", "anchor alone", "use memory none, or add a bank"
             )
         return self.bank
+
+
+def _said(bank: Bank) -> list[str]:
+    """The blocks that the latest fetch has left out, a line each."""
+    names = {key: f"level {key[0]}" if key[0] else "generic memory" for key in bank.last_damage}
+    return [f"without {names[key]}: {error}" for key, error in bank.last_damage.items()]
 
 
 def check_mode(memory: str) -> str:

@@ -192,6 +192,8 @@ def test_a_wrong_argument_is_one_line_and_status_2(ask, case):
 
 def test_no_prompt_at_all_is_one_line_that_says_so(run):
     refused(run(), "--prompt", "see generate.py --help")
+    refused(run("--chat", "--prompt", "Hello"), "--prompt", "--chat")
+    refused(run("--chat", "--json"), "--json and --route-text do not go with --chat")
 
 
 def test_standard_input_that_is_no_text_is_one_line(ask):
@@ -229,13 +231,19 @@ def test_a_damaged_model_is_one_line(ask, broken, damage, words):
     refused(ask("--model", broken), words)
 
 
-def test_a_damaged_block_is_one_line_before_any_text(ask, broken):
-    for shard in (broken / "bank").glob("level-*"):
-        raw = bytearray(shard.read_bytes())
-        for start in range(16384, len(raw), 16384):
-            raw[start] ^= 1
-        shard.write_bytes(raw)
-    refused(ask("--model", broken), "of the bank is damaged")
+def test_the_text_goes_on_without_a_damaged_block_or_stops_before_any(ask, broken):
+    whole = answer(ask("--json"))
+    raw = bytearray((shard := broken / "bank" / "level-3.00000.safetensors").read_bytes())
+    for start in range(16384, len(raw), 16384):
+        raw[start] ^= 1
+    shard.write_bytes(raw)
+    refused(ask("--model", broken, "--strict-memory"), "level 3, cluster", "is damaged")
+    status, out, err = ask("--model", broken, "--json")
+    found = json.loads(out)
+    assert (status, [block["level"] for block in found["memory"]["blocks"]]) == (0, [1])
+    path = ",".join(map(str, whole["memory"]["path"]))
+    assert found["text"] == answer(ask("--json", "--block", path))["text"]
+    assert re.fullmatch(r"the answer went on without level 3: [^\n]+\n", err)
     assert ask("--model", broken, "--memory", "none")[0] == 0
 
 

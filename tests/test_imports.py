@@ -1,8 +1,9 @@
 """The one-way arrows between the rooms of the house, read from the source.
 
 errors, files, find, config → memory → {anchors, bank}; config → retriever; anchors → generation;
-{anchors, bank, retriever, generation} → model → loading → evaluate; model → batch; mlx_hmem →
-{train, convert, generate.py}; torch only under convert/ and tests/.
+{anchors, bank, retriever, generation} → model → loading → evaluate; model → batch; bank → prefetch;
+model → {session, prefetch} → conversation → chat; mlx_hmem → {train, convert, generate.py}; torch
+only under convert/ and tests/.
 """
 
 import ast
@@ -24,6 +25,10 @@ ROOMS = {
     "model": MODEL,
     "generation": BOTTOM | {"memory", "anchors"},
     "batch": MODEL,
+    "session": MODEL,
+    "prefetch": BOTTOM | {"bank"},
+    "conversation": MODEL | {"prefetch", "session"},
+    "chat": MODEL | {"conversation"},
     "loading": MODEL | {"loading"},
     "evaluate": MODEL | {"loading"},
     "__init__": MODEL | {"loading"},

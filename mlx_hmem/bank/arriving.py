@@ -5,6 +5,7 @@ out before the checksum of its block is known; the last layer waits for it, so t
 of a damaged block.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -37,6 +38,8 @@ class ArrivingMemory:
     def __init__(self, blocks: Sequence[ArrivingBlock], config: MemoryConfig, dtype: mx.Dtype):
         self._blocks, self._config, self._dtype = blocks, config, dtype
         self._rows: list[Rows] = []
+        self._begun = time.perf_counter()
+        self.arrived_ms = 0.0  # from the beginning until all of it was there, once it is
 
     def is_here(self, place: int) -> bool:
         """Whether the layer at this place need not be waited for."""
@@ -58,6 +61,12 @@ class ArrivingMemory:
         """Waits for all layers."""
         self[self._config.num_memory_layers - 1]
 
+    def take(self) -> list[Rows | None]:
+        """The rows of each layer, all waited for and given away: not to be used again."""
+        self.wait()
+        rows, self._rows = self._rows, []
+        return list(rows)
+
     def _layer(self, place: int) -> Rows:
         parts = []
         for block in self._blocks:
@@ -66,6 +75,7 @@ class ArrivingMemory:
         if place == self._config.num_memory_layers - 1:
             for block in self._blocks:
                 block.finish()
+            self.arrived_ms = (time.perf_counter() - self._begun) * 1e3
         return tuple(group.astype(self._dtype) for group in join_blocks(parts, self._config))
 
     def _needed(self, nbytes: int, place: int) -> int:

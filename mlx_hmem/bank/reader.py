@@ -11,30 +11,26 @@ fetch: work of 10 to 70 ns a value on one busy Linux core; on Metal it has not b
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Literal, Self
 
 import mlx.core as mx
 
 from mlx_hmem.bank.arriving import ArrivingBlock, ArrivingMemory
-from mlx_hmem.bank.blocks import BlockReader, Place, Reading, StoredBlock
+from mlx_hmem.bank.blocks import StoredBlock
 from mlx_hmem.bank.format import (
     GENERIC,
     MANIFEST,
-    PAGE,
-    REMEDY,
-    STORED_TYPES,
     Manifest,
-    block_parts,
     num_blocks,
 )
 from mlx_hmem.bank.kept import KeptBlocks, Key, Source
-from mlx_hmem.bank.quantization import dequantize_block
-from mlx_hmem.bank.shards import MOST_OPEN, Obtain, OpenShard, Shards
+from mlx_hmem.bank.shards import MOST_OPEN, Obtain, Shards
+from mlx_hmem.bank.storage import Missing, Storage
 from mlx_hmem.errors import UserError
 from mlx_hmem.memory import FetchedMemory
 
@@ -69,14 +65,15 @@ class Bank:
         self.anchor_hash, self.tree_hash = manifest.anchor_hash, manifest.tree_hash
         self.resident_levels, self.cache_bytes = resident_levels, cache_bytes
         self._kept = KeptBlocks(resident_levels, cache_bytes)
-        self.bytes_read = 0
         self.last_fetch: list[BlockRead] = []
-        self._layouts = {level.level: level for level in manifest.all_levels}
-        self._quantization = {n: manifest.quantization_of(n) for n in self._layouts}
-        self._parts = {
-            n: block_parts(self.config, n, self.dtype, q) for n, q in self._quantization.items()
-        }
-        self._shards, self._reader, self._lock = shards, BlockReader(), threading.Lock()
+        self.last_damage: dict[Key, UserError] = {}
+        self._storage, self._lock = Storage(manifest, shards), threading.Lock()
+        self._shards, self._layouts = shards, self._storage.layouts
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that have been read from the files so far."""
+        return self._storage.bytes_read
 
     @classmethod
     def open(
@@ -117,20 +114,28 @@ class Bank:
             raise
         return cls(manifest, shards, tuple(resident_levels), cache_bytes)
 
-    def fetch(self, path: tuple[int, ...], blocked: frozenset[Key] = frozenset()) -> FetchedMemory:
+    def fetch(
+        self,
+        path: tuple[int, ...],
+        blocked: frozenset[Key] = frozenset(),
+        damaged: Literal["stop", "skip"] = "stop",
+    ) -> FetchedMemory:
         """The blocks of one cluster path, in the bank's dtype.
 
         Args:
             path: the global cluster index on each level.
             blocked: (level, cluster) pairs that may not be fetched. The path ends above the first
                 that it meets: neither that block nor a deeper one is read (paper, section 6).
+            damaged: with "skip" a block that cannot be read, nor at a second try with its file
+                opened anew, is left out; ``last_damage`` says which and why.
 
         Raises:
             UserError: no such path or cluster, or a block is damaged or unreadable.
         """
-        keys = self._keys(path, blocked)
+        keys = self.keys_of(path, blocked)
+        found = self.blocks(keys) if damaged == "stop" else self.sound_blocks(keys)
         blocks: list[mx.array | None] = [None] * self.config.num_levels
-        for (level, _), block in zip(keys, self.blocks(keys), strict=True):
+        for (level, _), block in zip(keys, found, strict=True):
             blocks[level - 1] = block
         return FetchedMemory(tuple(blocks), self.config)
 
@@ -139,30 +144,33 @@ class Bank:
         path: tuple[int, ...],
         blocked: frozenset[Key] = frozenset(),
         dtype: mx.Dtype = mx.float32,
+        above: int = 0,
     ) -> ArrivingMemory | None:
         """As :meth:`fetch`, but does not wait: the layers of the memory, in ``dtype``, are there as
-        they are asked for. None if no block may be fetched."""
-        keys = self._keys(path, blocked)
+        they are asked for. None if no block may be fetched. The first ``above`` levels are left out
+        for who has them already."""
+        keys = [key for key in self.keys_of(path, blocked) if key[0] > above]
         self._shards.obtain([k for k in keys if k not in self._kept])
         with self._lock:
             self.last_fetch = []
             found = self._found(keys)
-            missing = {m.key: m for m in self._begin([k for k in keys if k not in found])}
+            missing = {m.key: m for m in self._storage.begin([k for k in keys if k not in found])}
             blocks = []
             for key in keys:
                 if key in found:
                     block, source = found[key]
                     self._note(key, source)
-                    array = self._decode(key[0], block)
+                    array = self._storage.decode(key[0], block)
                     blocks.append(ArrivingBlock.of(array))
                 else:
                     self._note(key, "disk")
                     blocks.append(self._arriving(missing[key]))
         return ArrivingMemory(blocks, self.config, dtype) if blocks else None
 
-    def generic(self) -> FetchedMemory:
+    def generic(self, damaged: Literal["stop", "skip"] = "stop") -> FetchedMemory:
         """The generic memory: one block of sum(r) rows, in the bank's dtype."""
-        return FetchedMemory(tuple(self.blocks([(GENERIC, 0)])), self.config)
+        fetch = self.blocks if damaged == "stop" else self.sound_blocks
+        return FetchedMemory(tuple(fetch([(GENERIC, 0)])), self.config)
 
     def blocks(self, keys: Sequence[Key]) -> list[mx.array]:
         """Blocks by (level, cluster), in the bank's dtype; (0, 0) is the generic memory.
@@ -180,11 +188,70 @@ class Bank:
             groups = (keys[start : start + MOST_OPEN] for start in range(0, len(keys), MOST_OPEN))
             return [block for group in groups for block in self._group(group)]
 
+    def sound_blocks(self, keys: Sequence[Key]) -> list[mx.array | None]:
+        """As :meth:`blocks`, but None for one that cannot be read, nor at a second try with its
+        file opened anew: a disk may have been away. ``last_damage`` then
+        has its UserError, by key."""
+        self.last_damage = {}
+        if any(level not in self._layouts for level, _ in keys):
+            return list(self.blocks(keys))  # no damage: there never was such a block
+        self._shards.obtain([k for k in keys if k not in self._kept])  # nor is what never came
+        try:
+            return list(self.blocks(keys))
+        except UserError:
+            pass
+        found: list[mx.array | None] = []
+        reads: list[BlockRead] = []
+        for key in keys:
+            found.append(self._sound_block(key))
+            reads += [] if found[-1] is None else self.last_fetch
+        self.last_fetch = reads
+        return found
+
+    def _sound_block(self, key: Key) -> mx.array | None:
+        for _ in range(2):
+            try:
+                return self.blocks([key])[0]
+            except UserError as error:
+                damage = error
+                with self._lock:
+                    self._shards.forget(*key)
+        self.last_damage[key] = damage
+        return None
+
+    def block_bytes(self, level: int) -> int:
+        """The bytes of one block of a level as it is stored."""
+        return self._layouts[level].block_bytes
+
+    def keeps(self, key: Key) -> bool:
+        """Whether a block is in memory."""
+        return key in self._kept
+
+    def touch(self, keys: Iterable[Key]) -> int:
+        """Counts a use of those blocks that are kept; the bytes of the cache that they take."""
+        with self._lock:
+            found = [self._kept.get(key) for key in keys]
+        return sum(each[0].nbytes for each in found if each is not None and each[1] == "cache")
+
+    def prefetch(self, key: Key) -> int:
+        """Reads a block that may be asked for soon, to be kept; the bytes read, which
+        ``bytes_read`` counts, ``last_fetch`` does not. 0 for one that is kept, cannot be read, or
+        lies in a shard that is not here yet."""
+        if key in self._kept or self._shards.away(*key):
+            return 0
+        try:
+            block = self.stored(*key)
+        except UserError:
+            return 0  # said when it is asked for
+        with self._lock:
+            self._kept.keep(key, block)
+        return block.nbytes
+
     def stored(self, level: int, cluster: int) -> StoredBlock:
         """A block as it lies in its file, for making another bank of; errors as :meth:`blocks`."""
         self._shards.obtain([(level, cluster)])
         with self._lock:
-            return self._finish(*self._begin([(level, cluster)]))
+            return self._storage.finish(*self._storage.begin([(level, cluster)]))
 
     def check(self, anchor_hash: str, tree_hash: str) -> None:
         """Raises UserError unless the bank was made for this anchor and this cluster tree."""
@@ -202,8 +269,7 @@ class Bank:
     def close(self) -> None:
         """Closes the files and lets go of the kept blocks; fetched memories stay valid."""
         with self._lock:
-            self._reader.close()
-            self._shards.close()
+            self._storage.close()
             self._kept.clear()
 
     def __enter__(self) -> Self:
@@ -217,7 +283,7 @@ class Bank:
     ) -> None:
         self.close()
 
-    def _keys(self, path: tuple[int, ...], blocked: frozenset[Key]) -> list[Key]:
+    def keys_of(self, path: tuple[int, ...], blocked: frozenset[Key]) -> list[Key]:
         """(level, cluster) of the blocks of a path, as far down as is not blocked."""
         path = self.config.check_path(path)
         self._check_blocked(blocked)
@@ -236,10 +302,10 @@ class Bank:
 
     def _group(self, keys: Sequence[Key]) -> list[mx.array]:
         found = self._found(keys)
-        missing = self._begin([key for key in dict.fromkeys(keys) if key not in found])
+        missing = self._storage.begin([key for key in dict.fromkeys(keys) if key not in found])
         try:
             for each in missing:
-                found[each.key] = self._finish(each), "disk"
+                found[each.key] = self._storage.finish(each), "disk"
                 self._kept.keep(each.key, found[each.key][0])
         finally:
             for each in missing:
@@ -250,7 +316,7 @@ class Bank:
             self._note(key, source)
             if source == "disk":
                 found[key] = block, "cache"  # where the same call asks for it again
-            blocks.append(self._decode(key[0], block))
+            blocks.append(self._storage.decode(key[0], block))
         return blocks
 
     def _found(self, keys: Sequence[Key]) -> dict[Key, tuple[StoredBlock, Source]]:
@@ -261,67 +327,22 @@ class Bank:
     def _note(self, key: Key, source: Source) -> None:
         self.last_fetch.append(BlockRead(*key, self._layouts[key[0]].block_bytes, source))
 
-    def _arriving(self, missing: "_Missing") -> ArrivingBlock:
+    def _arriving(self, missing: Missing) -> ArrivingBlock:
         level = missing.key[0]
 
         def finish() -> StoredBlock:
             with self._lock:
-                block = self._finish(missing)
+                block = self._storage.finish(missing)
                 self._kept.keep(missing.key, block)
                 return block
 
+        whole: list[mx.array] = []  # dequantised once, not for each layer
+
         def decode(nbytes: int) -> mx.array:
-            if self._quantization[level] is not None:
-                missing.reading.wait_for(missing.reading.nbytes)
-            else:
-                missing.reading.wait_for(nbytes)
-            return self._decode(level, missing.reading.block)
+            quantised = self._storage.quantization[level] is not None
+            missing.wait_for(missing.reading.nbytes if quantised else nbytes)
+            if not whole:
+                whole.append(self._storage.decode(level, missing.reading.block))
+            return whole[0]
 
         return ArrivingBlock(missing.reading, decode, finish)
-
-    def _decode(self, level: int, block: StoredBlock) -> mx.array:
-        dtype, quantization = STORED_TYPES[self.dtype].dtype, self._quantization[level]
-        arrays = block.arrays(self._parts[level])
-        if quantization is None:
-            return arrays[0]
-        return dequantize_block(arrays, self.config, dtype, quantization)
-
-    def _begin(self, keys: Sequence[Key]) -> list["_Missing"]:
-        """Begins to read blocks from their files."""
-        found = [self._shards.find(*key) for key in keys]
-        places = [
-            Place(shard.file, PAGE + row * self._layouts[level].block_stride, self._parts[level])
-            for (level, _), (shard, row) in zip(keys, found, strict=True)
-        ]
-        first_time = [not shard.verified[row] for shard, row in found]
-        readings = self._reader.begin(places, first_time)
-        return [
-            _Missing(key, *place, reading)
-            for key, place, reading in zip(keys, found, readings, strict=True)
-        ]
-
-    def _finish(self, missing: "_Missing") -> StoredBlock:
-        """The block when all of it is read and, the first time, its checksum found right."""
-        (level, cluster), shard, row, reading = missing
-        where = "the generic memory" if level == GENERIC else f"level {level}, cluster {cluster}"
-        try:
-            checksum = reading.result()
-        except OSError as error:
-            raise UserError(f"cannot read {where} of the bank", error, REMEDY) from None
-        if checksum is None:
-            raise UserError(f"{where} of the bank is cut off", shard.file.name, REMEDY)
-        if reading.with_checksum:
-            if checksum != shard.shard.xxh3[16 * row : 16 * row + 16]:
-                raise UserError(f"{where} of the bank is damaged", shard.file.name, REMEDY)
-            shard.verified[row] = 1
-        self.bytes_read += reading.nbytes
-        return reading.block
-
-
-class _Missing(NamedTuple):
-    """A block that is being read: (level, cluster), and where it lies."""
-
-    key: Key
-    shard: OpenShard
-    row: int
-    reading: Reading

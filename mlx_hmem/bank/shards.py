@@ -81,6 +81,15 @@ class Shards:
         self._open.move_to_end(key)
         return self._open[key], cluster - self._open[key].shard.first_cluster
 
+    def forget(self, level: int, cluster: int) -> None:
+        """Closes the file that a block lies in; the next :meth:`find` opens and checks it anew."""
+        if (shard := self._open.pop(self._index(level, cluster), None)) is not None:
+            shard.files.close()
+
+    def away(self, level: int, cluster: int) -> bool:
+        """Whether the file that a block lies in is not here."""
+        return bool(self._missing([self._index(level, cluster)]))
+
     def close(self) -> None:
         self._closed = True
         while self._open:

@@ -165,6 +165,9 @@ def nearest(
                 )
                 first, second = np.partition(scores, 1, axis=1)[:, :2].T
                 close = np.flatnonzero(~(second - first > doubt + 1e-30))
+                if not len(close):
+                    result[start : start + CHUNK] = labels
+                    continue
                 exact = np.empty((len(close), len(centroids)))
                 for index, centroid in enumerate(centroids):
                     exact[:, index] = distances(x[close], centroid)

@@ -30,7 +30,8 @@ class Retriever:
 
     def route(self, text: str) -> tuple[int, ...]:
         """The cluster path of ``text``: the global cluster index on each level."""
-        return self.route_many([text])[0]
+        (text,) = self._check([text])
+        return self.tree.route(self.encoder.encode([text])[0])
 
     def route_many(self, texts: Sequence[str], progress: bool = False) -> list[tuple[int, ...]]:
         """The cluster path of each text; :class:`UserError` where one is empty.
@@ -38,11 +39,15 @@ class Retriever:
         A text alone and in a batch may round differently in the encoder (about 1e-7), which can
         move one that lies exactly between two clusters.
         """
-        texts = check_texts(texts)
-        for index, text in enumerate(texts):
-            if not text.strip():
-                raise UserError("an empty text has no cluster path", f"text {index}", "give words")
+        texts = self._check(texts)
         if not texts:
             return []
         paths = self.tree.route_batch(self.encoder.encode(texts, progress=progress))
         return [tuple(path) for path in paths.tolist()]
+
+    def _check(self, texts: Sequence[str]) -> list[str]:
+        texts = check_texts(texts)
+        for index, text in enumerate(texts):
+            if not text.strip():
+                raise UserError("an empty text has no cluster path", f"text {index}", "give words")
+        return texts

@@ -112,7 +112,7 @@ class ClusterTree:
         x = _check_vectors(x[None], self.dim)[0]
         path, cluster = [], 0
         for level in range(self.depth):
-            children = self._children(level, cluster)
+            children = self.children(level, cluster)
             at = distances(self.centroids[level][children], x).argmin()
             cluster = int(children[at])
             path.append(cluster)
@@ -127,12 +127,12 @@ class ClusterTree:
             order = np.argsort(parents, kind="stable")
             starts = np.flatnonzero(np.diff(parents[order])) + 1
             for rows in np.split(order, starts) if len(data) else []:
-                children = self._children(level, int(parents[rows[0]]))
+                children = self.children(level, int(parents[rows[0]]))
                 paths[rows, level] = children[nearest(data, self.centroids[level][children], rows)]
             parents = paths[:, level].astype(np.int64)
         return paths
 
-    def _children(self, level: int, cluster: int) -> np.ndarray:
+    def children(self, level: int, cluster: int) -> np.ndarray:
         """Global indices, on the 0-based ``level``, of the children that have examples."""
         k = self.branching[level]
         return cluster * k + np.flatnonzero(self.counts[level][cluster * k : (cluster + 1) * k])

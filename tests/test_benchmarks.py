@@ -1,0 +1,213 @@
+"""The benchmarks of the memory bank measure what they say: bytes, ways of reading, topics."""
+
+import json
+from types import SimpleNamespace
+
+import mlx_hmem  # isort: skip  # noqa: F401  OpenBLAS goes in front before MLX is loaded
+import numpy as np
+import pytest
+
+from benchmarks import bank_fetch, topics
+from benchmarks.banks import (
+    R,
+    file_parts,
+    keys_of,
+    make_bank,
+    paper_config,
+    sibling,
+    spread_paths,
+)
+from benchmarks.counting import CAN_DROP, disk_bytes, evict, io_counts, timed
+from benchmarks.fetch_times import byte_counts, fetch_times, first_of_process
+from benchmarks.many_topics import growth, show_walk
+from benchmarks.models import random_texts, random_tree, write_anchor
+from benchmarks.raw_reads import COLD_WAYS, PLAIN, RawReader, Way, fastest_ways
+from mlx_hmem.anchors.openlm import PRESETS, ModelArgs
+from mlx_hmem.bank import Bank
+from mlx_hmem.config import MemoryConfig
+from mlx_hmem.loading import load
+
+# Blocks of 12, 6 and 3 pages of 16 KiB, and one level without memory.
+TINY = MemoryConfig(512, 4, (16, 8, 4, 0), (3, 2, 2, 2))
+
+
+@pytest.fixture(scope="module")
+def bank(tmp_path_factory):
+    """A tiny bank with values in two paths and the siblings of the first."""
+    folder = tmp_path_factory.mktemp("bank")
+    paths = spread_paths(TINY, 2)
+    paths += [sibling(TINY, paths[0], level) for level in (1, 2, 3)]
+    return SimpleNamespace(
+        folder=folder, paths=paths, manifest=make_bank(folder, TINY, keys_of(TINY, paths))
+    )
+
+
+def asked_for(work) -> int:
+    """Bytes that ``work`` asks of files, by the kernel's count."""
+    before = io_counts()["rchar"]
+    own = io_counts()["rchar"] - before
+    start = io_counts()["rchar"]
+    work()
+    return io_counts()["rchar"] - start - own
+
+
+def test_the_banks_have_the_papers_sizes():
+    sizes = {anchor: paper_config(anchor) for anchor in R}
+    billions = {anchor: round(c.bank_parameters / 1e9, 1) for anchor, c in sizes.items()}
+    assert billions == {"openlm-160m": 4.6, "openlm-410m": 12.7, "openlm-1b": 21.1}
+    fetched = [round(c.fetched_parameters / 1e6) for c in sizes.values()]
+    assert fetched == [18, 50, 153]
+
+
+def test_a_sibling_shares_the_levels_above_and_no_other():
+    for path in spread_paths(TINY, 5):
+        for level in (1, 2, 3):
+            other = TINY.check_path(sibling(TINY, path, level))
+            assert other[: level - 1] == path[: level - 1]
+            assert all(a != b for a, b in zip(other[level - 1 :], path[level - 1 :], strict=True))
+
+
+def test_the_parts_worked_out_from_the_manifest_are_the_blocks(bank):
+    keys = sorted(keys_of(TINY, bank.paths))
+    parts = file_parts(bank.folder, bank.manifest, keys)
+    with Bank.open(bank.folder) as opened:
+        for key, part in zip(keys, parts, strict=True):
+            stored = opened.stored(*key).buffers[0]
+            assert part.nbytes == stored.nbytes
+            with open(part.file, "rb") as file:
+                file.seek(part.offset)
+                assert file.read(part.nbytes) == bytes(memoryview(stored).cast("B"))
+            assert np.any(np.array(stored))
+
+
+@pytest.mark.parametrize("way", [*dict.fromkeys([*COLD_WAYS, Way(2, 4096), PLAIN])], ids=str)
+def test_every_way_of_reading_reads_the_same_bytes(bank, way):
+    parts = file_parts(bank.folder, bank.manifest, sorted(keys_of(TINY, bank.paths[:2])))
+    wanted = [part.file.read_bytes()[part.offset :][: part.nbytes] for part in parts]
+    try:
+        reader = RawReader(parts, way)
+    except OSError as error:
+        pytest.skip(f"this file system refuses O_DIRECT: {error}")
+    with reader:
+        reader.read()
+        assert reader.data() == wanted
+
+
+def test_a_fetch_reads_its_blocks_and_not_a_byte_more(bank):
+    size = 2 * TINY.fetched_parameters
+    result = byte_counts(bank.folder, bank.paths)
+    assert (result["block_bytes"], result["bytes_by_reader"]) == (size, size)
+    if "rchar_by_kernel" in result:
+        assert result["rchar_by_kernel"] == size
+
+
+@pytest.mark.skipif(not CAN_DROP, reason="pages can be dropped, and reads counted, on Linux only")
+def test_an_evicted_block_comes_from_the_disk_and_a_second_time_it_does_not(bank):
+    parts = file_parts(bank.folder, bank.manifest, sorted(keys_of(TINY, bank.paths[:1])))
+    probe = {parts[0].file}
+    evict(probe)
+    before = disk_bytes()
+    parts[0].file.read_bytes()
+    if disk_bytes() == before:
+        pytest.skip("the temporary folder is in memory")
+    for way in (Way(2, 16384, hints=True), PLAIN):
+        with RawReader(parts, way) as reader:
+            evict({part.file for part in parts})
+            assert timed(reader.read).disk_bytes >= 2 * TINY.fetched_parameters
+            assert timed(reader.read).disk_bytes == 0
+    with Bank.open(bank.folder, cache_bytes=0) as opened:
+        evict({part.file for part in parts})
+        cold = timed(lambda: opened.fetch(bank.paths[0]))
+        assert cold.disk_bytes == 2 * TINY.fetched_parameters
+        assert timed(lambda: opened.fetch(bank.paths[0])).disk_bytes == 0
+
+
+@pytest.mark.skipif(not CAN_DROP, reason="reads are counted on Linux only")
+def test_a_change_of_topic_reads_only_the_levels_that_differ(bank):
+    level = {n: 2 * int(np.prod(TINY.block_shape(n))) for n in (1, 2, 3)}
+    wanted = {
+        "levels": level[1] + level[2] + level[3],
+        "same_level_1": level[2] + level[3],
+        "same_levels_1_2": level[3],
+    }
+    changes = topics.changes_of_levels(bank.folder, TINY, bank.paths[0])
+    for name, change in changes.items():
+        with topics.at_topic(change) as opened:
+            assert asked_for(lambda: opened.blocks(change.keys)) == wanted[name]  # noqa: B023
+            assert [block.level for block in opened.last_fetch] == [1, 2, 3]
+
+
+def test_the_flat_banks_are_of_the_same_size_and_share_nothing_between_topics(tmp_path):
+    config = MemoryConfig(512, 2, (12, 8, 4), (4, 4, 4))
+    cases = topics.Cases(tmp_path, None, config, num_topics=2)
+    for name in ("flat", "scattered"):
+        with Bank.open(tmp_path / name) as opened:
+            assert opened.config.bank_parameters == pytest.approx(config.bank_parameters, rel=0.1)
+    used = [set(c.keys) | set(c.before) for some in cases.changes for c in [some["flat"]]]
+    assert used[0].isdisjoint(used[1])
+    for some in cases.changes:
+        for name in ("flat", "flat_scattered", "levels"):
+            with topics.at_topic(some[name]) as opened:
+                start = opened.bytes_read
+                opened.blocks(some[name].keys)
+                assert opened.bytes_read - start == 2 * config.fetched_parameters
+    assert sum(part.nbytes for part in cases.scattered[0]) == 2 * config.fetched_parameters
+
+
+def test_the_times_have_every_row_that_the_tables_and_pictures_show(bank, tmp_path, capsys):
+    result = {
+        "anchor": "openlm-160m",
+        "bits": 16,
+        **byte_counts(bank.folder, bank.paths),
+        "times": fetch_times(bank.folder, bank.paths[:2], repeats=2),
+    }
+    for heat, found in result["times"].items():
+        found["ms"]["first_of_process"] = first_of_process(bank.folder, bank.paths[0], heat)
+        assert found["raw"][found["fastest_raw"]] == found["ms"]["raw"] <= found["ms"]["raw_plain"]
+    whole = {"machine": "a machine", "versions": "versions", "banks": [result]}
+    bank_fetch.show(json.loads(json.dumps(whole)))
+    table = capsys.readouterr().out
+    for label in ("with checksum", "first fetch of a process", "in float32", "copy into used"):
+        assert label in table
+    pytest.importorskip("matplotlib", reason="matplotlib, of the extra `plot`, is missing")
+    bank_fetch.plot(whole, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_fastest_ways_are_sorted_out_of_those_that_were_tried(bank):
+    parts = file_parts(bank.folder, bank.manifest, sorted(keys_of(TINY, bank.paths[:1])))
+    ways = fastest_ways(parts, cold=False, rounds=1, keep=3)
+    assert len(set(ways)) == 3
+    assert not any(way.direct or way.hints for way in ways)
+
+
+def test_random_texts_spread_over_the_random_tree():
+    vectors = np.random.default_rng(0).standard_normal((400, 8)).astype(np.float32)
+    tree = random_tree(vectors, (4, 4))
+    assert len({tuple(path) for path in tree.route_batch(vectors).tolist()}) > 8
+    assert random_texts(3, 50, seed=1) == random_texts(3, 50, seed=1)
+    assert [len(text.split()) for text in random_texts(3, 50, seed=1)] == [50] * 3
+
+
+def test_growth_is_counted_after_the_warm_up_in_fifths(capsys):
+    flat = growth([(9, 1)] * 10 + [(100 + i % 2, 7) for i in range(50)], warm_up=10)
+    assert flat["mean_resident_bytes"] == [100] * 5
+    assert flat["most_resident_bytes"] == [101] * 5
+    assert flat["open_files"] == [7] * 5
+    grown = growth([(i * 10**6, i) for i in range(60)], warm_up=10)
+    assert grown["open_files"] == [19, 29, 39, 49, 59]
+    show_walk(grown | {"ms": 1.0, "level_1": 16})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[-5:] == ["14", "24", "34", "44", "54"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_anchor_of_zeros_is_a_whole_one(tmp_path, monkeypatch, dtype):
+    tiny = ModelArgs("openlm", 32, 2, 64, 2, 16, vocab_size=64, max_position_embeddings=32)
+    monkeypatch.setitem(PRESETS, "tiny", tiny)
+    write_anchor(tmp_path, "tiny", dtype)
+    model = load(tmp_path)
+    assert model.tokenizer.encode("w20 w7 w9") == [20, 7, 9]
+    pieces = list(model.stream("w20 w7 w9", max_tokens=2, memory="none"))
+    assert (pieces[-1].prompt_tokens, pieces[-1].token) == (3, 0)
+    assert str(model.anchor.model.norm.weight.dtype).endswith(dtype)
