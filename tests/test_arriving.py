@@ -13,6 +13,7 @@ from mlx_hmem import load
 from mlx_hmem.bank import Bank, Quantization, write_bank
 from mlx_hmem.bank.blocks import PIECE
 from mlx_hmem.bank.format import PAGE
+from mlx_hmem.bank.unfilled import unfilled
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.memory import KINDS
@@ -144,3 +145,15 @@ def test_text_and_logits_are_those_of_a_memory_fetched_before():
         for m, wait in ((model, False), (other, True))
     ]
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("dtype", [mx.uint8, mx.uint16, mx.uint32])
+@pytest.mark.parametrize("count", [1, 7, 100_003])
+def test_an_unfilled_array_holds_what_is_written_into_it(dtype, count):
+    arrays = [unfilled(count, dtype) for _ in range(3)]
+    wanted = [np.full(count, number, f"u{dtype.size}") for number in range(3)]
+    for array, values in zip(arrays, wanted, strict=True):
+        assert (array.shape, array.dtype) == ((count,), dtype)
+        memoryview(array).cast("B")[:] = values.tobytes()
+    for array, values in zip(arrays, wanted, strict=True):
+        assert np.array_equal(np.array(array), values)

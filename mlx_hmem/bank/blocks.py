@@ -2,8 +2,7 @@
 
 All blocks of a fetch are begun together: the disk is told what will be read, and while it is at
 work buffers are allocated; a few threads then read pieces of some MB straight into them, and the
-checksum follows piece by piece. So a cold fetch takes hardly longer than the disk, and a warm one
-as long as two passes over the bytes: MLX knows no buffer that it has not filled with zeros before.
+checksum follows piece by piece. So a cold fetch takes hardly longer than the disk.
 
 Pieces are read in the order in which the layers of the anchor will ask for them: the first of all
 blocks, then the second of all. Who can use a part of a block need not wait for the rest.
@@ -22,6 +21,7 @@ import mlx.core as mx
 import xxhash
 
 from mlx_hmem.bank.quantization import Part
+from mlx_hmem.bank.unfilled import unfilled
 
 THREADS = 4
 PIECE = 2 << 20  # bytes read at once
@@ -79,8 +79,7 @@ class Reading:
         self._digest, self._done, self._whole = xxhash.xxh3_64(), 0, True
         buffers, start = [], 0
         for part in place.parts:
-            buffer = mx.zeros((part.nbytes // part.bits.size,), dtype=part.bits)
-            mx.eval(buffer)
+            buffer = unfilled(part.nbytes // part.bits.size, part.bits)
             buffers.append(buffer)
             view = memoryview(buffer).cast("B")  # type: ignore[arg-type]
             self._views.append(view)
