@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import struct
 
 import mlx.core as mx
@@ -12,6 +13,7 @@ from test_kmeans import topics
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import load_safetensors, read_safetensors_header, save_safetensors
 from mlx_hmem.retriever.retriever import Retriever
+from mlx_hmem.retriever.rows import RowsInFile
 from mlx_hmem.retriever.tree import ClusterTree
 
 
@@ -295,3 +297,36 @@ def test_the_retriever_refuses_the_tree_of_another_encoder(tmp_path):
         Retriever(encoder, ClusterTree.load(tmp_path / "tree.safetensors"))
     with pytest.raises(UserError, match="dimensions"):
         Retriever(encoder, ClusterTree.fit(topics(9, dim=25), branching=2, depth=2))
+
+
+def test_a_tree_whose_centroids_stay_in_the_file_is_the_same(tmp_path, monkeypatch):
+    path, other = tmp_path / "tree.safetensors", tmp_path / "other.safetensors"
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((900, 12)).astype(np.float32)
+    ClusterTree.fit(vectors, branching=(4, 3, 3), seed=0).save(path, "hash")
+    tree = ClusterTree.load(path)
+    monkeypatch.setattr("mlx_hmem.retriever.tree.MOST_IN_MEMORY", 0)
+    monkeypatch.setattr("mlx_hmem.retriever.rows.STEP", 5)
+    stored = ClusterTree.load(path)
+    for mine, wanted in zip(stored.centroids, tree.centroids, strict=True):
+        assert isinstance(mine, RowsInFile)
+        assert np.array_equal(mine, wanted)
+        assert np.array_equal(mine[2:4], wanted[2:4])
+    assert np.array_equal(stored.route_batch(vectors), tree.route_batch(vectors))
+    assert [stored.route(v) for v in vectors[:50]] == [tree.route(v) for v in vectors[:50]]
+    stored.save(other, "hash")
+    assert other.read_bytes() == path.read_bytes()
+    os.truncate(path, stored.centroids[-1]._start + 33 * 12 * 4)
+    with pytest.raises(UserError, match="ends too early"):
+        stored.centroids[-1][30:36]
+
+
+def test_a_centroid_in_the_file_that_is_not_finite_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "tree.safetensors"
+    vectors = np.random.default_rng(0).standard_normal((50, 4)).astype(np.float32)
+    tree = ClusterTree.fit(vectors, branching=(3,), seed=0)
+    tree.centroids[0][2, 3] = np.nan
+    tree.save(path, "hash")
+    monkeypatch.setattr("mlx_hmem.retriever.tree.MOST_IN_MEMORY", 0)
+    with pytest.raises(UserError, match="centroid that is not finite"):
+        ClusterTree.load(path)

@@ -13,6 +13,7 @@ import json
 import math
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -22,10 +23,12 @@ from mlx_hmem.config import MAX_CLUSTERS, MAX_DEPTH
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import Source, load_safetensors, read_safetensors_header, save_safetensors
 from mlx_hmem.retriever.kmeans import CHUNK, distances, kmeans, nearest
+from mlx_hmem.retriever.rows import RowsInFile
 
 FORMAT_VERSION = "1"
 LARGEST_ENTRY = 1e15  # squares and their sums stay finite in float32
 DEFAULT_DEPTH = 3
+MOST_IN_MEMORY = 16 << 20  # bytes of a level's centroids; more stay in the file
 RESTORE = "restore the file or fit the tree again"
 
 
@@ -33,7 +36,8 @@ class ClusterTree:
     """Nested clusters with their centroids; see :meth:`fit` and :meth:`load`.
 
     Attributes: ``branching``, children of a cluster above each level; ``num_clusters``, clusters on
-    each level; ``depth``; ``dim``; ``seed``; ``centroids``, per level (num_clusters, dim) float32;
+    each level; ``depth``; ``dim``; ``seed``; ``centroids``, per level (num_clusters, dim) float32,
+    those of a large level as :class:`RowsInFile`;
     ``counts``, per level (num_clusters,) int64, the examples of each cluster in the fit;
     ``encoder_hash``, fingerprint of the encoder whose vectors these are, None before a save.
     """
@@ -41,7 +45,7 @@ class ClusterTree:
     def __init__(
         self,
         branching: tuple[int, ...],
-        centroids: list[np.ndarray],
+        centroids: Sequence[np.ndarray | RowsInFile],
         counts: list[np.ndarray],
         seed: int,
         encoder_hash: str | None = None,
@@ -144,7 +148,7 @@ class ClusterTree:
         """
         arrays: dict[str, mx.array] = {}
         for level in range(self.depth):
-            arrays[f"level-{level + 1}"] = mx.array(self.centroids[level])
+            arrays[f"level-{level + 1}"] = mx.array(np.asarray(self.centroids[level]))
             arrays[f"counts-{level + 1}"] = mx.array(self.counts[level])
         metadata = {
             "format_version": FORMAT_VERSION,
@@ -181,9 +185,13 @@ class ClusterTree:
         found = {name: (info.dtype, info.shape) for name, info in tensors.items()}
         if dim < 1 or found != expected:
             raise UserError(f"{path} does not hold the tensors of its metadata", branching, RESTORE)
-        arrays = {name: np.array(array) for name, array in load_safetensors(path).items()}
-        centroids = [arrays[f"level-{level + 1}"] for level in range(len(branching))]
-        counts = [arrays[f"counts-{level + 1}"] for level in range(len(branching))]
+        arrays = load_safetensors(path)  # lazy: what stays in the file is not read
+        centroids: list[Any] = []
+        for level, size in enumerate(_num_clusters(branching), 1):
+            name = f"level-{level}"
+            stays = size * dim * 4 > MOST_IN_MEMORY
+            centroids.append(RowsInFile(path, tensors[name]) if stays else np.array(arrays[name]))
+        counts = [np.array(arrays[f"counts-{level + 1}"]) for level in range(len(branching))]
         _check_tree(path, branching, centroids, counts)
         return cls(branching, centroids, counts, seed, encoder_hash)
 
@@ -258,7 +266,8 @@ def _check_tree(
     """Finite centroids, and counts that add up from the leaves to the root."""
     for level, k in enumerate(branching, 1):
         own, values = counts[level - 1], centroids[level - 1]
-        if not np.isfinite(values).all() or np.abs(values).max() > LARGEST_ENTRY:
+        pieces = values.pieces() if isinstance(values, RowsInFile) else [values]
+        if not all(np.isfinite(p).all() and np.abs(p).max() <= LARGEST_ENTRY for p in pieces):
             raise UserError(f"{path} has a centroid that is not finite", f"level {level}", RESTORE)
         sums = own.reshape(-1, k).sum(1)
         if own.min() < 0 or sums.min() < 0 or (level == 1 and sums[0] == 0):
