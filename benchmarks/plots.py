@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mlx_hmem.errors import UserError
+from train.plot import import_pyplot
 
 
 class Panel(NamedTuple):
@@ -24,16 +25,7 @@ def draw(target: Path, panels: Sequence[Panel], caption: str) -> None:
 
     Raises UserError where matplotlib is missing or the file cannot be written.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError(
-            "a picture needs the package matplotlib",
-            "it is not installed",
-            "pip install 'mlx-hmem[plot]'",
-        ) from None
-    matplotlib.use("Agg")  # to a file, without a display
-    from matplotlib import pyplot
+    pyplot = import_pyplot()
 
     heights = [len(panel.bars) + 1.5 for panel in panels]
     figure, axes = pyplot.subplots(

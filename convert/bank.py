@@ -29,9 +29,7 @@ from convert.tensors import bits_of
 from convert.torch_writer import bytes_of
 from mlx_hmem.bank import Bank, Manifest
 from mlx_hmem.bank.format import (
-    FORMAT_VERSION,
     GENERIC,
-    MANIFEST,
     PAGE,
     STORED_TYPES,
     Level,
@@ -43,9 +41,16 @@ from mlx_hmem.bank.format import (
     shard_name,
     stored_r,
 )
-from mlx_hmem.bank.writer import SHARD_BYTES, Cut, shard_cuts, shard_metadata, write_shard
+from mlx_hmem.bank.writer import (
+    SHARD_BYTES,
+    Cut,
+    shard_cuts,
+    shard_metadata,
+    write_manifest,
+    write_shard,
+)
 from mlx_hmem.config import MemoryConfig
-from mlx_hmem.files import atomic_file, open_regular, read_exactly, write_atomic
+from mlx_hmem.files import atomic_file, open_regular, read_exactly
 
 PIECE = 64 << 20  # bytes of blocks read at once on the way to PyTorch
 
@@ -89,20 +94,7 @@ def write_tensors_as_bank(
                     bar.update(cut.num_clusters * layout.block_bytes)
                 shards.append(shard)
             done[number] = replace(layout, shards=tuple(shards))
-    manifest = Manifest(
-        format_version=FORMAT_VERSION,
-        memory=config,
-        dtype=dtype,
-        quantization=None,
-        byte_order="little",
-        page_size=PAGE,
-        anchor_hash=anchor_hash,
-        tree_hash=tree_hash,
-        levels=tuple(level for number, level in done.items() if number != GENERIC),
-        generic=done[GENERIC],
-    )
-    write_atomic(folder / MANIFEST, manifest.to_json())
-    return manifest
+    return write_manifest(folder, config, done, dtype, None, anchor_hash, tree_hash)
 
 
 def _blocks_of(

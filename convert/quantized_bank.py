@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
-import xxhash
 from tqdm import tqdm
 
 from mlx_hmem.bank import Bank, Manifest, Quantization, stored_levels
@@ -37,6 +36,7 @@ from mlx_hmem.bank.quantization import (
 from mlx_hmem.bank.writer import (
     Cut,
     bytes_of_parts,
+    checksum_of_zeros,
     shard_cuts,
     shard_metadata,
     shard_name,
@@ -135,7 +135,7 @@ class BankChange:
         """Bytes on the disk, without what blocks of zeros save."""
         total = 0
         for level in self.before.all_levels:
-            layout, zeros = self.layout(level.level), _checksum_of_zeros(level)
+            layout, zeros = self.layout(level.level), checksum_of_zeros(level.block_bytes)
             for shard in level.shards:
                 sums = (shard.xxh3[i : i + 16] for i in range(0, len(shard.xxh3), 16))
                 total += PAGE + layout.block_stride * sum(found != zeros for found in sums)
@@ -243,7 +243,7 @@ def _changed_blocks(
 ) -> Iterator[list[memoryview] | None]:
     """The bytes of the blocks of a new shard, in order; what they lose is added to ``errors``."""
     number, checksums = level.level, "".join(shard.xxh3 for shard in level.shards)
-    zeros = _checksum_of_zeros(level)
+    zeros = checksum_of_zeros(level.block_bytes)
     for cluster in range(cut.first_cluster, cut.first_cluster + cut.num_clusters):
         progress.update()  # before the yield: after the last one nothing runs
         if checksums[16 * cluster : 16 * cluster + 16] == zeros:
@@ -278,7 +278,3 @@ def _changed(
             lost.add(old.astype(mx.float32), new.astype(mx.float32))
     errors.merge(lost.squares, lost.differences, lost.relative)
     return bytes_of_parts(arrays, block_parts(config, level, change.dtype, how))
-
-
-def _checksum_of_zeros(level: Level) -> str:
-    return xxhash.xxh3_64_hexdigest(bytes(level.block_bytes))

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -249,6 +249,11 @@ class MemoryConfig(JsonConfig):
                     f"{result[level] // self.branching[level]} of level {level}",
                 )
         return result
+
+    def check_blocked(self, blocked: Iterable[Any]) -> frozenset[tuple[int, int]]:
+        """(level, cluster) of clusters that may not be fetched, each given as the path to it."""
+        paths = [self.check_path(path, whole=False) for path in blocked]
+        return frozenset((len(path), path[-1]) for path in paths)
 
 
 @dataclass(frozen=True)

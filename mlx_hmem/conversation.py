@@ -78,9 +78,9 @@ class Conversation:
         else one should know. ``blocked`` and ``options`` are
         those of :meth:`MemoryModel.stream`."""
         check_options(max_tokens, **options)
-        config = None if check_mode(memory) == "none" else model.require_bank().config
-        paths = [] if config is None else [config.check_path(p, whole=False) for p in blocked]
-        self._barred = frozenset((len(path), path[-1]) for path in paths)
+        has_memory = check_mode(memory) != "none"
+        config = model.require_bank().config if has_memory else None
+        self._barred = frozenset() if config is None else config.check_blocked(blocked)
         self.model, self.memory, self.blocked = model, memory, blocked
         self.history = model.tokenizer.has_chat_template if history is None else history
         self.max_tokens, self.damaged, self.margin = max_tokens, damaged, margin

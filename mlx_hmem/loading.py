@@ -38,8 +38,9 @@ def load(
             fetched memory leave of it bounds the kept blocks and MLX's own buffer cache.
         lazy: of a model on the Hub, fetch a shard of the bank only when a block of it is first
             needed, always of the revision found now.
-        resident_levels, level_folders: levels of the bank that stay in memory once read, or lie in
-            other folders (:meth:`mlx_hmem.bank.Bank.open`).
+        resident_levels, level_folders: levels of the bank that stay in memory once read, beside
+            what the budget or ``cache_bytes`` allow, or lie in other folders
+            (:meth:`mlx_hmem.bank.Bank.open`).
 
     A folder with an anchor but no ``hmem.json`` gives a model without memory.
     """

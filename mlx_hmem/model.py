@@ -45,17 +45,22 @@ class Recall:
     damaged: Damaged = "stop"
     damage: list[str] = field(default_factory=list)
 
+    @property
+    def arrived_ms(self) -> float:
+        """``fetch_ms``; of a memory that is used while it is read, until all of it is there."""
+        rows = self.rows
+        arrived = 0.0 if rows is None or isinstance(rows, tuple) else rows.arrived_ms
+        return arrived or self.fetch_ms
+
     def to_dict(self) -> dict[str, Any]:
-        """All but the memory itself, as JSON values. ``fetch_ms`` of a memory that was used while
-        it was read is the time until all of it was there."""
-        arrived = self.rows.arrived_ms if isinstance(self.rows, ArrivingMemory) else 0.0
+        """All but the memory itself, as JSON values; ``fetch_ms`` is ``arrived_ms``."""
         return {
             "mode": self.mode,
             "path": None if self.path is None else list(self.path),
             "blocks": self.blocks,
             "bytes_read": self.bytes_read,
             "route_ms": round(self.route_ms, 3),
-            "fetch_ms": round(arrived or self.fetch_ms, 3),
+            "fetch_ms": round(self.arrived_ms, 3),
         }
 
 
@@ -186,8 +191,7 @@ class MemoryModel:
         one nothing is read or moved, and their source is "attached".
         """
         bank, start = self.require_bank(), time.perf_counter()
-        clusters = [bank.config.check_path(b, whole=False) for b in blocked]
-        barred = frozenset((len(c), c[-1]) for c in clusters)
+        barred = bank.config.check_blocked(blocked)
         rows: Memory | None
         attached: list[dict[str, Any]] = []
         damage: list[str] = []

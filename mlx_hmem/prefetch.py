@@ -4,8 +4,7 @@ import threading
 from collections.abc import Sequence
 
 from mlx_hmem.bank import Bank
-
-Key = tuple[int, int]  # (level, cluster)
+from mlx_hmem.bank.kept import Key
 
 
 class Prefetch:

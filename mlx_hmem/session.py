@@ -39,7 +39,7 @@ class SessionStats:
         self.num_tokens += last.generation_tokens
         self.seconds += last.generation_tokens / last.generation_tps
         self.ttft_ms, self.tokens_per_s = ttft_ms, last.generation_tps
-        self.route_ms, self.fetch_ms = recall.route_ms, recall.fetch_ms
+        self.route_ms, self.fetch_ms = recall.route_ms, recall.arrived_ms
         self.bytes_read += recall.bytes_read
         self.damaged += len(recall.damage)
         for block in recall.blocks:

@@ -247,6 +247,23 @@ def test_the_text_goes_on_without_a_damaged_block_or_stops_before_any(ask, broke
     assert ask("--model", broken, "--memory", "none")[0] == 0
 
 
+def test_levels_may_lie_elsewhere_and_stay_in_memory(ask, broken, tmp_path):
+    wanted = answer(ask("--json"))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for shard in (broken / "bank").glob("level-3.*"):
+        shutil.move(shard, elsewhere)
+    refused(ask("--model", broken), "the bank lacks a file of level 3")
+    placed = ["--model", broken, "--level-folder", f"3={elsewhere}", "--resident-levels", "1", "3"]
+    found = answer(ask("--json", *placed))
+    assert found["text"] == wanted["text"]
+    assert found["memory"]["blocks"] == wanted["memory"]["blocks"]
+    for wrong in ("2", "two=.", f"2={tmp_path / 'nothing'}"):
+        refused(ask("--level-folder", wrong), "--level-folder names no folder", wrong)
+    refused(ask("--level-folder", f"9={elsewhere}"), "no such level: 9")
+    refused(ask("--resident-levels", "9"), "no such level: 9")
+
+
 def test_ctrl_c_ends_with_130_and_one_word(ask):
     assert ask("--prompt", "-", stdin=Interrupt()) == (130, "", "stopped\n")
 

@@ -16,6 +16,7 @@ from mlx_hmem.anchors.load import load_anchor, read_config
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import fingerprint
 from train.anchor import AnchorTrainee
+from train.arrays import load_mapped
 from train.buckets import Buckets
 from train.log import Reporting
 from train.loop import train
@@ -86,7 +87,7 @@ def anchor_sequences(
     if recipe.windows.decompose:
         buckets = Buckets.load(files, recipe.windows.of_anchor)
         return buckets, BucketOrder(buckets.counts, training, recipe.seed)
-    tokens = np.load(files / "tokens.npy", mmap_mode="r")
+    tokens = load_mapped(files / "tokens.npy")
     return tokens, ShuffledOrder(len(tokens), training, recipe.seed)
 
 
@@ -105,7 +106,7 @@ def run_dense(recipe: Recipe, folder: Path, reporting: Reporting | None = None) 
 def sequences(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and cluster paths of the sequences that all arms see."""
     tokens, paths = (folder / "sequences" / f"{name}.npy" for name in ("tokens", "paths"))
-    return np.load(tokens, mmap_mode="r"), np.load(paths, mmap_mode="r")
+    return load_mapped(tokens), load_mapped(paths)
 
 
 def arm_order(recipe: Recipe, paths: np.ndarray, training: TrainerConfig) -> Order:

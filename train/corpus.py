@@ -93,6 +93,8 @@ def _make_facts(
     recipe: Recipe, corpus: Path | None, table: Path | None, sample: Sample
 ) -> tuple[list[Fact], list[dict[str, str]], int, list[dict[str, str]]]:
     """The facts, their documents to train on, how many of these are plain, and those held out."""
+    if not recipe.corpus.facts:
+        return [], [], 0, []
     # Facts about people come from articles that are not sampled: these would state them once more.
     sampled = {int(first) for part in (sample.train, sample.held_out) for first in part["first"]}
     facts, train, held_out, num_plain = list[Fact](), [], [], 0

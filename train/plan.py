@@ -21,6 +21,7 @@ from mlx_hmem.anchors.openlm import Model
 from mlx_hmem.config import MemoryConfig, read_json
 from mlx_hmem.errors import ArgumentParser, UserError, run_program
 from train.anchor import AnchorTrainee, initialise
+from train.arrays import load_mapped
 from train.costs import (
     anchor_parameters,
     anchor_sizes_of,
@@ -85,12 +86,12 @@ def sequences_of(recipe: Recipe, out: Path | None, tokens: int | None) -> tuple[
     if out is not None:
         rows = [out / name / "tokens.npy" for name in ("anchor-sequences", "sequences")]
         if all(path.exists() for path in rows):
-            first, second = (len(np.load(path, mmap_mode="r")) for path in rows)
+            first, second = (len(load_mapped(path)) for path in rows)
             return first, second, "the run's sequences"
     if tokens is not None:
         source = "--tokens"
     elif out is not None and (path := out / "windows" / "tokens.npy").exists():
-        tokens, source = len(np.load(path, mmap_mode="r")), "the run's windows"
+        tokens, source = len(load_mapped(path)), "the run's windows"
     elif out is not None and (path := out / "corpus" / "report.json").exists():
         size = math.log2(recipe.tokenizer.vocab_size)
         points = [math.log2(v) for v in CHARACTERS]

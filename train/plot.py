@@ -18,6 +18,7 @@ import numpy as np
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import ArgumentParser, UserError, run_program
 from mlx_hmem.files import atomic_file
+from train.arrays import load_mapped
 from train.log import read_log
 from train.records import RecordStore
 from train.store import BlockStore
@@ -100,7 +101,7 @@ def leaf_counts(run: Path) -> np.ndarray | None:
     path = run / "sequences" / "paths.npy"
     if not path.exists():
         return None
-    counts = np.unique(np.load(path, mmap_mode="r")[:, -1], return_counts=True)[1]
+    counts = np.unique(load_mapped(path)[:, -1], return_counts=True)[1]
     return np.sort(counts)[::-1]
 
 
@@ -207,13 +208,8 @@ def _draw_leaves(axes: Any, counts: np.ndarray) -> None:
     axes.legend(frameon=False)
 
 
-def plot_run(run: Path, target: Path) -> None:
-    """Draws ``run`` into the PNG file ``target``."""
-    curves, validations, steps = curves_of(run), validations_of(run), block_steps(run)
-    counts = None if steps else leaf_counts(run)
-    held_out = validations.pop(("anchor", "none"), None)
-    if not curves and not validations and not steps and counts is None:
-        raise UserError("nothing to draw", run, "give the folder of a run that has begun to train")
+def import_pyplot() -> Any:
+    """matplotlib's pyplot, drawing to files; UserError where the package is missing."""
     try:
         import matplotlib
     except ImportError:
@@ -224,6 +220,18 @@ def plot_run(run: Path, target: Path) -> None:
         ) from None
     matplotlib.use("Agg")  # to a file, without a display
     from matplotlib import pyplot
+
+    return pyplot
+
+
+def plot_run(run: Path, target: Path) -> None:
+    """Draws ``run`` into the PNG file ``target``."""
+    curves, validations, steps = curves_of(run), validations_of(run), block_steps(run)
+    counts = None if steps else leaf_counts(run)
+    held_out = validations.pop(("anchor", "none"), None)
+    if not curves and not validations and not steps and counts is None:
+        raise UserError("nothing to draw", run, "give the folder of a run that has begun to train")
+    pyplot = import_pyplot()
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     arms = {name: curve for name, curve in curves.items() if name != "anchor"}

@@ -99,7 +99,7 @@ def route_shard(path: Path, task: tuple[Path, tuple[int, int]], advance: Advance
     advance(end - first)
 
 
-def route_windows(run: Path, count: int, ranks: Ranks) -> list[Path]:
+def route_shards(run: Path, count: int, ranks: Ranks) -> list[Path]:
     """The cluster paths of all windows, in order, as files."""
     identity = {"tree": fingerprint(run / "tree" / "tree.safetensors"), "windows": count}
     shards = [Shard((run, part), part[1] - part[0]) for part in _parts(count, ROUTED)]
@@ -127,7 +127,7 @@ def run_tree(recipe: Recipe, folder: Path) -> None:
     # The same on all machines, whatever their BLAS rounds to.
     ranks.share_file(tree_file, 0)
     ranks.wait()
-    files = route_windows(folder, len(vectors), ranks)
+    files = route_shards(folder, len(vectors), ranks)
     if not ranks.first:
         return
     shape = (len(vectors), len(branching))

@@ -21,6 +21,11 @@ class ReplacingMemory:
         self._before, self._deeper, self._start = before, deeper, start
         self._rows: list[Rows] = []
 
+    @property
+    def arrived_ms(self) -> float:
+        """As of :class:`ArrivingMemory`, of what is new."""
+        return self._deeper.arrived_ms
+
     def is_here(self, place: int) -> bool:
         """Whether the layer at this place need not be waited for."""
         return place < len(self._rows) or self._deeper.is_here(place)

@@ -5,8 +5,9 @@ run leaves shards but no bank. A block of zeros given as None becomes a hole in 
 neither time nor, on most file systems, disk space.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -98,17 +99,30 @@ def write_bank(
             row = row_type(layout, dtype, how)
             meta = shard_metadata(number, anchor_hash)
             done[number] = _write_level(folder, config, layout, row, blocks, meta, shard_bytes)
+    return write_manifest(folder, config, done, dtype, chosen, anchor_hash, tree_hash)
+
+
+def write_manifest(
+    folder: Path,
+    config: MemoryConfig,
+    levels: Mapping[int, Level],
+    dtype: str,
+    quantization: tuple[Quantization, ...] | None,
+    anchor_hash: str,
+    tree_hash: str,
+) -> Manifest:
+    """Writes ``bank.json`` when all shards are there; ``levels`` by number, GENERIC among them."""
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         memory=config,
         dtype=dtype,
-        quantization=chosen,
+        quantization=quantization,
         byte_order="little",
         page_size=PAGE,
         anchor_hash=anchor_hash,
         tree_hash=tree_hash,
-        levels=tuple(level for number, level in done.items() if number != GENERIC),
-        generic=done[GENERIC],
+        levels=tuple(level for number, level in levels.items() if number != GENERIC),
+        generic=levels[GENERIC],
     )
     write_atomic(folder / MANIFEST, manifest.to_json())
     return manifest
@@ -220,6 +234,12 @@ def shard_cuts(layout: Level, total: int, shard_bytes: int = SHARD_BYTES) -> lis
     return [Cut(shard, first, min(most, total - first)) for shard, first in enumerate(starts)]
 
 
+@lru_cache
+def checksum_of_zeros(num_bytes: int) -> str:
+    """The checksum of a block that is a hole."""
+    return xxhash.xxh3_64_hexdigest(bytes(num_bytes))
+
+
 def write_shard(
     folder: Path,
     layout: Level,
@@ -232,8 +252,7 @@ def write_shard(
 
     A block is the bytes of its parts (:func:`encode_block`), or None for zeros.
     """
-    # The checksum of zeros is that of every hole.
-    zeros = xxhash.xxh3_64_hexdigest(bytes(layout.block_bytes))
+    zeros = checksum_of_zeros(layout.block_bytes)
     name, (_, first, count) = shard_name(layout.level, cut.shard), cut
     size = PAGE + count * layout.block_stride
     header = shard_header(layout, row, count, {**metadata, "first_cluster": str(first)})
