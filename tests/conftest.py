@@ -2,16 +2,18 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import mlx_hmem  # noqa: F401  OpenBLAS goes in front before a test loads MLX
 
 # isort: split
+import huggingface_hub.constants as hub_constants
 import mlx.core as mx
 import numpy as np
 import pytest
+from hub_server import TOKEN, Hub
 
 from mlx_hmem.anchors.load import anchor_hash, named_parameters
 from mlx_hmem.anchors.openlm import Model, ModelArgs
@@ -101,3 +103,56 @@ def edit_json(path: Path, change: Callable[[dict], object]) -> None:
     values = json.loads(path.read_text())
     change(values)
     path.write_text(json.dumps(values))
+
+
+@pytest.fixture(scope="module")
+def layout(model_folder, tmp_path_factory) -> Path:
+    """The model of conftest in PyTorch's layout; for reading only."""
+    from memory_layouts import convert  # it imports from here
+
+    return convert(model_folder, tmp_path_factory.mktemp("torch") / "model", "--to", "pytorch")
+
+
+@pytest.fixture
+def torch_folder(layout, tmp_path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(layout, tmp_path / "torch"))
+
+
+@pytest.fixture
+def directory(broken: Path) -> Path:
+    """A model directory whose bank has many shards, with files beside it that no model needs."""
+    from hub_models import BLOCKS_PER_SHARD, cut_bank  # it imports from here
+
+    cut_bank(broken, BLOCKS_PER_SHARD)
+    (broken / "notes").mkdir()
+    (broken / "notes" / "log.md").write_text("not for loading")
+    (broken / "pytorch_model.bin").write_bytes(b"0" * 1000)
+    return broken
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """An empty Hub that huggingface_hub asks in this process, with an empty cache."""
+    with Hub() as server:
+        values = {
+            "ENDPOINT": server.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_DISABLE_IMPLICIT_TOKEN": False,
+            "HF_TOKEN_PATH": str(tmp_path / "no token"),
+        }
+        for name, value in values.items():
+            monkeypatch.setattr(hub_constants, name, value)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield server
+
+
+@pytest.fixture
+def online(hub: Hub, directory: Path) -> Hub:
+    from hub_models import REPO  # as above
+
+    hub.add(REPO, directory)
+    return hub

@@ -10,107 +10,33 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import huggingface_hub.constants as hub_constants
 import mlx.core as mx
 import numpy as np
 import pytest
-import yaml
-from conftest import MEMORY, save_anchor
-from hub_server import TOKEN, Hub
+from hub_server import Hub
 
-from convert.upload import card, main, upload
-from mlx_hmem.anchors.load import anchor_hash
-from mlx_hmem.bank import Bank, write_bank
+from mlx_hmem.bank import Bank
 from mlx_hmem.bank.format import PAGE
-from mlx_hmem.config import HmemConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.__main__ import main as evaluate
 from mlx_hmem.loading import load
-from mlx_hmem.model import MemoryModel
+from tests.hub_models import (
+    BASE,
+    FIRST,
+    LAST,
+    REPO,
+    SHARDS,
+    blocks,
+    one_line,
+    other_model,
+    same,
+)
 
 PROGRAM = Path(__file__).parents[1] / "generate.py"
-REPO = "user/tiny"
-BASE = {
-    "config.json", "hmem.json", "model.safetensors", "retriever/tree.safetensors", "bank/bank.json",
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-}  # fmt: skip
-BLOCKS_PER_SHARD = 2
-FIRST, LAST = (0, 0, 0), (2, 5, 11)  # two paths without a shard in common
-SHARDS = {
-    FIRST: {"bank/level-1.00000.safetensors", "bank/level-3.00000.safetensors"},
-    LAST: {"bank/level-1.00001.safetensors", "bank/level-3.00005.safetensors"},
-}
-
-
-def cut_bank(folder: Path, blocks_per_shard: int) -> None:
-    """Writes the bank of a model anew, cut into small shards."""
-    with Bank.open(folder / "bank") as bank:
-        levels = [
-            None if not r else [np.array(bank.blocks([(n, c)])[0]) for c in range(count)]
-            for n, (r, count) in enumerate(zip(MEMORY.r, MEMORY.num_clusters, strict=True), 1)
-        ]
-        generic = np.array(bank.blocks([(0, 0)])[0])
-        hashes = {"anchor_hash": bank.anchor_hash, "tree_hash": bank.tree_hash}
-    shutil.rmtree(folder / "bank")
-    write_bank(
-        folder / "bank", MEMORY, levels, generic, dtype="float32", **hashes,
-        shard_bytes=PAGE * (1 + blocks_per_shard),
-    )  # fmt: skip
-
-
-@pytest.fixture
-def directory(broken: Path) -> Path:
-    """A model directory whose bank has many shards, with files beside it that no model needs."""
-    cut_bank(broken, BLOCKS_PER_SHARD)
-    (broken / "notes").mkdir()
-    (broken / "notes" / "log.md").write_text("not for loading")
-    (broken / "pytorch_model.bin").write_bytes(b"0" * 1000)
-    return broken
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """An empty Hub that huggingface_hub asks in this process, with an empty cache."""
-    with Hub() as server:
-        values = {
-            "ENDPOINT": server.url,
-            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_CACHE": str(tmp_path / "cache"),
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_DISABLE_XET": True,
-            "HF_HUB_DISABLE_IMPLICIT_TOKEN": False,
-            "HF_TOKEN_PATH": str(tmp_path / "no token"),
-        }
-        for name, value in values.items():
-            monkeypatch.setattr(hub_constants, name, value)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        yield server
-
-
-@pytest.fixture
-def online(hub: Hub, directory: Path) -> Hub:
-    hub.add(REPO, directory)
-    return hub
-
-
-def blocks(model: MemoryModel, path: tuple[int, ...]) -> list[np.ndarray]:
-    assert model.bank is not None
-    return [np.array(block) for block in model.bank.fetch(path).blocks if block is not None]
-
-
-def same(found: list[np.ndarray], wanted: list[np.ndarray]) -> bool:
-    return all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True))
-
-
-def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
-    text = str(error.value)
-    assert "\n" not in text
-    assert len(text) < 700
-    assert error.value.remedy
-    return text
 
 
 def test_lazy_load_brings_what_routing_needs_then_only_the_shards_of_a_path(online, directory):
@@ -167,27 +93,6 @@ def test_lazy_changes_nothing_for_a_folder(directory):
     (directory / "bank" / "level-3.00005.safetensors").unlink()
     with pytest.raises(UserError, match="lacks a file of level 3"):
         load(directory, lazy=True)
-
-
-def other_model(directory: Path) -> None:
-    """Makes another model of a directory: other weights, another bank."""
-    save_anchor(directory, seed=9)
-    hmem = HmemConfig.from_file(directory / "hmem.json")
-    rng = np.random.default_rng(9)
-    levels = [
-        [rng.normal(0, 1, MEMORY.block_shape(n)).astype(np.float32) for _ in range(count)]
-        if MEMORY.r[n - 1]
-        else None
-        for n, count in enumerate(MEMORY.num_clusters, 1)
-    ]
-    shutil.rmtree(directory / "bank")
-    hashes = {"anchor_hash": anchor_hash(directory), "tree_hash": hmem.retriever.tree_hash}
-    write_bank(
-        directory / "bank", MEMORY, levels, None, dtype="float32", **hashes,
-        shard_bytes=PAGE * (1 + BLOCKS_PER_SHARD),
-    )  # fmt: skip
-    text = (directory / "hmem.json").read_text()
-    (directory / "hmem.json").write_text(text.replace(hmem.anchor_hash, hashes["anchor_hash"]))
 
 
 def test_a_repository_that_changes_meanwhile_does_not_mix(online, directory):
@@ -385,139 +290,6 @@ def test_generate_fetches_lazily_and_then_needs_no_connection(online, tmp_path):
     assert (other.returncode, other.stdout) == (2, "")
     assert other.stderr.startswith("error: bank/generic.safetensors of user/tiny is not on this")
     assert other.stderr.count("\n") == 1
-
-
-def test_an_upload_comes_back_as_it_was(hub, directory, capsys):
-    (directory / "bank" / ".level-9.part").write_bytes(b"half")
-    upload(directory, REPO, private=True)
-    out = capsys.readouterr().out
-    sha, files = hub.repos[REPO].commits[-1]
-    assert f"{hub.url}/{REPO}" in out
-    assert sha in out
-    bank = {f"bank/{p.name}" for p in (directory / "bank").iterdir() if p.name[0] != "."}
-    assert set(files) == BASE | bank | {"README.md"}
-    assert all((directory / name).read_bytes() == data for name, data in files.items())
-    model = load(REPO, lazy=True)
-    assert same(blocks(model, LAST), blocks(load(directory), LAST))
-
-    hub.requests.clear()
-    main([str(directory), REPO])  # nothing is new
-    assert not [r for r in hub.requests if r.method == "PUT"]
-    assert len(hub.repos[REPO].commits) == 1
-
-
-def test_another_model_replaces_all_of_the_first(hub, directory):
-    upload(directory, REPO)
-    hub.repos[REPO].commits[-1][1]["diary.txt"] = b"somebody's own"
-    cut_bank(directory, 12)
-    upload(directory, REPO)
-    files = hub.repos[REPO].commits[-1][1]
-    bank = {f"bank/{p.name}" for p in (directory / "bank").iterdir()}
-    assert {name for name in files if name.startswith("bank/")} == bank
-    assert "diary.txt" in files
-    load(REPO)
-
-
-def test_shards_of_a_large_bank_go_up_before_what_names_them(hub, directory, monkeypatch):
-    monkeypatch.setattr("convert.upload.ONE_COMMIT", 5)
-    upload(directory, REPO)
-    first, last = (files for _, files in hub.repos[REPO].commits)
-    assert set(first) == {f"bank/{p.name}" for p in (directory / "bank").glob("*.safetensors")}
-    assert {"bank/bank.json", "hmem.json"} <= set(last)
-    load(REPO)
-
-
-def damage(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[PAGE + 1] ^= 1
-    path.write_bytes(data)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda d: damage(d / "bank" / "level-3.00005.safetensors"), "level 3, cluster 10"),
-        (lambda d: (d / "bank" / "level-3.00002.safetensors").unlink(), "lacks a file of level 3"),
-        (lambda d: save_anchor(d, seed=5), "the anchor is not the one"),
-        (lambda d: (d / "config.json").unlink(), "no config.json"),
-        (lambda d: shutil.rmtree(d), "no such model directory"),
-    ],
-)
-def test_a_broken_model_is_not_uploaded(hub, directory, change, words):
-    change(directory)
-    with pytest.raises(UserError) as error:
-        upload(directory, REPO)
-    assert words in one_line(error)
-    assert hub.requests == []
-
-
-def test_an_encoder_that_would_not_come_along_is_not_uploaded(hub, directory):
-    from mlx_hmem.retriever.encoder import STATIC_FOLDER
-
-    shutil.copytree(STATIC_FOLDER, directory / "encoder")
-    text = (directory / "hmem.json").read_text()
-    (directory / "hmem.json").write_text(text.replace('"static"', '"encoder"'))
-    with pytest.raises(UserError, match="move it into retriever/"):
-        upload(directory, REPO)
-    shutil.move(directory / "encoder", directory / "retriever" / "encoder")
-    (directory / "hmem.json").write_text(text.replace('"static"', '"retriever/encoder"'))
-    upload(directory, REPO)
-    assert load(REPO, lazy=True).retriever.encoder.fingerprint
-
-
-def test_no_upload_without_name_token_right_or_connection(hub, directory, monkeypatch):
-    with pytest.raises(UserError, match="write it as user/name"):
-        upload(directory, "tiny")
-    monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
-    with pytest.raises(UserError) as error:
-        upload(directory, REPO)
-    assert "401" in one_line(error)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError) as error:
-        upload(directory, REPO)
-    assert f"the Hub did not take {directory} as {REPO}" in one_line(error)
-    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(UserError, match="hf auth login"):
-        upload(directory, REPO)
-    assert hub.repos == {}
-
-
-def front_matter(text: str) -> dict:
-    _, front, _ = text.split("---\n", 2)
-    return yaml.safe_load(front)
-
-
-def test_the_card_says_what_the_model_is(directory):
-    text = card(directory, "user/tiny", base_model="apple/OpenLM-160M", license="mit")
-    front = front_matter(text)
-    assert (front["library_name"], front["pipeline_tag"]) == ("mlx", "text-generation")
-    assert (front["base_model"], front["license"]) == ("apple/OpenLM-160M", "mit")
-    assert "mlx" in front["tags"]
-    for words in (
-        "openlm: 2 layers, 16 hidden", f"{MEMORY.bank_parameters:,} parameters", "3 × 2 × 2",
-        f"{MEMORY.fetched_parameters:,}", 'load("user/tiny", lazy=True)', "in 9 files", "static",
-    ):  # fmt: skip
-        assert words in text
-    assert "{" not in text
-    (directory / "hmem.json").unlink()
-    text = card(directory)
-    assert "base_model" not in front_matter(text)
-    assert "memory bank" not in text
-
-
-def test_a_card_that_is_there_is_kept(hub, directory):
-    (directory / "README.md").write_text("# Mine – and mine\n", encoding="utf-8")
-    upload(directory, REPO)
-    text = (directory / "README.md").read_text(encoding="utf-8")
-    assert text.startswith("---\nlibrary_name: mlx\n")
-    assert text.endswith("---\n\n# Mine – and mine\n")
-    upload(directory, REPO)
-    assert (directory / "README.md").read_text(encoding="utf-8") == text
-    (directory / "README.md").write_bytes(b"\xff")
-    with pytest.raises(UserError, match="is not UTF-8"):
-        upload(directory, REPO)
 
 
 def test_logits_of_a_lazy_model_are_those_of_the_whole(online, directory):
