@@ -33,7 +33,14 @@ def parse_arguments() -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="PATH",
-        help="clusters that may not be fetched, each as its path: 3 or 3,51",
+        help="clusters that may not be fetched, each as its path: 3 or 3,51, after the name of a "
+        "bank that was added: NAME or NAME:3,51",
+    )
+    parser.add_argument(
+        "--view",
+        metavar="NAME",
+        help="fetch no more than this view of the memory allows (default: default, if there is "
+        "one); python -m mlx_hmem.bank block makes views",
     )
     parser.add_argument("--max-tokens", type=int, help="default: 100, of an answer in a chat 256")
     parser.add_argument("--temp", type=float, default=0.0, help="0 is greedy (default)")
@@ -41,9 +48,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument(
         "--memory-budget",
-        type=int,
         metavar="BYTES",
-        help="most bytes for the anchor, the memory and what is kept of the bank",
+        help="most bytes to take, as 400MB, 1.5GB or plain bytes: resident memory above that of "
+        "Python with nothing but MLX imported. What is chosen for it is said in one line",
+    )
+    parser.add_argument(
+        "--context",
+        type=int,
+        metavar="TOKENS",
+        help="most tokens of prompt and answer together (default: those of the anchor)",
     )
     parser.add_argument(
         "--resident-levels",
@@ -77,15 +90,6 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def cluster_path(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(
-            "--block is not a cluster path", repr(text), "write it as 3 or 3,51"
-        ) from None
-
-
 def level_folder(text: str) -> tuple[int, Path]:
     level, equals, folder = text.partition("=")
     if not (level.isdecimal() and equals and Path(folder).is_dir()):
@@ -109,20 +113,26 @@ def read_prompt(prompt: str) -> str:
 def main() -> None:
     args = parse_arguments()
     prompt = "" if args.chat else read_prompt(args.prompt)
-    blocked = [cluster_path(text) for text in args.block]
 
     import mlx.core as mx
 
+    from mlx_hmem.bank.views import barred_path
     from mlx_hmem.generation import prompt_ids
     from mlx_hmem.loading import DEMO, load
+    from mlx_hmem.resident import parse_bytes
 
+    blocked = [barred_path(text) for text in args.block]
     model = load(
         DEMO if args.model is None else args.model,
-        memory_budget=args.memory_budget,
+        memory_budget=None if args.memory_budget is None else parse_bytes(args.memory_budget),
+        context=args.context,
         lazy=args.lazy,
         resident_levels=tuple(args.resident_levels),
         level_folders=dict(level_folder(text) for text in args.level_folder),
+        view=args.view,
     )
+    if model.plan is not None:
+        say(model.plan.line())
     damaged: Literal["stop", "skip"] = "stop" if args.strict_memory else "skip"
     options: dict[str, Any] = {"temp": args.temp, "top_p": args.top_p, "seed": args.seed}
     if args.chat:
@@ -174,6 +184,7 @@ def say(line: str) -> None:
 def summary(result: dict[str, Any]) -> str:
     memory = result["memory"]
     where = "" if memory["path"] is None else f" {tuple(memory['path'])}"
+    where = f" of bank {memory['bank']},{where}" if "bank" in memory else where
     sources = ", ".join(f"level {b['level']} {b['source']}" for b in memory["blocks"])
     return (
         f"memory: {memory['mode']}{where}{f' ({sources})' if sources else ''}, "

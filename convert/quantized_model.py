@@ -25,17 +25,19 @@ from convert.quantized_anchor import (
 from convert.quantized_bank import BankChange, change_bank, forget_notes
 from mlx_hmem.anchors.load import anchor_hash, load_anchor, weight_files
 from mlx_hmem.bank import Bank, Manifest, Quantization
+from mlx_hmem.bank.documents import DOCUMENTS
 from mlx_hmem.bank.format import MANIFEST
 from mlx_hmem.config import HmemConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate import Perplexity, perplexity
 from mlx_hmem.files import atomic_file, open_regular, write_atomic
-from mlx_hmem.find import BANK_FOLDER, MODEL_FILES
+from mlx_hmem.find import BANK_FOLDER, BESIDE, MODEL_FILES
 from mlx_hmem.loading import load
 
-COPIED = (*MODEL_FILES, "README.md", "LICENSE*", "NOTICE*")
+COPIED = (*MODEL_FILES, "README.md", "LICENSE*", "NOTICE*", f"{BANK_FOLDER}/{DOCUMENTS}")
 ANCHOR_FILES = ("config.json", "model*.safetensors", INDEX)
-REWRITTEN = ("hmem.json", RECORD, f"{REPLACED}/*", f"{BANK_FOLDER}/*")
+BANK_REWRITTEN = (f"{BANK_FOLDER}/{MANIFEST}", f"{BANK_FOLDER}/*.safetensors")
+REWRITTEN = ("hmem.json", RECORD, f"{REPLACED}/*", *BANK_REWRITTEN)
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,12 @@ def plan(
     """
     if not (folder / "config.json").exists():
         raise UserError("not a model directory: no config.json", folder, "name one, or restore it")
+    if (folder / BESIDE).exists():
+        raise UserError(
+            "a model with added banks cannot be quantised",
+            folder / BESIDE,
+            "quantise each model, then add one's bank to the other",
+        )
     if anchor is not None:
         quantized_anchor(folder, anchor)
     hmem, bank = read_hmem(folder), None

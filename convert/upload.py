@@ -13,13 +13,12 @@ from json import dumps
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from convert.destination import RECORD
 from convert.destination import REPLACED as FORMER
 from mlx_hmem.anchors.load import read_config, weight_files
-from mlx_hmem.bank import Bank, Manifest, stored_levels
-from mlx_hmem.bank.format import MANIFEST, num_blocks
+from mlx_hmem.bank import Manifest
+from mlx_hmem.bank.format import MANIFEST
+from mlx_hmem.bank_tools.checks import verify
 from mlx_hmem.config import HmemConfig
 from mlx_hmem.errors import ArgumentParser, UserError
 from mlx_hmem.files import write_atomic
@@ -31,7 +30,7 @@ UPLOADED = (*MODEL_FILES, *BANK_FILES, CARD, "LICENSE*", "NOTICE*")
 # Half-written files begin with a dot; the others are left by a conversion killed in its last step.
 NOT_UPLOADED = (".*", "*/.*", RECORD, f"{FORMER}/*")
 # What an earlier model may have left and would mix with this one.
-REPLACED = ("model*.safetensors*", "hmem.json", "tokenizer*", "retriever/*", f"{BANK_FOLDER}/*")
+REPLACED = ("model*.safetensors*", "hmem.json", "tokenizer*", "retriever/*", "bank/*", "banks/*")
 ONE_COMMIT = 200  # huggingface_hub cuts commits of more than 250 files
 
 
@@ -83,7 +82,7 @@ def _send(api: Any, directory: Path, repo: str) -> str:
     ]
     first: list[str] = []
     if len(files) > ONE_COMMIT:
-        first = [name for name in files if fnmatch(name, BANK_FILES[0])]
+        first = [name for name in files if any(fnmatch(name, each) for each in BANK_FILES)]
         api.upload_folder(
             repo_id=repo, folder_path=directory, allow_patterns=first, commit_message="Memory bank"
         )
@@ -107,24 +106,20 @@ def _uploaded(directory: Path) -> Iterator[str]:
 
 def check_whole(directory: Path) -> None:
     """Loads the model and reads its whole bank; a UserError says what is broken."""
-    bank = load(directory, cache_bytes=0).bank
-    if bank is None:
+    model = load(directory, cache_bytes=0)
+    if model.bank is None:
         return
-    with bank:
-        encoder = HmemConfig.from_file(directory / "hmem.json").retriever.encoder
-        if encoder not in ("minilm", "static") and not encoder.startswith("retriever/"):
-            raise UserError(
-                "the encoder would not be downloaded with the model",
-                encoder,
-                "move it into retriever/ and say so in hmem.json",
-            )
-        _check_blocks(bank)
-
-
-def _check_blocks(bank: Bank) -> None:
-    keys = [(n, i) for n in stored_levels(bank.config) for i in range(num_blocks(bank.config, n))]
-    for key in tqdm(keys, desc="checking bank", unit="block", delay=2):
-        bank.blocks([key])
+    model.bank.close()
+    encoder = HmemConfig.from_file(directory / "hmem.json").retriever.encoder
+    if encoder not in ("minilm", "static") and not encoder.startswith("retriever/"):
+        raise UserError(
+            "the encoder would not be downloaded with the model",
+            encoder,
+            "move it into retriever/ and say so in hmem.json",
+        )
+    _, damage = verify(directory)
+    if damage:
+        raise UserError("the model is not whole", damage[0], "mend it, then upload it")
 
 
 def write_card(directory: Path, repo: str) -> None:

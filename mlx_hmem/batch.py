@@ -1,13 +1,15 @@
 """Many texts at once, each with its own memory, over mlx-lm's ``BatchGenerator``.
 
 A row's route, the ids of its blocks, travels as the last entry of its prompt cache, so it follows
-the row through every merge, split and removal. Each block is fetched and held once, however many
-rows share it. The price of rows with different memories is that the joined memory has a copy for
-each of them, rows × 36 MB for the paper's 18M; rows that all share one memory need but one.
+the row through every merge, split and removal, and with it the banks as the row's user may see
+them: a block that a view bars is in no route of that user. Each block is fetched and held once,
+however many rows share it. The price of rows with different memories is that the joined memory has
+a copy for each of them, rows × 36 MB for the paper's 18M; rows that all share one memory need but
+one.
 """
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -16,15 +18,31 @@ import mlx.core as mx
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
 
+from mlx_hmem.bank import Bank
 from mlx_hmem.bank.format import GENERIC
+from mlx_hmem.banks import Banks
 from mlx_hmem.errors import UserError
 from mlx_hmem.generation import AnchorWithMemory, prompt_ids
 from mlx_hmem.memory import FetchedMemory, Rows
 from mlx_hmem.model import MemoryModel, Path_, check_mode
 from mlx_hmem.retriever.texts import check_texts
 
-Key = tuple[int, int]  # the (level, cluster) of a block
-Route = tuple[Key, ...]  # the blocks of one row; none for the anchor alone
+Key = tuple[str, int, int]  # of a block: its bank, level and cluster
+
+
+class Route(tuple[Key, ...]):
+    """The blocks of one row, none for the anchor alone; ``banks`` fetches them for its user.
+
+    Rows with the same blocks are equal, whoever asks.
+    """
+
+    banks: Banks
+
+    @classmethod
+    def of(cls, keys: Iterable[Key], banks: Banks) -> "Route":
+        route = cls(keys)
+        route.banks = banks
+        return route
 
 
 class RouteCache:
@@ -100,30 +118,29 @@ class BatchModel:
         self._bound: WeakValueDictionary[tuple[Route, ...], AnchorWithMemory]
         self._bound = WeakValueDictionary()
 
-    def make_cache(self, route: Sequence[int] | str = "none") -> list[Any]:
+    def make_cache(
+        self,
+        route: Sequence[int] | str = "none",
+        *,
+        bank: str = "",
+        under: MemoryModel | None = None,
+    ) -> list[Any]:
         """An empty prompt cache for one row, to be inserted with its prompt.
 
-        ``route`` is a cluster path, "generic" or "none". Rows of all three can share a batch, save
-        that kind ``kv`` knows no "none" there: a pair of zeros would still take its share of the
-        softmax.
+        ``route`` is a cluster path in the ``bank`` of this name, "generic" or "none". Rows of all
+        three can share a batch. ``under``: the same model as the user of this row may see it
+        (:meth:`MemoryModel.under`).
         """
-        config = self._bank.config
+        banks = (self._model if under is None else under).require_banks()
+        keys: list[tuple[int, int]] = []
         if not isinstance(route, str):
-            pairs = enumerate(config.check_path(route), 1)
-            keys = tuple((level, cluster) for level, cluster in pairs if config.r[level - 1])
+            keys = banks.bank(bank).keys_of(tuple(route), frozenset())
         elif route == "generic":
-            keys = ((GENERIC, 0),)
+            keys = [(GENERIC, 0)]
         elif route != "none":
             raise UserError("no such route", repr(route), "use a cluster path, generic or none")
-        elif config.kind == "kv":
-            raise UserError(
-                "a row of a batch cannot be without memory of kind kv",
-                "none",
-                "give each row a cluster path or generic",
-            )
-        else:
-            keys = ()
-        return [*make_prompt_cache(self._model.anchor), RouteCache([keys])]
+        routed = Route.of(((bank, *key) for key in keys), banks)
+        return [*make_prompt_cache(self._model.anchor), RouteCache([routed])]
 
     def __call__(self, inputs: mx.array, cache: list[Any]) -> mx.array:
         """Logits (batch, time, vocabulary) of token ids (batch, time)."""
@@ -136,8 +153,7 @@ class BatchModel:
         """Fetches the blocks of the rows that are not held yet and joins them."""
         keys = list(dict.fromkeys(chain.from_iterable(cache.routes)))
         held = {key: block for key in keys if (block := self._held.get(key)) is not None}
-        missing = [key for key in keys if key not in held]
-        held.update(zip(missing, self._bank.blocks(missing), strict=True))
+        held.update(self._fetch(cache.routes, set(keys) - set(held)))
         self._held.update(held)
         shared = len(set(cache.routes)) == 1
         routes = tuple(cache.routes[:1] if shared else cache.routes)
@@ -148,16 +164,36 @@ class BatchModel:
             mx.eval(rows)
             cache.anchor = self._bound[routes] = self._model.with_rows(rows)
 
+    def _fetch(self, routes: Sequence[Route], missing: set[Key]) -> dict[Key, mx.array]:
+        """The missing blocks, each read for a row that may have it."""
+        wanted: dict[tuple[Bank, str], list[Key]] = {}
+        for route in routes:
+            for key in missing.intersection(route):
+                missing.remove(key)
+                wanted.setdefault((route.banks.bank(key[0]), key[0]), []).append(key)
+        found: dict[Key, mx.array] = {}
+        for (bank, _), keys in wanted.items():
+            blocks = bank.blocks([(level, cluster) for _, level, cluster in keys])
+            found.update(zip(keys, blocks, strict=True))
+        return found
+
     def _join(self, blocks: list[mx.array]) -> Rows | None:
         return self._model.rows_of([FetchedMemory(tuple(blocks), self._bank.config)])
 
 
 def _stack(memories: Sequence[Rows | None]) -> Rows:
-    """One memory per row, zeros, which add nothing, for those that have none."""
+    """One memory per row; zeros, which add nothing, where one has fewer rows than another."""
     some = next(memory for memory in memories if memory is not None)
+    most = max(memory[0].shape[-2] for memory in memories if memory is not None)
     zeros = tuple(mx.zeros_like(group) for group in some)
-    groups = zip(*(zeros if memory is None else memory for memory in memories), strict=True)
-    return tuple(mx.stack(list(group)) for group in groups)
+    filled = ((zeros if memory is None else memory) for memory in memories)
+    groups = zip(*filled, strict=True)
+    return tuple(mx.stack([_padded(rows, most) for rows in group]) for group in groups)
+
+
+def _padded(rows: mx.array, most: int) -> mx.array:
+    """A group (layers, rows, R, width) with zeros up to R = ``most``."""
+    return mx.pad(rows, [(0, 0), (0, 0), (0, most - rows.shape[-2]), (0, 0)])
 
 
 class Completion(NamedTuple):
@@ -167,6 +203,7 @@ class Completion(NamedTuple):
     tokens: list[int]
     path: Path_ | None
     finish_reason: str  # "stop" or "length"
+    bank: str = ""  # where the path lies
 
 
 def batch_generate(
@@ -176,6 +213,7 @@ def batch_generate(
     max_tokens: int | Sequence[int] = 100,
     memory: str = "fetched",
     route_texts: Sequence[str] | None = None,
+    views: Sequence[str | None] | None = None,
     **options: Any,
 ) -> list[Completion]:
     """Continues many prompts at once, each with the memory it is routed to; in their order.
@@ -184,6 +222,8 @@ def batch_generate(
         max_tokens: for all prompts, or for each; no text grows beyond the anchor's context.
         memory: "fetched", "generic" or "none", for all.
         route_texts: what to route by in place of each prompt.
+        views: of each prompt, what its user may fetch (:meth:`MemoryModel.under`), of one open
+            bank; without, all are as ``model`` is.
         options: those of mlx-lm's ``BatchGenerator``: ``sampler`` (greedy without),
             ``completion_batch_size``, ``prefill_batch_size``, ...
 
@@ -195,15 +235,21 @@ def batch_generate(
     texts = check_texts(prompts if route_texts is None else route_texts)
     if len(texts) != len(ids):
         raise UserError("route_texts does not match the prompts", len(texts), f"give {len(ids)}")
-    paths: list[Path_ | None] = [None] * len(ids)
+    if views is not None and len(views) != len(ids):
+        raise UserError("views does not match the prompts", len(views), f"give {len(ids)}")
+    routes: list[tuple[str, Path_ | None]] = [("", None)] * len(ids)
     anchor: Any = model.with_rows(None)  # all that mlx-lm asks of a model
     caches = None
     if memory != "none":
         anchor = BatchModel(model)
+        by_view = {view: model.under(view) for view in views or ()}
+        users = [model] * len(ids) if views is None else [by_view[view] for view in views]
         if memory == "fetched":
-            assert model.retriever is not None  # load() makes both or neither
-            paths = [*model.retriever.route_many(texts)]
-        caches = [anchor.make_cache(path or "generic") for path in paths]
+            routes = [*_routes(users, texts)]
+        caches = [
+            anchor.make_cache(path or "generic", bank=bank, under=user)
+            for (bank, path), user in zip(routes, users, strict=True)
+        ]
     stops = [[token] for token in model.tokenizer.eos_token_ids]
     generator = BatchGenerator(anchor, stop_tokens=stops, **options)
     try:
@@ -212,9 +258,19 @@ def batch_generate(
     finally:
         generator.close()
     return [
-        Completion(_text(model, tokens), tokens, path, reason)
-        for (tokens, reason), path in zip(found, paths, strict=True)
+        Completion(_text(model, tokens), tokens, path, reason, bank)
+        for (tokens, reason), (bank, path) in zip(found, routes, strict=True)
     ]
+
+
+def _routes(users: Sequence[MemoryModel], texts: list[str]) -> Iterator[tuple[str, Path_]]:
+    """The bank and the cluster path of each text, for its user."""
+    banks = [user.require_banks() for user in users]
+    retriever = banks[0].retriever()
+    if all(len(each.parts) == 1 for each in banks):
+        return (("", path) for path in retriever.route_many(texts))
+    vectors = retriever.vectors(texts)
+    return (each.nearest(vector) for each, vector in zip(banks, vectors, strict=True))
 
 
 def _checked(

@@ -10,6 +10,7 @@ from contextlib import suppress
 
 from mlx_hmem.conversation import Conversation
 from mlx_hmem.errors import UserError
+from mlx_hmem.resident import OverBudgetError
 
 HELP = """\
 Text is answered; a line that begins with / is a command:
@@ -72,6 +73,8 @@ def _handle(conversation: Conversation, line: str) -> bool:
         if name not in COMMANDS:
             raise UserError("no such command", f"/{name}", "/help names them")
         COMMANDS[name](conversation, rest.strip())
+    except OverBudgetError:
+        raise  # the system may end the program at any moment
     except UserError as error:
         _say(f"error: {error}")
     return True
@@ -97,6 +100,7 @@ def _route(conversation: Conversation) -> str:
     if recall is None:
         return f"memory: {conversation.memory}, no answer yet"
     path = "" if recall.path is None else f" {recall.path}"
+    path = f" of bank {recall.bank},{path}" if recall.bank else path
     sources = ", ".join(f"level {b['level']} {b['source']}" for b in recall.blocks)
     return f"memory: {recall.mode}{path}{f' ({sources})' if sources else ''}"
 

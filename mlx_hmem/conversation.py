@@ -15,6 +15,7 @@ import numpy as np
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
+from mlx_hmem.bank.views import Barred
 from mlx_hmem.errors import UserError
 from mlx_hmem.generation import check_options, first_or, prompt_ids, stream_text
 from mlx_hmem.model import Damaged, MemoryModel, Path_, Recall, check_mode
@@ -64,7 +65,7 @@ class Conversation:
         *,
         memory: str = "fetched",
         history: bool | None = None,
-        blocked: Collection[Path_] = (),
+        blocked: Collection[Barred] = (),
         max_tokens: int = MAX_TOKENS,
         damaged: Damaged = "skip",
         margin: float = MARGIN,
@@ -80,7 +81,8 @@ class Conversation:
         check_options(max_tokens, **options)
         has_memory = check_mode(memory) != "none"
         config = model.require_bank().config if has_memory else None
-        self._barred = frozenset() if config is None else config.check_blocked(blocked)
+        own = model.require_banks().blocked_in(blocked, "") if has_memory else []
+        self._barred = frozenset() if config is None else config.check_blocked(own)
         self.model, self.memory, self.blocked = model, memory, blocked
         self.history = model.tokenizer.has_chat_template if history is None else history
         self.max_tokens, self.damaged, self.margin = max_tokens, damaged, margin
@@ -96,7 +98,8 @@ class Conversation:
         self.turns: list[Turn] = []
         self.recall: Recall | None = None
         self._before: Recall | None = None  # a recall whose answer has ended
-        self._present: Path_ | None = None  # what the latest fetched memory was routed to
+        self._present: Path_ | None = None  # what the latest fetched memory was routed to,
+        self._bank = ""  # and in which bank
         self._cache: list[Any] | None = None  # of the anchor, for the ids in _cached
         self._cached: list[int] = []
         self._latest += 1
@@ -213,15 +216,19 @@ class Conversation:
         if self.memory == "none":
             return None, Recall("none")
         start, vector = time.perf_counter(), None
-        path = None
+        path, bank = None, ""
         if self.memory == "fetched":
             vector = self._vector(turn.text)
-            tree = self._retriever().tree
-            path = self._present = steady_route(tree, vector, self._present, self.margin)
+            banks = self.model.require_banks()
+            bank = banks.nearest(vector, self.blocked)[0] if len(banks.parts) > 1 else ""
+            present = self._present if bank == self._bank else None
+            tree = banks.retriever(bank).tree
+            path = self._present = steady_route(tree, vector, present, self.margin)
+            self._bank = bank
         routed = time.perf_counter()
         before, self._before = self._before, None
         recall = self.model.recall_path(
-            path, self.blocked, wait=False, damaged=self.damaged, before=before
+            path, self.blocked, wait=False, damaged=self.damaged, before=before, bank=bank
         )
         recall.route_ms = (routed - start) * 1e3
         return vector, recall
@@ -241,7 +248,7 @@ class Conversation:
     ) -> Iterator[GenerationResponse]:
         context = self.model.context
         room = self.max_tokens if context is None else min(self.max_tokens, context - len(ids))
-        options = dict(self._options)
+        options = self.model.options | self._options
         self._options.pop("seed", None)  # once in a session
 
         def start() -> Iterator[GenerationResponse]:
@@ -284,8 +291,8 @@ class Conversation:
         self._damage = recall.damage
 
     def _begin_prefetch(self, vector: np.ndarray | None, recall: Recall) -> None:
-        if self._prefetch is None or vector is None or recall.path is None:
-            return
+        if self._prefetch is None or vector is None or recall.path is None or recall.bank:
+            return  # of the banks that were added nothing is read ahead
         keys_of = self._prefetch.bank.keys_of
         likely = likely_paths(self._retriever().tree, vector, recall.path, LIKELY)
         wanted = [key for path in likely for key in keys_of(path, self._barred)]

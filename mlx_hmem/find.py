@@ -14,10 +14,11 @@ from mlx_hmem.errors import UserError
 # What a model is made of, but for the shards of its bank; as glob patterns, * matches / too.
 MODEL_FILES = (
     "*.json", "model*.safetensors", "tokenizer*", "*.model", "*.tiktoken", "*.txt", "*.jinja",
-    "retriever/*",
+    "retriever/*", "banks/*/retriever/*",
 )  # fmt: skip
 BANK_FOLDER = "bank"
-BANK_FILES = (f"{BANK_FOLDER}/*.safetensors",)
+BANK_FILES = (f"{BANK_FOLDER}/*.safetensors", f"banks/*/{BANK_FOLDER}/*.safetensors")
+BESIDE = "banks"  # the folder of those that were added, each in one of its name
 
 
 def find_model(path_or_repo: str | Path, only: Sequence[str] | None = None) -> Path:
@@ -44,8 +45,11 @@ def find_model(path_or_repo: str | Path, only: Sequence[str] | None = None) -> P
         ) from None
 
 
-def find_for_bank(path_or_repo: str | Path) -> tuple[Path, Callable[[Sequence[str]], None] | None]:
-    """As :func:`find_model` without the bank's shards, and what fetches those by their names.
+Fetch = Callable[[str, Sequence[str]], None]  # of files of one of a model's banks, by its folder
+
+
+def find_for_bank(path_or_repo: str | Path) -> tuple[Path, Fetch | None]:
+    """As :func:`find_model` without the banks' shards, and what fetches those by their names.
 
     The second is None for a folder, which has no more to come.
     """
@@ -54,10 +58,10 @@ def find_for_bank(path_or_repo: str | Path) -> tuple[Path, Callable[[Sequence[st
         return folder, None
     repo, revision = str(path_or_repo), folder.name  # the cache has a folder for each commit
 
-    def fetch(names: Sequence[str]) -> None:
+    def fetch(bank: str, names: Sequence[str]) -> None:
         from huggingface_hub import hf_hub_download
 
-        for file in (f"{BANK_FOLDER}/{name}" for name in names):
+        for file in (f"{bank}/{name}" for name in names):
             try:
                 hf_hub_download(repo, file, revision=revision)
             except Exception as error:  # as above

@@ -15,6 +15,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_hmem.anchors.attach import ArrivingRows, MemorySlot
 from mlx_hmem.errors import UserError
 from mlx_hmem.memory import Rows
+from mlx_hmem.resident import OverBudgetError
 
 
 class AnchorWithMemory:
@@ -25,11 +26,18 @@ class AnchorWithMemory:
     """
 
     def __init__(
-        self, anchor: nn.Module, slot: MemorySlot | None, rows: Rows | ArrivingRows | None
+        self,
+        anchor: nn.Module,
+        slot: MemorySlot | None,
+        rows: Rows | ArrivingRows | None,
+        watch: Callable[[], None] | None = None,
     ):
-        self._anchor, self._slot, self._rows = anchor, slot, rows
+        """``watch`` is called before each call, to see whether a memory budget is kept."""
+        self._anchor, self._slot, self._rows, self._watch = anchor, slot, rows, watch
 
     def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+        if self._watch is not None:
+            self._watch()
         if self._slot is None:
             return self._anchor(*args, **kwargs)
         with self._slot.using(self._rows):
@@ -106,6 +114,8 @@ def first_or(
     """``stream``; ``otherwise()`` where that fails before its first piece, its memory damaged."""
     try:
         first = next(stream)
+    except OverBudgetError:
+        raise
     except (UserError, OSError):
         stream = otherwise()
         first = next(stream)

@@ -1,11 +1,12 @@
 """A :class:`MemoryModel`: anchor, retriever and memory bank, ready to call."""
 
+import copy
 import time
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from itertools import takewhile
-from typing import Any, Literal
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,50 +19,17 @@ from mlx_hmem.anchors.load import float_dtype
 from mlx_hmem.bank import Bank
 from mlx_hmem.bank.arriving import ArrivingMemory
 from mlx_hmem.bank.replacing import ReplacingMemory
+from mlx_hmem.bank.views import Barred, Views
+from mlx_hmem.banks import Banks, Part
+from mlx_hmem.budget import BudgetPlan
 from mlx_hmem.errors import UserError
 from mlx_hmem.generation import AnchorWithMemory, first_or, prompt_ids, stream_text
 from mlx_hmem.memory import FetchedMemory, Rows, join_blocks
+from mlx_hmem.recall import MODES, Damaged, Memory, Path_, Recall, check_mode
+from mlx_hmem.resident import Watch
 from mlx_hmem.retriever import Retriever
 
-MODES = ("fetched", "generic", "none")
-Path_ = tuple[int, ...]
-Damaged = Literal["stop", "skip"]
-Memory = Rows | ArrivingMemory | ReplacingMemory
-
-
-@dataclass
-class Recall:
-    """What was fetched for one prompt, from where and how long it took: without waiting, until the
-    reading had begun. ``damage`` says of each block that was left out, in one line, why."""
-
-    mode: str
-    path: Path_ | None = None
-    blocks: list[dict[str, Any]] = field(default_factory=list)
-    bytes_read: int = 0
-    route_ms: float = 0.0
-    fetch_ms: float = 0.0
-    rows: Memory | None = None
-    blocked: Collection[Path_] = ()
-    damaged: Damaged = "stop"
-    damage: list[str] = field(default_factory=list)
-
-    @property
-    def arrived_ms(self) -> float:
-        """``fetch_ms``; of a memory that is used while it is read, until all of it is there."""
-        rows = self.rows
-        arrived = 0.0 if rows is None or isinstance(rows, tuple) else rows.arrived_ms
-        return arrived or self.fetch_ms
-
-    def to_dict(self) -> dict[str, Any]:
-        """All but the memory itself, as JSON values; ``fetch_ms`` is ``arrived_ms``."""
-        return {
-            "mode": self.mode,
-            "path": None if self.path is None else list(self.path),
-            "blocks": self.blocks,
-            "bytes_read": self.bytes_read,
-            "route_ms": round(self.route_ms, 3),
-            "fetch_ms": round(self.arrived_ms, 3),
-        }
+__all__ = ["MODES", "Damaged", "MemoryModel", "Path_", "Recall", "check_mode"]
 
 
 class MemoryModel:
@@ -71,7 +39,9 @@ class MemoryModel:
         anchor: the mlx ``nn.Module``, usable by mlx-lm as it is.
         tokenizer: mlx-lm's ``TokenizerWrapper``.
         retriever, bank: None for an anchor without memory.
+        banks: that bank and those beside it, as the view that was asked for allows them.
         context: the longest sequence in tokens, None if the anchor's config does not say.
+        plan: how a memory budget is kept, None without one.
     """
 
     def __init__(
@@ -81,12 +51,48 @@ class MemoryModel:
         tokenizer: TokenizerWrapper,
         retriever: Retriever | None = None,
         bank: Bank | None = None,
+        beside: Mapping[str, Part] | None = None,
+        views: Views | None = None,
     ):
         self.anchor, self.anchor_config, self.tokenizer = anchor, anchor_config, tokenizer
         self.retriever, self.bank = retriever, bank
         self.context: int | None = anchor_config.get("max_position_embeddings")
+        self.banks: Banks | None = None
+        if bank is not None:
+            parts = {"": Part(retriever, bank), **(beside or {})}
+            self.banks = Banks(parts, views or {})
         self._slot = attach_memory(anchor, bank.config) if bank is not None else None
         self._dtype = float_dtype(anchor)
+        self.plan: BudgetPlan | None = None
+        self._watch: Watch | None = None
+
+    def keep_to(self, plan: BudgetPlan, base: int) -> None:
+        """Keeps to a memory budget from now on: ``base`` are the resident bytes that it does not
+        count. A call that finds it used up, and no more to let go of, raises OverBudgetError."""
+
+        def drop() -> None:
+            for part in self.banks.parts.values() if self.banks is not None else ():
+                part.bank.let_go()
+
+        self.plan, self.context = plan, plan.context
+        remedy = f"give a larger one, or a context of less than {plan.context} tokens"
+        self._watch = Watch(plan.budget, base, drop, remedy)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What a memory budget has chosen for mlx-lm's ``generate_step``."""
+        return {} if self.plan is None else self.plan.options
+
+    def under(self, view: str | None) -> "MemoryModel":
+        """The same model, with the same open banks, for someone who may fetch no more than this
+        view allows; None for the view "default" where there is one, else for all.
+
+        Raises UserError: there is no such view.
+        """
+        model = copy.copy(self)
+        model.banks = self.require_banks().under(view)
+        model.bank = model.banks.bank()
+        return model
 
     def __call__(
         self,
@@ -115,7 +121,7 @@ class MemoryModel:
         max_tokens: int = 100,
         memory: str = "fetched",
         route_text: str | None = None,
-        blocked: Collection[Path_] = (),
+        blocked: Collection[Barred] = (),
         **options: Any,
     ) -> Iterator[GenerationResponse]:
         """Pieces of text that continue ``prompt``, each with ``.text`` (mlx-lm's responses).
@@ -133,6 +139,7 @@ class MemoryModel:
         """As :meth:`stream`, of token ids and a memory recalled before."""
         if self.context is not None:
             max_tokens = min(max_tokens, self.context - len(ids))
+        options = self.options | options
 
         def start() -> Iterator[GenerationResponse]:
             model = self.with_rows(recall.rows)
@@ -153,7 +160,7 @@ class MemoryModel:
         self,
         text: str,
         memory: str = "fetched",
-        blocked: Collection[Path_] = (),
+        blocked: Collection[Barred] = (),
         wait: bool = True,
         damaged: Damaged = "stop",
     ) -> Recall:
@@ -162,69 +169,80 @@ class MemoryModel:
         Without ``wait`` a fetched memory is read while the prompt is processed, layer by layer: for
         one stream, which raises the UserError of a damaged block before its first token.
         ``blocked`` holds clusters that may not be fetched, each as the path that leads to it:
-        ``(3,)`` bars the whole subtree, ``(3, 51)`` one cluster of level 2 and what is below.
+        ``(3,)`` bars the whole subtree, ``(3, 51)`` one cluster of level 2 and what is below,
+        ``("NAME", 3)`` and ``("NAME",)`` those of a bank that was added, and all of it.
         With ``damaged`` "skip" a block that cannot be read at a second try either is left out, and
         ``Recall.damage`` says so; a stream that has begun to use it begins again.
         """
         if check_mode(memory) == "none":
             return Recall("none")
         self.require_bank()
-        assert self.retriever is not None  # load() makes both or neither
         start = time.perf_counter()
-        path = self.retriever.route(text) if memory == "fetched" else None
+        name, path = self.route(text, blocked) if memory == "fetched" else ("", None)
         routed = time.perf_counter()
-        recall = self.recall_path(path, blocked, wait, damaged)
+        recall = self.recall_path(path, blocked, wait, damaged, bank=name)
         recall.route_ms = (routed - start) * 1e3
         return recall
+
+    def route(self, text: str, blocked: Collection[Barred] = ()) -> tuple[str, Path_]:
+        """The bank that answers ``text``, "" the first, and the cluster path in it."""
+        banks = self.require_banks()
+        retriever = banks.retriever()
+        if len(banks.parts) == 1:
+            return "", retriever.route(text)
+        return banks.nearest(retriever.vector(text), blocked)
 
     def recall_path(
         self,
         path: Path_ | None,
-        blocked: Collection[Path_] = (),
+        blocked: Collection[Barred] = (),
         wait: bool = True,
         damaged: Damaged = "stop",
         before: Recall | None = None,
+        bank: str = "",
     ) -> Recall:
-        """As :meth:`recall`, of a cluster path, or of the generic memory for None.
+        """As :meth:`recall`, of a cluster path, or of the generic memory for None, in the ``bank``
+        of this name.
 
         ``before`` is a recall that no stream uses any more: of the levels that it shares with this
         one nothing is read or moved, and their source is "attached".
         """
-        bank, start = self.require_bank(), time.perf_counter()
-        barred = bank.config.check_blocked(blocked)
+        start, banks = time.perf_counter(), self.require_banks()
+        source, before = banks.bank(bank), before if before and before.bank == bank else None
+        barred = source.config.check_blocked(banks.blocked_in(blocked, bank))
         rows: Memory | None
         attached: list[dict[str, Any]] = []
         damage: list[str] = []
         if path is not None and not wait:
             try:
-                rows, attached = self._arriving(path, barred, before)
+                rows, attached = self._arriving(source, path, barred, before)
             except UserError:
                 if damaged == "stop":
                     raise
-                return self.recall_path(path, blocked, damaged=damaged)
+                return self.recall_path(path, blocked, damaged=damaged, bank=bank)
         else:
-            fetch = bank.generic if path is None else partial(bank.fetch, path, barred)
+            fetch = source.generic if path is None else partial(source.fetch, path, barred)
             rows = self.rows_of([fetch(damaged=damaged)])
             if rows is not None:
                 mx.eval(*rows)
-            damage = _said(bank) if damaged == "skip" else []
+            damage = _said(source) if damaged == "skip" else []
         return Recall(
             "generic" if path is None else "fetched",
             path,
-            attached + [asdict(block) for block in bank.last_fetch],
-            sum(block.bytes for block in bank.last_fetch if block.source == "disk"),
+            attached + [asdict(block) for block in source.last_fetch],
+            sum(block.bytes for block in source.last_fetch if block.source == "disk"),
             fetch_ms=(time.perf_counter() - start) * 1e3,
             rows=rows,
             blocked=blocked,
             damaged=damaged,
             damage=damage,
+            bank=bank,
         )
 
     def _arriving(
-        self, path: Path_, barred: frozenset[tuple[int, int]], before: Recall | None
+        self, bank: Bank, path: Path_, barred: frozenset[tuple[int, int]], before: Recall | None
     ) -> tuple[Memory | None, list[dict[str, Any]]]:
         """A memory that is being read, and the blocks that it takes from the one before."""
-        bank = self.require_bank()
         keys = bank.keys_of(path, barred)
         had = [] if before is None or before.damage else before.blocks
         pairs = zip(keys, ((b["level"], b["cluster"]) for b in had), strict=False)
@@ -246,7 +264,7 @@ class MemoryModel:
 
     def mend(self, recall: Recall) -> None:
         """Fetches anew what could not be read to the end, and leaves out what cannot be read."""
-        again = self.recall_path(recall.path, recall.blocked, damaged="skip")
+        again = self.recall_path(recall.path, recall.blocked, damaged="skip", bank=recall.bank)
         recall.rows, recall.blocks, recall.damage = again.rows, again.blocks, again.damage
         recall.bytes_read += again.bytes_read
 
@@ -258,7 +276,7 @@ class MemoryModel:
                 "no other can be attached",
                 "call the anchor itself, or clear the fused memory",
             )
-        return AnchorWithMemory(self.anchor, self._slot, rows)
+        return AnchorWithMemory(self.anchor, self._slot, rows, self._watch)
 
     def fuse(self, path: Path_ | None = None) -> FusedMemory:
         """The memory of ``path``, the generic one without, inside the anchor's own weights.
@@ -315,15 +333,14 @@ class MemoryModel:
             )
         return self.bank
 
+    def require_banks(self) -> Banks:
+        """The bank and those beside it; UserError as :meth:`require_bank`."""
+        self.require_bank()
+        assert self.banks is not None
+        return self.banks
+
 
 def _said(bank: Bank) -> list[str]:
     """The blocks that the latest fetch has left out, a line each."""
     names = {key: f"level {key[0]}" if key[0] else "generic memory" for key in bank.last_damage}
     return [f"without {names[key]}: {error}" for key, error in bank.last_damage.items()]
-
-
-def check_mode(memory: str) -> str:
-    """``memory`` if it is one of ``MODES``, else UserError."""
-    if memory not in MODES:
-        raise UserError("unknown memory mode", repr(memory), f"use one of {', '.join(MODES)}")
-    return memory

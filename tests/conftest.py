@@ -18,6 +18,7 @@ from hub_server import TOKEN, Hub
 from mlx_hmem.anchors.load import anchor_hash, named_parameters
 from mlx_hmem.anchors.openlm import Model, ModelArgs
 from mlx_hmem.bank import write_bank
+from mlx_hmem.bank.documents import write_documents
 from mlx_hmem.config import FORMAT_VERSION, HmemConfig, MemoryConfig, RetrieverConfig
 from mlx_hmem.files import fingerprint, save_safetensors
 from mlx_hmem.loading import load
@@ -156,3 +157,13 @@ def online(hub: Hub, directory: Path) -> Hub:
 
     hub.add(REPO, directory)
     return hub
+
+
+@pytest.fixture
+def known(broken: Path, model: MemoryModel, texts: list[str]) -> Path:
+    """A model that knows what trained it: each text the leaf that it is routed to."""
+    from banks import document  # as above
+
+    found = [document(text, [model.retriever.route(text)], model) for text in texts[:20]]
+    write_documents(broken / "bank", found)
+    return broken

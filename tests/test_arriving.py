@@ -1,7 +1,9 @@
 """A memory that is used while it is being read is the one that is fetched before."""
 
+import math
 import os
 import threading
+import weakref
 from pathlib import Path
 
 import mlx_hmem  # isort: skip  # noqa: F401  OpenBLAS goes in front before MLX is loaded
@@ -13,6 +15,7 @@ from mlx_hmem import load
 from mlx_hmem.bank import Bank, Quantization, write_bank
 from mlx_hmem.bank.blocks import PIECE
 from mlx_hmem.bank.format import PAGE
+from mlx_hmem.bank.unfilled import _Unwritten as unfilled_file
 from mlx_hmem.bank.unfilled import unfilled
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
@@ -70,6 +73,38 @@ def test_every_layer_is_that_of_the_fetched_memory(tmp_path, kind, kept):
         assert {block.source for block in bank.last_fetch} == {"cache"}
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_that_the_cache_will_not_hold_are_the_same_and_never_whole(tmp_path, kind):
+    config = config_of(kind)
+    make(tmp_path, config, dtype="float32")
+    small = 4 * math.prod(config.block_shape(2))  # only level 2 fits into the cache
+    with Bank.open(tmp_path, cache_bytes=small) as bank, Bank.open(tmp_path) as other:
+        wanted = layers_of(other)
+        arriving = bank.begin(PATH)
+        (first, second) = (block.missing for block in arriving._blocks)
+        assert (len(first.reading.block.buffers), len(second.reading.block.buffers)) == (LAYERS, 1)
+        for layer in range(LAYERS):
+            arriving[layer]
+            assert len(first.reading.block.buffers) == LAYERS - 1 - layer
+        assert_same(arriving, wanted)
+        assert not bank.keeps((1, PATH[0]))
+        assert bank.keeps((2, PATH[1]))
+        assert bank.bytes_read == 4 * config.fetched_parameters
+
+
+def test_one_that_could_not_be_read_says_so_each_time_it_is_asked(tmp_path):
+    make(tmp_path, config_of("ffn"), dtype="float32")
+    shard = tmp_path / "level-2.00000.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-PAGE] ^= 1
+    shard.write_bytes(data)
+    with Bank.open(tmp_path, cache_bytes=0) as bank:
+        arriving = bank.begin(PATH)
+        for _ in range(2):
+            with pytest.raises(UserError, match="level 2, cluster 5 of the bank is damaged"):
+                arriving.wait()
+
+
 def test_quantised_blocks_arrive_too(tmp_path):
     quantization = [Quantization(level, "affine", 8, 32) for level in (0, 1, 2)]
     make(tmp_path, config_of("ffn"), quantization=quantization)
@@ -77,12 +112,13 @@ def test_quantised_blocks_arrive_too(tmp_path):
         assert_same(bank.begin(PATH), layers_of(other))
 
 
-def test_no_layer_waits_for_what_only_later_ones_need(tmp_path, monkeypatch):
-    config = config_of("ffn", r=(PIECE // 32 // 12, 2))  # a layer of level 1 is longer than a piece
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 30])  # read layer by layer, and as a whole
+def test_no_layer_waits_for_what_only_later_ones_need(tmp_path, monkeypatch, cache_bytes):
+    config = config_of("ffn", r=(PIECE // 32 // 12, 2))  # a layer of level 1 is nearly a piece
     make(tmp_path, config, dtype="float32")
     gate, preadv = threading.Event(), os.preadv
     size = (tmp_path / "level-1.00000.safetensors").stat().st_size
-    last = size - PIECE  # the last pieces of cluster 1, the last block of level 1
+    last = size - PIECE - PAGE  # the last pieces of cluster 1, the last block of level 1
 
     def held(file: int, buffers: list[memoryview], offset: int) -> int:
         if offset >= last:
@@ -90,7 +126,7 @@ def test_no_layer_waits_for_what_only_later_ones_need(tmp_path, monkeypatch):
         return preadv(file, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", held)
-    with Bank.open(tmp_path, cache_bytes=0) as bank, Bank.open(tmp_path) as other:
+    with Bank.open(tmp_path, cache_bytes=cache_bytes) as bank, Bank.open(tmp_path) as other:
         arriving = bank.begin(PATH)
         first = [arriving[layer] for layer in range(LAYERS - 1)]  # without the last one
         mx.eval(first)
@@ -145,6 +181,22 @@ def test_text_and_logits_are_those_of_a_memory_fetched_before():
         for m, wait in ((model, False), (other, True))
     ]
     assert texts[0] == texts[1]
+
+
+def test_mlx_lets_go_of_an_unfilled_arrays_file_before_it_is_handed_out(monkeypatch):
+    """Its reading thread takes the interpreter lock for that, and a program that was ending just
+    then was ended by SIGABRT."""
+    files = weakref.WeakSet()
+
+    class File(unfilled_file):
+        def __init__(self, *args):
+            super().__init__(*args)
+            files.add(self)
+
+    monkeypatch.setattr("mlx_hmem.bank.unfilled._Unwritten", File)
+    for _ in range(1000):
+        unfilled(64, mx.uint8)
+        assert not files
 
 
 @pytest.mark.parametrize("dtype", [mx.uint8, mx.uint16, mx.uint32])

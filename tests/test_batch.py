@@ -138,7 +138,7 @@ def test_rows_that_join_and_leave_give_what_they_give_alone(name, kind, tmp_path
     assert sum(said != run.tokens[i] for i, said in zip((0, 2, 3, 6), others, strict=True)) >= 3
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "kv"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_rows_without_memory_are_the_anchor_alone_beside_others(kind, tmp_path):
     model = make_model("llama", kind, tmp_path)
     run = Run(model)
@@ -343,11 +343,3 @@ def test_wrong_calls_are_refused_in_one_line(model, case):
     with pytest.raises(UserError, match=words) as error:
         call(model)
     assert "\n" not in str(error.value)
-
-
-def test_kind_kv_refuses_a_row_without_memory_before_it_joins(tmp_path):
-    model = make_model("llama", "kv", tmp_path)
-    generator = BatchGenerator(BatchModel(model))
-    with pytest.raises(UserError, match="kind kv"):
-        generator.insert([[1, 2, 3]])  # no cache given: no memory
-    assert generator.next() == ([], [])

@@ -163,15 +163,18 @@ WRONG_ARGUMENTS = {
     "tokens in words": (["--max-tokens", "many"], "'many'"),
     "a seed below 0": (["--seed", "-1"], "seed is out of range: -1"),
     "a seed too large": (["--seed", str(1 << 64)], "seed is out of range"),
-    "a block in words": (["--block", "three"], "--block is not a cluster path: 'three'"),
+    "a block in words": (["--block", "three"], "no such bank: three"),
+    "a block that is no path": (["--block", "3;1"], "not a cluster path: '3;1'"),
+    "a view that does not exist": (["--view", "guest"], "no such view: guest"),
     "half a block": (["--block", "1", "1,"], "'1,'"),
     "a block beyond": (["--block", "99"], "no such cluster on level 1: 99; use 0 to 2"),
     "a block below 0": (["--block", "-1"], "no such cluster on level 1: -1"),
     "a block under another": (["--block", "0,5"], "lies under cluster 2 of level 1"),
     "a block too deep": (["--block", "0,0,0,0"], "needs 1 to 3 levels"),
     "no budget": (["--memory-budget", "0"], "the memory budget is too small: 0 bytes"),
-    "a budget below 0": (["--memory-budget", "-5"], "the memory budget is too small: -5 bytes"),
-    "a budget in words": (["--memory-budget", "1GB"], "'1GB'"),
+    "a budget below 0": (["--memory-budget", "-5"], "is not a size: '-5'"),
+    "a budget in words": (["--memory-budget", "some"], "is not a size: 'some'"),
+    "a context beyond the anchor's": (["--context", "97"], "no such context: 97 tokens"),
     "an empty prompt": (["--prompt", ""], "the prompt is empty"),
     "a prompt of spaces": (["--prompt", " \n\t"], "the prompt is empty"),
     "a prompt too long": (["--prompt", "word " * 200], "shorten it to less than 96 tokens"),
@@ -203,10 +206,12 @@ def test_standard_input_that_is_no_text_is_one_line(ask):
 
 def test_the_least_memory_budget_it_names_works(ask):
     _, _, err = ask("--memory-budget", "1")
-    least = re.search(r"give at least (\d+)\n", err)[1]
+    least = re.search(r"give at least (\d+MB) for a context of 96 tokens\n", err)[1]
     before = mx.set_cache_limit(1 << 30)
     try:
-        assert answer(ask("--json", "--memory-budget", least))["memory"]["bytes_read"] == 2304
+        status, out, err = ask("--json", "--memory-budget", least)
+        assert (status, json.loads(out)["memory"]["bytes_read"]) == (0, 2304)
+        assert re.fullmatch(rf"memory budget {least}: [^\n]+\n", err)
     finally:
         mx.set_cache_limit(before)
 

@@ -11,31 +11,63 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_hmem.bank.blocks import Reading
+from mlx_hmem.bank.blocks import StoredBlock
+from mlx_hmem.bank.storage import Missing, Storage
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.memory import Rows, join_blocks
 
 
 @dataclass
 class ArrivingBlock:
-    """A block that is being read. ``decode`` gives the block as far as it has been read, or waits
-    for all of it where it is quantised; ``finish`` waits, verifies and keeps it. Both raise
-    UserError. A block that was kept before has no ``reading``."""
+    """A block that ``storage`` is reading. ``finish`` waits for all of it and verifies it; that and
+    waiting raise UserError."""
 
-    reading: Reading | None
-    decode: Callable[[int], mx.array]
+    storage: Storage
+    missing: Missing
     finish: Callable[[], object]
 
-    @classmethod
-    def of(cls, array: mx.array) -> "ArrivingBlock":
-        """A block that is here."""
-        return cls(None, lambda nbytes: array, lambda: None)
+    def is_here(self, place: int) -> bool:
+        """Whether the layer at this place need not be waited for."""
+        return self.missing.reading.is_here(self._needed(place))
+
+    def wait_for(self, place: int) -> None:
+        """Waits for the layer at this place; where the block is quantised, for all of it."""
+        self.missing.wait_for(self._needed(place))
+
+    def layer(self, place: int) -> mx.array:
+        """The layer at this place, which has been waited for; each is asked for once, in order."""
+        if self.missing.in_layers:
+            return self.storage.take_layer(self.missing)
+        return self.storage.decode_layer(self.missing.key[0], self.missing.reading.block, place)
+
+    def _needed(self, place: int) -> int:
+        """The bytes of the block up to the end of a layer."""
+        nbytes = self.missing.reading.nbytes
+        if self.storage.quantization[self.missing.key[0]] is not None:
+            return nbytes
+        return -(-nbytes * (place + 1) // self.storage.config.num_memory_layers)
+
+
+@dataclass
+class KeptBlock:
+    """A block that is kept in memory as it is stored."""
+
+    storage: Storage
+    level: int
+    block: StoredBlock
+
+    def layer(self, place: int) -> mx.array:
+        """The layer at this place, in the bank's dtype."""
+        return self.storage.decode_layer(self.level, self.block, place)
 
 
 class ArrivingMemory:
-    """The blocks of one cluster path; what MemorySlot calls ArrivingRows. For one thread."""
+    """The blocks of one cluster path, those that are being read and those that are here; what
+    MemorySlot calls ArrivingRows. For one thread."""
 
-    def __init__(self, blocks: Sequence[ArrivingBlock], config: MemoryConfig, dtype: mx.Dtype):
+    def __init__(
+        self, blocks: Sequence[ArrivingBlock | KeptBlock], config: MemoryConfig, dtype: mx.Dtype
+    ):
         self._blocks, self._config, self._dtype = blocks, config, dtype
         self._rows: list[Rows] = []
         self._begun = time.perf_counter()
@@ -43,10 +75,7 @@ class ArrivingMemory:
 
     def is_here(self, place: int) -> bool:
         """Whether the layer at this place need not be waited for."""
-        readings = [b.reading for b in self._blocks if b.reading is not None]
-        return place < len(self._rows) or all(
-            r.is_here(self._needed(r.nbytes, place)) for r in readings
-        )
+        return place < len(self._rows) or all(b.is_here(place) for b in self._arriving)
 
     def __getitem__(self, place: int) -> Rows:
         """The rows of the layer at this place, (rows, R, width) for each group, in ``dtype``.
@@ -67,17 +96,16 @@ class ArrivingMemory:
         rows, self._rows = self._rows, []
         return list(rows)
 
+    @property
+    def _arriving(self) -> list[ArrivingBlock]:
+        return [block for block in self._blocks if isinstance(block, ArrivingBlock)]
+
     def _layer(self, place: int) -> Rows:
-        parts = []
-        for block in self._blocks:
-            nbytes = 0 if block.reading is None else self._needed(block.reading.nbytes, place)
-            parts.append(block.decode(nbytes)[place])
-        if place == self._config.num_memory_layers - 1:
-            for block in self._blocks:
-                block.finish()
+        last = place == self._config.num_memory_layers - 1
+        for block in self._arriving:
+            block.finish() if last else block.wait_for(place)
+        parts = [block.layer(place) for block in self._blocks]
+        if last:
+            self._blocks = []
             self.arrived_ms = (time.perf_counter() - self._begun) * 1e3
         return tuple(group.astype(self._dtype) for group in join_blocks(parts, self._config))
-
-    def _needed(self, nbytes: int, place: int) -> int:
-        """The bytes of a block up to the end of a layer."""
-        return -(-nbytes * (place + 1) // self._config.num_memory_layers)

@@ -66,7 +66,8 @@ class _Piece(NamedTuple):
 class Reading:
     """A block that is being read: :meth:`wait_for` its bytes, then take the :meth:`result`.
 
-    ``block`` may be looked at as far as was waited for. Used by one thread.
+    ``block`` may be looked at as far as was waited for; its parts may be taken one by one, so that
+    it is never there as a whole. Used by one thread.
     """
 
     def __init__(self, place: Place, with_checksum: bool):
@@ -102,7 +103,13 @@ class Reading:
             self._whole &= count == len(piece.target)
             if self.with_checksum:
                 self._digest.update(piece.target)
+            piece.target.release()
             self._done += 1
+
+    def take(self) -> mx.array:
+        """The first part that has not been taken: read to its end, and given away."""
+        self._views.pop(0).release()
+        return self.block.buffers.pop(0)
 
     def result(self) -> str | None:
         """Waits for all; the XXH3 as 16 hex digits, or "" without; None if the file ends before."""

@@ -36,6 +36,18 @@ class KeptBlocks:
             return block, "cache"
         return None
 
+    def lasting(self, sizes: dict[Key, int]) -> set[Key]:
+        """Which of some blocks, given with their bytes, will be here when all of them have come
+        in this order."""
+        lasting, room = set(), self.cache_bytes
+        for key in reversed(sizes):
+            if key[0] in self.resident_levels:
+                lasting.add(key)
+            elif sizes[key] <= room:
+                lasting.add(key)
+                room -= sizes[key]
+        return lasting
+
     def keep(self, key: Key, block: StoredBlock) -> None:
         if key in self:
             return  # two threads have read it at the same time

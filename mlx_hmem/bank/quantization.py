@@ -192,7 +192,8 @@ def _check_loss(before: mx.array, after: mx.array, mode: str) -> None:
 def dequantize_block(
     parts: Sequence[mx.array], config: MemoryConfig, dtype: mx.Dtype, quantization: Quantization
 ) -> mx.array:
-    """The block (``MemoryConfig.shape_of``) in ``dtype`` that :func:`quantize_block` took apart."""
+    """The block (``MemoryConfig.shape_of``) in ``dtype`` that :func:`quantize_block` took apart, or
+    some of its layers where ``parts`` are of those."""
     each = len(parts) // len(config.groups)
     groups = [
         _dequantize(parts[first : first + each], dtype, quantization)
@@ -200,8 +201,7 @@ def dequantize_block(
     ]
     if len(groups) == 1:
         return groups[0]
-    layers = config.num_memory_layers
-    return mx.concatenate([group.reshape(layers, -1) for group in groups], axis=1)
+    return mx.concatenate([group.reshape(len(group), -1) for group in groups], axis=1)
 
 
 def _dequantize(stored: Sequence[mx.array], dtype: mx.Dtype, how: Quantization) -> mx.array:

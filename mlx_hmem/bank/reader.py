@@ -10,9 +10,8 @@ size of the bank. Blocks are kept as they are stored, and a quantised one is deq
 fetch: work of 10 to 70 ns a value on one busy Linux core; on Metal it has not been measured.
 """
 
-import threading
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Collection, Iterable, Sequence
 from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
@@ -20,38 +19,25 @@ from typing import Literal, Self
 
 import mlx.core as mx
 
-from mlx_hmem.bank.arriving import ArrivingBlock, ArrivingMemory
+from mlx_hmem.bank.arriving import ArrivingMemory
 from mlx_hmem.bank.blocks import StoredBlock
-from mlx_hmem.bank.format import (
-    GENERIC,
-    MANIFEST,
-    Manifest,
-    num_blocks,
-)
-from mlx_hmem.bank.kept import KeptBlocks, Key, Source
-from mlx_hmem.bank.shards import MOST_OPEN, Obtain, Shards
-from mlx_hmem.bank.storage import Missing, Storage
+from mlx_hmem.bank.format import GENERIC, MANIFEST, Manifest, num_blocks
+from mlx_hmem.bank.kept import KeptBlocks, Key
+from mlx_hmem.bank.shards import Obtain, Shards
+from mlx_hmem.bank.sources import BlockRead, Sources
+from mlx_hmem.bank.storage import Storage
 from mlx_hmem.errors import UserError
 from mlx_hmem.memory import FetchedMemory
 
 CACHE_BYTES = 256 << 20
 
 
-@dataclass(frozen=True)
-class BlockRead:
-    """Where a block of a fetched memory came from; level 0 is the generic memory."""
-
-    level: int
-    cluster: int
-    bytes: int
-    source: Source
-
-
 class Bank:
     """An open memory bank. Use :meth:`open`; close it, or use it as a context manager.
 
     ``last_fetch`` lists the blocks of the latest fetch; ``bytes_read`` counts the bytes that all
-    fetches so far have read from files.
+    fetches so far have read from files; ``barred`` are clusters, as (level, cluster), of which it
+    neither reads nor gives out the block or any below, whatever it is asked.
     """
 
     def __init__(
@@ -67,13 +53,14 @@ class Bank:
         self._kept = KeptBlocks(resident_levels, cache_bytes)
         self.last_fetch: list[BlockRead] = []
         self.last_damage: dict[Key, UserError] = {}
-        self._storage, self._lock = Storage(manifest, shards), threading.Lock()
-        self._shards, self._layouts = shards, self._storage.layouts
+        self.barred: frozenset[Key] = frozenset()
+        storage = Storage(manifest, shards)
+        self._sources, self._layouts = Sources(storage, shards, self._kept), storage.layouts
 
     @property
     def bytes_read(self) -> int:
         """Bytes that have been read from the files so far."""
-        return self._storage.bytes_read
+        return self._sources.storage.bytes_read
 
     @classmethod
     def open(
@@ -84,6 +71,7 @@ class Bank:
         cache_bytes: int = CACHE_BYTES,
         level_folders: dict[int, Path] | None = None,
         obtain: Obtain | None = None,
+        blocked: Collection[tuple[int, ...]] = (),
     ) -> "Bank":
         """Opens the bank in ``folder`` and validates it without touching a block.
 
@@ -93,6 +81,7 @@ class Bank:
             level_folders: folders of levels that lie elsewhere than ``folder``.
             obtain: shards may be missing; it is called with the names of those that a fetch needs
                 and must put them into ``folder``. No thread that needs none of them waits for it.
+            blocked: clusters to bar, as of :meth:`view`.
 
         Raises:
             UserError: a file is missing or damaged, of a newer format, or not as the manifest says.
@@ -101,6 +90,7 @@ class Bank:
         if cache_bytes < 0:
             raise UserError("cache_bytes is negative", cache_bytes, "use 0 for no cache")
         manifest = Manifest.from_file(folder / MANIFEST)
+        barred = manifest.memory.check_blocked(blocked)
         for number in (*resident_levels, *elsewhere):
             if not 1 <= number <= manifest.memory.num_levels:
                 raise UserError(
@@ -112,7 +102,28 @@ class Bank:
         except BaseException:
             shards.close()
             raise
-        return cls(manifest, shards, tuple(resident_levels), cache_bytes)
+        bank = cls(manifest, shards, tuple(resident_levels), cache_bytes)
+        bank.barred = barred
+        return bank
+
+    def view(self, blocked: Collection[tuple[int, ...]]) -> "Bank":
+        """The same open bank, its files and kept blocks, for someone who may not fetch all of it.
+
+        ``blocked``: clusters, each as the path that leads to it, that are barred beside those that
+        are already. A route through one ends above it. Closing a view closes the bank.
+        """
+        view = copy.copy(self)
+        view.barred = self.barred | self.config.check_blocked(blocked)
+        view.last_fetch, view.last_damage = [], {}
+        return view
+
+    def bars(self, level: int, cluster: int) -> bool:
+        """Whether this cluster, or one above it, is barred."""
+        while self.barred and level > 0:
+            if (level, cluster) in self.barred:
+                return True
+            level, cluster = level - 1, cluster // self.config.branching[level - 1]
+        return False
 
     def fetch(
         self,
@@ -150,21 +161,9 @@ class Bank:
         they are asked for. None if no block may be fetched. The first ``above`` levels are left out
         for who has them already."""
         keys = [key for key in self.keys_of(path, blocked) if key[0] > above]
-        self._shards.obtain([k for k in keys if k not in self._kept])
-        with self._lock:
-            self.last_fetch = []
-            found = self._found(keys)
-            missing = {m.key: m for m in self._storage.begin([k for k in keys if k not in found])}
-            blocks = []
-            for key in keys:
-                if key in found:
-                    block, source = found[key]
-                    self._note(key, source)
-                    array = self._storage.decode(key[0], block)
-                    blocks.append(ArrivingBlock.of(array))
-                else:
-                    self._note(key, "disk")
-                    blocks.append(self._arriving(missing[key]))
+        found = self._sources.begin(keys)
+        self.last_fetch = [read for _, read in found]
+        blocks = [block for block, _ in found]
         return ArrivingMemory(blocks, self.config, dtype) if blocks else None
 
     def generic(self, damaged: Literal["stop", "skip"] = "stop") -> FetchedMemory:
@@ -176,26 +175,21 @@ class Bank:
         """Blocks by (level, cluster), in the bank's dtype; (0, 0) is the generic memory.
 
         Raises:
-            UserError: there is no such block, or one is damaged or unreadable.
+            UserError: there is no such block, or one is barred, damaged or unreadable.
         """
-        for level, cluster in keys:
-            if level not in self._layouts or not 0 <= cluster < num_blocks(self.config, level):
-                raise UserError("no such block", (level, cluster), "give (level, cluster) pairs")
-        self._shards.obtain([k for k in keys if k not in self._kept])
-        with self._lock:
-            self.last_fetch = []
-            # So many that the files of all of them can be open at once.
-            groups = (keys[start : start + MOST_OPEN] for start in range(0, len(keys), MOST_OPEN))
-            return [block for group in groups for block in self._group(group)]
+        self._check_keys(keys)
+        self.last_fetch = []
+        found = self._sources.blocks(keys)
+        self.last_fetch = [read for _, read in found]
+        return [block for block, _ in found]
 
     def sound_blocks(self, keys: Sequence[Key]) -> list[mx.array | None]:
         """As :meth:`blocks`, but None for one that cannot be read, nor at a second try with its
         file opened anew: a disk may have been away. ``last_damage`` then
         has its UserError, by key."""
         self.last_damage = {}
-        if any(level not in self._layouts for level, _ in keys):
-            return list(self.blocks(keys))  # no damage: there never was such a block
-        self._shards.obtain([k for k in keys if k not in self._kept])  # nor is what never came
+        self._check_keys(keys)  # no damage: there never was such a block, or it may not be read
+        self._sources.obtain(keys)  # nor is what never came
         try:
             return list(self.blocks(keys))
         except UserError:
@@ -214,8 +208,7 @@ class Bank:
                 return self.blocks([key])[0]
             except UserError as error:
                 damage = error
-                with self._lock:
-                    self._shards.forget(*key)
+                self._sources.forget(key)
         self.last_damage[key] = damage
         return None
 
@@ -229,29 +222,25 @@ class Bank:
 
     def touch(self, keys: Iterable[Key]) -> int:
         """Counts a use of those blocks that are kept; the bytes of the cache that they take."""
-        with self._lock:
-            found = [self._kept.get(key) for key in keys]
-        return sum(each[0].nbytes for each in found if each is not None and each[1] == "cache")
+        return self._sources.touch(keys)
 
     def prefetch(self, key: Key) -> int:
         """Reads a block that may be asked for soon, to be kept; the bytes read, which
         ``bytes_read`` counts, ``last_fetch`` does not. 0 for one that is kept, cannot be read, or
         lies in a shard that is not here yet."""
-        if key in self._kept or self._shards.away(*key):
+        if key in self._kept or self.bars(*key) or self._sources.away(key):
             return 0
         try:
             block = self.stored(*key)
         except UserError:
             return 0  # said when it is asked for
-        with self._lock:
-            self._kept.keep(key, block)
+        self._sources.keep(key, block)
         return block.nbytes
 
     def stored(self, level: int, cluster: int) -> StoredBlock:
         """A block as it lies in its file, for making another bank of; errors as :meth:`blocks`."""
-        self._shards.obtain([(level, cluster)])
-        with self._lock:
-            return self._storage.finish(*self._storage.begin([(level, cluster)]))
+        self._check_keys([(level, cluster)])
+        return self._sources.stored((level, cluster))
 
     def check(self, anchor_hash: str, tree_hash: str) -> None:
         """Raises UserError unless the bank was made for this anchor and this cluster tree."""
@@ -266,11 +255,13 @@ class Bank:
                     f"use the bank that came with this {name}, or train one for it",
                 )
 
+    def let_go(self) -> None:
+        """Lets go of the kept blocks; fetched memories stay valid."""
+        self._sources.let_go()
+
     def close(self) -> None:
         """Closes the files and lets go of the kept blocks; fetched memories stay valid."""
-        with self._lock:
-            self._storage.close()
-            self._kept.clear()
+        self._sources.close()
 
     def __enter__(self) -> Self:
         return self
@@ -287,8 +278,20 @@ class Bank:
         """(level, cluster) of the blocks of a path, as far down as is not blocked."""
         path = self.config.check_path(path)
         self._check_blocked(blocked)
-        keys = takewhile(lambda key: key not in blocked, enumerate(path, 1))
+        barred = blocked | self.barred
+        keys = takewhile(lambda key: key not in barred, enumerate(path, 1))
         return [key for key in keys if key[0] in self._layouts]
+
+    def _check_keys(self, keys: Iterable[Key]) -> None:
+        for level, cluster in keys:
+            if level not in self._layouts or not 0 <= cluster < num_blocks(self.config, level):
+                raise UserError("no such block", (level, cluster), "give (level, cluster) pairs")
+            if self.bars(level, cluster):
+                raise UserError(
+                    "this view may not fetch the block",
+                    f"level {level}, cluster {cluster}",
+                    "route with this bank, or open another view of it",
+                )
 
     def _check_blocked(self, blocked: frozenset[Key]) -> None:
         counts = self.config.num_clusters
@@ -299,50 +302,3 @@ class Bank:
                 ):
                     continue
             raise UserError("no such cluster to block", pair, "give (level, cluster) pairs")
-
-    def _group(self, keys: Sequence[Key]) -> list[mx.array]:
-        found = self._found(keys)
-        missing = self._storage.begin([key for key in dict.fromkeys(keys) if key not in found])
-        try:
-            for each in missing:
-                found[each.key] = self._storage.finish(each), "disk"
-                self._kept.keep(each.key, found[each.key][0])
-        finally:
-            for each in missing:
-                each.reading.release()
-        blocks = []
-        for key in keys:
-            block, source = found[key]
-            self._note(key, source)
-            if source == "disk":
-                found[key] = block, "cache"  # where the same call asks for it again
-            blocks.append(self._storage.decode(key[0], block))
-        return blocks
-
-    def _found(self, keys: Sequence[Key]) -> dict[Key, tuple[StoredBlock, Source]]:
-        """The blocks that are kept in memory, and where."""
-        pairs = ((key, self._kept.get(key)) for key in keys)
-        return {key: found for key, found in pairs if found is not None}
-
-    def _note(self, key: Key, source: Source) -> None:
-        self.last_fetch.append(BlockRead(*key, self._layouts[key[0]].block_bytes, source))
-
-    def _arriving(self, missing: Missing) -> ArrivingBlock:
-        level = missing.key[0]
-
-        def finish() -> StoredBlock:
-            with self._lock:
-                block = self._storage.finish(missing)
-                self._kept.keep(missing.key, block)
-                return block
-
-        whole: list[mx.array] = []  # dequantised once, not for each layer
-
-        def decode(nbytes: int) -> mx.array:
-            quantised = self._storage.quantization[level] is not None
-            missing.wait_for(missing.reading.nbytes if quantised else nbytes)
-            if not whole:
-                whole.append(self._storage.decode(level, missing.reading.block))
-            return whole[0]
-
-        return ArrivingBlock(missing.reading, decode, finish)

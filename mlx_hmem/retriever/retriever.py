@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from mlx_hmem.errors import UserError
 from mlx_hmem.retriever.encoder import Encoder
 from mlx_hmem.retriever.texts import check_texts
@@ -30,8 +32,15 @@ class Retriever:
 
     def route(self, text: str) -> tuple[int, ...]:
         """The cluster path of ``text``: the global cluster index on each level."""
-        (text,) = self._check([text])
-        return self.tree.route(self.encoder.encode([text])[0])
+        return self.tree.route(self.vector(text))
+
+    def vector(self, text: str) -> np.ndarray:
+        """What ``text`` is routed by, (dim,); :class:`UserError` where it is empty."""
+        return self.vectors([text])[0]
+
+    def vectors(self, texts: Sequence[str], progress: bool = False) -> np.ndarray:
+        """As :meth:`vector`, of many, (n, dim)."""
+        return self.encoder.encode(self._check(texts), progress=progress)
 
     def route_many(self, texts: Sequence[str], progress: bool = False) -> list[tuple[int, ...]]:
         """The cluster path of each text; :class:`UserError` where one is empty.
@@ -39,10 +48,9 @@ class Retriever:
         A text alone and in a batch may round differently in the encoder (about 1e-7), which can
         move one that lies exactly between two clusters.
         """
-        texts = self._check(texts)
         if not texts:
             return []
-        paths = self.tree.route_batch(self.encoder.encode(texts, progress=progress))
+        paths = self.tree.route_batch(self.vectors(texts, progress))
         return [tuple(path) for path in paths.tolist()]
 
     def _check(self, texts: Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ vector in a batch take the same path, on every machine.
 import json
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -108,8 +108,16 @@ class ClusterTree:
                 members = below
         return cls(widths, centroids, counts, int(seed))
 
-    def route(self, vector: np.ndarray) -> tuple[int, ...]:
-        """The cluster path of one vector (dim,): the global cluster index on each level."""
+    def route(
+        self, vector: np.ndarray, barred: Collection[tuple[int, int]] = ()
+    ) -> tuple[int, ...]:
+        """The cluster path of one vector (dim,): the global cluster index on each level.
+
+        ``barred`` are clusters, as (level, cluster) with 1 the coarsest level, that the path may
+        not take: it goes on to the next nearest, as if those and what is below were not there.
+        :class:`UserError` where nothing is left.
+        """
+        closed = self._closed(barred) if barred else set()
         x = np.asarray(vector)
         if x.ndim != 1:
             raise UserError("not one vector", f"shape {x.shape}", "use route_batch for many")
@@ -117,10 +125,24 @@ class ClusterTree:
         path, cluster = [], 0
         for level in range(self.depth):
             children = self.children(level, cluster)
+            if closed:
+                children = np.array([c for c in children if (level + 1, c) not in closed], int)
+            if not len(children):  # only above level 1
+                raise UserError("every cluster is barred", len(barred), "bar fewer of them")
             at = distances(self.centroids[level][children], x).argmin()
             cluster = int(children[at])
             path.append(cluster)
         return tuple(path)
+
+    def _closed(self, barred: Collection[tuple[int, int]]) -> set[tuple[int, int]]:
+        """``barred`` and the clusters above, whose children are all barred."""
+        closed = set(barred)
+        for level in range(self.depth, 1, -1):
+            parents = {c // self.branching[level - 1] for at, c in closed if at == level}
+            for parent in parents:
+                if all((level, c) in closed for c in self.children(level - 1, parent)):
+                    closed.add((level - 1, parent))
+        return closed
 
     def route_batch(self, vectors: np.ndarray) -> np.ndarray:
         """Cluster paths of ``vectors`` (n, dim): (n, depth) int32, row by row as :meth:`route`."""
@@ -140,6 +162,12 @@ class ClusterTree:
         """Global indices, on the 0-based ``level``, of the children that have examples."""
         k = self.branching[level]
         return cluster * k + np.flatnonzero(self.counts[level][cluster * k : (cluster + 1) * k])
+
+    def leaves(self) -> list[tuple[int, ...]]:
+        """The cluster path of every leaf that has examples."""
+        leaves = np.flatnonzero(self.counts[-1])
+        below = np.cumprod((1, *self.branching[:0:-1]))[::-1]  # leaves under one cluster
+        return [tuple((leaf // below).tolist()) for leaf in leaves]
 
     def save(self, path: Source, encoder_hash: str) -> None:
         """Writes the tree, tied to the encoder with this fingerprint, as a safetensors file.

@@ -1,0 +1,117 @@
+"""``bank/documents.jsonl``: which documents trained which blocks of a bank.
+
+The file is optional, one JSON object a line. A document names the leaves that its windows trained;
+every block above such a leaf has seen it too. The texts themselves stay with whoever owns them.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_hmem.config import JsonConfig, MemoryConfig
+from mlx_hmem.errors import UserError
+from mlx_hmem.files import open_regular, strict_json, write_atomic
+
+DOCUMENTS = "documents.jsonl"
+MAX_TERMS = 8
+REMEDY = "restore the file, or delete it: the bank works without"
+Path_ = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Document(JsonConfig):
+    """A text that trained blocks.
+
+    ``sha256``: 64 hex digits, of its UTF-8 text; ``name``: file or title; ``tokens``: of the
+    anchor's tokenizer; ``clusters``: paths of the leaves that its windows trained; ``terms``: up to
+    eight typical words.
+    """
+
+    sha256: str
+    name: str
+    tokens: int
+    clusters: tuple[Path_, ...]
+    terms: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.sha256, str) or not re.fullmatch("[0-9a-f]{64}", self.sha256):
+            raise UserError("sha256 is not 64 hex digits", repr(self.sha256)[:80], REMEDY)
+        if not isinstance(self.name, str):
+            raise UserError("a document's name is not a text", repr(self.name)[:80], REMEDY)
+        if type(self.tokens) is not int or self.tokens < 0:
+            raise UserError("tokens is not a whole number", repr(self.tokens)[:80], REMEDY)
+        object.__setattr__(self, "clusters", _paths(self.clusters))
+        if (
+            not isinstance(self.terms, list | tuple)
+            or len(self.terms) > MAX_TERMS
+            or not all(isinstance(term, str) for term in self.terms)
+        ):
+            raise UserError(f"terms are not up to {MAX_TERMS} words", repr(self.terms)[:80], REMEDY)
+        object.__setattr__(self, "terms", tuple(self.terms))
+
+    @property
+    def keys(self) -> frozenset[tuple[int, int]]:
+        """(level, cluster) of every block that the document has trained."""
+        return frozenset(key for path in self.clusters for key in enumerate(path, 1))
+
+
+def _paths(values: Any) -> tuple[Path_, ...]:
+    if isinstance(values, list | tuple) and all(
+        isinstance(path, list | tuple) and path and all(type(i) is int and i >= 0 for i in path)
+        for path in values
+    ):
+        return tuple(tuple(path) for path in values)
+    raise UserError("clusters are not cluster paths", repr(values)[:80], REMEDY)
+
+
+def read_documents(folder: str | Path, config: MemoryConfig | None = None) -> list[Document]:
+    """The documents of the bank in ``folder``, where ``bank.json`` lies; none without the file.
+
+    With ``config``, that of the bank, every path must lead to a leaf of it. Raises UserError, with
+    the number of the line.
+    """
+    file = Path(folder) / DOCUMENTS
+    if not file.exists():
+        return []
+    with open_regular(file) as opened:
+        lines = opened.read().split(b"\n")
+    found: dict[str, Document] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            document = Document.from_dict(strict_json(line))
+            for path in document.clusters if config is not None else ():
+                config.check_path(path)  # type: ignore[union-attr]
+            if document.sha256 in found:
+                raise ValueError("the document stands there twice")
+        except (ValueError, TypeError) as error:  # UserError is one
+            raise UserError(f"{file}, line {number}, is damaged", error, REMEDY) from None
+        found[document.sha256] = document
+    return list(found.values())
+
+
+def write_documents(folder: str | Path, documents: Iterable[Document]) -> None:
+    """Writes the file whole or not at all."""
+    lines = [json.dumps(asdict(document), ensure_ascii=False) + "\n" for document in documents]
+    write_atomic(Path(folder) / DOCUMENTS, "".join(lines))
+
+
+def find_document(documents: Sequence[Document], wanted: str) -> Document:
+    """The one document whose name is ``wanted`` or whose hash begins so (8 digits at least)."""
+    by_name = [d for d in documents if d.name == wanted]
+    by_hash = [d for d in documents if len(wanted) >= 8 and d.sha256.startswith(wanted.lower())]
+    found = by_name or by_hash
+    if len(found) == 1:
+        return found[0]
+    if found:
+        hashes = ", ".join(d.sha256[:12] for d in found)
+        raise UserError(
+            "several documents have that name", wanted, f"give one of the hashes {hashes}"
+        )
+    raise UserError(
+        "the bank knows no such document", wanted, "inspect names those that trained it"
+    )

@@ -1,0 +1,66 @@
+"""``block`` and ``unblock``: which clusters a view of a model's memory may not fetch."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mlx_hmem.bank.views import Barred, check_barred, check_name, write_views
+from mlx_hmem.bank_tools.contents import OpenBank, views_of
+from mlx_hmem.errors import UserError
+from mlx_hmem.find import BANK_FOLDER
+
+
+def block(folder: Path, banks: Sequence[OpenBank], name: str, paths: Sequence[Barred]) -> str:
+    """Bars clusters in a view, which is made if it is new; a line that says what it bars now."""
+    check_name(name, "view")
+    views = views_of(folder, banks)
+    configs = {each.name: each.bank.config for each in banks}
+    barred = list(views.get(name, ()))
+    barred += [path for each in paths if (path := check_barred(each, configs)) not in barred]
+    write_views(folder / BANK_FOLDER, {**views, name: _least(barred)})
+    return _said(name, _least(barred))
+
+
+def unblock(folder: Path, banks: Sequence[OpenBank], name: str, paths: Sequence[Barred]) -> str:
+    """Lets a view fetch clusters again; without ``paths`` the view is removed."""
+    views = views_of(folder, banks)
+    if name not in views:
+        raise UserError("no such view", name, f"known: {', '.join(views) or 'none'}")
+    configs = {each.name: each.bank.config for each in banks}
+    wanted = [check_barred(path, configs) for path in paths]
+    for path in wanted:
+        if path not in views[name]:
+            above = next((b for b in views[name] if _leads_to(b, path)), None)
+            remedy = "nothing is to be done" if above is None else f"unblock {shown(above)}"
+            what = f"view {name} does not bar this cluster" + (" by itself" if above else "")
+            raise UserError(what, shown(path), remedy)
+    if not paths:
+        write_views(folder / BANK_FOLDER, {n: b for n, b in views.items() if n != name})
+        return f"view {name} is removed"
+    rest = [path for path in views[name] if path not in wanted]
+    write_views(folder / BANK_FOLDER, {**views, name: rest})
+    return _said(name, rest)
+
+
+def shown(path: Barred) -> str:
+    """A barred path as the command line takes it."""
+    name, clusters = (str(path[0]), path[1:]) if isinstance(path[0], str) else ("", path)
+    numbers = ",".join(map(str, clusters))
+    return f"{name}:{numbers}" if name and numbers else name or numbers
+
+
+def _leads_to(above: Barred, path: Barred) -> bool:
+    return path[: len(above)] == above
+
+
+def _least(barred: Sequence[Barred]) -> list[Barred]:
+    """Without what lies below another."""
+    return [
+        path
+        for path in barred
+        if not any(other != path and _leads_to(other, path) for other in barred)
+    ]
+
+
+def _said(name: str, barred: Sequence[Barred]) -> str:
+    what = ", ".join(map(shown, barred)) or "nothing"
+    return f"view {name} bars {what}; use it with generate.py --view {name}"

@@ -1,0 +1,93 @@
+"""New model directories out of old ones, whole or not there.
+
+A file that is the same in both is a hard link where the file system has them, else a copy: files of
+a model are never written into, only replaced, so a link is as good. Shards of a bank that have
+changed are written anew.
+"""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from mlx_hmem.bank.blocks import StoredBlock
+from mlx_hmem.bank.documents import DOCUMENTS
+from mlx_hmem.bank.format import MANIFEST, Level, Manifest, Shard
+from mlx_hmem.bank.writer import Cut, shard_metadata, write_shard
+from mlx_hmem.errors import UserError
+from mlx_hmem.files import sync_folder
+from mlx_hmem.find import BANK_FOLDER, BESIDE
+
+Block = Callable[[int], list[memoryview] | None]  # of a cluster: the bytes of its parts
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into that becomes ``path`` when the block ends without an error."""
+    path = Path(os.path.abspath(path))
+    if path.exists() or path.is_symlink():
+        raise UserError("the destination exists", path, "choose another")
+    part = path.with_name(f".{path.name}.part")
+    if part.exists():  # of a run that was killed
+        shutil.rmtree(part)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        for folder in (part, *(f for f in part.rglob("*") if f.is_dir())):
+            sync_folder(folder)
+        os.rename(part, path)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    sync_folder(path.parent)
+
+
+def link(source: Path, target: Path) -> None:
+    """The same file at another place: a hard link, or a copy where there is none."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source = source.resolve()  # the Hub's cache holds links
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)
+
+
+def link_model(source: Path, target: Path, but: Sequence[str] = ()) -> None:
+    """Links all files of a model directory, except hidden ones and those whose path, or a folder
+    of it, is named in ``but``."""
+    for file in sorted(source.rglob("*")):
+        name = file.relative_to(source)
+        hidden = any(part.startswith(".") for part in name.parts)
+        left_out = any(name.is_relative_to(each) for each in but)
+        if file.is_file() and not hidden and not left_out:
+            link(file, target / name)
+
+
+def link_bank(source: Path, target: Path) -> None:
+    """Links what makes a bank that can be added to a model: manifest, shards, tree, documents."""
+    link(source / "hmem.json", target / "hmem.json")
+    link(source / "retriever" / "tree.safetensors", target / "retriever" / "tree.safetensors")
+    for file in sorted((source / BANK_FOLDER).iterdir()):
+        if file.name in (MANIFEST, DOCUMENTS) or file.suffix == ".safetensors":
+            link(file, target / BANK_FOLDER / file.name)
+
+
+def write_level_shard(
+    folder: Path, manifest: Manifest, level: Level, cut: Cut, block: Block
+) -> Shard:
+    """Writes a shard of stored blocks, which ``block`` gives by cluster; None is a hole."""
+    clusters = range(cut.first_cluster, cut.first_cluster + cut.num_clusters)
+    metadata = shard_metadata(level.level, manifest.anchor_hash)
+    row = manifest.row_type(level.level)
+    return write_shard(folder, level, row, cut, map(block, clusters), metadata)
+
+
+def bytes_of(block: StoredBlock) -> list[memoryview]:
+    """What :func:`write_level_shard` takes."""
+    return [memoryview(buffer).cast("B") for buffer in block.buffers]  # type: ignore[arg-type]
+
+
+def added_folder(model: Path, name: str) -> Path:
+    """Where an added bank lies in a model directory."""
+    return model / BESIDE / name

@@ -1,0 +1,128 @@
+"""What ``inspect`` prints."""
+
+from collections.abc import Sequence
+
+from mlx_hmem.bank.views import Views
+from mlx_hmem.bank_tools.access import shown
+from mlx_hmem.bank_tools.contents import Cluster, Contents, Key
+from mlx_hmem.bank_tools.effects import Effects
+
+MOST_CLUSTERS = 40
+MOST_DOCUMENTS = 40
+Path_ = tuple[int, ...]
+
+
+def table_lines(contents: Sequence[Contents], views: Views, effects: Effects | None) -> list[str]:
+    """Levels and clusters of all banks, views, and the effects on texts."""
+    lines: list[str] = []
+    for each in contents:
+        lines += [*_bank_lines(each, effects), ""]
+    for name, barred in views.items():
+        lines.append(f"view {name} bars {', '.join(map(shown, barred)) or 'nothing'}")
+    if effects is not None:
+        lines += _text_lines(effects)
+    return lines if lines[-1] else lines[:-1]
+
+
+def _bank_lines(contents: Contents, effects: Effects | None) -> list[str]:
+    bank, name = contents.opened.bank, contents.opened.name
+    tokens = sum(document.tokens for document in contents.documents)
+    known = f"{len(contents.documents)} documents, {tokens:,} tokens"
+    lines = [
+        f"bank {name or 'of the model'}: {bank.config.kind}, {bank.config.bank_parameters:,} "
+        f"parameters, {known if contents.documents else 'no documents.jsonl'}",
+        f"{'level':>5} {'clusters':>9} {'reached':>8} {'empty':>6} {'r':>4} {'block bytes':>12} "
+        f"{'all bytes':>15}  stored as",
+    ]
+    for level, (r, count) in enumerate(
+        zip(bank.config.r, bank.config.num_clusters, strict=True), 1
+    ):
+        own = [c for (n, _), c in contents.clusters.items() if n == level]
+        stored = "no memory"
+        nbytes = 0
+        if r:
+            how, nbytes = bank.manifest.quantization_of(level), bank.block_bytes(level)
+            stored = bank.dtype if how is None else f"{how.mode} {how.bits} bits"
+        lines.append(
+            f"{level:5} {count:9,} {len(own):8,} {sum(c.empty for c in own):6,} {r:4} "
+            f"{nbytes:12,} {count * nbytes:15,}  {stored}"
+        )
+    return [*lines, "", *_cluster_table(contents, effects)]
+
+
+def _cluster_table(contents: Contents, effects: Effects | None) -> list[str]:
+    effect = f" {'effect':>8}" if effects else ""
+    lines = [
+        f"{'cluster':<14} {'examples':>9} {'documents':>9} {'tokens':>10}{effect}  words",
+    ]
+    ranked = sorted(contents.clusters, key=contents.path_to)
+    if len(ranked) > MOST_CLUSTERS:  # the largest of them, in order of the tree
+        size = {key: _size(contents.clusters[key], key) for key in ranked}
+        kept = set(sorted(ranked, key=lambda key: size[key])[:MOST_CLUSTERS])
+        ranked = [key for key in ranked if key in kept]
+    for key in ranked:
+        lines.append(_cluster_row(contents, key, effects))
+    if (rest := len(contents.clusters) - len(ranked)) > 0:
+        lines.append(f"… and {rest:,} more; name a CLUSTER, or see them with --html")
+    return lines
+
+
+def _size(cluster: Cluster, key: Key) -> tuple[float, int, Key]:
+    """For sorting: level 1 first, then what holds most."""
+    return (0 if key[0] == 1 else 1, -int(cluster.tokens or cluster.examples), key)
+
+
+def _cluster_row(contents: Contents, key: Key, effects: Effects | None) -> str:
+    cluster, path = contents.clusters[key], contents.path_to(key)
+    effect = ""
+    if effects is not None:
+        found = effects.blocks.get((contents.opened.name, *key))
+        effect = f" {'' if found is None else f'{found.per_token:+.4f}':>8}"
+    name = "  " * (len(path) - 1) + ",".join(map(str, path))
+    words = ("(empty block) " if cluster.empty else "") + " ".join(cluster.terms)
+    row = f"{name:<14} {cluster.examples:9,} {len(cluster.documents):9,} {cluster.tokens:10,.0f}"
+    return f"{row}{effect}  {words}".rstrip()
+
+
+def cluster_lines(contents: Contents, path: Path_, effects: Effects | None) -> list[str]:
+    """One cluster, or a whole bank for (): what lies below it, and its documents."""
+    if not path:
+        return _bank_lines(contents, effects)
+    lines = [f"{'cluster':<14} {'examples':>9} {'documents':>9} {'tokens':>10}  words"]
+    below = list(contents.below(path))
+    if effects is not None:
+        lines = [lines[0].replace("  words", f" {'effect':>8}  words")]
+    lines += [_cluster_row(contents, key, effects) for key in below[:MOST_CLUSTERS]]
+    if len(below) > MOST_CLUSTERS:
+        lines.append(f"… and {len(below) - MOST_CLUSTERS:,} more")
+    key = (len(path), path[-1])
+    found = contents.clusters[key].documents if key in contents.clusters else {}
+    numbers = sorted(found, key=lambda number: (-found[number], number))
+    lines.append(f"{len(numbers)} documents have trained it")
+    for number in numbers[:MOST_DOCUMENTS]:
+        document = contents.documents[number]
+        words = " ".join(document.terms)
+        share = f"{found[number]:4.0%} of {document.tokens:7,} tokens"
+        lines.append(f"{document.sha256[:12]} {share}  {document.name}  {words}")
+    if len(numbers) > MOST_DOCUMENTS:
+        lines.append(f"… and {len(numbers) - MOST_DOCUMENTS:,} more")
+    return lines
+
+
+def _text_lines(effects: Effects) -> list[str]:
+    lines = ["", "loss in nats for each token, without memory and with it, and the route:"]
+    for text in effects.texts[:MOST_DOCUMENTS]:
+        where = f"{text.bank}:" if text.bank else ""
+        path = ",".join(map(str, text.path))
+        lines.append(
+            f"{text.without:8.4f} {text.fetched:8.4f} {text.tokens:8,} tokens  {where}{path}  "
+            f"{text.name}"
+        )
+    if len(effects.texts) > MOST_DOCUMENTS:
+        lines.append(f"… and {len(effects.texts) - MOST_DOCUMENTS:,} more")
+    tokens = sum(text.tokens for text in effects.texts)
+    without = sum(text.without * text.tokens for text in effects.texts) / tokens
+    fetched = sum(text.fetched * text.tokens for text in effects.texts) / tokens
+    lines.append(f"{without:8.4f} {fetched:8.4f} {tokens:8,} tokens  all")
+    lines.append("effect: what the loss rises by for each token when the block is left out")
+    return lines

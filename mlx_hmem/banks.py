@@ -1,0 +1,101 @@
+"""The memory banks of a model: the first, and those added beside it, each with its own tree.
+
+All share the anchor and the encoder. A text is routed in every tree; the bank answers whose deepest
+centroid on the route points most nearly where the text does (cosine). Who asks under a view sees
+no more of them than that view allows, and the readers keep to it.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from mlx_hmem.bank import Bank
+from mlx_hmem.bank.views import Barred, Views, check_barred, of_bank, view_called
+from mlx_hmem.errors import UserError
+from mlx_hmem.retriever import ClusterTree, Retriever
+
+Path_ = tuple[int, ...]
+
+
+class Part(NamedTuple):
+    """A bank with the retriever that finds its clusters; None where paths are given by hand."""
+
+    retriever: Retriever | None
+    bank: Bank
+
+
+class Banks:
+    """Banks by name, "" being the first.
+
+    Attributes: ``parts``, those that may be fetched from; ``views``, what each view bars.
+    """
+
+    def __init__(self, parts: Mapping[str, Part], views: Views):
+        self._whole, self.parts, self.views = dict(parts), dict(parts), views
+
+    def under(self, view: str | None) -> "Banks":
+        """The same open banks for someone who may fetch what this view allows; None: "default"."""
+        barred = view_called(self.views, view)
+        result = Banks(self._whole, self.views)
+        of_each = {name: of_bank(barred, name) for name in self._whole}
+        result.parts = {
+            name: Part(part.retriever, part.bank.view(paths) if paths else part.bank)
+            for name, part in self._whole.items()
+            if (paths := of_each[name]) is not None
+        }
+        return result
+
+    def retriever(self, name: str = "") -> Retriever:
+        """That of the bank of this name, as :meth:`bank`."""
+        self.bank(name)
+        retriever = self.parts[name].retriever
+        assert retriever is not None  # load() gives each bank its own
+        return retriever
+
+    def bank(self, name: str = "") -> Bank:
+        """The bank of this name; UserError if there is none, or this view bars it."""
+        if name not in self.parts:
+            known = ", ".join(filter(None, self.parts)) or "there is only the first"
+            raise UserError("no such bank to fetch from", name, f"known: {known}")
+        return self.parts[name].bank
+
+    def blocked_in(self, blocked: Collection[Barred], name: str) -> list[Path_]:
+        """Those of ``blocked`` that lie in this bank; all of level 1 where it is named alone."""
+        if not any(isinstance(path, tuple | list) and _is_named(path) for path in blocked):
+            return [] if name else list(blocked)  # type: ignore[arg-type]
+        configs = {name: part.bank.config for name, part in self._whole.items()}
+        paths = of_bank([check_barred(path, configs) for path in blocked], name)
+        if paths is None:
+            return [(cluster,) for cluster in range(configs[name].num_clusters[0])]
+        return paths
+
+    def nearest(self, vector: np.ndarray, blocked: Collection[Barred] = ()) -> tuple[str, Path_]:
+        """The bank that answers a text with this vector (dim,), and the cluster path in it.
+
+        Each bank is judged by its deepest cluster on the route that may be fetched; the first
+        answers where two are equal, or where none may be fetched from.
+        """
+        found: list[tuple[float, str, Path_]] = []
+        for name, (retriever, bank) in self.parts.items():
+            assert retriever is not None
+            path = retriever.tree.route(vector)
+            if len(self.parts) == 1:
+                return name, path
+            paths = self.blocked_in(blocked, name)
+            keys = bank.keys_of(path, bank.config.check_blocked(paths))
+            nearness = _cosine(retriever.tree, keys[-1], vector) if keys else -2.0
+            found.append((nearness, name, path))
+        _, name, path = max(found, key=lambda each: each[0])
+        return name, path
+
+
+def _cosine(tree: ClusterTree, key: tuple[int, int], vector: np.ndarray) -> float:
+    level, cluster = key
+    centroid = np.asarray(tree.centroids[level - 1][cluster], np.float64)
+    lengths = float(np.linalg.norm(centroid) * np.linalg.norm(vector))
+    return float(centroid @ vector) / lengths if lengths else -1.0
+
+
+def _is_named(path: Sequence[int | str]) -> bool:
+    return bool(path) and isinstance(path[0], str)
