@@ -23,7 +23,7 @@ from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate import Fact, format_facts, perplexity, read_facts, read_texts, recall
 from mlx_hmem.evaluate.__main__ import main, perplexity_table, recall_table
-from mlx_hmem.evaluate.facts import is_right
+from mlx_hmem.evaluate.facts import fact_paths, is_right
 from mlx_hmem.evaluate.perplexity import first_sentence
 from mlx_hmem.files import save_safetensors
 from mlx_hmem.model import MemoryModel
@@ -194,6 +194,30 @@ def test_facts_can_be_routed_by_another_text(model):
         recall(model, facts, routed_by=texts[:2], progress=False)
 
 
+def test_facts_are_routed_by_prompt_statement_or_random_leaf(model):
+    facts = corpus()[1][:6]
+    route = model.retriever.route
+    for name, texts in (
+        ("prompt", [f.prompt for f in facts]),
+        ("statement", [f.statement for f in facts]),
+    ):
+        assert fact_paths(model, facts, route=name) == [route(text) for text in texts]
+        assert recall(model, facts, route=name, progress=False) == recall(
+            model, facts, routed_by=texts, progress=False
+        )
+    leaves = model.retriever.tree.leaves()
+    paths = [fact_paths(model, facts, route="random", seed=s) for s in (1, 1, 2)]
+    assert paths[0] == paths[1] != paths[2]
+    assert all(path in leaves for path in paths[0])
+    drawn = fact_paths(model, facts * 100, route="random")
+    assert set(drawn) == set(leaves)
+    found = recall(model, facts, route="random", seed=1, progress=False)
+    assert found == recall(model, facts, paths=paths[0], progress=False)
+    for memory in ("none", "generic", "fetched"):
+        with pytest.raises(UserError, match="unknown route"):
+            recall(model, facts, memory, route="title", progress=False)
+
+
 def test_an_anchor_that_learnt_some_facts_recalls_those_and_no_others(folder):
     model = build(folder)
     facts = corpus()[1]
@@ -302,7 +326,8 @@ def files(tmp_path):
     texts, facts = corpus()
     (tmp_path / "facts.jsonl").write_text(format_facts(facts))
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    return ["--facts", str(tmp_path / "facts.jsonl"), "--text", str(tmp_path / "text.jsonl")]
+    command = ["--facts", str(tmp_path / "facts.jsonl"), "--text", str(tmp_path / "text.jsonl")]
+    return [*command, "--out", str(tmp_path / "out")]
 
 
 def test_the_command_prints_what_the_functions_find(folder, dense, files, capsys):
@@ -323,7 +348,8 @@ def test_the_command_prints_what_the_functions_find(folder, dense, files, capsys
 @pytest.mark.parametrize(
     "change",
     [["--memory", "some"], ["--memory", "fetched"], ["--limit", "0"], ["--route-by", "title"],
-     ["--facts", "missing.jsonl"]],
+     ["--facts", "missing.jsonl"], ["--route", "title"], ["--corpus", "."],
+     ["--block-best", "1", "--route", "random"], ["--encoder", "static"]],
 )  # fmt: skip
 def test_a_wrong_command_ends_in_one_line_and_status_2(folder, files, change):
     command = [sys.executable, "-m", "mlx_hmem.evaluate", str(folder), *files, *change]

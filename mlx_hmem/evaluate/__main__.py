@@ -1,174 +1,265 @@
 """Scores a model directory: ``python -m mlx_hmem.evaluate MODEL_DIR --facts F --text T``.
 
-Prints a table of recall by how often a fact was stated and of perplexity, and with ``--tasks all
---data FOLDER`` of accuracy on benchmark tasks, for each kind of memory asked for; with ``--json``
-one JSON object on standard output. Progress goes to standard error.
+Prints a table of recall by how often a fact was stated, or counted in a corpus, of perplexity, and
+with ``--tasks all --data FOLDER`` of accuracy on benchmark tasks, for each kind of memory asked
+for; ``--block-best`` and ``--routing`` look into the memory itself. With ``--json`` it is one JSON
+object on standard output. Progress goes to standard error.
 """
 
 import json
-import random
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mlx_hmem.errors import ArgumentParser, UserError, run_program
-from mlx_hmem.evaluate.benchmark import (
-    Average,
-    TaskResult,
-    averages,
-    model_fingerprint,
-    score_task,
+from mlx_hmem.evaluate.benchmark import TaskResult, averages, model_fingerprint, score_task
+from mlx_hmem.evaluate.blocking import blocking, used_clusters
+from mlx_hmem.evaluate.document_index import DocumentIndex
+from mlx_hmem.evaluate.fact_runs import FactRun
+from mlx_hmem.evaluate.fact_sets import FactSet, counted, fact_sets
+from mlx_hmem.evaluate.facts import ROUTES
+from mlx_hmem.evaluate.perplexity import ROUTE_BY, perplexity
+from mlx_hmem.evaluate.rag import Rag, Result, with_flops, with_rag
+from mlx_hmem.evaluate.routing import check_levels
+from mlx_hmem.evaluate.routing_quality import RoutingRow, document_rows, fact_rows
+from mlx_hmem.evaluate.tables import (
+    blocking_table,
+    count_table,
+    perplexity_table,
+    recall_table,
+    routing_table,
+    table,
+    task_table,
 )
-from mlx_hmem.evaluate.facts import FactRecall, RecallBucket, read_facts, recall
-from mlx_hmem.evaluate.perplexity import ROUTE_BY, Perplexity, perplexity
 from mlx_hmem.evaluate.tasks import TaskData, load_tasks
 from mlx_hmem.evaluate.texts import read_texts
 from mlx_hmem.find import MODEL_FILES, find_model
 from mlx_hmem.loading import load
 from mlx_hmem.model import MODES, MemoryModel
+from mlx_hmem.resident import SIZE_HELP, parse_bytes
+from mlx_hmem.retriever import load_encoder
 
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """``rows`` as aligned text: the first column to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
-def recall_table(results: Sequence[FactRecall]) -> str:
-    """Recall in per cent ± standard error, one column per number of times stated."""
-    first = results[0]
-    rows = [["recall, %", *(f"{t}×" for t in first.times), "all"]]
-    rows.append(["facts", *(str(first.bucket(times=t).total) for t in [*first.times, None])])
-    kinds = ["all", *first.kinds] if len(first.kinds) > 1 else ["all"]
-    for kind in kinds:
-        for result in results:
-            name = result.memory if kind == "all" else f"{result.memory}, {kind}"
-            cells = [_cell(result.bucket(kind, t)) for t in [*first.times, None]]
-            rows.append([name, *cells])
-    return table(rows)
-
-
-def _cell(bucket: RecallBucket) -> str:
-    if not bucket.total:
-        return "–"
-    return _per_cent(bucket.accuracy, bucket.standard_error)
-
-
-def perplexity_table(results: Sequence[Perplexity]) -> str:
-    first = results[0]
-    head = f"perplexity, {first.documents} documents, {first.tokens} tokens"
-    rows = [[head, "per token", "per byte", "bits per byte"]]
-    for r in results:
-        token = f"{r.per_token:.2f} ± {r.per_token_error:.2f}"
-        bits = f"{r.bits_per_byte:.4f} ± {r.bits_per_byte_error:.4f}"
-        rows.append([r.memory, token, f"{r.per_byte:.4f}", bits])
-    return table(rows)
-
-
-def task_table(results: Sequence[TaskResult], means: Sequence[Average]) -> str:
-    """Accuracy in per cent ± standard error: a line per task, a column per kind of memory."""
-    memories = list(dict.fromkeys(r.memory for r in results))
-    rows = [["accuracy, %", "rows", *memories]]
-    lines: dict[tuple[str, str], dict[str, str]] = {}
-    for r in results:
-        of = f"{r.rows} of {r.of_rows}" if r.rows < r.of_rows else str(r.rows)
-        lines.setdefault((r.task.name, of), {})[r.memory] = _per_cent(r.accuracy, r.standard_error)
-        for name, (right, total) in r.categories.items():
-            part = RecallBucket(name, None, right, total)
-            lines.setdefault((f"  {name}", str(total)), {})[r.memory] = _cell(part)
-    for m in means:
-        count = f"{len(m.tasks)} of {len(m.tasks) + len(m.missing)} tasks"
-        lines.setdefault((m.name, count), {})[m.memory] = _per_cent(m.accuracy, m.standard_error)
-    rows += [[*key, *(cells[m] for m in memories)] for key, cells in lines.items()]
-    return table(rows)
-
-
-def _per_cent(accuracy: float, error: float) -> str:
-    return f"{100 * accuracy:.1f} ± {100 * error:.1f}"
+__all__ = ["main", "perplexity_table", "recall_table", "table", "task_table"]
+Found = tuple[dict[str, Any], list[str]]  # JSON values, tables
 
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m mlx_hmem.evaluate", description=__doc__)
     parser.add_argument("model", help="model directory or Hub id")
-    parser.add_argument("--facts", type=Path, help="facts to recall, one JSON object per line")
-    parser.add_argument("--text", type=Path, help="held-out documents, JSON lines or plain text")
-    parser.add_argument("--tasks", help="benchmark tasks, with commas, as arc_easy:3; or all")
-    parser.add_argument("--data", type=Path, help="the folder of the tasks' files")
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/evaluate"), help="where tasks keep their results"
-    )
     parser.add_argument("--memory", default="none,generic,fetched", help="kinds, with commas")
-    parser.add_argument("--route-by", default="window", help=f"for text: one of {ROUTE_BY}")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/evaluate"), help="where results are kept"
+    )
     parser.add_argument(
         "--limit", type=int, help="score this many facts, documents and rows of a task"
     )
+    parser.add_argument("--memory-budget", metavar="BYTES", help=f"most bytes to take, {SIZE_HELP}")
+    parser.add_argument(
+        "--context", type=int, metavar="TOKENS", help="the longest window (default: the anchor's)"
+    )
     parser.add_argument("--lazy", action="store_true", help="fetch only what is needed of the bank")
+    parser.add_argument(
+        "--rag",
+        type=Path,
+        metavar="INDEX",
+        help="facts and tasks also with the nearest document of this index before each prompt",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+    facts = parser.add_argument_group("facts")
+    facts.add_argument("--facts", type=Path, help="CSV of prompt, answers, key; or JSON lines")
+    facts.add_argument("--atomic-numbers", action="store_true", help="of the 118 elements")
+    facts.add_argument("--corpus", type=Path, help="text in which names of facts are counted")
+    facts.add_argument("--route", default="prompt", help=f"facts: one of {', '.join(ROUTES)}")
+    facts.add_argument("--seed", type=int, default=0, help="of random leaves and clusters")
+
+    text = parser.add_argument_group("text")
+    text.add_argument("--text", type=Path, help="held-out documents, JSON lines or plain text")
+    text.add_argument("--route-by", default="window", help=f"for text: one of {ROUTE_BY}")
+
+    tasks = parser.add_argument_group("benchmark tasks")
+    tasks.add_argument("--tasks", help="benchmark tasks, with commas, as arc_easy:3; or all")
+    tasks.add_argument("--data", type=Path, help="the folder of the tasks' files")
+
+    more = parser.add_argument_group("of the memory")
+    more.add_argument(
+        "--block-best",
+        metavar="LEVELS",
+        help="facts and tasks while the best cluster of a level is withheld: as 1,2; or all",
+    )
+    more.add_argument(
+        "--routing", action="store_true", help="how facts and text are routed, not how they score"
+    )
+    more.add_argument("--encoder", help="with --routing: compare with minilm, static or a folder")
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    args = _parser().parse_args(arguments)
+def _check(args: Namespace) -> list[str]:
+    """The kinds of memory, if the command makes sense."""
     modes = [m.strip() for m in args.memory.split(",")]
     if unknown := [m for m in modes if m not in MODES]:
         raise UserError("unknown memory mode", repr(unknown[0]), f"use {','.join(MODES)}")
     if args.route_by not in ROUTE_BY:
         raise UserError("unknown --route-by", repr(args.route_by), f"use one of {ROUTE_BY}")
+    if args.route not in ROUTES:
+        raise UserError("unknown --route", repr(args.route), f"use one of {', '.join(ROUTES)}")
     if args.limit is not None and args.limit < 1:
         raise UserError("--limit is less than 1", args.limit, "give 1 or more, or leave it out")
-    if not args.facts and not args.text and not args.tasks:
-        raise UserError("there is nothing to score", "no file", "give --facts, --text or --tasks")
+    facts = args.facts or args.atomic_numbers
+    if not facts and not args.text and not args.tasks:
+        remedy = "give --facts, --atomic-numbers, --text or --tasks"
+        raise UserError("there is nothing to score", "no file", remedy)
     if args.tasks and not args.data:
         raise UserError("--tasks needs their files", args.tasks, "name their folder with --data")
-    tasks = load_tasks(args.tasks, args.data) if args.tasks else []
-    facts = read_facts(args.facts) if args.facts else []
-    if args.limit and len(facts) > args.limit:
-        facts = random.Random(0).sample(facts, args.limit)  # the first would share few topics
-    texts = read_texts(args.text, args.limit) if args.text else []
+    if args.corpus and not facts:
+        raise UserError("--corpus counts names of facts", args.corpus, "give --atomic-numbers too")
+    if args.block_best and not facts and not args.tasks:
+        raise UserError("nothing to block", args.block_best, "give --facts or --tasks with it")
+    if args.routing and not facts and not args.text:
+        raise UserError("nothing to route", "no file", "give --facts or --text with --routing")
+    if (args.block_best or args.routing) and args.route != "prompt":
+        raise UserError("facts are routed by their prompts here", args.route, "leave --route out")
+    if args.encoder and not (args.routing and args.text):
+        raise UserError("--encoder needs documents", args.encoder, "give --routing and --text")
+    if args.rag and (args.text or args.block_best or args.routing):
+        remedy = "leave --text, --block-best and --routing out"
+        raise UserError("--rag is for facts and tasks", args.rag, remedy)
+    return modes
 
-    model = load(args.model, lazy=args.lazy)
-    recalls = [recall(model, facts, m) for m in modes] if args.facts else []
-    scores = []
-    if args.text:
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = _parser().parse_args(arguments)
+    modes = _check(args)
+    tasks = load_tasks(args.tasks, args.data) if args.tasks else []
+    sets = fact_sets(args.facts, args.atomic_numbers, args.corpus, args.limit)
+    texts = read_texts(args.text, args.limit) if args.text else []
+    encoder = load_encoder(args.encoder) if args.encoder else None
+    budget = None if args.memory_budget is None else parse_bytes(args.memory_budget)
+    model = load(
+        args.model, lazy=args.lazy, memory_budget=budget, context=args.context, scoring=True
+    )
+    if model.plan is not None:
+        print(model.plan.line(), file=sys.stderr)
+    rag = None
+    if args.rag:
+        rag = Rag(model, DocumentIndex.open(args.rag, model.require_bank().tree_hash))
+    levels = _levels(model, args.block_best) if args.block_best else []
+    sets = [counted(each, args.corpus, args.out) for each in sets]
+    name = ""
+    if sets or tasks:  # what they find is kept
+        name = model_fingerprint(find_model(args.model, MODEL_FILES))  # by now in the Hub's cache
+
+    found: dict[str, Any] = {} if args.routing else {"recall": [], "perplexity": []}
+    tables: list[str] = []
+    routed: list[RoutingRow] = []
+    for each in sets:
+        run = FactRun(model, args.out, name, each.integers, args.route, args.seed)
+        if levels:
+            rows = blocking(run, each.facts, levels)
+            blocked = {"facts": each.name, "rows": [row.to_dict() for row in rows]}
+            found.setdefault("blocking", []).append(blocked)
+            tables.append(f"{each.name}\n{blocking_table(rows)}")
+        if args.routing:
+            routed += fact_rows(run, each.facts)
+        if not levels and not args.routing:
+            _recall(run, each, modes, found, tables, rag)
+    if args.routing:
+        if args.text:
+            routed += document_rows(model, texts, encoder)
+        found["routing"] = [row.to_dict() for row in routed]
+        tables.append(routing_table(routed))
+    elif args.text:
         scores = [perplexity(model, texts, m, route_by=args.route_by) for m in modes]
-    results = _score_tasks(model, tasks, modes, args) if tasks else []
-    means = averages(results)
-    if args.json:
-        found: dict[str, Any] = {
-            "recall": [r.to_dict() for r in recalls],
-            "perplexity": [p.to_dict() for p in scores],
+        found["perplexity"] = [score.to_dict() for score in scores]
+        tables.append(perplexity_table(scores))
+    if tasks:
+        results = _score_tasks(model, name, tasks, modes, levels, args, rag)
+        means = averages(results)
+        found |= {
+            "tasks": [r.to_dict() for r in results],
+            "averages": [m.to_dict() for m in means],
         }
-        if tasks:
-            found["tasks"] = [r.to_dict() for r in results]
-            found["averages"] = [m.to_dict() for m in means]
-        print(json.dumps(found))
+        tables.append(task_table(results, means))
+    print(json.dumps(found) if args.json else "\n\n".join(tables))
+
+
+def _levels(model: MemoryModel, text: str) -> list[int]:
+    if text == "all":
+        return list(range(1, model.require_bank().config.num_levels + 1))
+    try:
+        levels = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError("--block-best is no list of levels", text, "give 1 or 1,2 or all") from None
+    return check_levels(model, list(dict.fromkeys(levels)))
+
+
+def _recall(
+    run: FactRun,
+    each: FactSet,
+    modes: Sequence[str],
+    found: dict[str, Any],
+    tables: list[str],
+    rag: Rag | None,
+) -> None:
+    """Adds the recall of one set of facts to what was ``found``, and its table."""
+    by = "" if run.route == "prompt" else f", by {run.route}"
+    labels = {m: m + (by if m == "fetched" else "") for m in modes}
+    results = [run.recall(each.facts, m, label=labels[m]) for m in modes]
+    if rag is not None:
+        results += [
+            run.recall(each.facts, m, label=labels[m].replace(m, with_rag(m)), rag=rag)
+            for m in modes
+        ]
+        results = _with_flops(run.model, results, modes, each.name)
+    if not each.is_table:
+        found["recall"] += [result.to_dict() for result in results]
+        tables.append(recall_table(results))
         return
-    parts = [recall_table(recalls)] if recalls else []
-    parts += [perplexity_table(scores)] if scores else []
-    parts += [task_table(results, means)] if results else []
-    print("\n\n".join(parts))
+    found.setdefault("facts", []).append(each.to_dict(results))
+    tables.append(f"{each.name}\n{count_table(results, bool(each.corpus))}")
+
+
+def _with_flops(
+    model: MemoryModel, results: Sequence[Result], modes: Sequence[str], name: str
+) -> list[Result]:
+    """The results of the kinds of memory, then with documents, with their FLOPs; says how many
+    documents were cut."""
+    arms = [(mode, shown) for shown in (False, True) for mode in modes]
+    print(results[-1].documents.line(name), file=sys.stderr)  # type: ignore[attr-defined]
+    return with_flops(model, results, arms)
 
 
 def _score_tasks(
-    model: MemoryModel, tasks: Sequence[TaskData], modes: Sequence[str], args: Any
+    model: MemoryModel,
+    name: str,
+    tasks: Sequence[TaskData],
+    modes: Sequence[str],
+    levels: Sequence[int],
+    args: Namespace,
+    rag: Rag | None,
 ) -> list[TaskResult]:
-    folder = find_model(args.model, MODEL_FILES)  # once more: the Hub's cache has it by now
-    name = model_fingerprint(folder)
     options = {"out": args.out, "model_name": name, "limit": args.limit}
-    results = [score_task(model, task, mode, **options) for task in tasks for mode in modes]
-    for r in results[:: len(modes)]:  # the same for each kind of memory
-        if r.cut:
-            note = f"{r.task.name}: {r.cut} of {r.rows} prompts were cut to fit the context"
+    results: list[TaskResult] = []
+    for task in tasks:
+        results += [score_task(model, task, mode, **options) for mode in modes]
+        if rag is not None:
+            shown = [score_task(model, task, mode, rag=rag, **options) for mode in modes]
+            both = [*results[-len(modes) :], *shown]
+            results[-len(modes) :] = _with_flops(model, both, modes, task.task.name)
+        if results[-1].cut:  # the same for each kind of memory
+            cut, rows = results[-1].cut, results[-1].rows
+            note = f"{task.task.name}: {cut} of {rows} prompts were cut to fit the context"
             print(note, file=sys.stderr)
+        for level in sorted(levels, reverse=True):
+            label = f"best 1/{used_clusters(model, level)} withheld"
+            scored = score_task(model, task, "fetched", withheld=level, **options)
+            results.append(replace(scored, memory=label))
     print(f"results of every row: {args.out}", file=sys.stderr)
     return results
 
 
 if __name__ == "__main__":
-    run_program(main, stopped="stopped; --tasks go on from here with the same command")
+    run_program(main, stopped="stopped; it goes on from here with the same command")

@@ -20,6 +20,7 @@ from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.answers import is_right
 from mlx_hmem.evaluate.few_shot import Prompt, PromptTokens, build_prompts
 from mlx_hmem.evaluate.journal import Journal
+from mlx_hmem.evaluate.rag import Rag, RagSummary, in_json, with_rag
 from mlx_hmem.evaluate.routing import route_texts
 from mlx_hmem.evaluate.scoring import (
     TOKENS_PER_BATCH,
@@ -56,6 +57,8 @@ class TaskResult:
     of_rows: int  # in the file
     cut: int  # prompts that lost a part of their text to the context
     categories: dict[str, tuple[int, int]]  # right, rows; empty without categories
+    documents: RagSummary | None = None  # where prompts had them
+    flops: float | None = None  # to those of the anchor alone
 
     @property
     def accuracy(self) -> float:
@@ -83,6 +86,7 @@ class TaskResult:
             "accuracy": self.accuracy,
             "standard_error": self.standard_error,
         }
+        values |= in_json(self.documents, self.flops)
         if self.categories:
             values["categories"] = {
                 name: {
@@ -152,10 +156,15 @@ def score_task(
     model_name: str,
     limit: int | None = None,
     context: int | None = None,
+    withheld: int = 0,
+    rag: Rag | None = None,
     tokens_per_batch: int = TOKENS_PER_BATCH,
     progress: bool = True,
 ) -> TaskResult:
     """Scores a task, going on with the results that the folder ``out`` holds.
+
+    ``withheld`` is a level whose best cluster no row may fetch (:mod:`mlx_hmem.evaluate.blocking`).
+    ``rag`` sets a document before each prompt (:mod:`mlx_hmem.evaluate.rag`).
 
     ``model_name`` tells models apart (:func:`model_fingerprint`). ``context`` is the longest
     sequence in tokens: the anchor's, at most 2,048, unless given.
@@ -172,17 +181,21 @@ def score_task(
         "file": fingerprint(file),
         "memory": memory,
         "context": context,
+        **({"withheld": withheld} if withheld else {}),
+        **({"rag": rag.index.fingerprint} if rag else {}),
     }
-    name = re.sub(r"[^\w.-]", "_", f"{task.label}.{task.num_fewshot}-shot.{memory}")
+    label = with_rag(memory) if rag else memory
+    name = re.sub(r"[^\w.+-]", "_", f"{task.label}.{task.num_fewshot}-shot.{label}")
     with Journal(out, name, settings).open() as journal:
         missing = [i for i in chosen if i not in journal.rows]
         if missing:
             prompts = build_prompts(task, examples)
             scored = _score_rows(
-                model, task, file, prompts, missing, memory, context, tokens_per_batch, progress
-            )
+                model, task, file, prompts, missing, memory, context, tokens_per_batch, progress,
+                withheld, rag,
+            )  # fmt: skip
             bar = tqdm(total=len(chosen), initial=len(chosen) - len(missing), unit="row",
-                       desc=f"{task.name}, {memory}", disable=not progress)  # fmt: skip
+                       desc=f"{task.name}, {label}", disable=not progress)  # fmt: skip
             with bar:
                 for rows in scored:
                     journal.add(rows)
@@ -194,9 +207,11 @@ def score_task(
         if own:
             categories[category] = (sum(own), len(own))
     cut = sum(journal.rows[i]["cut"] > 0 for i in chosen)
+    documents = RagSummary.of([journal.rows[i] for i in chosen]) if rag else None
     return TaskResult(
-        task, file.name, memory, sum(right.values()), len(right), len(examples), cut, categories
-    )
+        task, file.name, label, sum(right.values()), len(right), len(examples), cut, categories,
+        documents,
+    )  # fmt: skip
 
 
 def _score_rows(
@@ -209,11 +224,14 @@ def _score_rows(
     context: int,
     tokens_per_batch: int,
     progress: bool,
+    withheld: int,
+    rag: Rag | None,
 ) -> Rows:
     """The results of ``rows``, a batch at a time."""
     tokens = PromptTokens(model.tokenizer, context)
     some = [prompts[i] for i in rows]
-    paths = route_texts(model, [prompt.route_text for prompt in some], memory, progress)
+    texts = [prompt.route_text for prompt in some]
+    paths = route_texts(model, texts, memory, progress, withheld)
     longest, generates = 0, task.icl_task_type == GENERATION
     try:
         if generates:
@@ -223,20 +241,26 @@ def _score_rows(
             questions = [tokens.candidates(prompt) for prompt in some]
     except UserError as error:
         raise UserError(f"{file}: {error.what}", error.value, error.remedy) from None
+    documents: list[dict[str, Any]] = [{} for _ in rows]
+    if rag is not None:
+        shown = rag.show_all(texts, questions, context - longest)
+        documents = [s.kept(q, longest) for s, q in zip(shown, questions, strict=True)]
+        questions = [each.candidates for each in shown]
     results: Iterator[list[tuple[int, dict[str, Any]]]]
     if generates:
         starts = [question[0].context for question in questions]
-        texts = continue_greedily(model, starts, longest, memory, paths, tokens_per_batch)
+        new = continue_greedily(model, starts, longest, memory, paths, tokens_per_batch)
         results = (
             [(i, judge_text(task, some[i].example, tokens.decode(ids))) for i, ids in batch]
-            for batch in texts
+            for batch in new
         )
     else:
         scores = score_candidates(model, questions, memory, paths, tokens_per_batch)
         results = ([(i, judge(task, some[i].example.gold, s)) for i, s in b] for b in scores)
     for batch in results:
         yield [
-            {"row": rows[i], "cut": max(c.cut for c in questions[i])} | found for i, found in batch
+            {"row": rows[i], "cut": max(c.cut for c in questions[i])} | documents[i] | found
+            for i, found in batch
         ]
 
 

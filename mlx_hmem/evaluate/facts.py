@@ -1,16 +1,19 @@
 """Recall of facts: does the greedy continuation of a prompt give the answer?
 
-A number is right when the *first* integer of the continuation equals it (the paper, section 7,
-takes all integers and one match is enough; a model that counts upwards would pass that). Any other
-answer is right when the continuation starts with it, or with one of its aliases, and the next
-character does not extend the word. Rows of a batch have prompts of one length, each with its own
-cluster path, and the whole row is computed again for every new token: prompts are short, and it
-needs no KV cache.
+A number is right when the *first* integer of the continuation equals it, or, with ``integers``
+"any", one of them: the paper's rule (section 7), which a model that counts upwards would pass. Any
+other answer is right when the continuation starts with it, or with one of its aliases, and the next
+character does not extend the word. A continuation is two tokens longer than the longest answer of
+all facts asked: the paper does not say how long its are.
+
+Rows of a batch have prompts of one length, each with its own cluster path, and the whole row is
+computed again for every new token: prompts are short, and it needs no KV cache.
 """
 
 import dataclasses
 import json
 import math
+import random
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -23,11 +26,14 @@ from tqdm import tqdm
 
 from mlx_hmem.config import JsonConfig
 from mlx_hmem.errors import UserError
+from mlx_hmem.evaluate.rag import RagSummary, in_json
 from mlx_hmem.evaluate.routing import route_texts
 from mlx_hmem.evaluate.texts import read_jsonl
 from mlx_hmem.model import MemoryModel
 
 EXTRA_TOKENS = 2  # beyond the longest answer: a leading space of its own, the next character
+ROUTES = ("prompt", "statement", "random")
+Path_ = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -65,12 +71,9 @@ def format_facts(facts: Sequence[Fact]) -> str:
     return "".join(json.dumps(f.to_dict(), ensure_ascii=False) + "\n" for f in facts)
 
 
-@dataclass(frozen=True)
-class RecallBucket:
-    """Recall of the facts of one kind ("all" for every kind) stated ``times`` times (None: any)."""
+class Proportion:
+    """``right`` of ``total``: the accuracy and its binomial standard error."""
 
-    kind: str
-    times: int | None
     right: int
     total: int
 
@@ -80,24 +83,36 @@ class RecallBucket:
 
     @property
     def standard_error(self) -> float:
-        """Binomial standard error of the accuracy."""
         return math.sqrt(self.accuracy * (1 - self.accuracy) / self.total)
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {
-            "accuracy": self.accuracy,
-            "standard_error": self.standard_error,
-        }
+        fields: dict[str, Any] = dataclasses.asdict(self)  # type: ignore[call-overload]
+        if not self.total:
+            return fields | {"accuracy": None, "standard_error": None}
+        return fields | {"accuracy": self.accuracy, "standard_error": self.standard_error}
+
+
+@dataclass(frozen=True)
+class RecallBucket(Proportion):
+    """Recall of the facts of one kind ("all" for every kind) stated ``times`` times (None: any)."""
+
+    kind: str
+    times: int | None
+    right: int
+    total: int
 
 
 @dataclass(frozen=True)
 class FactRecall:
-    """What :func:`recall` found: every fact with its continuation and whether that is right."""
+    """What :func:`recall` found: every fact with its continuation and whether that is right; with
+    documents in the prompts, what is said of these, and FLOPs to those of the anchor alone."""
 
     memory: str
     facts: tuple[Fact, ...]
     continuations: tuple[str, ...]
     right: tuple[bool, ...]
+    documents: RagSummary | None = None
+    flops: float | None = None
 
     def bucket(self, kind: str = "all", times: int | None = None) -> RecallBucket:
         chosen = [
@@ -122,18 +137,20 @@ class FactRecall:
         return [b for b in found if b.total]
 
     def to_dict(self) -> dict[str, Any]:
-        return {"memory": self.memory, "buckets": [b.to_dict() for b in self.buckets()]}
+        found = {"memory": self.memory, "buckets": [b.to_dict() for b in self.buckets()]}
+        return found | in_json(self.documents, self.flops)
 
 
-def is_right(fact: Fact, continuation: str) -> bool:
+def is_right(fact: Fact, continuation: str, integers: str = "first") -> bool:
     """Whether ``continuation`` answers ``fact``; the module's docstring gives the rule."""
-    return any(_matches(answer, continuation) for answer in (fact.answer, *fact.aliases))
+    answers = (fact.answer, *fact.aliases)
+    return any(_matches(answer, continuation, integers == "any") for answer in answers)
 
 
-def _matches(answer: str, continuation: str) -> bool:
+def _matches(answer: str, continuation: str, any_integer: bool) -> bool:
     if answer.isdecimal():
-        first = re.search(r"\d+", continuation)
-        return first is not None and first.group() == answer
+        found = re.findall(r"\d+", continuation)
+        return answer in (found if any_integer else found[:1])
     text = continuation.strip()
     return text.startswith(answer) and not text[len(answer) : len(answer) + 1].isalnum()
 
@@ -143,24 +160,64 @@ def recall(
     facts: Sequence[Fact],
     memory: str = "fetched",
     *,
+    route: str = "prompt",
+    seed: int = 0,
     routed_by: Sequence[str] | None = None,
+    paths: Sequence[Path_] | None = None,
     batch_size: int = 64,
     progress: bool = True,
 ) -> FactRecall:
     """Greedy answers of ``model`` to the prompts of ``facts``.
 
-    ``memory`` is "fetched" (each prompt routes itself, as in the paper), "generic" or "none".
-    ``routed_by`` gives a text per fact that routes in place of its prompt: the fact's own document
-    makes an oracle.
+    ``memory`` is "fetched", "generic" or "none". ``route`` says what a fetched memory is routed
+    by: "prompt", the bare prompt, as in the paper; "statement", the prompt with its answer, which
+    is an oracle; "random", a leaf of the tree drawn for each fact by ``seed``. ``routed_by`` gives
+    a text per fact in place of these (the document that states it), ``paths`` a cluster path.
     """
     if not facts:
         raise UserError("there are no facts to recall", "an empty list", "give some facts")
     if routed_by is not None and len(routed_by) != len(facts):
         raise UserError("routed_by needs one text per fact", len(routed_by), f"give {len(facts)}")
+    if paths is not None and len(paths) != len(facts):
+        raise UserError("paths needs one path per fact", len(paths), f"give {len(facts)}")
+    if paths is None or memory != "fetched":
+        paths = fact_paths(model, facts, memory, route, seed, routed_by, progress)
+    continuations = [""] * len(facts)
+    with tqdm(total=len(facts), desc=f"facts, {memory}", unit="fact", disable=not progress) as bar:
+        for batch in continue_prompts(model, facts, range(len(facts)), memory, paths, batch_size):
+            for row, text in batch:
+                continuations[row] = text
+            bar.update(len(batch))
+    right = tuple(is_right(f, c) for f, c in zip(facts, continuations, strict=True))
+    return FactRecall(memory, tuple(facts), tuple(continuations), right)
+
+
+def continue_prompts(
+    model: MemoryModel,
+    facts: Sequence[Fact],
+    rows: Sequence[int],
+    memory: str,
+    paths: Sequence[Path_] | None,
+    batch_size: int = 64,
+) -> Iterator[list[tuple[int, str]]]:
+    """(row, greedy continuation) of those ``rows`` of ``facts``, a batch at a time; ``paths`` are
+    of all facts."""
     tokenizer = model.tokenizer
-    prompts = [list(tokenizer.encode(fact.prompt)) for fact in facts]
+    prompts, num_tokens = encode_prompts(model, facts)
+    for batch in _same_length_batches(prompts, rows, batch_size):
+        logits = _last_logits(model, [paths[i] for i in batch] if paths else None, memory)
+        new = _greedy(logits, mx.array([prompts[i] for i in batch]), num_tokens)
+        texts = [tokenizer.decode(_until_end(tokens, tokenizer)) for tokens in new]
+        yield list(zip(batch, texts, strict=True))
+
+
+def encode_prompts(model: MemoryModel, facts: Sequence[Fact]) -> tuple[list[list[int]], int]:
+    """The prompts as tokens, and how many to generate after each: the longest answer's and
+    ``EXTRA_TOKENS``."""
+    encode = model.tokenizer.encode
+    prompts = [list(encode(fact.prompt)) for fact in facts]
     answers = [a for fact in facts for a in (fact.answer, *fact.aliases)]
-    num_tokens = EXTRA_TOKENS + max(len(tokenizer.encode(" " + a)) for a in answers)
+    num_tokens = EXTRA_TOKENS + max(len(encode(" " + a)) for a in answers)
     longest = max(map(len, prompts)) + num_tokens
     if model.context is not None and longest > model.context:
         raise UserError(
@@ -168,30 +225,45 @@ def recall(
             f"{longest} tokens",
             f"leave out facts of more than {model.context} tokens",
         )
-    paths = route_texts(model, routed_by or [f.prompt for f in facts], memory, progress)
-    continuations = [""] * len(facts)
-    with tqdm(total=len(facts), desc=f"facts, {memory}", unit="fact", disable=not progress) as bar:
-        for rows in _same_length_batches(prompts, batch_size):
-            logits = _last_logits(model, [paths[i] for i in rows] if paths else None, memory)
-            tokens = mx.array([prompts[i] for i in rows])
-            for row, new in zip(rows, _greedy(logits, tokens, num_tokens), strict=True):
-                continuations[row] = tokenizer.decode(_until_end(new, tokenizer))
-            bar.update(len(rows))
-    right = tuple(is_right(f, c) for f, c in zip(facts, continuations, strict=True))
-    return FactRecall(memory, tuple(facts), tuple(continuations), right)
+    return prompts, num_tokens
 
 
-def _same_length_batches(prompts: list[list[int]], batch_size: int) -> Iterator[list[int]]:
+def fact_paths(
+    model: MemoryModel,
+    facts: Sequence[Fact],
+    memory: str = "fetched",
+    route: str = "prompt",
+    seed: int = 0,
+    routed_by: Sequence[str] | None = None,
+    progress: bool = False,
+) -> list[Path_] | None:
+    """The cluster path of each fact, routed as :func:`recall` says; None where ``memory`` needs
+    none."""
+    if route not in ROUTES:
+        raise UserError("unknown route", repr(route), f"use one of {', '.join(ROUTES)}")
+    if routed_by is None and route == "random" and memory == "fetched":
+        model.require_bank()
+        assert model.retriever is not None  # load() makes both or neither
+        leaves, rng = model.retriever.tree.leaves(), random.Random(seed)
+        return [leaves[rng.randrange(len(leaves))] for _ in facts]
+    if routed_by is None:
+        routed_by = [f.statement if route == "statement" else f.prompt for f in facts]
+    return route_texts(model, routed_by, memory, progress)
+
+
+def _same_length_batches(
+    prompts: list[list[int]], rows: Sequence[int], batch_size: int
+) -> Iterator[list[int]]:
     by_length = defaultdict(list)
-    for i, prompt in enumerate(prompts):
-        by_length[len(prompt)].append(i)
-    for _, rows in sorted(by_length.items()):
-        for start in range(0, len(rows), batch_size):
-            yield rows[start : start + batch_size]
+    for i in rows:
+        by_length[len(prompts[i])].append(i)
+    for _, same in sorted(by_length.items()):
+        for start in range(0, len(same), batch_size):
+            yield same[start : start + batch_size]
 
 
 def _last_logits(
-    model: MemoryModel, paths: list[tuple[int, ...]] | None, memory: str
+    model: MemoryModel, paths: list[Path_] | None, memory: str
 ) -> Callable[[mx.array], mx.array]:
     return lambda tokens: model(tokens, paths=paths, memory=memory)[:, -1]
 

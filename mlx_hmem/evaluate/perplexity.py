@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.routing import route_texts
+from mlx_hmem.evaluate.scoring import within_plan
 from mlx_hmem.model import MemoryModel
 
 ROUTE_BY = ("window", "document", "first_sentence")
@@ -47,6 +48,16 @@ class Perplexity:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class DocumentLosses:
+    """Of each document with text its summed cross-entropy in nats, its tokens and its bytes, (n,)
+    each, float64: what :class:`Perplexity` sums up, and what pairs two models by document."""
+
+    nats: np.ndarray
+    tokens: np.ndarray
+    bytes: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,22 @@ def perplexity(
     where it fits one window); or "first_sentence", that of the window. ``context`` is the longest
     window in tokens; that of the anchor, at most 2,048, unless given.
     """
+    options: Any = {"context": context, "tokens_per_batch": tokens_per_batch, "progress": progress}
+    losses = document_losses(model, texts, memory, route_by=route_by, **options)
+    return summed(losses, memory, route_by)
+
+
+def document_losses(
+    model: MemoryModel,
+    texts: Sequence[str],
+    memory: str = "fetched",
+    *,
+    route_by: str = "window",
+    context: int | None = None,
+    tokens_per_batch: int = 2048,
+    progress: bool = True,
+) -> DocumentLosses:
+    """What :func:`perplexity`, with the same arguments, is summed up from."""
     if route_by not in ROUTE_BY:
         raise UserError("unknown route_by", repr(route_by), f"use one of {ROUTE_BY}")
     context = min(model.context or LONGEST, context or LONGEST)
@@ -93,7 +120,7 @@ def perplexity(
     with tqdm(
         total=len(windows), desc=f"perplexity, {memory}", unit="window", disable=not progress
     ) as bar:
-        for rows in _batches(windows, tokens_per_batch):
+        for rows in _batches(windows, *within_plan(model, memory, tokens_per_batch)):
             batch_paths = [paths[i] for i in rows] if paths else None
             batch = _losses(model, [windows[i].tokens for i in rows], batch_paths, memory)
             for i, loss in zip(rows, batch, strict=True):
@@ -101,7 +128,8 @@ def perplexity(
                 counts[windows[i].document] += len(windows[i].tokens) - 1
             bar.update(len(rows))
     sizes = np.array([len(t.encode()) for t in texts], dtype=np.float64)
-    return _summary(memory, route_by, losses[counts > 0], counts[counts > 0], sizes[counts > 0])
+    scored = counts > 0
+    return DocumentLosses(losses[scored], counts[scored], sizes[scored])
 
 
 def _routed_by(window: _Window, texts: Sequence[str], route_by: str) -> str:
@@ -123,12 +151,12 @@ def _windows(model: MemoryModel, document: int, text: str, context: int) -> Iter
         yield _Window(document, [start, *part], part_text if part_text.strip() else text)
 
 
-def _batches(windows: list[_Window], tokens_per_batch: int) -> Iterator[list[int]]:
+def _batches(windows: list[_Window], tokens_per_batch: int, most_rows: int) -> Iterator[list[int]]:
     """Rows of windows, longest first, at most ``tokens_per_batch`` with padding (or one row)."""
     order = sorted(range(len(windows)), key=lambda i: -len(windows[i].tokens))
     start = 0
     while start < len(order):
-        rows = max(1, tokens_per_batch // len(windows[order[start]].tokens))
+        rows = max(1, min(most_rows, tokens_per_batch // len(windows[order[start]].tokens)))
         yield order[start : start + rows]
         start += rows
 
@@ -158,17 +186,16 @@ def _ratio(losses: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
     return float(ratio), float(np.sqrt((residuals**2).sum() * n / (n - 1)) / sizes.sum())
 
 
-def _summary(
-    memory: str, route_by: str, losses: np.ndarray, counts: np.ndarray, sizes: np.ndarray
-) -> Perplexity:
-    nats, nats_error = _ratio(losses, counts)
-    byte_nats, byte_error = _ratio(losses, sizes)
+def summed(losses: DocumentLosses, memory: str, route_by: str) -> Perplexity:
+    """The perplexity that ``losses`` make, named after what they were scored with."""
+    nats, nats_error = _ratio(losses.nats, losses.tokens)
+    byte_nats, byte_error = _ratio(losses.nats, losses.bytes)
     return Perplexity(
         memory=memory,
         route_by=route_by,
-        documents=len(losses),
-        tokens=int(counts.sum()),
-        bytes=int(sizes.sum()),
+        documents=len(losses.nats),
+        tokens=int(losses.tokens.sum()),
+        bytes=int(losses.bytes.sum()),
         per_token=math.exp(nats),
         per_token_error=math.exp(nats) * nats_error,
         per_byte=math.exp(byte_nats),

@@ -2,16 +2,63 @@
 
 from collections.abc import Sequence
 
+from tqdm import tqdm
+
+from mlx_hmem.errors import UserError
 from mlx_hmem.model import MemoryModel, check_mode
+
+Path_ = tuple[int, ...]
 
 
 def route_texts(
-    model: MemoryModel, texts: Sequence[str], memory: str, progress: bool = False
-) -> list[tuple[int, ...]] | None:
-    """The cluster path of each text, or None where ``memory`` needs no path."""
+    model: MemoryModel,
+    texts: Sequence[str],
+    memory: str,
+    progress: bool = False,
+    withheld: int = 0,
+) -> list[Path_] | None:
+    """The cluster path of each text, or None where ``memory`` needs no path.
+
+    ``withheld`` is a level whose best cluster, the one that a text is routed to, and all below it
+    are taken from that text's tree; 0 for none.
+    """
     if check_mode(memory) != "none":
         model.require_bank()
     if memory != "fetched":
         return None
     assert model.retriever is not None  # load() makes both or neither
-    return model.retriever.route_many(texts, progress)
+    if not withheld:
+        return model.retriever.route_many(texts, progress)
+    levels = check_levels(model, [withheld])
+    return withhold(model, texts, levels[0], progress=progress)
+
+
+def check_levels(model: MemoryModel, levels: Sequence[int]) -> list[int]:
+    """``levels`` if the model's tree has them."""
+    depth = model.require_bank().config.num_levels
+    for level in levels:
+        if not 1 <= level <= depth:
+            raise UserError("the bank has no such level", level, f"use 1 to {depth}")
+    return list(levels)
+
+
+def withhold(
+    model: MemoryModel,
+    texts: Sequence[str],
+    level: int,
+    others: Sequence[int] | None = None,
+    progress: bool = False,
+) -> list[Path_]:
+    """The best path of each text that avoids its own best cluster on ``level``; with ``others``,
+    a cluster of that level per text, that one instead."""
+    assert model.retriever is not None
+    tree = model.retriever.tree
+    vectors = model.retriever.vectors(texts, progress)
+    if others is None:
+        others = tree.route_batch(vectors)[:, level - 1].tolist()
+    found = []
+    for vector, cluster in zip(
+        tqdm(vectors, desc="routing", unit="text", disable=not progress), others, strict=True
+    ):
+        found.append(tree.route(vector, barred=[(level, cluster)]))
+    return found

@@ -65,7 +65,7 @@ def score_candidates(
     ``memory`` is "fetched", with one path per question, "generic" or "none". Yields the index of
     each question with its scores. Equal candidates of a question get equal scores.
     """
-    plans = [_plan(index, candidates) for index, candidates in enumerate(questions)]
+    plans = [plan_question(index, candidates) for index, candidates in enumerate(questions)]
     plans.sort(key=lambda plan: plan.lengths, reverse=True)
     sizes = [(sum(plan.lengths), max(len(plan.rows), len(plan.prefixes))) for plan in plans]
     for part in _batches(model, sizes, memory, tokens_per_batch):
@@ -78,7 +78,7 @@ def score_candidates(
         yield found
 
 
-def _plan(index: int, candidates: Sequence[Candidate]) -> _Question:
+def plan_question(index: int, candidates: Sequence[Candidate]) -> _Question:
     """Splits candidates into prefixes to read once and rows behind them.
 
     The last token of a context is in the row: it predicts the answer's first.
@@ -104,9 +104,7 @@ def _batches(
     model: MemoryModel, sizes: Sequence[tuple[int, int]], memory: str, tokens: int
 ) -> Iterator[slice]:
     """Runs of questions, each of (tokens per row, rows), that fit a batch; one at least."""
-    most = MEMORY_PER_BATCH
-    if memory == "fetched":
-        most //= 4 * max(1, model.require_bank().config.fetched_parameters)
+    tokens, most = within_plan(model, memory, tokens)
     start, rows, longest = 0, 0, 0
     for i, (length, count) in enumerate(sizes):
         longest, rows = max(longest, length), rows + count
@@ -115,6 +113,17 @@ def _batches(
             start, rows, longest = i, count, length
     if start < len(sizes):
         yield slice(start, len(sizes))
+
+
+def within_plan(model: MemoryModel, memory: str, tokens: int) -> tuple[int, int]:
+    """The tokens and the rows of a batch at most, so that a memory budget is kept."""
+    most = MEMORY_PER_BATCH
+    if model.plan is not None:
+        tokens = min(tokens, model.plan.tokens_per_batch or tokens)
+        most = model.plan.memory_per_batch or most
+    if memory == "fetched":
+        most //= 4 * max(1, model.require_bank().config.fetched_parameters)
+    return tokens, max(1, most)
 
 
 def _score(
