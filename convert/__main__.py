@@ -3,7 +3,8 @@
 SOURCE may be an OpenLM checkpoint (a ``.pt`` file, one shard of several, or their folder), a
 Hugging Face folder, a model with memories in our PyTorch layout (docs/pytorch_layout.md), or, for
 ``--to pytorch``, a model directory. What it is, is seen from what lies there; ``--from`` says it.
-``python -m convert quantize``, ``… tree`` and ``… upload`` have a ``--help`` of their own.
+``python -m convert quantize``, ``… bundle``, ``… tree`` and ``… upload`` have a ``--help`` of their
+own.
 """
 
 import argparse
@@ -184,6 +185,12 @@ def _quantize(arguments: list[str]) -> None:
     quantize(arguments)
 
 
+def _bundle(arguments: list[str]) -> None:
+    from convert.bundle import main as bundle
+
+    bundle(arguments)
+
+
 def _upload(arguments: list[str]) -> None:
     from convert.upload import main as upload
 
@@ -191,6 +198,7 @@ def _upload(arguments: list[str]) -> None:
 
 
 PROGRAMS: dict[str, Callable[[list[str]], None]] = {
+    "bundle": _bundle,
     "quantize": _quantize,
     "tree": _tree,
     "upload": _upload,

@@ -24,7 +24,7 @@ from mlx_hmem.files import sync_folder, write_atomic
 RECORD = "conversion.json"
 REPLACED = "replaced"  # the folder of before, while the new one takes its place
 # Files of which a folder that may be overwritten has at least one.
-MARKS = ("config.json", "hmem.json", "hmem_pytorch.json", RECORD)
+MARKS = ("config.json", "hmem.json", "hmem_pytorch.json", "bundle.json", RECORD)
 
 
 def identity_of(files: Iterable[Path], **options: Any) -> dict[str, Any]:
