@@ -4,14 +4,18 @@ The anchor's parts are copied as they are, the trained blocks become a bank, and
 them together by their fingerprints.
 """
 
+import contextlib
+import itertools
 import json
 import os
 import shutil
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 from mlx_hmem.anchors.load import anchor_hash, read_config
 from mlx_hmem.bank import stored_levels, write_bank
+from mlx_hmem.bank.writer import Block
 from mlx_hmem.config import FORMAT_VERSION, HmemConfig, RetrieverConfig
 from mlx_hmem.files import fingerprint, sync_folder, write_atomic
 from mlx_hmem.retriever import ClusterTree
@@ -22,14 +26,17 @@ from train.start import copy_anchor_files
 from train.taken_tokenizer import is_tokenizer_file
 
 
-def run_export(recipe: Recipe, folder: Path) -> None:
-    """Builds the model directory beside its place and renames it when it is whole."""
+def run_export(
+    recipe: Recipe, folder: Path, trained: Collection[str] = ("memories", "generic")
+) -> None:
+    """Builds the model directory beside its place and renames it when it is whole. A memory that
+    is not among ``trained`` becomes zeros, which is for a study of the other."""
     target, part = folder / "model", folder / "model.part"
     report = folder / "corpus" / "report.json"
     shutil.rmtree(part, ignore_errors=True)
     copy_anchor(trained_anchor(recipe, folder), folder / "tokenizer", part)
     if not recipe.anchor_only:
-        _add_memory(recipe, folder, part)
+        _add_memory(recipe, folder, part, trained)
     write_atomic(part / "README.md", card(recipe, json.loads(report.read_text()), part))
     shutil.rmtree(target, ignore_errors=True)
     os.rename(part, target)
@@ -38,7 +45,7 @@ def run_export(recipe: Recipe, folder: Path) -> None:
     print(f"export: a model of {size / 1e6:.1f} MB in {target}")
 
 
-def _add_memory(recipe: Recipe, folder: Path, part: Path) -> None:
+def _add_memory(recipe: Recipe, folder: Path, part: Path, trained: Collection[str]) -> None:
     """Retriever, bank and what ties them to the anchor that ``part`` has already."""
     tree = part / "retriever" / "tree.safetensors"
     tree.parent.mkdir()
@@ -57,12 +64,18 @@ def _add_memory(recipe: Recipe, folder: Path, part: Path) -> None:
     if recipe.export.quantization is not None:
         stored = stored_levels(recipe.memory_config)
         quantization = [recipe.export.quantization_of(level) for level in stored]
-    generic = trained_generic(recipe, folder)
-    with trained_blocks(recipe, folder) as blocks:
+    generic = trained_generic(recipe, folder) if "generic" in trained else None
+    with contextlib.ExitStack() as stack:
+        levels: list[Iterable[Block]]
+        if "memories" in trained:
+            blocks = stack.enter_context(trained_blocks(recipe, folder))
+            levels = [blocks.weights(level) for level in range(1, blocks.config.num_levels + 1)]
+        else:
+            levels = [itertools.repeat(None, n) for n in recipe.memory_config.num_clusters]
         write_bank(
             part / "bank",
             recipe.memory_config,
-            [blocks.weights(level) for level in range(1, recipe.memory_config.num_levels + 1)],
+            levels,
             generic,
             dtype=recipe.export.dtype,
             quantization=quantization,

@@ -50,6 +50,7 @@ __all__ = [
     "WindowsSection",
     "add_recipe_arguments",
     "load_recipe",
+    "read_yaml",
 ]
 
 SET_HELP = "sets a key of the recipe anew: section.key=value, the value in YAML; repeatable"
@@ -130,7 +131,7 @@ class Recipe(JsonConfig):
         if self.anchor_only:
             values["tree"] = values["memories"] = values["dense"] = None
             return {name: values[name] for name in names}
-        del values["memories"]["cache_bytes"]  # how fast, not what
+        del values["memories"]["cache_bytes"], values["memories"]["cache_level_1"]  # how, not what
         if not values["memories"]["group_by_subtree"]:
             del values["memories"]["group_by_subtree"]  # finished runs may not know it yet
         elif values["dense"] is not None:
@@ -169,22 +170,27 @@ def _section(cls: type[JsonConfig], values: Any, where: str) -> Any:
     return cls.from_dict(result, where)
 
 
+def read_yaml(path: Path, what: str) -> Any:
+    """The values of a YAML file; ``what`` it is, for the UserError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"no such {what}", path, "give the path of a YAML file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8", error, "save it as UTF-8") from None
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid YAML", error, "correct it") from None
+
+
 def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     """Reads and checks a recipe; a wrong one raises ``UserError``.
 
     ``overrides`` are keys set anew, ``section.key=value`` with the value in YAML. If the recipe
     starts from a model, that model's config is read.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError("no such recipe", path, "give the path of a YAML file") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8", error, "save it as UTF-8") from None
-    try:
-        values = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid YAML", error, "correct it") from None
+    values = read_yaml(path, "recipe")
     for override in overrides:
         _set(values, override)
     recipe: Recipe = _section(Recipe, values, str(path))

@@ -11,14 +11,15 @@ import hashlib
 import importlib
 import json
 import os
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mlx_hmem.config import read_json
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import write_atomic
+from mlx_hmem.files import sync_folder, write_atomic
 from train.ranks import Ranks
 from train.recipe import Recipe
 
@@ -99,6 +100,42 @@ def _given(values: Any) -> Any:
 
 def _digest(values: Any) -> str:
     return hashlib.sha256(json.dumps(_given(values), sort_keys=True).encode()).hexdigest()
+
+
+def identity(stage: Stage, recipe: Recipe) -> str:
+    """What the stage's files follow from: two stages of one identity are the same."""
+    return _digest(recipe.sections(sorted(_sections(stage, stages_of(recipe)))))
+
+
+def identity_made(folder: Path) -> str | None:
+    """The :func:`identity` of the finished stage in ``folder``; None if it is not finished."""
+    done = folder / "done.json"
+    return _digest(read_json(done).get("recipe", {})) if done.exists() else None
+
+
+def take_stage(stage: Stage, recipe: Recipe, folder: Path, others: Iterable[Path]) -> bool:
+    """Takes the stage from a run among ``others`` that finished it with the same recipe; False if
+    there is none. Its files become hard links, for a finished stage is only read; copies where the
+    file system has no links. The corpus folder is not in the recipe: it must be the same too."""
+    for other in others:
+        if identity_made(other / stage.name) != identity(stage, recipe):
+            continue
+        target, part = folder / stage.name, folder / f".{stage.name}.part"
+        for old in (part, target):
+            shutil.rmtree(old, ignore_errors=True)
+        locks = shutil.ignore_patterns("lock", "lock.mdb", "writer.lock")
+        shutil.copytree(other / stage.name, part, copy_function=_link, ignore=locks)
+        os.rename(part, target)
+        sync_folder(folder)
+        return True
+    return False
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def is_done(stage: Stage, recipe: Recipe, folder: Path) -> bool:

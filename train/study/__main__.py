@@ -1,0 +1,70 @@
+"""``python -m train.study STUDY.yaml --out runs/small``: several arms, several seeds, one table.
+
+Every arm is the study's recipe with a few keys set anew (:mod:`train.study.file`). What arms have
+in common is made once. A stopped study goes on with the same command; the same command in a second
+shell shares the work. At the end ``table.txt``, ``results.json`` and the plots are in the folder.
+"""
+
+from pathlib import Path
+
+from mlx_hmem.errors import ArgumentParser, UserError, run_program
+from train.readers import FOLDER_HELP
+from train.study.file import Study, load_study
+from train.study.plan import print_plan
+from train.study.plot import plot_study
+from train.study.rows import collect
+from train.study.runs import held, make_all
+from train.study.table import write_tables
+
+
+def _seeds(text: str | None, study: Study) -> list[int]:
+    known = sorted({*study.seeds, *(s for arm in study.arms for s in study.seeds_of(arm))})
+    if text is None:
+        return known
+    parts = text.split(",")
+    if odd := [p for p in parts if not p.strip().isdecimal() or int(p) not in known]:
+        raise UserError("--seeds has one that the study has not", odd[0], f"use some of {known}")
+    return [int(p) for p in parts]
+
+
+def _arms(text: str | None, study: Study) -> list[str]:
+    if text is None:
+        return list(study.arms)
+    parts = [part.strip() for part in text.split(",")]
+    if odd := [part for part in parts if part not in study.arms]:
+        raise UserError(
+            "--arms has one that the study has not", odd[0], f"use some of {', '.join(study.arms)}"
+        )
+    return parts
+
+
+def main() -> None:
+    parser = ArgumentParser(
+        prog="python -m train.study",
+        description="Makes a recipe in several arms with several seeds, measures them and draws up "
+        "tables and plots. Stopped, it goes on with the same command; the same command in a second "
+        "shell shares the work.",
+    )
+    parser.add_argument("study", type=Path, help="YAML file, see train/recipes/small")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the study")
+    parser.add_argument("--corpus", type=Path, help=FOLDER_HELP)
+    parser.add_argument("--facts", type=Path, help="as of python -m train")
+    parser.add_argument("--seeds", help="some of the study's, with commas")
+    parser.add_argument("--arms", help="some of the study's, with commas")
+    parser.add_argument("--plan", action="store_true", help="say what is to be done, and how long")
+    args = parser.parse_args()
+    study = load_study(args.study)
+    seeds, arms = _seeds(args.seeds, study), _arms(args.arms, study)
+    if args.plan:
+        print_plan(study, args.out, seeds, arms)
+        return
+    make_all(study, args.out, seeds, arms, args.corpus, args.facts)
+    with held(args.out / "study.lock", "waiting for another process that writes the tables"):
+        rows = collect(study, args.out)
+        print("\n" + write_tables(study, args.out, rows))
+        plot_study(study, args.out, rows)
+    print(f"study: table.txt, results.json and the plots are in {args.out}")
+
+
+if __name__ == "__main__":
+    run_program(main, "stopped; run the same command again to go on where it was")

@@ -1,0 +1,140 @@
+"""The pictures of a study: recall by times stated, perplexity, and each sweep."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_hmem.files import atomic_file
+from train.plot import import_pyplot
+from train.study.file import Study, Sweep
+from train.study.rows import Row, sweep_rows
+
+# Okabe and Ito's colours, told apart by colour-blind people too.
+COLOURS = ["#444444", "#E69F00", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#0072B2", "#999999"]
+AXIS = {
+    "fetched_parameters": "parameters of one fetched memory",
+    "bank_parameters": "parameters of the bank",
+}
+
+
+def headline(study: Study, rows: Sequence[Row]) -> list[Row]:
+    """The first measure of each arm that is run with all seeds of the study."""
+    return [
+        row
+        for row in rows
+        if row.measure == study.arms[row.arm].measure[0] and study.arms[row.arm].seeds is None
+    ]
+
+
+def plot_study(study: Study, out: Path, rows: Sequence[Row]) -> None:
+    """Writes recall.png, perplexity.png and sweep-NAME.png, of what there are figures for."""
+    pyplot = import_pyplot()
+    style: Any = {"axes.spines.top": False, "axes.spines.right": False, "axes.titleweight": "bold"}
+    with pyplot.rc_context(style):
+        main = headline(study, rows)
+        if any(row.recall for row in main):
+            _save(pyplot, out / "recall.png", [lambda axes: _draw_recall(axes, main)])
+        if any(row.perplexity for row in main):
+            _save(pyplot, out / "perplexity.png", [lambda axes: _draw_perplexity(axes, main)])
+        for sweep in study.sweeps:
+            _plot_sweep(pyplot, out, sweep, sweep_rows(study, out, sweep))
+
+
+def _save(pyplot: Any, target: Path, panels: Sequence[Any]) -> None:
+    size = (6.5 * len(panels), 4.2)
+    figure, grid = pyplot.subplots(
+        1, len(panels), figsize=size, squeeze=False, layout="constrained"
+    )
+    for axes, draw in zip(grid.flat, panels, strict=True):
+        draw(axes)
+    with atomic_file(target) as file:
+        figure.savefig(file, format="png", dpi=150)
+    pyplot.close(figure)
+
+
+def _times(row: Row) -> list[int]:
+    return [times for times in row.recall if times is not None]
+
+
+def _draw_recall(axes: Any, rows: Sequence[Row]) -> None:
+    for i, row in enumerate(row for row in rows if row.recall):
+        times = _times(row)
+        means, errors = ([getattr(row.recall[t], n) for t in times] for n in ("mean", "error"))
+        colour = COLOURS[i % len(COLOURS)]
+        axes.errorbar(
+            times, means, errors, fmt="o-", ms=4, capsize=3, color=colour, label=row.label
+        )
+    axes.set_xscale("log", base=2)
+    ticks = _times(rows[0])
+    axes.set_xticks(ticks, [str(t) for t in ticks])
+    axes.set(
+        title="Facts recalled",
+        ylabel="per cent",
+        xlabel="statements of a fact in one pass",
+        ylim=(0, 100),
+    )
+    axes.legend(frameon=False, fontsize="small")
+
+
+def _draw_perplexity(axes: Any, rows: Sequence[Row]) -> None:
+    shown = [row for row in rows if row.perplexity][::-1]
+    for i, row in enumerate(shown):
+        assert row.perplexity is not None
+        colour = COLOURS[(len(shown) - 1 - i) % len(COLOURS)]
+        axes.errorbar(
+            row.perplexity.mean, i, xerr=row.perplexity.error, fmt="o", capsize=3, color=colour
+        )
+    axes.set_yticks(range(len(shown)), [row.label for row in shown])
+    axes.set(title="Held-out text", xlabel="perplexity per token")
+
+
+def _plot_sweep(pyplot: Any, out: Path, sweep: Sweep, points: Sequence[Row]) -> None:
+    if not points:
+        return
+    panels = []
+    if all(row.recall for row in points):
+        panels.append(lambda axes: _draw_sweep_recall(axes, sweep, points))
+    if all(row.perplexity for row in points):
+        panels.append(lambda axes: _draw_sweep_perplexity(axes, sweep, points))
+    _save(pyplot, out / f"sweep-{sweep.name.replace(' ', '-')}.png", panels)
+
+
+def _axis(axes: Any, sweep: Sweep, points: Sequence[Row]) -> list[float]:
+    """Where the points lie: at their number of parameters, or side by side."""
+    if sweep.x is None:
+        places: list[float] = list(range(len(points)))
+        axes.set_xticks(places, [row.label for row in points], rotation=15)
+    else:
+        places = [row.sizes[sweep.x] for row in points]
+        axes.set_xscale("log")
+        axes.set_xlabel(AXIS[sweep.x])
+        axes.set_xticks(places, [f"{p:,.0f}" for p in places])
+        axes.set_xticks([], minor=True)
+    return places
+
+
+def _draw_sweep_recall(axes: Any, sweep: Sweep, points: Sequence[Row]) -> None:
+    places, joined = _axis(axes, sweep, points), "-" if sweep.x else ":"
+    for i, times in enumerate(_times(points[0])):
+        figures = [row.recall[times] for row in points]
+        axes.errorbar(
+            places,
+            [f.mean for f in figures],
+            [f.error for f in figures],
+            fmt="o" + joined,
+            ms=4,
+            capsize=3,
+            color=COLOURS[i % len(COLOURS)],
+            label=f"{times}×",
+        )
+    axes.set(title=f"{sweep.name}: facts recalled", ylabel="per cent", ylim=(0, 100))
+    axes.legend(frameon=False, fontsize="small")
+
+
+def _draw_sweep_perplexity(axes: Any, sweep: Sweep, points: Sequence[Row]) -> None:
+    places = _axis(axes, sweep, points)
+    figures = [row.perplexity for row in points if row.perplexity]
+    means, errors = [f.mean for f in figures], [f.error for f in figures]
+    fmt = "o-" if sweep.x else "o:"
+    axes.errorbar(places, means, errors, fmt=fmt, ms=4, capsize=3, color="#0072B2")
+    axes.set(title=f"{sweep.name}: held-out text", ylabel="perplexity per token")

@@ -1,0 +1,182 @@
+"""The runs of a study: one for each seed and arm, and for each rate that is tried.
+
+``OUT/SEED/ARM`` is an ordinary run folder, ``OUT/SEED/ARM@RATE`` that of an arm whose learning rate
+is searched for. A stage that another run of the seed has made with the same recipe is taken from
+it, as hard links. Several processes with the same command share the work: each takes runs that no
+other has, and waits for a stage that another is making. The locks die with their process.
+"""
+
+import contextlib
+import fcntl
+import functools
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train.corpus import run_corpus
+from train.recipe import Recipe
+from train.stages import ANCHOR_STAGES, identity, is_done, run_stages, stages_of, take_stage
+from train.study.file import Study
+from train.study.results import chosen_by, measure_run, memories_of, read_results
+
+POLL = 2.0  # seconds between looks at what another process is doing
+
+
+@dataclass(frozen=True)
+class Run:
+    """One folder of a study; ``setting`` is its rate, as a ``set`` value. One that only ``tries``
+    the rate is measured by what the rate is chosen by, and no more."""
+
+    study: Study
+    out: Path
+    seed: int
+    arm: str
+    setting: str | None
+    tries: bool = False
+
+    @property
+    def folder(self) -> Path:
+        rate = "" if self.setting is None else "@" + self.setting.partition("=")[2]
+        return self.out / str(self.seed) / f"{self.arm}{rate}"
+
+    @property
+    def title(self) -> str:
+        return f"seed {self.seed}, {self.folder.name}{', a trial' if self.tries else ''}"
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        measures: tuple[str, ...] = self.study.arms[self.arm].measure
+        return measures[:1] if self.tries else measures
+
+    @property
+    def is_measured(self) -> bool:
+        return all(read_results(self.folder, m) is not None for m in self.measures)
+
+    @functools.cached_property
+    def recipe(self) -> Recipe:
+        return self.study.recipe_of(self.arm, self.seed, self.setting)
+
+    def stages(self) -> list[str]:
+        """The stages that its measures need."""
+        memories = memories_of(self.recipe, self.measures)
+        names = [*ANCHOR_STAGES]
+        if memories or "dense" in self.measures:
+            names += ["tree", "sequences", *memories]
+        return names + (["dense"] if "dense" in self.measures else [])
+
+
+def runs_of(
+    study: Study, out: Path, seeds: Collection[int], arms: Collection[str]
+) -> tuple[list[Run], bool]:
+    """The runs that can be said so far, and whether these are all: an arm whose search is not
+    finished has only the runs of its search."""
+    runs: list[Run] = []
+    everything = True
+    for arm in study.arms:
+        if arm not in arms or not set(seeds) & set(study.seeds_of(arm)):
+            continue
+        search, setting = search_of(study, out, arm), None
+        if search:
+            best = choice(search, study.choose_by)
+            if best is None:
+                runs += search
+                everything = False
+                continue
+            setting = best.setting
+        own = [seed for seed in study.seeds_of(arm) if seed in seeds]
+        runs += [Run(study, out, seed, arm, setting) for seed in own]
+    order = list(dict.fromkeys(run.seed for run in runs))
+    return sorted(runs, key=lambda run: order.index(run.seed)), everything
+
+
+def search_of(study: Study, out: Path, arm: str) -> list[Run]:
+    """The runs that an arm's learning rate is chosen from."""
+    settings = study.arms[arm].settings
+    return [Run(study, out, study.seeds[0], arm, setting, tries=True) for setting in settings]
+
+
+def choice(search: list[Run], choose_by: str) -> Run | None:
+    """The best run of a search by its first measure; None while one is not measured. Of equals the
+    first."""
+    if not all(run.is_measured for run in search):
+        return None
+    return max(search, key=lambda run: figure(run, choose_by))
+
+
+def figure(run: Run, choose_by: str) -> float:
+    results = read_results(run.folder, run.measures[0])
+    assert results is not None, "is_measured says so"
+    return chosen_by(results, choose_by)
+
+
+@contextlib.contextmanager
+def held(path: Path, wait: str | None = None) -> Iterator[bool]:
+    """Whether the lock ``path`` was to be had; with ``wait`` it says that, and waits."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if wait is None:
+                yield False
+                return
+            print(wait, flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield True
+
+
+def make_run(run: Run, functions: dict[str, Callable[..., None]]) -> None:
+    """Makes what is missing of a run, and measures it."""
+    recipe, folder = run.recipe, run.folder
+    stages, taken = stages_of(recipe), []
+    for name in run.stages():
+        stage = stages[name]
+        if is_done(stage, recipe, folder):
+            continue
+        lock = folder.parent / ".making" / f"{name}-{identity(stage, recipe)[:16]}"
+        with held(lock, f"{name}: another process is making it; waiting"):
+            others = {path.parent for path in folder.parent.glob("*/" + name)} - {folder}
+            if take_stage(stage, recipe, folder, sorted(others)):
+                taken.append(name)
+                continue
+            if taken:
+                print(f"taken from other arms: {', '.join(taken)}", flush=True)
+                taken = []
+            run_stages(recipe, folder, [name], functions)
+    measure_run(recipe, folder, run.measures)
+
+
+def make_all(
+    study: Study,
+    out: Path,
+    seeds: Collection[int],
+    arms: Collection[str],
+    corpus: Path | None = None,
+    table: Path | None = None,
+) -> None:
+    """Makes all runs of the study, along with other processes that do the same."""
+    make_corpus: Any = functools.partial(run_corpus, corpus=corpus, table=table)
+    done: set[tuple[Path, bool]] = set()
+    told = False
+    while True:
+        runs, everything = runs_of(study, out, seeds, arms)
+        todo = [run for run in runs if (run.folder, run.tries) not in done]
+        if not todo and everything:
+            return
+        for run in todo:
+            with held(run.folder / "study.lock") as got:
+                if not got:
+                    continue
+                state = "done before" if run.is_measured else "begins"
+                print(f"{run.title}: {state}, {len(todo) - 1} more runs", flush=True)
+                make_run(run, {"corpus": make_corpus})
+                done.add((run.folder, run.tries))
+                told = False
+                break
+        else:
+            if not told:
+                print("waiting for the runs of other processes", flush=True)
+            told = True
+            time.sleep(POLL)
