@@ -87,6 +87,21 @@ def copies(trainee: MemoryTrainee) -> dict[str, np.ndarray]:
     return result
 
 
+def test_level_1_in_a_cache_without_room_trains_to_the_same_bits(tmp_path):
+    leaves, states = [0, 7, 2, 5, 1, 6], []
+    for name, options in (("a", {}), ("b", {"cache_level_1": True, "cache_bytes": 1})):
+        trainee = make_trainee(leaves)
+        with BlockStore(tmp_path / name, MEMORY, SEED, **options) as store:
+            trainee.store = store
+            for step in range(6):
+                rows = np.arange(2) + step % 3 * 2
+                trainee.step(rows, 0.01, (rows + 2) % 6)
+            assert bool(store._resident) is (name == "a")
+            states.append(copies(trainee))
+    for name, array in states[0].items():
+        np.testing.assert_array_equal(array, states[1][name], name)
+
+
 def test_lazy_adamw_with_every_block_touched_is_mlx_adamw():
     rng = np.random.default_rng(0)
     store, alone, clusters = make_store(TABLE), make_store(TABLE), np.arange(3)

@@ -126,11 +126,11 @@ def test_a_grouped_run_has_about_as_many_steps_as_a_shuffled_one():
 
 
 def test_batches_by_subtree_read_and_write_fewer_deep_blocks(tmp_path, monkeypatch):
-    config = MemoryConfig(hidden_size=8, num_hidden_layers=1, r=(2, 2), branching=(4, 8))
+    config = MemoryConfig(hidden_size=8, num_hidden_layers=1, r=(2, 2), branching=(16, 4))
     rng = np.random.default_rng(0)
-    tokens = rng.integers(1, 32, (256, 9)).astype(np.uint16)
-    leaves = rng.permutation(np.repeat(np.arange(32), 8))
-    paths = np.stack([leaves // 8, leaves], axis=1)
+    tokens = rng.integers(1, 32, (512, 9)).astype(np.uint16)
+    leaves = rng.permutation(np.repeat(np.arange(64), 8))
+    paths = np.stack([leaves // 4, leaves], axis=1)
     training = TrainerConfig(epochs=4, batch_size=16, warmup_steps=2)
     counts: Counter[str] = Counter()
     read, write = RecordStore.read, RecordStore.write
@@ -151,19 +151,19 @@ def test_batches_by_subtree_read_and_write_fewer_deep_blocks(tmp_path, monkeypat
         counts.clear()
         model = Model(ModelArgs("openlm", 8, 1, 8, 1, 8, 32, tie_word_embeddings=True))
         initialise(model, 0)
-        cache = 12 * (12 * 3 * 2 * 8 + 4)  # twelve of the 32 blocks of level 2
+        cache = 12 * (12 * 3 * 2 * 8 + 4)  # twelve of the 64 blocks of level 2
         with BlockStore(tmp_path / name, config, 0, cache) as store:
             trainee = MemoryTrainee(model, store, tokens, paths, 0, training)
             train(trainee, order, training, tmp_path / name, name)
         return counts["read"], counts["write"]
 
-    shuffled, grouped = ShuffledOrder(256, training, 0), SubtreeOrder(paths[:, 0], training, 0)
-    assert shuffled.num_steps == grouped.num_steps == 64
+    shuffled, grouped = ShuffledOrder(512, training, 0), SubtreeOrder(paths[:, 0], training, 0)
+    assert shuffled.num_steps == grouped.num_steps == 128
     reads, writes = traffic("shuffled", shuffled)
     grouped_reads, grouped_writes = traffic("grouped", grouped)
     print(f"reads {reads} → {grouped_reads}, writes {writes} → {grouped_writes}")
     assert grouped_reads < 0.6 * reads
     assert grouped_writes < 0.6 * writes
-    # One subtree after the other: its eight blocks stay.
+    # One subtree after the other: its four blocks stay.
     apart = [traffic(f"apart-{n}", SubtreeOrder(paths[:, 0], training, 0, n)) for n in range(4)]
-    assert sum(reads for reads, _ in apart) == 32
+    assert sum(reads for reads, _ in apart) == 16

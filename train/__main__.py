@@ -1,10 +1,13 @@
 """``python -m train RECIPE.yaml --corpus FOLDER --out runs/NAME``: makes a model from text."""
 
 import functools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from mlx_hmem.errors import ArgumentParser, UserError, run_program
+from mlx_hmem.resident import SIZE_HELP, parse_bytes
+from train.budget import fit, keep_to
 from train.corpus import run_corpus
 from train.log import SERVICES, Reporting
 from train.readers import FOLDER_HELP
@@ -14,6 +17,10 @@ from train.subtrees import run_subtree
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["remember"]:
+        from train.remember.command import main as remember
+
+        return remember(sys.argv[2:])
     parser = ArgumentParser(
         prog="python -m train",
         description="Makes a model with hierarchical memories from text. Finished stages are "
@@ -36,6 +43,10 @@ def main() -> None:
         "--report-to", metavar="SERVICE", help=f"logs trainings there too: {' or '.join(SERVICES)}"
     )
     parser.add_argument("--project-name", help="for --report-to (default: the recipe's name)")
+    parser.add_argument(
+        "--memory-budget", metavar="BYTES", help="chooses settings of the recipe with which the "
+        f"stages that train keep to it, {SIZE_HELP}",
+    )  # fmt: skip
     args = parser.parse_args()
     if args.subtree is not None and args.only != "memories":
         raise UserError("--subtree is for one stage", args.subtree, "add --only memories")
@@ -47,19 +58,25 @@ def main() -> None:
         names = names[: names.index(args.until) + 1]
     corpus = functools.partial(run_corpus, corpus=args.corpus, table=args.facts)
     recipe = load_recipe(args.recipe, args.set)
+    if args.memory_budget is not None:
+        budget = parse_bytes(args.memory_budget)
+        recipe, chosen = fit(recipe, budget, names, args.out)
+        keep_to(budget)
+        print(chosen, file=sys.stderr)
     functions: dict[str, Callable[..., None]] = {"corpus": corpus}
     reporting = None
     if args.report_to is not None:
         reporting = Reporting(args.report_to, args.project_name or recipe.name)
     if args.subtree is not None:
         run_subtree(recipe, args.out, args.subtree, reporting)
-        return
+        return None
     if reporting is not None:
         for name in names:
             if STAGES[name].trains:
                 function: Callable[..., None] = STAGES[name].load()
                 functions[name] = functools.partial(function, reporting=reporting)
     run_stages(recipe, args.out, names, functions)
+    return None
 
 
 if __name__ == "__main__":

@@ -137,10 +137,17 @@ def trained_anchor(recipe: Recipe, folder: Path) -> Path:
 def open_store(
     recipe: Recipe, folder: Path, name: str, readonly: bool = False, own: str = "store"
 ) -> BlockStore:
-    config, size = recipe.memory_config, recipe.memories.cache_bytes
+    config, memories = recipe.memory_config, recipe.memories
     if name == "generic":
         config = generic_config(config)
-    return BlockStore(folder / name / own, config, recipe.seed, size, readonly=readonly)
+    return BlockStore(
+        folder / name / own,
+        config,
+        recipe.seed,
+        memories.cache_bytes,
+        readonly=readonly,
+        cache_level_1=memories.cache_level_1,
+    )
 
 
 def train_memory(

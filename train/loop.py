@@ -15,6 +15,7 @@ import numpy as np
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import write_atomic
 from train.buckets import Buckets
+from train.budget import within_budget
 from train.checkpoint import Progress
 from train.gradient import is_finite
 from train.log import Log, Reporting
@@ -139,6 +140,7 @@ def _one_step(
 ) -> None:
     rate = learning_rate_at(batch.step, batch.num_steps, config)
     loss, norm = trainee.step(batch.rows, rate, following.rows)
+    within_budget()
     if is_finite(loss, norm):
         progress.curve.append((progress.step, loss, rate))
     elif progress.skipped + 1 >= MOST_SKIPPED:

@@ -82,6 +82,7 @@ class MemoryTrainee:
         self, rows: np.ndarray, learning_rate: float, next_rows: np.ndarray | None = None
     ) -> tuple[float, float]:
         paths = self._paths(rows, self.number)
+        self.store.load(self._keys(paths))
         unique, indices, states = [], [], []
         for level in self.levels:
             clusters, index = np.unique(paths[:, level - 1], return_inverse=True)

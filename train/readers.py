@@ -284,7 +284,7 @@ def read_documents(files: Iterable[CorpusFile], faults: Faults) -> Iterator[Docu
                 yield document
 
 
-def _listing(folder: Path) -> list[CorpusFile]:
+def listing(folder: Path) -> list[CorpusFile]:
     """Every regular file in ``folder`` and below, by path; nothing that is hidden."""
     names: list[str] = []
     for root, folders, files in os.walk(folder):
@@ -306,10 +306,10 @@ def corpus_files(source: Path | None) -> list[CorpusFile]:
             "--corpus",
             "give the folder of *.jsonl or *.jsonl.gz files, or set corpus.documents to 0",
         )
-    listing = [CorpusFile(source, source.name)] if source.is_file() else _listing(source)
-    records = [file for file in listing if file.name.endswith(tuple(RECORDS))]
+    found = [CorpusFile(source, source.name)] if source.is_file() else listing(source)
+    records = [file for file in found if file.name.endswith(tuple(RECORDS))]
     files = [file for file in records if "/" not in file.name] or records
-    files = files or [file for file in listing if file.name.endswith(tuple(TEXTS))]
+    files = files or [file for file in found if file.name.endswith(tuple(TEXTS))]
     if not files:
         kinds = ", ".join(f"*{end}" for end in (RECORDS | TEXTS))
         raise UserError(f"no {kinds} file", source, "give the corpus folder")

@@ -259,6 +259,10 @@ class MemoriesSection(JsonConfig):
     cache_bytes: int = field(
         default=1 << 30, metadata=help_text("memory for blocks of deeper levels while training")
     )
+    cache_level_1: bool = field(
+        default=False,
+        metadata=help_text("those of level 1 too; false: they stay in memory once they are read"),
+    )
     training: TrainerConfig = field(
         default_factory=TrainerConfig, metadata=help_text("how the memories are trained")
     )
@@ -278,6 +282,7 @@ class MemoriesSection(JsonConfig):
         check_truth("memories.", "group_by_subtree", self.group_by_subtree)
         check_whole("memories.", "cache_bytes", self.cache_bytes, 1)
         check_truth("memories.", "keep_parameters", self.keep_parameters)
+        check_truth("memories.", "cache_level_1", self.cache_level_1)
 
 
 @dataclass(frozen=True)

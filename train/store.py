@@ -1,8 +1,9 @@
 """The blocks under training, out of core: weights, moments and steps of every (level, cluster).
 
-On disk they are records of a :class:`train.records.RecordStore`; in memory level 1 stays, deeper
-blocks go through a cache of ``cache_bytes``, the least recently used leaving first. A block that no
-text has touched does not exist on disk: its start values follow from (seed, level, cluster).
+On disk they are records of a :class:`train.records.RecordStore`; in memory level 1 stays, unless
+``cache_level_1``, and the others go through a cache of ``cache_bytes``, the least recently used
+leaving first. A block that no text has touched does not exist on disk: its start values follow from
+(seed, level, cluster).
 
 One worker thread fetches the blocks of the next step, and writes those that make room for them,
 while MLX computes. It and the caller never use the store at the same time: every public method
@@ -52,6 +53,8 @@ class BlockStore:
         seed: with level and cluster it gives the start values of a block.
         cache_bytes: memory for the blocks of levels 2 and deeper; what one step and the next need
             is held in any case.
+        cache_level_1: those of level 1 go through the cache too, and the blocks of the next step
+            are not read ahead where the cache has no room for them.
         map_size: greatest size of the file; by default four times what a full bank needs.
         readonly: to read the last commit.
     """
@@ -64,7 +67,9 @@ class BlockStore:
         cache_bytes: int = CACHE_BYTES,
         map_size: int | None = None,
         readonly: bool = False,
+        cache_level_1: bool = False,
     ):
+        self.cache_level_1 = cache_level_1
         self.folder, self.config, self.seed, self.cache_bytes = folder, config, seed, cache_bytes
         self._resident: dict[Key, Entry] = {}
         self._cache: OrderedDict[Key, Entry] = OrderedDict()
@@ -124,11 +129,21 @@ class BlockStore:
             entry.steps[0] = steps[i]
             self._dirty.add(key)
 
+    def load(self, keys: Iterable[Key]) -> None:
+        """Loads the blocks of a step, which stay until the next ones are loaded."""
+        self._wait()
+        wanted = list(keys)
+        self._load(wanted, set(wanted))
+
     def prefetch(self, keys: Iterable[Key], keep: Iterable[Key]) -> None:
         """Begins to load the blocks ``keys``; those of ``keep`` stay too."""
         self._wait()
-        wanted = list(keys)
-        self._job = self._worker.submit(self._load, wanted, {*wanted, *keep})
+        wanted, kept = list(keys), set(keep)
+        if self.cache_level_1:
+            size = sum(self.record_bytes(level) for level, _ in {*wanted, *kept})
+            if size > self.cache_bytes:
+                return
+        self._job = self._worker.submit(self._load, wanted, {*wanted, *kept})
 
     def commit(
         self,
@@ -245,7 +260,10 @@ class BlockStore:
             job.result()
 
     def _entry(self, key: Key) -> Entry:
-        return self._resident[key] if key[0] == 1 else self._cache[key]
+        return self._resident[key] if self._stays(key[0]) else self._cache[key]
+
+    def _stays(self, level: int) -> bool:
+        return level == 1 and not self.cache_level_1
 
     def _initial(self, key: Key) -> np.ndarray:
         level, cluster = key
@@ -260,19 +278,21 @@ class BlockStore:
                 self._cache.move_to_end(key)
             elif key not in self._resident:
                 missing.append(key)
-        room = sum(self.record_bytes(level) for level, _ in missing if level > 1)
-        if self._cached_bytes + room > self.cache_bytes:
+        room = sum(self.record_bytes(level) for level, _ in missing if not self._stays(level))
+        if missing and self._cached_bytes + room > self.cache_bytes:
             # An eighth more, so that the disk is not asked to sync for every block.
             self._evict(self.cache_bytes * 7 // 8 - room, keep)
         for key in missing:
             entry = self._empty_entry(key[0])
             if not self.records.read(_block_name(key), entry.record):
                 entry.states[0], entry.states[1:], entry.steps[0] = self._initial(key), 0, 0
-            if key[0] == 1:
+            if self._stays(key[0]):
                 self._resident[key] = entry
             else:
                 self._cache[key] = entry
                 self._cached_bytes += entry.record.nbytes
+        if self.cache_level_1:
+            self._spare.clear()  # memory is short
 
     def _empty_entry(self, level: int) -> Entry:
         if spare := self._spare.get(level):

@@ -1,0 +1,315 @@
+"""What a model knows of documents that it has remembered, against LoRA and retrieval, in one run.
+
+    python -m benchmarks.remember --corpus CORPUS --work FOLDER [--json]
+
+Articles of the corpus whose ids have the largest md5, where a recipe that samples takes those with
+the smallest; none about a person, whose year of birth the demo may have been told. Of each, some
+sentences are taken out for the perplexity before ``train remember`` sees it: those that it holds
+out itself have chosen when it stops. A fact is a year in a sentence that was trained on: the
+sentence up to the year is given, and the greedy continuation has to be the year.
+
+LoRA is mlx-lm's on all layers of the anchor, with as many optimiser steps on batches of the same
+size of the same text, packed without regard to clusters; the best of some learning rates by the
+held-out sentences counts, which favours it. Retrieval puts the nearest window (by the encoder that
+also routes) in front of the question, within the context of the anchor alone.
+"""
+
+import argparse
+import heapq
+import json
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from mlx_hmem.anchors.load import load_anchor
+from mlx_hmem.errors import ArgumentParser, UserError, run_program
+from mlx_hmem.evaluate.scoring import Candidate, continue_greedily, score_candidates
+from mlx_hmem.loading import DEMO, load
+from mlx_hmem.model import MemoryModel
+from train.cleaning import clean, cut
+from train.gradient import masked_loss, packed_mask
+from train.order import Stream
+from train.readers import Faults, corpus_files, documents_of
+from train.remember.blocks import results_of
+from train.remember.command import main as remember
+from train.remember.command import text_of
+from train.remember.export import open_base
+from train.remember.forget import forget
+from train.remember.run import OwnText, Settings
+from train.remember.run import documents_of as documents_of_run
+from train.remember.text import OwnDocument, hold_out, sentences
+from train.sample import hashes
+from train.sequences import pack_anchor
+
+YEAR = re.compile(r"\b(1[0-9]{3}|20[01][0-9])\b")
+PERSON = re.compile(r"\bborn\b|\([^)]*\d{4}[^)]*[–-]")
+PREFIX_SHARE = 0.6  # of the context, for what retrieval puts in front
+
+
+class Question(NamedTuple):
+    """What is given and what is asked for; of a held-out sentence nothing is given."""
+
+    document: int
+    given: str
+    asked: str
+
+
+class Arm(NamedTuple):
+    """A model with the memory that it uses; ``prefix`` gives what stands before a question."""
+
+    model: MemoryModel
+    memory: str
+    prefix: Callable[[str], str] | None = None
+
+
+def choose_articles(corpus: Path, count: int, characters: int) -> list[tuple[str, str]]:
+    """(title, text) of the articles with the largest md5, the largest first."""
+    best: list[tuple[int, str, str]] = []
+    for file in corpus_files(corpus):
+        for name, title, text in documents_of(file, Faults()):
+            if len(text) < 600 or PERSON.search(text[:300]):
+                continue
+            item = (hashes(name)[0], title, text)
+            if len(best) < count:
+                heapq.heappush(best, item)
+            else:
+                heapq.heappushpop(best, item)
+    return [(t, cut(clean(text), characters)) for _, t, text in sorted(best, reverse=True)]
+
+
+def write_articles(articles: Sequence[tuple[str, str]], folder: Path) -> list[Question]:
+    """Writes each without some of its sentences, which come back."""
+    folder.mkdir(parents=True, exist_ok=True)
+    taken = []
+    for number, (title, text) in enumerate(articles):
+        name = re.sub(r"[^A-Za-z0-9]+", "-", title)[:40]
+        kept, out = hold_out(OwnDocument(f"test {title}", title, text))
+        (folder / f"{number:04d}-{name}.txt").write_text(kept, encoding="utf-8")
+        taken += [Question(number, "", sentence.text) for sentence in out]
+    return taken
+
+
+def facts_of(documents: Sequence[OwnDocument]) -> list[Question]:
+    """The first year of each document that a sentence leads up to."""
+    facts = []
+    for number, document in enumerate(documents):
+        kept, _ = hold_out(document)
+        for start, end in sentences(kept):
+            found = YEAR.search(kept, start, end)
+            if found and found.start() - start >= 30:
+                facts.append(Question(number, kept[start : found.start()].strip(), found.group()))
+                break
+    return facts
+
+
+def _context(arm: Arm, question: Question) -> list[int]:
+    """The ids that are given, the beginning of a text first."""
+    ids: list[int] = arm.model.tokenizer.encode(question.given)
+    if arm.prefix is None:
+        return ids
+    front = arm.model.tokenizer.encode(arm.prefix(question.given or question.asked) + "\n")
+    most = int(PREFIX_SHARE * (arm.model.context or 2048))
+    return front[:most] + ids[1:]
+
+
+def _paths(arm: Arm, questions: Sequence[Question]) -> list[tuple[int, ...]] | None:
+    """Routed by what is given; of a held-out sentence by itself, as perplexity is."""
+    if arm.memory != "fetched":
+        return None
+    return [arm.model.route(q.given or q.asked)[1] for q in questions]
+
+
+def held_out_losses(arm: Arm, questions: Sequence[Question]) -> tuple[np.ndarray, np.ndarray]:
+    """Nats and tokens of each held-out sentence."""
+    most = arm.model.context or 2048
+    rows = [
+        [Candidate(context, arm.model.tokenizer.encode(q.asked)[1:][: most - len(context)])]
+        for q in questions
+        for context in [_context(arm, q)]
+    ]
+    nats, tokens = np.zeros(len(rows)), np.zeros(len(rows))
+    for batch in score_candidates(arm.model, rows, arm.memory, _paths(arm, questions)):
+        for i, (score,) in batch:
+            nats[i], tokens[i] = score.nats, score.tokens
+    return nats, tokens
+
+
+def recalled(arm: Arm, questions: Sequence[Question]) -> np.ndarray:
+    """Whether the year is what follows, of each question."""
+    right = np.zeros(len(questions), bool)
+    prompts = [_context(arm, q) for q in questions]
+    for batch in continue_greedily(arm.model, prompts, 8, arm.memory, _paths(arm, questions)):
+        for i, tokens in batch:
+            said = arm.model.tokenizer.decode(tokens).strip()
+            right[i] = re.match(rf"{questions[i].asked}(?!\d)", said) is not None
+    return right
+
+
+def interval(right: np.ndarray) -> tuple[float, float]:
+    """Wilson's 95 % interval of a proportion."""
+    n, p, z = len(right), float(right.mean()), 1.96
+    middle, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return tuple(float(x / (1 + z * z / n)) for x in (middle - half, middle + half))  # type: ignore[return-value]
+
+
+def figures(arm: Arm, held: Sequence[Question], facts: Sequence[Question]) -> dict[str, Any]:
+    nats, tokens = held_out_losses(arm, held)
+    right = recalled(arm, facts)
+    return {
+        "held_out_perplexity": float(np.exp(nats.sum() / tokens.sum())),
+        "held_out_tokens": int(tokens.sum()),
+        "facts": len(facts),
+        "recalled": int(right.sum()),
+        "recalled_interval": interval(right),
+    }
+
+
+def train_lora(
+    folder: Path, text: OwnText, settings: Settings, steps: int, rank: int, rate: float, rows: Path
+) -> nn.Module:
+    """The anchor with mlx-lm's LoRA after so many steps on the same text."""
+    anchor, _ = load_anchor(folder)
+    anchor.freeze()
+    mx.random.seed(0)
+    # mlx-lm's own scale and dropout.
+    linear_to_lora_layers(anchor, len(anchor.layers), {"rank": rank, "scale": 20.0, "dropout": 0.0})
+    tokens, size = pack_anchor(text.windows, settings.context, 0, rows), 8
+    eot, stream = settings.begin[0], Stream(len(tokens), 0)
+    masked = settings.training["document_mask"]
+    optimiser: Any = optim.AdamW(learning_rate=optim.linear_schedule(0, rate, 10))
+
+    def loss(model: Any, batch: mx.array) -> mx.array:
+        inputs = batch[:, :-1]
+        logits = model(inputs, mask=packed_mask(inputs, eot)) if masked else model(inputs)
+        return masked_loss(logits, batch, eot)
+
+    step = nn.value_and_grad(anchor, loss)
+    for number in range(steps):
+        batch = mx.array(tokens[stream.numbers(number * size, size)].astype(np.int32))
+        _, gradient = step(anchor, batch)
+        gradient, _ = optim.clip_grad_norm(gradient, 1.0)
+        optimiser.update(anchor, gradient)
+        mx.eval(anchor.parameters(), optimiser.state)
+    return anchor
+
+
+def retrieval(model: MemoryModel, text: OwnText) -> Callable[[str], str]:
+    """The nearest window of the documents to a question."""
+    assert model.retriever is not None
+    encoder, tokenizer = model.retriever.encoder, model.tokenizer
+    front = len(text.windows.begin)
+    ids = [text.windows[i][front:].tolist() for i in range(len(text.windows))]
+    texts = [tokenizer.decode(row) for row in ids]
+    vectors = encoder.encode(texts)
+    return lambda question: texts[int((vectors @ encoder.encode([question])[0]).argmax())]
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    work: Path = args.work
+    if work.exists():
+        raise UserError("the folder exists", work, "give a new one: its times are measured")
+    wanted = args.articles + args.forget
+    articles = choose_articles(args.corpus, wanted, args.characters)
+    held = write_articles(articles[: args.articles], work / "documents")
+    write_articles(articles[args.articles :], work / "control")
+    start = time.perf_counter()
+    out, run = work / "model", work / "model.run"
+    options = [] if args.passes is None else ["--passes", str(args.passes)]
+    remember([str(work / "documents"), "--model", str(args.model), "--out", str(out), *options])
+    seconds, settings = time.perf_counter() - start, Settings.load(run)
+    documents = documents_of_run(run)
+    text, _ = text_of(open_base(str(args.model)), documents)
+    facts = facts_of(documents)
+    numbers = sorted(int(folder.name) for folder in (run / "subtrees").iterdir())
+    steps = sum(result["steps"] for result in results_of(run, numbers))
+    model, before = load(out), load(args.model)
+    arms = {"anchor": Arm(model, "none"), "remembered": Arm(model, "fetched")}
+    if before.bank is not None:
+        arms["memory it had"] = Arm(before, "fetched")
+    arms["retrieval"] = Arm(model, "none", retrieval(model, text))
+    result: dict[str, Any] = {
+        "articles": len(documents),
+        "tokens": len(text.windows.tokens),
+        "steps": steps,
+        "seconds": round(seconds, 1),
+        "arms": {name: figures(arm, held, facts) for name, arm in arms.items()},
+        "lora": [],
+    }
+    for rate in args.lora_rates:
+        start = time.perf_counter()
+        rows = work / "rows.npy"
+        anchor = train_lora(out, text, settings, steps, args.lora_rank, rate, rows)
+        arm = Arm(MemoryModel(anchor, model.anchor_config, model.tokenizer), "none")
+        took = {"learning_rate": rate, "seconds": round(time.perf_counter() - start, 1)}
+        result["lora"].append({**took, **figures(arm, held, facts)})
+    if result["lora"]:
+        result["arms"]["LoRA"] = min(result["lora"], key=lambda r: r["held_out_perplexity"])
+    if args.forget:
+        result["forget"] = measure_forget(out, run, documents, facts, args.forget)
+    return result
+
+
+def measure_forget(
+    out: Path, run: Path, documents: list[OwnDocument], facts: list[Question], count: int
+) -> dict[str, Any]:
+    """Forgets ``count`` documents, and asks for the facts of these and of all others."""
+    gone = {d.sha256 for d in documents[:count]}  # by hash, so they are anywhere in the tree
+    start, less = time.perf_counter(), out.with_name("less")
+    forget(open_base(str(out)), sorted(gone), run, less, out.with_name("control"))
+    report = json.loads((Path(f"{less}.run") / "forgotten.json").read_text())
+    for name in ("forgotten", "control"):
+        del report[name]["documents"]
+    result = {"seconds": round(time.perf_counter() - start, 1), **report}
+    for name, asked in (
+        ("facts_of_forgotten", [q for q in facts if documents[q.document].sha256 in gone]),
+        ("facts_of_others", [q for q in facts if documents[q.document].sha256 not in gone]),
+    ):
+        for when, folder in (("before", out), ("after", less)):
+            right = recalled(Arm(load(folder), "fetched"), asked) if asked else np.zeros(1, bool)
+            result[f"{name}_{when}"] = {
+                "facts": len(asked), "recalled": int(right.sum()), "interval": interval(right),
+            }  # fmt: skip
+    return result
+
+
+def show(result: dict[str, Any]) -> None:
+    print(
+        f"{result['articles']} articles, {result['tokens']:,} tokens: {result['steps']} steps, "
+        f"{result['seconds']} s"
+    )
+    print(f"{'':16}{'held-out perplexity':>20}{'facts recalled':>20}{'95 %':>16}")
+    for name, arm in result["arms"].items():
+        low, high = arm["recalled_interval"]
+        share = f"{arm['recalled']} of {arm['facts']}"
+        print(f"{name:16}{arm['held_out_perplexity']:20.2f}{share:>20}{low:9.2f}–{high:.2f}")
+    if "forget" in result:
+        print(json.dumps(result["forget"], indent=2))
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="python -m benchmarks.remember", description=__doc__)
+    parser.add_argument("--corpus", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True, help="a new folder for all of it")
+    parser.add_argument("--model", type=Path, default=DEMO)
+    parser.add_argument("--articles", type=int, default=300)
+    parser.add_argument("--characters", type=int, default=2000, help="of an article, at most")
+    parser.add_argument("--passes", type=int, help="as that of train remember")
+    parser.add_argument("--forget", type=int, default=20, help="documents to forget; 0: none")
+    parser.add_argument("--lora-rank", type=int, default=8)
+    parser.add_argument("--lora-rates", type=float, nargs="*", default=[1e-4, 3e-4, 1e-3])
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args()
+    result = measure(args)
+    print(json.dumps(result, indent=2)) if args.json else show(result)
+
+
+if __name__ == "__main__":
+    run_program(main)

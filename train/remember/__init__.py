@@ -1,0 +1,1 @@
+"""One's own documents learned, and forgotten (docs/own_documents.md)."""

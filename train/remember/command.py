@@ -1,0 +1,193 @@
+"""``python -m train remember FOLDER --model MODEL --out NEW_DIR``: a model learns your documents.
+
+The anchor stays as it is; the text goes into blocks of memory: into a bank of its own, or, where
+the model has one, into new clusters behind those that are there. See docs/own_documents.md.
+"""
+
+import hashlib
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_hmem.anchors.load import load_anchor, read_config
+from mlx_hmem.errors import ArgumentParser, UserError
+from mlx_hmem.retriever import ClusterTree
+from train.readers import CorpusFile, Faults
+from train.readers_files import own_files
+from train.remember.blocks import Trainer, results_of, subtrees_of, trained_blocks
+from train.remember.export import Base, export, open_base
+from train.remember.plan import check_size, make_settings, plan_lines, text_bytes
+from train.remember.restate import Writer, restate, restated
+from train.remember.run import (
+    OwnText,
+    Settings,
+    begin_run,
+    check_same,
+    context_of,
+    cut_text,
+    documents_of,
+    leaves_of,
+    provenance,
+)
+from train.remember.text import OwnDocument, read_folder
+from train.stages import alone
+from train.taken_tokenizer import TakenTokenizer, embedded
+
+ANY_SIZE = 1 << 62
+
+
+def source_of(files: list[CorpusFile], most_bytes: int | None) -> str:
+    """What names the folder as it is now: names, sizes and times of its files."""
+    stats = [(file.name, file.path.stat()) for file in files]
+    seen = [(name, s.st_size, s.st_mtime_ns) for name, s in stats]
+    return hashlib.sha256(repr((seen, most_bytes)).encode()).hexdigest()
+
+
+def run_folder(out: Path, run: Path | None) -> Path:
+    """Where the private part of a model is kept: beside the model unless it is said."""
+    run = Path(f"{out}.run") if run is None else run
+    if run.absolute().is_relative_to(out.absolute()):
+        raise UserError(
+            "the run's folder lies in the model directory", run, "it holds your text: keep it apart"
+        )
+    return run
+
+
+def text_of(
+    base: Base,
+    documents: list[OwnDocument],
+    restated: Mapping[str, Sequence[str]] | None = None,
+) -> tuple[OwnText, TakenTokenizer]:
+    """The documents in the model's tokens, with what was restated of each, and its tokenizer."""
+    config, tokenizer = read_config(base.folder), TakenTokenizer(base.folder)
+    begin, context = tokenizer.begin(), context_of(config)
+    vocab_size = embedded(config)
+    return cut_text(documents, tokenizer, begin, context, vocab_size, restated), tokenizer
+
+
+def read_new(
+    base: Base, files: list[CorpusFile], most_bytes: int | None
+) -> tuple[list[OwnDocument], str]:
+    """The documents to remember, and in words what was found; UserError if there is none."""
+    faults, known = Faults(), {document.sha256 for document in base.documents}
+    reading = read_folder(files, known, most_bytes or ANY_SIZE, faults)
+    faults.print()
+    passed = sum(faults.counts.values())
+    notes = [
+        f"{count} {what}"
+        for count, what in (
+            (reading.duplicates, "duplicates"),
+            (reading.known, "known already"),
+            (passed, "passed over"),
+        )
+        if count
+    ]
+    if reading.files_left:
+        notes.append(f"the rest left out by --max-bytes {most_bytes}")
+    if not reading.documents:
+        raise UserError("there is nothing to remember", ", ".join(notes) or "0", "give more text")
+    said = f"{len(reading.documents):,}" + (f" ({', '.join(notes)})" if notes else "")
+    return reading.documents, said
+
+
+def prepare(
+    base: Base, files: list[CorpusFile], run: Path, most_bytes: int | None, **wanted: Any
+) -> Settings:
+    """Begins a run after its plan, or finds the one that was begun. ``wanted``: settings that were
+    asked for."""
+    source = source_of(files, most_bytes)
+    if (run / "settings.json").exists():
+        found = Settings.load(run)
+        wanted |= {"anchor_hash": base.anchor_hash, "first": base.first}
+        check_same(found, run, source=source, **wanted)
+        print(f"goes on with {run}")
+        return found
+    size = text_bytes(files)
+    check_size(base, min(size, most_bytes or size), [run])
+    documents, said = read_new(base, files, most_bytes)
+    text, tokenizer = text_of(base, documents)
+    settings = make_settings(base, text, tokenizer, source=source, seed=0, **wanted)
+    cost = None
+    if settings.restate:
+        cost = Writer.open(base.folder, settings.restate, settings.seed).reckon(documents)
+    print("\n".join(plan_lines(base, text, settings, said, cost)))
+    begin_run(run, settings, documents)
+    return settings
+
+
+def remember(base: Base, run: Path, settings: Settings, out: Path) -> None:
+    """Trains what is not trained yet, and writes the model directory."""
+    documents = documents_of(run)
+    if settings.restate:
+        writer = Writer.open(base.folder, settings.restate, settings.seed)
+        print(restate(run, writer, documents))
+    text, tokenizer = text_of(base, documents, restated(run))
+    paths = leaves_of(run, text, settings, base.encoder, tokenizer)
+    anchor, _ = load_anchor(base.folder)
+    Trainer(anchor, settings).train(run, text, paths)
+    numbers = subtrees_of(paths)
+    known = provenance(text, settings, paths)
+    tree = ClusterTree.load(run / "tree.safetensors")
+    export(base, settings, tree, trained_blocks(run, numbers), known, out)
+    results = [r for r in results_of(run, numbers) if r["perplexity_before"] is not None]
+    if results:
+        chosen = "" if settings.passes else "; they chose when to stop"
+        print(held_out_line(results) + chosen)
+    steps = sum(r["steps"] for r in results_of(run, numbers))
+    print(f"remembered {len(documents)} documents in {steps} steps: {out}; your text is in {run}")
+
+
+def held_out_line(results: Sequence[dict]) -> str:
+    """Perplexity of the held-out sentences before and after, over all clusters."""
+    total = sum(r["held_out_tokens"] for r in results)
+
+    def mean(name: str) -> float:
+        return math.exp(sum(r["held_out_tokens"] * math.log(r[name]) for r in results) / total)
+
+    return (
+        f"held-out sentences: perplexity {mean('perplexity_before'):.2f} with the anchor alone, "
+        f"{mean('perplexity'):.2f} with the memory"
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = ArgumentParser(
+        prog="python -m train remember",
+        description="Teaches a model a folder of text, Markdown, HTML, PDF and JSON lines. Prints "
+        "a plan first; stopped, it goes on with the same command.",
+    )
+    parser.add_argument("folder", type=Path, help="your documents; hidden files are passed over")
+    parser.add_argument("--model", required=True, help="a model directory, or a Hub id user/name")
+    parser.add_argument("--out", type=Path, required=True, metavar="NEW_DIR")
+    parser.add_argument(
+        "--run", type=Path, help="what is needed to forget again, your text among it, which does "
+        "not belong into a model that you pass on (default: NEW_DIR.run)",
+    )  # fmt: skip
+    parser.add_argument("--max-bytes", type=int, metavar="N", help="read no more text than that")
+    parser.add_argument(
+        "--passes", type=int, metavar="N", help="over the text, more of them for more of it by "
+        "heart (default: until the perplexity of held-out sentences stops falling)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--restate", type=int, metavar="N", help="let the anchor write N questions with answers on "
+        "each passage, and learn them too",
+    )  # fmt: skip
+    args = parser.parse_args(argv)
+    for name in ("max_bytes", "passes", "restate"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is not 1 or more", value, "give a number")
+    if args.out.exists():
+        raise UserError("the destination exists", args.out, "choose another")
+    run, files = run_folder(args.out, args.run), own_files(args.folder)
+    base = open_base(args.model)
+    began = run.exists()
+    try:
+        with alone("train remember", run):
+            wanted = {"passes": args.passes, "restate": args.restate or 0}
+            settings = prepare(base, files, run, args.max_bytes, **wanted)
+            remember(base, run, settings, args.out)
+    finally:
+        if not began and not (run / "settings.json").exists():
+            shutil.rmtree(run, ignore_errors=True)

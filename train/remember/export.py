@@ -1,0 +1,216 @@
+"""A trained run becomes a model directory: the base model's, with new clusters behind its own.
+
+Files that do not change are hard links, or copies where the file system has none. Blocks that no
+text has touched are zeros: where they are fetched the level above speaks alone.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_hmem.anchors.load import anchor_hash, read_config
+from mlx_hmem.bank.documents import Document, read_documents, write_documents
+from mlx_hmem.bank.format import (
+    GENERIC,
+    MANIFEST,
+    Level,
+    Manifest,
+    Shard,
+    num_blocks,
+    row_type,
+    stored_levels,
+)
+from mlx_hmem.bank.views import VIEWS, read_views, write_views
+from mlx_hmem.bank.writer import (
+    Cut,
+    encode_block,
+    shard_cuts,
+    shard_metadata,
+    write_manifest,
+    write_shard,
+)
+from mlx_hmem.bank_tools.folders import link, link_model, new_folder
+from mlx_hmem.config import FORMAT_VERSION, HmemConfig, MemoryConfig, RetrieverConfig
+from mlx_hmem.errors import UserError
+from mlx_hmem.files import fingerprint, write_atomic
+from mlx_hmem.find import BANK_FILES, BANK_FOLDER, MODEL_FILES, find_model
+from mlx_hmem.loading import added_banks, open_encoder, open_tree
+from mlx_hmem.retriever import ClusterTree, Encoder, load_encoder
+from train.export import place_encoder
+from train.remember.blocks import Key
+from train.remember.run import Settings
+
+CARD = """# A model with remembered documents
+
+{anchor} as the anchor, and a memory bank in which {count} documents were remembered with
+`python -m train remember`. `bank/documents.jsonl` names them.
+
+The weights hold what these documents say: pass them on only where you would pass on the documents.
+"""
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that is to remember; ``hmem``, ``tree`` and ``manifest`` where it has a memory."""
+
+    folder: Path
+    hmem: HmemConfig | None
+    tree: ClusterTree | None
+    manifest: Manifest | None
+    encoder: Encoder
+    anchor_hash: str
+
+    @property
+    def first(self) -> int:
+        return self.hmem.memory.branching[0] if self.hmem is not None else 0
+
+    @property
+    def documents(self) -> list[Document]:
+        return read_documents(self.folder / BANK_FOLDER) if self.hmem is not None else []
+
+
+def open_base(path_or_repo: str) -> Base:
+    """A folder or Hub id, with its memory if it has one; UserError where the parts do not fit."""
+    folder = find_model(path_or_repo, (*MODEL_FILES, *BANK_FILES, f"{BANK_FOLDER}/*.jsonl"))
+    read_config(folder)
+    found = anchor_hash(folder)
+    if not (folder / "hmem.json").exists():
+        if (folder / BANK_FOLDER).exists():
+            raise UserError("hmem.json is missing", folder, "restore it or make the model again")
+        return Base(folder, None, None, None, load_encoder("static"), found)
+    hmem = HmemConfig.from_file(folder / "hmem.json")
+    if found != hmem.anchor_hash:
+        raise UserError(
+            "the anchor is not the one this memory was made for", folder, "restore the anchor"
+        )
+    manifest = Manifest.from_file(folder / BANK_FOLDER / MANIFEST)
+    return Base(folder, hmem, open_tree(folder, hmem), manifest, open_encoder(folder, hmem), found)
+
+
+def joined_tree(base: ClusterTree | None, own: ClusterTree) -> ClusterTree:
+    """The clusters of ``own`` behind those of ``base``: old ones keep their numbers."""
+    if base is None:
+        return own
+    branching = (base.branching[0] + own.branching[0], *base.branching[1:])
+    pairs = zip(base.centroids, own.centroids, strict=True)
+    centroids = [np.concatenate([np.asarray(a), np.asarray(b)]) for a, b in pairs]
+    counts = [np.concatenate(pair) for pair in zip(base.counts, own.counts, strict=True)]
+    return ClusterTree(branching, centroids, counts, base.seed)
+
+
+class BankWriter:
+    """Writes shards of new blocks in the layout of the bank that they join."""
+
+    def __init__(self, target: Path, config: MemoryConfig, anchor: str, old: Manifest | None):
+        self.target, self.config, self.anchor, self.old = target, config, anchor, old
+        self.dtype = "float16" if old is None else old.dtype
+        self.quantization = None if old is None else old.quantization
+
+    def layout(self, level: int) -> Level:
+        how = next((q for q in self.quantization or () if q.level == level), None)
+        return Level.layout(self.config, level, self.dtype, how)
+
+    def shard(self, level: int, cut: Cut, block: Callable[[int], mx.array | None]) -> Shard:
+        """One file of the blocks that ``block`` gives by cluster; None is a hole."""
+        how = next((q for q in self.quantization or () if q.level == level), None)
+        layout = self.layout(level)
+
+        def encoded() -> Iterator[list[memoryview] | None]:
+            for cluster in range(cut.first_cluster, cut.first_cluster + cut.num_clusters):
+                values = block(cluster)
+                if values is None:
+                    yield None
+                    continue
+                try:
+                    yield encode_block(values, self.config, level, self.dtype, how)
+                except ValueError as error:
+                    raise UserError(
+                        f"block {cluster} of level {level} cannot be stored", error,
+                        "remember the documents again in another --run",
+                    ) from None  # fmt: skip
+
+        row = row_type(layout, self.dtype, how)
+        metadata = shard_metadata(level, self.anchor)
+        return write_shard(self.target, layout, row, cut, encoded(), metadata)
+
+    def manifest(self, levels: dict[int, Level], tree_hash: str) -> None:
+        write_manifest(
+            self.target, self.config, levels, self.dtype, self.quantization, self.anchor, tree_hash
+        )
+
+
+def export(
+    base: Base,
+    settings: Settings,
+    own_tree: ClusterTree,
+    blocks: dict[Key, mx.array],
+    documents: list[Document],
+    out: Path,
+) -> None:
+    """Writes the model directory ``out``, whole or not at all."""
+    with new_folder(out) as part:
+        changed = ["README.md", "hmem.json", "retriever/tree.safetensors"]
+        link_model(base.folder, part, but=[*changed, BANK_FOLDER] if base.hmem else changed)
+        tree_file = part / "retriever" / "tree.safetensors"
+        tree_file.parent.mkdir(exist_ok=True)
+        joined_tree(base.tree, own_tree).save(tree_file, settings.encoder_hash)
+        known = RetrieverConfig(
+            base.hmem.retriever.encoder if base.hmem else place_encoder("static", part),
+            settings.encoder_hash,
+            fingerprint(tree_file),
+        )
+        _write_bank(base, settings, blocks, known.tree_hash, part / BANK_FOLDER)
+        write_documents(part / BANK_FOLDER, [*base.documents, *documents])
+        _bar_in_views(base, settings, part / BANK_FOLDER)
+        hmem = HmemConfig(FORMAT_VERSION, settings.memory, known, base.anchor_hash)
+        write_atomic(part / "hmem.json", hmem.to_json())
+        write_card(base, part)
+
+
+def write_card(base: Base, part: Path) -> None:
+    count = len(read_documents(part / BANK_FOLDER))
+    anchor = read_config(base.folder)["model_type"]
+    write_atomic(part / "README.md", CARD.format(anchor=f"A {anchor} model", count=count))
+
+
+def _write_bank(
+    base: Base, settings: Settings, blocks: dict[Key, mx.array], tree_hash: str, target: Path
+) -> None:
+    """The old shards as they are, then those of the new clusters."""
+    config, old = settings.memory, base.manifest
+    writer = BankWriter(target, config, base.anchor_hash, old)
+    levels = {}
+    for level in stored_levels(config):
+        there = {} if old is None else {each.level: each for each in old.all_levels}
+        shards = list(there[level].shards) if level in there else []
+        for shard in shards:
+            link(base.folder / BANK_FOLDER / shard.file, target / shard.file)
+        if level == GENERIC:
+            cuts = [Cut(0, 0, 1)] if old is None else []
+        else:
+            first = settings.offsets[level - 1]
+            new = shard_cuts(writer.layout(level), num_blocks(config, level) - first)
+            cuts = [
+                Cut(c.shard + len(shards), c.first_cluster + first, c.num_clusters) for c in new
+            ]
+
+        def block(cluster: int, level: int = level) -> mx.array | None:
+            return blocks.get((level, cluster))
+
+        shards += [writer.shard(level, cut, block) for cut in cuts]
+        levels[level] = replace(writer.layout(level), shards=tuple(shards))
+    writer.manifest(levels, tree_hash)
+
+
+def _bar_in_views(base: Base, settings: Settings, target: Path) -> None:
+    """Views that exist do not see the new clusters until they are unblocked."""
+    if base.hmem is None or not (base.folder / BANK_FOLDER / VIEWS).exists():
+        return
+    beside = {name: each.memory for name, each in added_banks(base.folder, base.hmem).items()}
+    views = read_views(base.folder / BANK_FOLDER, {"": base.hmem.memory} | beside)
+    new = [(n,) for n in range(settings.first, settings.memory.branching[0])]
+    write_views(target, {name: itertools.chain(barred, new) for name, barred in views.items()})

@@ -1,0 +1,236 @@
+"""``python -m mlx_hmem.bank forget MODEL DOCUMENT… --out NEW_DIR``: takes documents out again.
+
+Every cluster of level 1 that a document trained is trained again from its start without it, by the
+same program on the same seed and tree. So its blocks are the bits that they would be had the
+document never been there; all other blocks stay. What remains of it: the cluster tree was fitted to
+its vectors among the others' and stays as it is.
+
+The old model and its run are left as they are until the new ones are whole, and then it is for you
+to delete them: they hold the document.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_hmem.anchors.load import load_anchor
+from mlx_hmem.bank import Bank
+from mlx_hmem.bank.documents import DOCUMENTS, Document, find_document, write_documents
+from mlx_hmem.bank.format import GENERIC, MANIFEST, Level, Shard
+from mlx_hmem.bank.writer import (
+    Cut,
+    checksum_of_zeros,
+    encode_block,
+    shard_metadata,
+    write_manifest,
+    write_shard,
+)
+from mlx_hmem.bank_tools.folders import bytes_of, link, link_model, new_folder
+from mlx_hmem.errors import ArgumentParser, UserError
+from mlx_hmem.files import write_atomic
+from mlx_hmem.find import BANK_FOLDER
+from mlx_hmem.loading import load
+from mlx_hmem.retriever import ClusterTree
+from train.arrays import load_mapped, save_array
+from train.readers import Faults
+from train.readers_files import own_files
+from train.remember.blocks import Key, Trainer, subtree_folder, subtrees_of, trained_blocks
+from train.remember.command import run_folder, text_of
+from train.remember.export import Base, open_base, write_card
+from train.remember.proof import proof, report_lines
+from train.remember.restate import restated, restated_without
+from train.remember.run import OwnText, Settings, begin_run, check_same, documents_of, without
+from train.remember.text import OwnDocument, read_folder
+from train.stages import alone
+
+ANY_SIZE = 1 << 62
+
+
+def check_run(base: Base, run: Path) -> Settings:
+    """The settings of the run whose clusters the model has; UserError if it has others."""
+    settings = Settings.load(run)
+    own = ClusterTree.load(run / "tree.safetensors")
+    assert base.tree is not None
+    for level, first in enumerate(settings.offsets):
+        part = np.asarray(base.tree.centroids[level])[first : first + own.num_clusters[level]]
+        if settings.anchor_hash != base.anchor_hash or not np.array_equal(
+            part, np.asarray(own.centroids[level])
+        ):
+            raise UserError(
+                "this run did not make the model's clusters", run, "give its own with --run"
+            )
+    return settings
+
+
+def begin_without(
+    run: Path, target: Path, settings: Settings, text: OwnText, paths: np.ndarray, gone: set[str]
+) -> tuple[Settings, OwnText, np.ndarray, set[int]]:
+    """A run without the documents ``gone``, begun in ``target`` or found there, with all that they
+    have not touched; its settings, text and paths, and the clusters of level 1 to train anew."""
+    owned = [text.documents[i].sha256 in gone for i in text.owner]
+    touched = set(subtrees_of(paths[np.array(owned)]))
+    rest, rest_paths = without(text, paths, gone)
+    source = hashlib.sha256(repr((settings.source, sorted(gone))).encode()).hexdigest()
+    new = replace(settings, source=source)
+    if (target / "settings.json").exists():
+        check_same(Settings.load(target), target, source=source)
+        return new, rest, rest_paths, touched
+    shutil.rmtree(target / "subtrees", ignore_errors=True)
+    for number in set(subtrees_of(paths)) - touched:
+        for name in ("blocks.safetensors", "done.json"):
+            link(subtree_folder(run, number) / name, subtree_folder(target, number) / name)
+    save_array(target / "paths.npy", rest_paths)
+    shutil.copyfile(run / "tree.safetensors", target / "tree.safetensors")
+    restated_without(run, target, gone)
+    begin_run(target, new, rest.documents)
+    return new, rest, rest_paths, touched
+
+
+class Rewriter:
+    """Writes the bank again with other blocks in the clusters of some subtrees."""
+
+    def __init__(self, base: Base, bank: Bank, settings: Settings, touched: set[int]):
+        self.base, self.bank, self.settings, self.touched = base, bank, settings, touched
+
+    def is_touched(self, level: int, cluster: int) -> bool:
+        below = int(np.prod(self.settings.memory.branching[1:level]))
+        return cluster // below - self.settings.first in self.touched
+
+    def shard(
+        self, level: Level, shard: Shard, index: int, blocks: dict[Key, mx.array], target: Path
+    ) -> Shard:
+        """A shard linked where none of its blocks changes, else written anew."""
+        clusters = range(shard.first_cluster, shard.first_cluster + shard.num_clusters)
+        if level.level == GENERIC or not any(self.is_touched(level.level, c) for c in clusters):
+            link(self.base.folder / BANK_FOLDER / shard.file, target / shard.file)
+            return shard
+        manifest = self.bank.manifest
+        row, meta = (
+            manifest.row_type(level.level),
+            shard_metadata(level.level, self.bank.anchor_hash),
+        )
+        cut = Cut(index, shard.first_cluster, shard.num_clusters)
+        data = self._blocks(level, shard, blocks)
+        return write_shard(target, replace(level, shards=()), row, cut, data, meta)
+
+    def _blocks(
+        self, level: Level, shard: Shard, blocks: dict[Key, mx.array]
+    ) -> Iterator[list[memoryview] | None]:
+        manifest, zeros = self.bank.manifest, checksum_of_zeros(level.block_bytes)
+        for row in range(shard.num_clusters):
+            key = (level.level, shard.first_cluster + row)
+            if self.is_touched(*key):
+                how = manifest.quantization_of(level.level)
+                block = blocks.get(key)
+                yield (
+                    None
+                    if block is None
+                    else encode_block(block, self.bank.config, level.level, manifest.dtype, how)
+                )
+            elif shard.xxh3[16 * row : 16 * row + 16] == zeros:
+                yield None
+            else:
+                yield bytes_of(self.bank.stored(*key))
+
+    def write(self, blocks: dict[Key, mx.array], target: Path) -> None:
+        manifest, levels = self.bank.manifest, {}
+        for level in manifest.all_levels:
+            shards = [
+                self.shard(level, shard, index, blocks, target)
+                for index, shard in enumerate(level.shards)
+            ]
+            levels[level.level] = replace(level, shards=tuple(shards))
+        write_manifest(
+            target, self.bank.config, levels, manifest.dtype, manifest.quantization,
+            self.bank.anchor_hash, self.bank.tree_hash,
+        )  # fmt: skip
+
+
+def write_model(
+    base: Base,
+    settings: Settings,
+    touched: set[int],
+    blocks: dict[Key, mx.array],
+    documents: list[Document],
+    out: Path,
+) -> None:
+    """The model with the new ``blocks`` in the subtrees ``touched``, whole or not at all."""
+    with Bank.open(base.folder / BANK_FOLDER, cache_bytes=0) as bank, new_folder(out) as part:
+        shards = [s.file for level in bank.manifest.all_levels for s in level.shards]
+        changed = [f"{BANK_FOLDER}/{name}" for name in (*shards, MANIFEST, DOCUMENTS)]
+        link_model(base.folder, part, but=[*changed, "README.md"])
+        Rewriter(base, bank, settings, touched).write(blocks, part / BANK_FOLDER)
+        write_documents(part / BANK_FOLDER, documents)
+        write_card(base, part)
+
+
+def controls(folder: Path | None, known: Sequence[Document]) -> list[OwnDocument]:
+    """Documents that the model has never seen, from a folder."""
+    if folder is None:
+        return []
+    faults = Faults()
+    found = read_folder(own_files(folder), {d.sha256 for d in known}, ANY_SIZE, faults).documents
+    faults.print()
+    if not found:
+        raise UserError("no control document is left", folder, "give documents never remembered")
+    return found
+
+
+def forget(
+    base: Base, names: Sequence[str], run: Path, out: Path, control: Path | None
+) -> list[str]:
+    """Makes the model ``out`` and its run without these documents; the report, line by line."""
+    known = base.documents
+    chosen = [find_document(known, name) for name in names]
+    gone = {document.sha256 for document in chosen}
+    unseen, settings = controls(control, known), check_run(base, run)
+    documents = documents_of(run)
+    forgotten = [d for d in documents if d.sha256 in gone]
+    if missing := gone - {d.sha256 for d in forgotten}:
+        named = ", ".join(d.name for d in chosen if d.sha256 in missing)
+        raise UserError("another run has taught these documents", named, "give that with --run")
+    text, _ = text_of(base, documents, restated(run))
+    target = run_folder(out, None)
+    with alone("train forget", target):
+        paths = load_mapped(run / "paths.npy")
+        new, rest, rest_paths, touched = begin_without(run, target, settings, text, paths, gone)
+        anchor, _ = load_anchor(base.folder)
+        Trainer(anchor, new).train(target, rest, rest_paths)
+        again = sorted(touched & set(subtrees_of(rest_paths)))
+        left = [d for d in known if d.sha256 not in gone]
+        write_model(base, new, touched, trained_blocks(target, again), left, out)
+        result = proof(load(base.folder), load(out), forgotten, unseen)
+        result["retrained_clusters_of_level_1"] = sorted(n + settings.first for n in touched)
+        result["all_clusters_of_level_1"] = settings.memory.branching[0]
+        write_atomic(target / "forgotten.json", json.dumps(result, indent=2) + "\n")
+    lines = [f"forgot {', '.join(d.name for d in chosen)}: {out}", *report_lines(result)]
+    lines.append(f"figures in {target / 'forgotten.json'}")
+    return [*lines, f"{base.folder} and {run} still hold the documents: delete them"]
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = ArgumentParser(
+        prog="python -m mlx_hmem.bank forget",
+        description="Retrains what a document has trained, without it, and says what is left.",
+    )
+    parser.add_argument("model", type=Path, metavar="DIR", help="made by python -m train remember")
+    parser.add_argument("documents", nargs="+", metavar="DOCUMENT", help="a name or a hash")
+    parser.add_argument("--run", type=Path, help="of the remembering (default: DIR.run)")
+    parser.add_argument("--out", type=Path, required=True, metavar="NEW_DIR")
+    parser.add_argument(
+        "--control", type=Path, metavar="FOLDER", help="documents it has never seen, to compare"
+    )
+    args = parser.parse_args(argv)
+    if args.out.exists():
+        raise UserError("the destination exists", args.out, "choose another")
+    base = open_base(str(args.model))
+    if base.hmem is None:
+        raise UserError("a model without memory knows no document", args.model, "name another")
+    run = Path(f"{args.model}.run") if args.run is None else args.run
+    print("\n".join(forget(base, args.documents, run, args.out, args.control)))

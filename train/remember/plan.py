@@ -1,0 +1,250 @@
+"""What remembering some text will make and cost, before anything is written.
+
+The tree has a leaf for every ``WINDOWS_IN_LEAF`` windows, in levels of a few dozen clusters. A new
+bank's fetched memory is a tenth of the anchor, at most ``MOST_FETCHED`` parameters. The learning
+rate falls with the anchor's width, from what the demo's anchor of width 128 wants. Under an
+existing bank kind, r and the lower levels are that bank's. Its routes go by the nearest centroid,
+and a few wide new clusters would lose the text to narrow old ones: so many new ones are made that
+``COVERED`` of the windows find one.
+"""
+
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_hmem.anchors.attach import memory_config
+from mlx_hmem.anchors.load import anchor_of_config, named_parameters, read_config
+from mlx_hmem.bank.format import PAGE, Level, stored_levels
+from mlx_hmem.config import MemoryConfig
+from mlx_hmem.errors import UserError
+from mlx_hmem.retriever import ClusterTree
+from mlx_hmem.retriever.kmeans import nearest
+from train.costs import bytes_text, count_text, machine_memory, peak_memory
+from train.plan import seconds_per_step, time_text
+from train.readers import CorpusFile
+from train.recipe import AnchorSection, MemoriesSection, Recipe, TreeSection, WindowsSection
+from train.remember.export import Base
+from train.remember.restate import Reckoned
+from train.remember.run import OwnText, Settings, context_of, vectors_of
+from train.sections import TrainerConfig
+from train.taken_tokenizer import TakenTokenizer, embedded
+from train.tree import distinct
+
+WINDOWS_IN_LEAF = 12
+COVERED = 0.95  # of the windows, by new clusters where there are old ones
+MOST_FETCHED = 8e6
+MORE_COVERING = 4  # times the clusters, about, that this takes
+LEARNING_RATE, WIDTH = 6e-3, 128  # what an anchor of this width wants
+EXPECTED_PASSES = 5  # over the text until the held-out loss stops falling
+BYTES_PER_TOKEN = 3.0  # of text, where it has not been read yet
+MEMORY_PER_BYTE = 8  # of text, with its tokens, vectors and decoded windows
+# Bytes of text in a byte of a file.
+TEXT_IN_FILE = {".gz": 3.0, ".zst": 3.0, ".pdf": 0.1}
+
+
+def branching_for(windows: int, deeper: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Of the tree of so many windows; ``deeper`` are the levels below the first where a bank has
+    settled them."""
+    leaves = max(2, math.ceil(windows / WINDOWS_IN_LEAF))
+    if deeper is not None:
+        return (max(2, math.ceil(leaves / math.prod(deeper))), *deeper)
+    if leaves <= 8:
+        return (leaves,)
+    if leaves <= 1024:
+        first = round(math.sqrt(2 * leaves))
+        return (first, math.ceil(leaves / first))
+    first = round(leaves ** (1 / 3))
+    return (first, first, math.ceil(leaves / first**2))
+
+
+def covering(tree: ClusterTree, vectors: np.ndarray, first: int, seed: int) -> int:
+    """How many new clusters of level 1, ``first`` at least, draw the windows away from those of
+    ``tree``."""
+    old = np.asarray(tree.centroids[0])[tree.counts[0] > 0]
+    most, count = max(first, len(vectors) // 2), first
+    while True:
+        own = ClusterTree.fit(vectors, (count,), seed=seed, rows=distinct(vectors))
+        new = np.asarray(own.centroids[0])[own.counts[0] > 0]
+        found = nearest(vectors, np.concatenate([old, new])) >= len(old)
+        if found.mean() >= COVERED or count >= most:
+            return count
+        count = min(2 * count, most)
+
+
+def new_memory(config: dict[str, Any], branching: tuple[int, ...]) -> MemoryConfig:
+    """A memory for an anchor that has none."""
+    anchor = anchor_of_config(config)
+    unit = memory_config(anchor, (1,), (2,)).fetched_parameters
+    parameters = sum(array.size for array in named_parameters(anchor).values())
+    total = min(parameters / 10, MOST_FETCHED) / unit
+    shares = {1: (1.0,), 2: (2 / 3, 1 / 3), 3: (1 / 2, 1 / 4, 1 / 4)}[len(branching)]
+    r = tuple(max(8, 8 * round(share * total / 8)) for share in shares)
+    return memory_config(anchor, r, branching)
+
+
+def training_for(config: dict[str, Any], memory: MemoryConfig, context: int) -> TrainerConfig:
+    """How the blocks are trained: constant after a short warm-up (train/remember_blocks.py)."""
+    rate = LEARNING_RATE * min(1.0, WIDTH / memory.hidden_size)
+    training = TrainerConfig(
+        batch_size=8,
+        learning_rate=rate,
+        final_learning_rate=rate,
+        warmup_steps=10,
+        weight_decay=1e-3,
+        document_mask=config["model_type"] == "openlm",
+    )
+    for part in (8, 4, 2, 1):
+        smaller = replace(training, micro_batch_size=part, gradient_checkpointing=part == 1)
+        recipe = as_recipe(config, memory, smaller, context, "anchor")
+        if peak_memory(recipe, True, smaller) < machine_memory() / 2:
+            return smaller
+    raise UserError(
+        "a training step does not fit in memory",
+        f"{bytes_text(peak_memory(recipe, True, smaller))}, this machine has "
+        f"{bytes_text(machine_memory())}",
+        "use a smaller or a quantised anchor",
+    )
+
+
+def as_recipe(
+    config: dict[str, Any], memory: MemoryConfig, training: TrainerConfig, context: int, path: str
+) -> Recipe:
+    """The run as a recipe, for what :mod:`train.costs` reckons."""
+    return Recipe(
+        name="remember",
+        windows=WindowsSection(context=context),
+        tree=TreeSection(branching=memory.branching),
+        anchor=AnchorSection(path=path, config=config, training=None),
+        memories=MemoriesSection(
+            r=memory.r,
+            kind=memory.kind,
+            layers=memory.layers or "all",
+            training=training,
+            group_by_subtree=True,
+        ),
+        dense=None,
+    )
+
+
+def make_settings(base: Base, text: OwnText, tokenizer: TakenTokenizer, **given: Any) -> Settings:
+    """Tree, memory and training that fit the text; ``given`` are the other settings."""
+    config = read_config(base.folder)
+    context = context_of(config)
+    if base.hmem is None:
+        memory = new_memory(config, branching_for(len(text.windows), None))
+    else:
+        old = base.hmem.memory
+        least = branching_for(len(text.windows), old.branching[1:])[0]
+        vectors = vectors_of(text, base.encoder, tokenizer)
+        assert base.tree is not None
+        added = covering(base.tree, vectors, least, given["seed"])
+        memory = replace(old, branching=(old.branching[0] + added, *old.branching[1:]))
+    training = training_for(config, memory, context)
+    return Settings(
+        format_version=1,
+        anchor_hash=base.anchor_hash,
+        encoder_hash=base.encoder.fingerprint,
+        context=context,
+        begin=tokenizer.begin(),
+        memory=memory,
+        first=base.first,
+        training=training.to_dict(),
+        **given,
+    )
+
+
+def new_bytes(base: Base, memory: MemoryConfig, first: int) -> tuple[int, int]:
+    """(bytes of the new blocks in the bank, bytes of a run's folder without its text)."""
+    bank, parameters, own = 0, 0, memory.branching[0] - first
+    for level in stored_levels(memory):
+        if level == 0:
+            continue
+        count = own * math.prod(memory.branching[1:level])
+        how = None if base.manifest is None else base.manifest.quantization_of(level)
+        dtype = "float16" if base.manifest is None else base.manifest.dtype
+        bank += PAGE + count * Level.layout(memory, level, dtype, how).block_stride
+        parameters += count * math.prod(memory.block_shape(level))
+    return bank, 4 * parameters + 24 * parameters // max(1, own)  # a store has weights and moments
+
+
+def text_bytes(files: list[CorpusFile]) -> int:
+    """About how many bytes of text the files hold, from their sizes."""
+    return int(
+        sum(f.path.stat().st_size * TEXT_IN_FILE.get(f.path.suffix.lower(), 1) for f in files)
+    )
+
+
+def needed(base: Base, config: dict[str, Any], size: int) -> tuple[int, int]:
+    """About how many bytes of disk and of memory so many bytes of text need."""
+    windows = max(1, int(size / BYTES_PER_TOKEN / context_of(config)))
+    old = None if base.hmem is None else base.hmem.memory
+    branching = branching_for(windows, None if old is None else old.branching[1:])
+    if old is None:
+        memory = new_memory(config, branching)
+    else:
+        memory = replace(old, branching=(MORE_COVERING * branching[0], *branching[1:]))
+    bank, run = new_bytes(base, memory, 0)
+    return bank + run + 2 * size, MEMORY_PER_BYTE * size
+
+
+def check_size(base: Base, size: int, places: list[Path]) -> None:
+    """Raises UserError unless disk and memory hold what so many bytes of text need."""
+    config = read_config(base.folder)
+    free = min(shutil.disk_usage(_there(place)).free for place in places)
+
+    def fits(some: int) -> bool:
+        try:
+            disk, memory = needed(base, config, some)
+        except UserError:  # more clusters than a bank may have
+            return False
+        return disk <= free and memory <= machine_memory()
+
+    if fits(size):
+        return
+    most = size
+    while most > 1 and not fits(most):
+        most = int(most * 0.9)
+    raise UserError(
+        f"{bytes_text(size)} of text are too much for this machine",
+        f"{bytes_text(free)} of disk are free, memory {bytes_text(machine_memory())}",
+        f"give --max-bytes {most} or less, or a folder with less text",
+    )
+
+
+def _there(place: Path) -> Path:
+    return next(p for p in (place.absolute(), *place.absolute().parents) if p.is_dir())
+
+
+def plan_lines(
+    base: Base, text: OwnText, settings: Settings, said: str, restating: Reckoned | None = None
+) -> list[str]:
+    """The plan for people; takes a few steps to measure their time."""
+    config, memory = read_config(base.folder), settings.memory
+    training = TrainerConfig(**settings.training)
+    recipe = as_recipe(config, memory, training, settings.context, str(base.folder))
+    peak = peak_memory(recipe, True, training)
+    seconds, how = seconds_per_step(recipe, recipe.memory_config, training, peak)
+    how = f"of {seconds:.2g} s ({how})"
+    tokens, bank = len(text.windows.tokens), new_bytes(base, memory, settings.first)
+    passes = settings.passes or EXPECTED_PASSES
+    rows = (tokens + (restating.written if restating else 0)) // settings.context
+    steps = passes * max(settings.branching[0], rows // training.batch_size)
+    own = " × ".join(map(str, settings.branching))
+    under = f" behind the {settings.first} of level 1 that it has" if settings.first else ""
+    lines = [
+        ("documents", said),
+        ("tokens", f"{tokens:,} to train on, {len(text.held_out.tokens):,} held out"),
+        ("anchor", f"{config['model_type']}, vocabulary {embedded(config):,}, it stays as it is"),
+        ("new clusters", f"{own}{under}, r {list(memory.r)}"),
+        ("fetched memory", f"{count_text(memory.fetched_parameters)} parameters"),
+        ("disk", f"{bytes_text(bank[0])} in the bank, {bytes_text(bank[1])} in the run's folder"),
+        ("memory", f"about {bytes_text(peak)} of {bytes_text(machine_memory())}"),
+        ("time", f"about {time_text(steps * seconds / 3600)}: {steps:,} steps {how}"),
+    ]
+    if restating is not None:
+        lines.insert(2, ("restatements", restating.said(settings.restate)))
+    return [f"{name:<16}{value}" for name, value in lines]

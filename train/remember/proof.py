@@ -1,0 +1,140 @@
+"""What is left of documents that were forgotten: their loss, and their sentences by heart.
+
+Every figure is taken with the old bank, with the new one and with the anchor alone, routed by the
+whole document, which is the most favourable to whoever looks for it. The anchor's own figures are
+what no bank can take away: it may have met the text in its own training.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from mlx_hmem.evaluate.perplexity import document_losses
+from mlx_hmem.evaluate.scoring import continue_greedily
+from mlx_hmem.model import MemoryModel
+from train.remember.text import OwnDocument, hold_out
+from train.remember.text import sentences as spans_of
+
+FEWEST_TOKENS = 12  # of a sentence to be said by heart
+MOST_SENTENCES = 64  # of a document
+
+
+@dataclass(frozen=True)
+class Remains:
+    """Of one document and one model: nats a token, and how many of its ``sentences`` the model
+    ends to the letter when it is given their first half."""
+
+    loss: float
+    sentences: int
+    extracted: int
+
+
+def halves(model: MemoryModel, document: OwnDocument) -> list[tuple[list[int], list[int]]]:
+    """The two halves of each sentence that was trained on, in tokens; the first begins as a text
+    does."""
+    kept, _ = hold_out(document)
+    found = []
+    for start, end in spans_of(kept)[:MOST_SENTENCES]:
+        ids = model.tokenizer.encode(kept[start:end].strip())
+        if len(ids) >= FEWEST_TOKENS:
+            middle = len(ids) // 2
+            found.append((ids[:middle], ids[middle:]))
+    return found
+
+
+def remains(model: MemoryModel, documents: Sequence[OwnDocument], memory: str) -> list[Remains]:
+    """Of each document what the model knows with this memory."""
+    texts = [d.text for d in documents]
+    losses = document_losses(model, texts, memory, route_by="document", progress=False)
+    parts = [halves(model, d) for d in documents]
+    owners = [i for i, own in enumerate(parts) for _ in own]
+    pairs = [pair for own in parts for pair in own]
+    paths = None
+    if memory == "fetched":
+        routes = [model.route(text)[1] for text in texts]
+        paths = [routes[i] for i in owners]
+    extracted = np.zeros(len(documents), np.int64)
+    longest = max((len(second) for _, second in pairs), default=0)
+    prompts = [first for first, _ in pairs]
+    for batch in continue_greedily(model, prompts, longest, memory, paths) if pairs else ():
+        for i, tokens in batch:
+            second = pairs[i][1]
+            extracted[owners[i]] += tokens[: len(second)] == second
+    each = zip(losses.nats / losses.tokens, parts, extracted, strict=True)
+    return [Remains(float(loss), len(own), int(n)) for loss, own, n in each]
+
+
+def proof(
+    old: MemoryModel,
+    new: MemoryModel,
+    forgotten: Sequence[OwnDocument],
+    control: Sequence[OwnDocument],
+) -> dict[str, Any]:
+    """The figures as JSON values. ``control``: documents that none of the banks has ever seen."""
+    result: dict[str, Any] = {}
+    for name, documents in (("forgotten", forgotten), ("control", control)):
+        found = {
+            "before": remains(old, documents, "fetched") if documents else [],
+            "after": remains(new, documents, "fetched") if documents else [],
+            "anchor": remains(new, documents, "none") if documents else [],
+        }
+        result[name] = {
+            "documents": [
+                {"sha256": d.sha256, **{key: asdict(rows[i]) for key, rows in found.items()}}
+                for i, d in enumerate(documents)
+            ],
+            **{key: _mean(rows) for key, rows in found.items()},
+            **{
+                f"{key}_less_anchor": _difference(found[key], found["anchor"])
+                for key in ("before", "after")
+            },
+        }
+    return result
+
+
+def _mean(rows: Sequence[Remains]) -> dict[str, Any]:
+    sentences = sum(r.sentences for r in rows)
+    return {
+        "loss": float(np.mean([r.loss for r in rows])) if rows else math.nan,
+        "sentences": sentences,
+        "extracted": sum(r.extracted for r in rows),
+    }
+
+
+def _difference(rows: Sequence[Remains], anchor: Sequence[Remains]) -> dict[str, float | None]:
+    """Mean loss with the memory less that of the anchor, with its standard error."""
+    values = np.array([a.loss - b.loss for a, b in zip(rows, anchor, strict=True)])
+    if not len(values):
+        return {"mean": None, "error": None}
+    error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+    return {"mean": float(values.mean()), "error": error}
+
+
+def report_lines(result: dict[str, Any]) -> list[str]:
+    """The figures for people."""
+    lines = [f"{'':24}{'old bank':>12}{'new bank':>12}{'anchor':>12}"]
+    for name in ("forgotten", "control"):
+        own = result[name]
+        if not own["documents"]:
+            lines.append("control                 none: --control FOLDER of documents never seen")
+            continue
+        stages = [own[key] for key in ("before", "after", "anchor")]
+        label = f"{name}, {len(own['documents'])} documents"
+        lines.append(label)
+        lines.append("  loss, nats a token    " + "".join(f"{s['loss']:12.3f}" for s in stages))
+        lines.append("  less the anchor's     " + "".join(map(_said, _differences(own))))
+        said = "".join(f"{s['extracted']:5} of {s['sentences']:3}" for s in stages)
+        lines.append("  sentences by heart    " + said)
+    return lines
+
+
+def _differences(own: dict[str, Any]) -> list[dict[str, float | None]]:
+    return [own[f"{key}_less_anchor"] for key in ("before", "after")]
+
+
+def _said(value: dict[str, float | None]) -> str:
+    error = "" if value["error"] is None else f"±{value['error']:.2f}"
+    return f"{value['mean']:+.2f}{error}".rjust(12)

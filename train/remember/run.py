@@ -1,0 +1,225 @@
+"""The folder of ``train remember``: the documents' text, their tree, and the blocks they trained.
+
+It lies beside the model directory, never in it, for it holds private text: ``settings.json``,
+``documents.jsonl``, ``tree.safetensors`` (of these documents alone), ``paths.npy`` (the leaf of
+each window in it), ``restated.jsonl`` where restatements were asked for, and ``subtrees/N`` with
+the trained blocks of each cluster of level 1. Tokens follow from the text and are cut anew. Of a
+model that had a memory before, the new clusters come behind the old ones on every level, so all
+clusters here are counted from the first new one.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from mlx_hmem.bank.documents import Document
+from mlx_hmem.config import JsonConfig, MemoryConfig, check_version, read_json
+from mlx_hmem.errors import UserError
+from mlx_hmem.files import write_atomic
+from mlx_hmem.retriever import ClusterTree, Encoder
+from train.arrays import load_mapped, save_array
+from train.remember.text import OwnDocument, hold_out, read_texts, typical_words, write_texts
+from train.taken_tokenizer import TakenTokenizer
+from train.tree import distinct
+from train.validation import choose
+from train.windows import Windows, cut_windows
+
+FORMAT_VERSION = 1
+LONGEST = 512  # tokens of a window
+OTHER_RUN = "give another --run, or delete this folder"
+
+
+@dataclass(frozen=True)
+class Settings(JsonConfig):
+    """What a run's blocks follow from, beside its documents.
+
+    ``memory``: of the model to be made; ``first``: its clusters of level 1 that were there before;
+    ``source``: the folder as it was read; ``training``: of :class:`train.recipe.TrainerConfig`;
+    ``passes``: over the text, None until the held-out loss stops falling; ``restate``: restatements
+    of each passage.
+    """
+
+    format_version: int
+    source: str
+    anchor_hash: str
+    encoder_hash: str
+    seed: int
+    context: int
+    begin: tuple[int, ...]
+    memory: MemoryConfig
+    first: int
+    training: dict[str, Any]
+    passes: int | None = None
+    restate: int = 0
+
+    @property
+    def branching(self) -> tuple[int, ...]:
+        """Of the tree of these documents alone."""
+        return (self.memory.branching[0] - self.first, *self.memory.branching[1:])
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """The first new cluster of each level."""
+        deeper = (1, *self.memory.branching[1:])
+        return tuple(self.first * int(n) for n in np.cumprod(deeper))
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Those of a run's folder; UserError if it is none."""
+        path = folder / "settings.json"
+        if not path.exists():
+            raise UserError("not the folder of a train remember", folder, "give it with --run")
+        values = read_json(path)
+        check_version(values, FORMAT_VERSION, path, "remember the documents again")
+        values["memory"] = MemoryConfig.from_dict(values.get("memory"), f"{path} (memory)")
+        return cls.from_dict(values, str(path))
+
+    def save(self, folder: Path) -> None:
+        write_atomic(folder / "settings.json", json.dumps(asdict(self), indent=2) + "\n")
+
+
+@dataclass(frozen=True)
+class OwnText:
+    """The documents as windows. ``owner`` is each window's document, and ``added`` whether it is a
+    restatement of it; of held-out sentences ``near`` is the window that they stood in, whose leaf
+    is theirs."""
+
+    documents: list[OwnDocument]
+    windows: Windows
+    owner: np.ndarray
+    added: np.ndarray
+    held_out: Windows
+    near: np.ndarray
+
+    @cached_property
+    def tokens_of(self) -> list[int]:
+        """The tokens of each document, beginnings of windows and what is held out among them;
+        restatements are not."""
+        counts = np.zeros(len(self.documents), np.int64)
+        np.add.at(counts, self.owner, np.where(self.added, 0, np.diff(self.windows.offsets)))
+        np.add.at(counts, self.owner[self.near], np.diff(self.held_out.offsets))
+        return [int(n) for n in counts]
+
+
+def context_of(config: dict[str, Any]) -> int:
+    """Tokens of a window for an anchor with this ``config.json``."""
+    return min(config.get("max_position_embeddings") or LONGEST, LONGEST)
+
+
+def cut_text(
+    documents: list[OwnDocument],
+    tokenizer: TakenTokenizer,
+    begin: tuple[int, ...],
+    context: int,
+    vocab_size: int,
+    restated: Mapping[str, Sequence[str]] | None = None,
+) -> OwnText:
+    """Windows of what is trained on and of what is held out, document by document; ``restated``:
+    of each by its hash, a window each."""
+    texts, owner, added = [], list[int](), list[bool]()
+    held, near, count = list[str](), list[int](), 0
+    for number, document in enumerate(documents):
+        kept, sentences = hold_out(document)
+        own = cut_windows([kept], tokenizer, context, begin, vocab_size)
+        near += [count + min(len(own) - 1, int(s.place * len(own))) for s in sentences]
+        held += [s.text for s in sentences]
+        again = (restated or {}).get(document.sha256, ())
+        more = cut_windows(again, tokenizer, context, begin, vocab_size)
+        texts += [own, more]
+        owner += [number] * (len(own) + len(more))
+        added += [False] * len(own) + [True] * len(more)
+        count += len(own) + len(more)
+    apart = [cut_windows([s], tokenizer, context, begin, vocab_size) for s in held]
+    near = [n for n, s in zip(near, apart, strict=True) for _ in range(len(s))]
+    return OwnText(
+        documents,
+        _joined(texts, begin),
+        np.array(owner, np.int64),
+        np.array(added, bool),
+        _joined(apart, begin),
+        np.array(near, np.int64),
+    )
+
+
+def _joined(parts: list[Windows], begin: tuple[int, ...]) -> Windows:
+    empty = np.empty(0, np.uint16)
+    tokens = np.concatenate([empty, *(part.tokens for part in parts)])
+    sizes = [np.diff(part.offsets) for part in parts]
+    return Windows(tokens, np.cumsum(np.concatenate([[0], *sizes]).astype(np.int64)), begin)
+
+
+def vectors_of(text: OwnText, encoder: Encoder, tokenizer: TakenTokenizer) -> np.ndarray:
+    """The vector of each window, (windows, dim) float16."""
+    texts = list(text.windows.texts(tokenizer))
+    return encoder.encode(texts, progress=len(texts) > 5000).astype(np.float16)
+
+
+def leaves_of(
+    folder: Path, text: OwnText, settings: Settings, encoder: Encoder, tokenizer: TakenTokenizer
+) -> np.ndarray:
+    """The leaf of each window in the tree of these documents, (windows, levels); both are made and
+    kept in ``folder`` unless they are there."""
+    file, tree_file = folder / "paths.npy", folder / "tree.safetensors"
+    if not file.exists():
+        vectors = vectors_of(text, encoder, tokenizer)
+        rows = distinct(vectors)
+        tree = ClusterTree.fit(vectors, settings.branching, seed=settings.seed, rows=rows)
+        tree.save(tree_file, encoder.fingerprint)
+        save_array(file, tree.route_batch(vectors))
+    return load_mapped(file)
+
+
+def whole_paths(settings: Settings, paths: np.ndarray) -> np.ndarray:
+    """Paths in the tree of these documents as they are called in the model."""
+    return (paths + np.array(settings.offsets)).astype(np.int32)
+
+
+def provenance(text: OwnText, settings: Settings, paths: np.ndarray) -> list[Document]:
+    """What ``bank/documents.jsonl`` says of these documents."""
+    leaves: list[dict[tuple[int, ...], None]] = [{} for _ in text.documents]
+    for owner, path in zip(text.owner, whole_paths(settings, paths).tolist(), strict=True):
+        leaves[owner][tuple(path)] = None
+    words = typical_words(text.documents)
+    each = zip(text.documents, text.tokens_of, leaves, words, strict=True)
+    return [Document(d.sha256, d.name, n, tuple(own), terms) for d, n, own, terms in each]
+
+
+def without(text: OwnText, paths: np.ndarray, gone: set[str]) -> tuple[OwnText, np.ndarray]:
+    """Text and paths without the documents of these hashes, as if they had never been there."""
+    stays = np.array([d.sha256 not in gone for d in text.documents])
+    windows, held = stays[text.owner], stays[text.owner[text.near]]
+    number, place = np.cumsum(stays) - 1, np.cumsum(windows) - 1
+    rest = OwnText(
+        [d for d, s in zip(text.documents, stays, strict=True) if s],
+        choose(text.windows, np.flatnonzero(windows)),
+        number[text.owner[windows]],
+        text.added[windows],
+        choose(text.held_out, np.flatnonzero(held)),
+        place[text.near[held]],
+    )
+    return rest, paths[windows]
+
+
+def begin_run(folder: Path, settings: Settings, documents: list[OwnDocument]) -> None:
+    """Writes what a run begins with; the settings come last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_texts(folder / "documents.jsonl", documents)
+    settings.save(folder)
+
+
+def documents_of(folder: Path) -> list[OwnDocument]:
+    return read_texts(folder / "documents.jsonl")
+
+
+def check_same(found: Settings, folder: Path, **wanted: Any) -> None:
+    """Raises UserError unless a run that has begun is the one that is asked for."""
+    changed = [name for name, value in wanted.items() if getattr(found, name) != value]
+    if changed:
+        raise UserError(
+            f"{folder} was begun with something else", f"changed: {', '.join(changed)}", OTHER_RUN
+        )

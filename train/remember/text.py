@@ -1,0 +1,126 @@
+"""Documents to remember: each once, with sentences held out, and the words that are typical of it.
+
+About one sentence in sixteen is held out of what is trained on, so that a held-out loss can say
+when to stop; never a document's first, and none of a short document.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import xxhash
+
+from mlx_hmem.bank.documents import MAX_TERMS
+from mlx_hmem.files import atomic_file
+from train.readers import CorpusFile, Faults
+from train.readers_files import read_own
+
+HOLD_OUT = 16  # one sentence in so many
+FEWEST = 8  # sentences of a document that can spare one
+SHORTEST = 40  # characters of a sentence worth holding out
+_END = re.compile(r"[.!?][\"')\]]?(?=\s)|\n")
+_WORD = re.compile(r"[^\W\d_]{5,}")
+
+
+@dataclass(frozen=True)
+class OwnDocument:
+    """``sha256``: of the text, in hex; ``name``: its file or title."""
+
+    sha256: str
+    name: str
+    text: str
+
+
+class HeldOut(NamedTuple):
+    """A sentence that is not trained on, and where in the document it stood, from 0 to 1."""
+
+    text: str
+    place: float
+
+
+@dataclass
+class Reading:
+    """What became of the files: beside the documents what was passed over, and why."""
+
+    documents: list[OwnDocument]
+    duplicates: int = 0
+    known: int = 0
+    files_left: int = 0
+
+
+def read_folder(
+    files: list[CorpusFile], known: Collection[str], most_bytes: int, faults: Faults
+) -> Reading:
+    """The documents of ``files``, by hash; those ``known`` and second copies are counted only.
+
+    Reading ends when there are ``most_bytes`` of text: the document that would go beyond is the
+    first that is left out.
+    """
+    found: dict[str, OwnDocument] = {}
+    result, size, names = Reading([]), 0, set[str]()
+    for name, text in read_own(files, faults):
+        data = text.encode()
+        if size + len(data) > most_bytes:
+            result.files_left = 1
+            break
+        names.add(name)
+        sha256 = hashlib.sha256(data).hexdigest()
+        if sha256 in known:
+            result.known += 1
+        elif sha256 in found:
+            result.duplicates += 1
+        else:
+            found[sha256] = OwnDocument(sha256, name, text)
+            size += len(data)
+    result.documents = [found[sha256] for sha256 in sorted(found)]
+    return result
+
+
+def sentences(text: str) -> list[tuple[int, int]]:
+    """Begin and end of each sentence or line; together they are all of ``text``."""
+    ends = [match.end() for match in _END.finditer(text)]
+    edges = [0, *(end for end in ends if end < len(text)), len(text)]
+    return list(itertools.pairwise(edges))
+
+
+def hold_out(document: OwnDocument) -> tuple[str, list[HeldOut]]:
+    """The text to train on, and the sentences that are not in it."""
+    text, spans = document.text, sentences(document.text)
+    kept, held = [], []
+    for number, (start, end) in enumerate(spans):
+        chosen = xxhash.xxh3_64_intdigest(f"{document.sha256} {number}".encode()) % HOLD_OUT == 0
+        long = end - start >= SHORTEST
+        if chosen and long and number > 0 and len(spans) >= FEWEST:
+            held.append(HeldOut(text[start:end].strip(), start / len(text)))
+        else:
+            kept.append(text[start:end])
+    return "".join(kept), held
+
+
+def typical_words(documents: Iterable[OwnDocument]) -> Iterator[tuple[str, ...]]:
+    """Of each document the words that it has often and the others have not."""
+    counts = [Counter(_WORD.findall(d.text.lower())) for d in documents]
+    everywhere = Counter(word for own in counts for word in own)
+    for own in counts:
+        scores = {w: n * math.log(1 + len(counts) / everywhere[w]) for w, n in own.items()}
+        yield tuple(sorted(scores, key=lambda word: (-scores[word], word))[:MAX_TERMS])
+
+
+def write_texts(path: Path, documents: Iterable[OwnDocument]) -> None:
+    """Writes the documents as JSON lines, whole or not at all."""
+    with atomic_file(path) as file:
+        for d in documents:
+            file.write((json.dumps(asdict(d), ensure_ascii=False) + "\n").encode())
+
+
+def read_texts(path: Path) -> list[OwnDocument]:
+    """What :func:`write_texts` wrote."""
+    with path.open(encoding="utf-8") as file:
+        return [OwnDocument(**json.loads(line)) for line in file]
