@@ -36,6 +36,17 @@ MEMORY = MemoryConfig(hidden_size=16, num_hidden_layers=2, r=(4, 0, 2), branchin
 TOPICS = {"kind": "invented", "topics": 3, "entities_per_topic": 4, "frequencies": [1, 4]}
 
 
+@pytest.fixture(autouse=True)
+def limits_of_mlx() -> Iterator[None]:
+    """A memory budget sets them for the whole process, and a low one changes what MLX takes."""
+    memory, cache = mx.set_memory_limit(1 << 40), mx.set_cache_limit(1 << 30)
+    mx.set_memory_limit(memory)
+    mx.set_cache_limit(cache)
+    yield
+    mx.set_memory_limit(memory)
+    mx.set_cache_limit(cache)
+
+
 def save_anchor(folder: Path, seed: int) -> None:
     """A random anchor, strong enough that each of its answers is another."""
     mx.random.seed(seed)

@@ -35,16 +35,6 @@ NEEDS = Needs(
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def limits():
-    """MLX's limits as they were."""
-    cache, memory = mx.set_cache_limit(1 << 30), mx.set_memory_limit(1 << 40)
-    mx.set_memory_limit(memory)
-    yield
-    mx.set_cache_limit(cache)
-    mx.set_memory_limit(memory)
-
-
 @pytest.fixture
 def quantizable(model_folder, tmp_path) -> Path:
     """An anchor alone whose heads are wide enough for keys and values in 8 and 4 bits."""
