@@ -40,7 +40,7 @@ EOT, VOCABULARY, CONTEXT, SEED = 0, 48, 12, 5
 ARGS = ModelArgs("openlm", 16, 2, 24, 2, 8, VOCABULARY, tie_word_embeddings=True)
 MEMORY = MemoryConfig(hidden_size=16, num_hidden_layers=2, r=(3, 2), branching=(4, 8))
 RUN = TrainerConfig(epochs=20, batch_size=4, learning_rate=1e-2, warmup_steps=2, save_every=7)
-KILL_SECONDS = 40
+KILL_SECONDS = 15  # python -m benchmarks.kills has fifty of them
 PROGRESS = Progress({"a": 1}, 2, [(0, 1.5, 0.25), (1, 1.25, 0.5)])
 
 
