@@ -28,6 +28,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 from mlx_lm.tuner.utils import linear_to_lora_layers
+from tqdm import tqdm
 
 from mlx_hmem.anchors.load import load_anchor
 from mlx_hmem.errors import ArgumentParser, UserError, run_program
@@ -192,7 +193,7 @@ def train_lora(
         return masked_loss(logits, batch, eot)
 
     step = nn.value_and_grad(anchor, loss)
-    for number in range(steps):
+    for number in tqdm(range(steps), desc=f"LoRA, {rate:g}", unit=" steps", delay=2):
         batch = mx.array(tokens[stream.numbers(number * size, size)].astype(np.int32))
         _, gradient = step(anchor, batch)
         gradient, _ = optim.clip_grad_norm(gradient, 1.0)
