@@ -1,5 +1,6 @@
 """The plan of a recipe: sizes as the stages make them, memory as measured, refusals that help."""
 
+import gc
 import json
 import shutil
 import subprocess
@@ -76,6 +77,7 @@ def test_peak_memory_is_within_half_as_much_again_of_what_mlx_measures(
     tmp_path, recipe, memory, training
 ):
     trainee = trainee_of(recipe, recipe.memory_config if memory else None, training, tmp_path)
+    gc.collect()  # what other tests have left would be freed in between
     before = mx.get_active_memory()
     frozen = memory and recipe.memories.cotrain is None
     own = 4 * anchor_parameters(recipe) * (1 if frozen else 3)  # already there, and counted
