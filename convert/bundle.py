@@ -7,8 +7,6 @@ example. Shards of the bank are linked where the file system can, and copied els
 """
 
 import json
-import os
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +26,7 @@ from mlx_hmem.anchors.load import weight_files
 from mlx_hmem.bank.format import GENERIC, MANIFEST
 from mlx_hmem.config import HmemConfig
 from mlx_hmem.errors import ArgumentParser, UserError, run_program
-from mlx_hmem.files import atomic_file, open_regular, save_safetensors, write_atomic
+from mlx_hmem.files import copy_file, link_or_copy, open_regular, save_safetensors, write_atomic
 from mlx_hmem.find import BANK_FOLDER, find_model
 from mlx_hmem.loading import load
 from mlx_hmem.model import MemoryModel
@@ -105,9 +103,11 @@ class Bundle:
         if not (part / ANCHOR).exists():
             save_safetensors(part / ANCHOR, self.functions.weights)
         for name, source in self.shards.items():
-            _link(source, part / name)
+            if not (part / name).exists():
+                link_or_copy(source, part / name)
         for name, source in self.copied.items():
-            _copy(source, part / name)
+            if not (part / name).exists():
+                copy_file(source, part / name)
         write_atomic(part / BUNDLE, json.dumps(self.manifest(part), indent=1) + "\n")
 
     def manifest(self, part: Path) -> dict[str, Any]:
@@ -144,22 +144,6 @@ def stream() -> int:
     this stream, which is the first to use MLX where it is 0."""
     text = str(mx.default_stream(mx.default_device()))  # "Stream(Device(cpu, 0), 0)"
     return int(text.rstrip(")").split(" ")[-1])
-
-
-def _link(source: Path, target: Path) -> None:
-    if target.exists():
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source.resolve(), target)
-    except OSError:  # another file system, or one without links
-        _copy(source, target)
-
-
-def _copy(source: Path, target: Path) -> None:
-    if not target.exists():
-        with open_regular(source) as file, atomic_file(target) as copy:
-            shutil.copyfileobj(file, copy, 1 << 24)
 
 
 def _known_by(file: Path) -> dict[str, Any]:

@@ -5,7 +5,6 @@ tied to the quantised anchor by its fingerprint: a memory goes on working with a
 merely been rounded.
 """
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
@@ -30,7 +29,7 @@ from mlx_hmem.bank.format import MANIFEST
 from mlx_hmem.config import HmemConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate import Perplexity, perplexity
-from mlx_hmem.files import atomic_file, open_regular, write_atomic
+from mlx_hmem.files import copy_file, write_atomic
 from mlx_hmem.find import BANK_FOLDER, BESIDE, MODEL_FILES
 from mlx_hmem.loading import load
 
@@ -159,7 +158,8 @@ def quantize(chosen: Plan, out: Path, texts: Sequence[str] = (), overwrite: bool
         if chosen.bank is not None:  # first: else the anchor would load alone
             (part / BANK_FOLDER).mkdir(exist_ok=True)
         for file in chosen.files:
-            _copy(chosen.folder / file, part / file)
+            if not (part / file).exists():
+                copy_file(chosen.folder / file, part / file)
         if chosen.anchor is not None:
             anchor = save_quantized_anchor(chosen.folder, part, chosen.anchor)
         else:
@@ -176,12 +176,6 @@ def quantize(chosen: Plan, out: Path, texts: Sequence[str] = (), overwrite: bool
         scores = zip(before, _scores(part, texts), strict=True)
         forget_notes(bank_folder)
     return Report(out, anchor, dtype, tuple(levels), tuple(scores))
-
-
-def _copy(source: Path, target: Path) -> None:
-    if not target.exists():
-        with open_regular(source) as file, atomic_file(target) as copy:
-            shutil.copyfileobj(file, copy, 1 << 24)
 
 
 def _scores(folder: Path, texts: Sequence[str]) -> list[Perplexity]:

@@ -11,6 +11,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import stat
 import struct
 import sys
@@ -223,6 +224,22 @@ def save_safetensors(
     mx.eval(*arrays.values())
     with atomic_file(path) as file:
         mx.save_safetensors(file, arrays, {"format": "mlx"} if metadata is None else metadata)
+
+
+def copy_file(source: Source, target: Source) -> None:
+    """A regular file once more at ``target``, whole or not at all."""
+    with open_regular(source) as file, atomic_file(target) as copy:
+        shutil.copyfileobj(file, copy, 1 << 24)
+
+
+def link_or_copy(source: Source, target: Source) -> None:
+    """The same file at another place: a hard link, or a copy where the file system has none."""
+    source = Path(source).resolve()  # the Hub's cache holds symbolic links
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        copy_file(source, target)
 
 
 def write_atomic(path: Source, data: bytes | str) -> None:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import (
     fingerprint,
+    link_or_copy,
     load_safetensors,
     read_safetensors_header,
     save_safetensors,
@@ -282,3 +283,21 @@ def test_part_of_a_running_write_is_not_the_file(tmp_path: Path) -> None:
         assert not (tmp_path / "model.safetensors").exists()
         assert not list(tmp_path.glob("*.safetensors"))
     assert (tmp_path / "model.safetensors").read_bytes() == b"x"
+
+
+def test_a_file_is_linked_where_there_are_links_and_else_copied_whole(tmp_path, monkeypatch):
+    source = tmp_path / "source"
+    source.write_bytes(b"abc" * 1000)
+    link_or_copy(source, tmp_path / "a" / "linked")
+    assert (tmp_path / "a" / "linked").samefile(source)
+
+    def no_links(*_):
+        raise OSError("not supported")
+
+    monkeypatch.setattr(os, "link", no_links)
+    link_or_copy(source, tmp_path / "b" / "copied")
+    assert (tmp_path / "b" / "copied").read_bytes() == source.read_bytes()
+    assert not (tmp_path / "b" / "copied").samefile(source)
+    (tmp_path / "pointer").symlink_to(source)
+    link_or_copy(tmp_path / "pointer", tmp_path / "c")
+    assert not (tmp_path / "c").is_symlink()

@@ -19,7 +19,7 @@ from typing import Any
 
 from mlx_hmem.config import read_json
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import sync_folder, write_atomic
+from mlx_hmem.files import link_or_copy, sync_folder, write_atomic
 from train.ranks import Ranks
 from train.recipe import Recipe
 
@@ -124,18 +124,11 @@ def take_stage(stage: Stage, recipe: Recipe, folder: Path, others: Iterable[Path
         for old in (part, target):
             shutil.rmtree(old, ignore_errors=True)
         locks = shutil.ignore_patterns("lock", "lock.mdb", "writer.lock")
-        shutil.copytree(other / stage.name, part, copy_function=_link, ignore=locks)
+        shutil.copytree(other / stage.name, part, copy_function=link_or_copy, ignore=locks)
         os.rename(part, target)
         sync_folder(folder)
         return True
     return False
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def is_done(stage: Stage, recipe: Recipe, folder: Path) -> bool:

@@ -16,7 +16,7 @@ from mlx_hmem.bank.documents import DOCUMENTS
 from mlx_hmem.bank.format import MANIFEST, Level, Manifest, Shard
 from mlx_hmem.bank.writer import Cut, shard_metadata, write_shard
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import sync_folder
+from mlx_hmem.files import link_or_copy, sync_folder
 from mlx_hmem.find import BANK_FOLDER, BESIDE
 
 Block = Callable[[int], list[memoryview] | None]  # of a cluster: the bytes of its parts
@@ -43,16 +43,6 @@ def new_folder(path: Path) -> Iterator[Path]:
     sync_folder(path.parent)
 
 
-def link(source: Path, target: Path) -> None:
-    """The same file at another place: a hard link, or a copy where there is none."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    source = source.resolve()  # the Hub's cache holds links
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(source, target)
-
-
 def link_model(source: Path, target: Path, but: Sequence[str] = ()) -> None:
     """Links all files of a model directory, except hidden ones and those whose path, or a folder
     of it, is named in ``but``."""
@@ -61,16 +51,18 @@ def link_model(source: Path, target: Path, but: Sequence[str] = ()) -> None:
         hidden = any(part.startswith(".") for part in name.parts)
         left_out = any(name.is_relative_to(each) for each in but)
         if file.is_file() and not hidden and not left_out:
-            link(file, target / name)
+            link_or_copy(file, target / name)
 
 
 def link_bank(source: Path, target: Path) -> None:
     """Links what makes a bank that can be added to a model: manifest, shards, tree, documents."""
-    link(source / "hmem.json", target / "hmem.json")
-    link(source / "retriever" / "tree.safetensors", target / "retriever" / "tree.safetensors")
+    link_or_copy(source / "hmem.json", target / "hmem.json")
+    link_or_copy(
+        source / "retriever" / "tree.safetensors", target / "retriever" / "tree.safetensors"
+    )
     for file in sorted((source / BANK_FOLDER).iterdir()):
         if file.name in (MANIFEST, DOCUMENTS) or file.suffix == ".safetensors":
-            link(file, target / BANK_FOLDER / file.name)
+            link_or_copy(file, target / BANK_FOLDER / file.name)
 
 
 def write_level_shard(

@@ -21,7 +21,6 @@ from mlx_hmem.bank_tools.contents import OpenBank, views_of
 from mlx_hmem.bank_tools.folders import (
     added_folder,
     bytes_of,
-    link,
     link_bank,
     link_model,
     new_folder,
@@ -29,7 +28,7 @@ from mlx_hmem.bank_tools.folders import (
 )
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import fingerprint, write_atomic
+from mlx_hmem.files import fingerprint, link_or_copy, write_atomic
 from mlx_hmem.find import BANK_FOLDER, BESIDE
 from mlx_hmem.loading import check_beside
 from mlx_hmem.memory import initial_block
@@ -126,7 +125,7 @@ def _write_subtree(
 ) -> Manifest:
     bank, old = opened.bank, opened.bank.manifest
     levels: dict[int, Level] = {GENERIC: old.generic}
-    link(
+    link_or_copy(
         opened.folder / BANK_FOLDER / old.generic.shards[0].file,
         target / old.generic.shards[0].file,
     )
@@ -298,7 +297,7 @@ def _merged_shard(
     """A shard linked where none of its blocks is the second bank's, else written anew."""
     clusters = range(shard.first_cluster, shard.first_cluster + shard.num_clusters)
     if not any((level.level, cluster) in choice for cluster in clusters):
-        link(first.folder / BANK_FOLDER / shard.file, target / shard.file)
+        link_or_copy(first.folder / BANK_FOLDER / shard.file, target / shard.file)
         return shard
 
     def block(cluster: int) -> list[memoryview]:

@@ -33,10 +33,10 @@ from mlx_hmem.bank.writer import (
     write_manifest,
     write_shard,
 )
-from mlx_hmem.bank_tools.folders import link, link_model, new_folder
+from mlx_hmem.bank_tools.folders import link_model, new_folder
 from mlx_hmem.config import FORMAT_VERSION, HmemConfig, MemoryConfig, RetrieverConfig
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import fingerprint, write_atomic
+from mlx_hmem.files import fingerprint, link_or_copy, write_atomic
 from mlx_hmem.find import BANK_FILES, BANK_FOLDER, MODEL_FILES, find_model
 from mlx_hmem.loading import added_banks, open_encoder, open_tree
 from mlx_hmem.retriever import ClusterTree, Encoder, load_encoder
@@ -188,7 +188,7 @@ def _write_bank(
         there = {} if old is None else {each.level: each for each in old.all_levels}
         shards = list(there[level].shards) if level in there else []
         for shard in shards:
-            link(base.folder / BANK_FOLDER / shard.file, target / shard.file)
+            link_or_copy(base.folder / BANK_FOLDER / shard.file, target / shard.file)
         if level == GENERIC:
             cuts = [Cut(0, 0, 1)] if old is None else []
         else:

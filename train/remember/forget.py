@@ -31,9 +31,9 @@ from mlx_hmem.bank.writer import (
     write_manifest,
     write_shard,
 )
-from mlx_hmem.bank_tools.folders import bytes_of, link, link_model, new_folder
+from mlx_hmem.bank_tools.folders import bytes_of, link_model, new_folder
 from mlx_hmem.errors import ArgumentParser, UserError
-from mlx_hmem.files import write_atomic
+from mlx_hmem.files import link_or_copy, write_atomic
 from mlx_hmem.find import BANK_FOLDER
 from mlx_hmem.loading import load
 from mlx_hmem.retriever import ClusterTree
@@ -84,7 +84,7 @@ def begin_without(
     shutil.rmtree(target / "subtrees", ignore_errors=True)
     for number in set(subtrees_of(paths)) - touched:
         for name in ("blocks.safetensors", "done.json"):
-            link(subtree_folder(run, number) / name, subtree_folder(target, number) / name)
+            link_or_copy(subtree_folder(run, number) / name, subtree_folder(target, number) / name)
     save_array(target / "paths.npy", rest_paths)
     shutil.copyfile(run / "tree.safetensors", target / "tree.safetensors")
     restated_without(run, target, gone)
@@ -108,7 +108,7 @@ class Rewriter:
         """A shard linked where none of its blocks changes, else written anew."""
         clusters = range(shard.first_cluster, shard.first_cluster + shard.num_clusters)
         if level.level == GENERIC or not any(self.is_touched(level.level, c) for c in clusters):
-            link(self.base.folder / BANK_FOLDER / shard.file, target / shard.file)
+            link_or_copy(self.base.folder / BANK_FOLDER / shard.file, target / shard.file)
             return shard
         manifest = self.bank.manifest
         row, meta = (
