@@ -235,6 +235,7 @@ def main() -> None:
     parser.add_argument("--block", nargs="+", default=[], metavar="PATH", help="as 3 or 3,51")
     parser.add_argument("--max-tokens", type=int, default=100, help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.error = lambda text: parser.exit(2, f"error: {text}\n")  # type: ignore[method-assign,assignment]
     args = parser.parse_args()
     try:
         result = answer(Bundle(args.bundle), args)

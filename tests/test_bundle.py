@@ -311,6 +311,8 @@ def test_the_runner_names_what_is_wrong_in_one_line(made, opened, tmp_path, caps
     words = "word " * 200
     assert "tokens, more than 95; cut the prompt" in ends(made, words)
     assert "the prompt is empty" in ends(made, " ")
+    assert "invalid choice" in ends(made, "x", "--memory", "other")
+    assert "unrecognized" in ends(made, "x", "--temperature", "1")
     assert "cannot read" in ends(tmp_path, "x")
     for name in json.loads((made / "bundle.json").read_text())["files"]:
         if name.startswith("functions") and "memory" not in name:
