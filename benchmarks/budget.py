@@ -9,11 +9,12 @@ runs as a person runs it, in a process of its own. The kernel says what that has
 (VmHWM), and what an interpreter holds that has imported MLX; the budget is for the difference.
 
 A limit is held from outside as well, as a phone's system holds it: whoever is seen beyond the
-budget is killed. (A control group, where one may be made, is stricter. RLIMIT_DATA is another
-thing: of anonymous memory it counts what is asked for too, ``data_above_bare_bytes``; RLIMIT_AS
-counts maps of files as well.)
+budget is killed. With ``--control-group FOLDER``, a group that may have children, the kernel holds
+it: the pages that it keeps of read files count then, and are let go of first. (RLIMIT_DATA is
+another thing: of anonymous memory it counts what is asked for too, ``data_above_bare_bytes``.)
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -30,6 +31,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from benchmarks.banks import GROUP, keys_of, make_bank, paper_config
+from benchmarks.control_group import ControlGroup, control_group
 from benchmarks.counting import machine
 from benchmarks.models import random_retriever, random_texts, write_tokenizer
 from mlx_hmem.anchors.load import anchor_hash, named_parameters
@@ -80,11 +82,14 @@ def bare() -> dict[str, int]:
     return status_of(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def converse(folder: Path, budget: int, texts: Sequence[str], most: int) -> dict[str, Any]:
+def converse(
+    folder: Path, budget: int, texts: Sequence[str], most: int, group: ControlGroup | None = None
+) -> dict[str, Any]:
     """One conversation, watched from here: beyond ``most`` resident bytes it is killed."""
     command = [sys.executable, str(PROGRAM), "--model", str(folder), "--chat"]
     command += ["--max-tokens", str(ANSWER), "--memory-budget", str(budget)]
-
+    if group is not None:
+        command = group.command(command)
     peaks: dict[str, int] = {}
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+") as lines, tempfile.TemporaryFile("w+") as said:
@@ -110,15 +115,19 @@ def converse(folder: Path, budget: int, texts: Sequence[str], most: int) -> dict
         "topics": sum(line.startswith("memory: fetched") for line in output),
         "peaks": peaks,
         "said": output,
+        "control_group": None if group is None else group.counted(),
     }
 
 
-def measure(name: str, dtype: str, budget: int) -> dict[str, Any]:
+def measure(name: str, dtype: str, budget: int, parent: Path | None = None) -> dict[str, Any]:
     texts = random_texts(TURNS, WORDS, seed=7)
     before = bare()
     with tempfile.TemporaryDirectory() as place:
         parameters = write_model(Path(place), name, dtype, texts)
-        found = converse(Path(place), budget, texts, before["VmHWM"] + budget)
+        most = before["VmHWM"] + budget
+        limited = contextlib.nullcontext() if parent is None else control_group(parent, most)
+        with limited as group:
+            found = converse(Path(place), budget, texts, most, group)
     return {
         "anchor": name,
         "dtype": dtype,
@@ -142,6 +151,12 @@ def show(result: dict[str, Any]) -> None:
             f"{kept}; {ended}, {run['topics']} topics, {run['seconds']:.0f} s"
         )
         print(f"  bare interpreter {run['bare_bytes'] / 1e6:.0f} MB")
+        if group := run["control_group"]:
+            print(
+                f"  held by a control group: {group['peak_bytes'] / 1e6:.0f} of "
+                f"{group['limit_bytes'] / 1e6:.0f} MB with the pages of read files, "
+                f"{group['kills']} programs ended"
+            )
         for line in run["said"]:
             print(f"  {line}")
 
@@ -154,13 +169,16 @@ def main() -> None:
     parser.add_argument(
         "--dtype", default="float32", help="of what is not quantised (default: %(default)s)"
     )
+    parser.add_argument(
+        "--control-group", type=Path, metavar="FOLDER", help="the group to make a limited one in"
+    )
     args = parser.parse_args()
     if len(args.budget) != len(args.anchor):
         parser.error("give as many budgets as anchors")
     if not os.path.exists("/proc/self/status"):
         parser.error("this counts with /proc, which this system has not")
     runs = [
-        measure(name, args.dtype, parse_bytes(size, "--budget"))
+        measure(name, args.dtype, parse_bytes(size, "--budget"), args.control_group)
         for name, size in zip(args.anchor, args.budget, strict=True)
     ]
     result = machine() | {"runs": runs}
