@@ -30,15 +30,14 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from benchmarks.banks import GROUP, keys_of, make_bank, paper_config
+from benchmarks.banks import GROUP
 from benchmarks.control_group import ControlGroup, control_group
 from benchmarks.counting import machine
-from benchmarks.models import random_retriever, random_texts, write_tokenizer
-from mlx_hmem.anchors.load import anchor_hash, named_parameters
+from benchmarks.models import random_texts, write_memory, write_tokenizer
+from mlx_hmem.anchors.load import named_parameters
 from mlx_hmem.anchors.openlm import PRESETS, Model
-from mlx_hmem.config import FORMAT_VERSION, HmemConfig, RetrieverConfig
 from mlx_hmem.errors import ArgumentParser, run_program
-from mlx_hmem.files import fingerprint, save_safetensors, write_atomic
+from mlx_hmem.files import save_safetensors, write_atomic
 from mlx_hmem.resident import parse_bytes
 
 BITS, CONTEXT = 4, 2048
@@ -58,16 +57,7 @@ def write_model(folder: Path, name: str, dtype: str, texts: Sequence[str]) -> in
     config = asdict(PRESETS[name]) | {"max_position_embeddings": CONTEXT, "eos_token_id": 1} | how
     write_atomic(folder / "config.json", json.dumps(config))
     write_tokenizer(folder)
-    memory, retriever = paper_config(name), random_retriever()
-    (folder / "retriever").mkdir()
-    tree = folder / "retriever" / "tree.safetensors"
-    retriever.tree.save(tree, retriever.encoder.fingerprint)
-    known = RetrieverConfig("static", retriever.encoder.fingerprint, fingerprint(tree))
-    hmem = HmemConfig(FORMAT_VERSION, memory, known, anchor_hash(folder))
-    filled = keys_of(memory, [retriever.route(text) for text in texts])
-    make_bank(folder / "bank", memory, filled, BITS, hmem.anchor_hash, known.tree_hash)
-    write_atomic(folder / "hmem.json", hmem.to_json())
-    return memory.bank_parameters
+    return write_memory(folder, name, texts, BITS)
 
 
 def status_of(text: str) -> dict[str, int]:

@@ -124,7 +124,7 @@ def paper_bundles(place: Path) -> dict[int, Any]:
     found: dict[int, Any] = {}
     (place / "model").mkdir()
     write_anchor(place / "model", ANCHOR, "float32")
-    write_memory(place / "model", ANCHOR, TEXT)
+    write_memory(place / "model", ANCHOR, [TEXT])
     hmem = HmemConfig.from_file(place / "model" / "hmem.json")
     config, bank = paper_config(ANCHOR), place / "model" / "bank"
     for bits in (16, 4):

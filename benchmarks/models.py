@@ -91,21 +91,16 @@ def _shapes(name: str) -> dict[str, tuple[int, ...]]:
     return {key: array.shape for key, array in named_parameters(Model(PRESETS[name])).items()}
 
 
-def write_memory(folder: Path, name: str, prompt: str) -> None:
-    """Gives an anchor's folder a memory, whose bank has values in the blocks of ``prompt``'s
-    path."""
+def write_memory(folder: Path, name: str, prompts: Sequence[str], bits: int = 16) -> int:
+    """Gives an anchor's folder a memory, whose bank has values in the blocks of the paths of
+    ``prompts``. Returns the parameters of the bank."""
     config, retriever = paper_config(name), random_retriever()
     (folder / "retriever").mkdir()
     tree = folder / "retriever" / "tree.safetensors"
     retriever.tree.save(tree, retriever.encoder.fingerprint)
     known = RetrieverConfig("static", retriever.encoder.fingerprint, fingerprint(tree))
     hmem = HmemConfig(FORMAT_VERSION, config, known, anchor_hash(folder))
-    filled = keys_of(config, [retriever.route(prompt)])
-    make_bank(
-        folder / "bank",
-        config,
-        filled,
-        anchor_hash=hmem.anchor_hash,
-        tree_hash=known.tree_hash,
-    )
+    filled = keys_of(config, [retriever.route(prompt) for prompt in prompts])
+    make_bank(folder / "bank", config, filled, bits, hmem.anchor_hash, known.tree_hash)
     write_atomic(folder / "hmem.json", hmem.to_json())
+    return config.bank_parameters

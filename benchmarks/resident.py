@@ -61,7 +61,7 @@ def measure(place: Path, anchor: str, dtype: str, repeats: int) -> dict[str, Any
     for folder in folders.values():
         folder.mkdir()
         write_anchor(folder, anchor, dtype)
-    write_memory(folders["bank"], anchor, PROMPT)
+    write_memory(folders["bank"], anchor, [PROMPT])
     runs = {
         "no_bank": (folders["no_bank"], "none"),
         "memory_none": (folders["bank"], "none"),
