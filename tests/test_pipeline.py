@@ -197,6 +197,19 @@ def test_a_quantised_export_answers_as_quantised_blocks_do(made, tmp_path):
     assert len(list(model.stream("The", max_tokens=3))) >= 1
 
 
+def test_a_model_that_names_the_packages_encoder_holds_none_and_answers_the_same(made, tmp_path):
+    _, run, _ = made
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    recipe = recipe_of(made)
+    run_export(replace(recipe, export=replace(recipe.export, encoder_by_name=True)), copy)
+    assert [file.name for file in (copy / "model" / "retriever").iterdir()] == ["tree.safetensors"]
+    own, named = load(run / "model"), load(copy / "model")
+    for text in ("The copper engine", "A river in the north"):
+        assert named.retriever.route(text) == own.retriever.route(text)
+        pieces = [[p.text for p in model.stream(text, max_tokens=4)] for model in (own, named)]
+        assert pieces[0] == pieces[1]
+
+
 def test_anchor_and_memories_trained_together_from_nothing(made, tmp_path):
     """The anchor stage leaves its start values, the memories stage the anchor of the model."""
     cotrain = CotrainSection(learning_rate_scale=0.5, generic_probability=0.5)

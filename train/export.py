@@ -54,7 +54,7 @@ def _add_memory(recipe: Recipe, folder: Path, part: Path, trained: Collection[st
         format_version=FORMAT_VERSION,
         memory=recipe.memory_config,
         retriever=RetrieverConfig(
-            encoder=place_encoder(recipe.tree.encoder, part),
+            encoder=place_encoder(recipe.tree.encoder, part, recipe.export.encoder_by_name),
             encoder_hash=str(ClusterTree.load(tree).encoder_hash),
             tree_hash=fingerprint(tree),
         ),
@@ -85,10 +85,10 @@ def _add_memory(recipe: Recipe, folder: Path, part: Path, trained: Collection[st
     write_atomic(part / "hmem.json", hmem.to_json())
 
 
-def place_encoder(name: str, target: Path) -> str:
+def place_encoder(name: str, target: Path, by_name: bool = False) -> str:
     """What ``hmem.json`` calls the encoder. The small static one goes along, so that a model
-    outlives a new version of it; MiniLM is pointed to by its name."""
-    if name == "minilm":
+    outlives a new version of it, unless ``by_name``; MiniLM is pointed to by its name."""
+    if name == "minilm" or (by_name and name == "static"):
         return name
     inside = Path("retriever") / "encoder"
     shutil.copytree(STATIC_FOLDER if name == "static" else name, target / inside)

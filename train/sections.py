@@ -302,6 +302,10 @@ class ExportSection(JsonConfig):
             "of all blocks: `mode`, `bits` and `group_size` as MLX names them; or null"
         ),
     )
+    encoder_by_name: bool = field(
+        default=False,
+        metadata=help_text("the model names the package's static encoder and holds no copy of it"),
+    )
     attribution: str = field(
         default="", metadata=help_text("source and licence of the text, for the model's card")
     )
@@ -311,6 +315,7 @@ class ExportSection(JsonConfig):
             raise UserError(
                 "unknown export.dtype", repr(self.dtype), "use float16, bfloat16 or float32"
             )
+        check_truth("export.", "encoder_by_name", self.encoder_by_name)
         if self.quantization is not None:
             self.quantization_of(0)
 
