@@ -133,6 +133,7 @@ def test_any_key_can_be_set_anew_and_the_last_one_counts(tmp_path):
         ("anchor.config={model_type: llama}", "anchor.config without a path"),
         ("anchor.path=3", "anchor.path is not a text"),
         ("windows.anchor_context=8", "anchor_context"),
+        ("corpus.anchor_times=1", "anchor_times"),
         ("anchor.training.steps=0", "steps"),
         ("anchor_only=1", "anchor_only"),
     ],

@@ -7,9 +7,16 @@ import pytest
 import sentencepiece as spm
 
 from train import tree
+from train.corpus import read_texts, run_corpus
 from train.ranks import Ranks
-from train.recipe import Recipe, TreeSection, WindowsSection
-from train.sequences import pack_anchor, pack_by_leaf
+from train.recipe import (
+    CorpusSection,
+    Recipe,
+    TokenizerSection,
+    TreeSection,
+    WindowsSection,
+)
+from train.sequences import pack_anchor, pack_by_leaf, run_anchor_sequences
 from train.tokenizer import EOT_ID, load_tokenizer, train_tokenizer
 from train.tree import distinct, encode_windows
 from train.windows import Windows, cut_windows, load_windows, run_windows
@@ -92,6 +99,33 @@ def test_anchor_rows_teach_each_token_once(windows, tmp_path):
     assert rows.shape[1] == CONTEXT + 1
     assert rows.dtype == np.uint16
     check_each_token_is_a_target_once(rows, [windows.tokens])
+
+
+@pytest.mark.parametrize("decompose", [False, True])
+def test_the_anchor_does_not_read_what_is_stated_too_seldom(tmp_path, decompose):
+    facts = {"kind": "invented", "topics": 2, "entities_per_topic": 8, "frequencies": [1, 2, 4, 8],
+             "plain_documents": 10}  # fmt: skip
+    recipe = Recipe(
+        name="t",
+        corpus=CorpusSection(documents=0, facts=(facts,), anchor_times=4),
+        tokenizer=TokenizerSection(vocab_size=400),
+        windows=WindowsSection(CONTEXT, decompose=decompose),
+    )
+    run_corpus(recipe, tmp_path)
+    texts = list(read_texts(tmp_path / "corpus" / "train.jsonl"))
+    train_tokenizer(texts, 400, tmp_path / "tokenizer")
+    run_windows(recipe, tmp_path)
+    run_anchor_sequences(recipe, tmp_path)
+    stated = [json.loads(line) for line in (tmp_path / "corpus" / "facts.jsonl").open()]
+    rare = {f["prompt"] for f in stated if f["times"] < 4}
+    assert rare
+    kept = [text for text in texts if not any(prompt in text for prompt in rare)]
+    read = cut_windows(kept, load_tokenizer(tmp_path), CONTEXT)
+    of_anchor = sorted((tmp_path / "anchor-sequences").glob("tokens*.npy"))
+    targets = np.concatenate([np.load(file)[:, 1:].ravel() for file in of_anchor])
+    assert sorted(targets[targets != EOT_ID]) == sorted(read.tokens[read.tokens != EOT_ID])
+    assert len(kept) < len(texts)
+    assert len(load_windows(tmp_path)) == len(cut_windows(texts, load_tokenizer(tmp_path), CONTEXT))
 
 
 @pytest.mark.parametrize("at_once", [1, 7, 4096])

@@ -19,7 +19,7 @@ import numpy as np
 from mlx_hmem.files import atomic_file
 from train.arrays import load_mapped, save_pieces
 from train.shards import Advance
-from train.windows import Windows, counted, cut_part
+from train.windows import Part, Windows, counted, cut_part
 
 SMALLEST = 32  # tokens
 ROWS = 1 << 14  # looked at together
@@ -100,13 +100,9 @@ class Buckets:
         return cls({n: load_mapped(folder / f"tokens-{n}.npy") for n in lengths(context)})
 
 
-def decompose_shard(path: Path, task: tuple[Path, int, tuple[int, int]], advance: Advance) -> None:
-    """Writes the pieces of a part of a run's documents, an array for each length, as a .npz file.
-
-    ``task``: the run, the context, and the bytes of train.jsonl within which a document begins.
-    """
-    run, context, part = task
-    pieces = decompose(cut_part(run, WHOLE, part, advance), context)
+def decompose_shard(path: Path, part: Part, advance: Advance) -> None:
+    """Writes the pieces of a part of a run's documents, an array for each length, as .npz."""
+    pieces = decompose(cut_part(part._replace(context=WHOLE), advance), part.context)
     with atomic_file(path) as file:
         arrays: dict[str, Any] = {str(length): rows for length, rows in pieces.items()}
         np.savez(file, **arrays)

@@ -91,7 +91,7 @@ def run_corpus(
 
 def _make_facts(
     recipe: Recipe, corpus: Path | None, table: Path | None, sample: Sample
-) -> tuple[list[Fact], list[dict[str, str]], int, list[dict[str, str]]]:
+) -> tuple[list[Fact], list[dict[str, Any]], int, list[dict[str, Any]]]:
     """The facts, their documents to train on, how many of these are plain, and those held out."""
     if not recipe.corpus.facts:
         return [], [], 0, []

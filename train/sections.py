@@ -34,12 +34,20 @@ class CorpusSection(JsonConfig):
     facts: tuple[dict[str, Any], ...] = field(
         default=(), metadata=help_text("lists of facts to state: `kind` and the keys of that kind")
     )
+    anchor_times: int | None = field(
+        default=None,
+        metadata=help_text(
+            "the anchor's own training leaves out facts stated fewer times than this"
+        ),
+    )
 
     def __post_init__(self) -> None:
         if self.documents is not None:
             check_whole("corpus.", "documents", self.documents, 0)
         check_whole("corpus.", "max_characters", self.max_characters, 16)
         check_number("corpus.", "held_out", self.held_out, 0, 0.5)
+        if self.anchor_times is not None:
+            check_whole("corpus.", "anchor_times", self.anchor_times, 2)
         if not isinstance(self.facts, tuple) or not all(isinstance(f, dict) for f in self.facts):
             raise UserError(
                 "corpus.facts is not a list of mappings",

@@ -108,12 +108,13 @@ def pack_by_leaf(
 
 def run_anchor_sequences(recipe: Recipe, folder: Path) -> None:
     """Writes ``anchor-sequences/tokens.npy``, (n, context + 1). A longer context than that of the
-    memories needs windows of its own. Decomposed: ``tokens-LENGTH.npy`` for each length."""
+    memories, or fewer facts, need windows of their own. Decomposed: ``tokens-LENGTH.npy`` for each
+    length."""
     out, context, ranks = folder / "anchor-sequences", recipe.windows.of_anchor, Ranks(folder)
-    files, shards = list[Path](), out / "shards"
-    if recipe.windows.decompose or context != recipe.windows.context:
+    files, shards, times = list[Path](), out / "shards", recipe.corpus.anchor_times or 1
+    if recipe.windows.decompose or times > 1 or context != recipe.windows.context:
         work = decompose_shard if recipe.windows.decompose else cut_shard
-        files = shard_documents(folder, context, work, shards, ranks, "documents")
+        files = shard_documents(folder, context, work, shards, ranks, "documents", times)
     if not ranks.first:
         return
     if recipe.windows.decompose:

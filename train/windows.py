@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -96,44 +96,66 @@ def cut_windows(
     return Windows(np.array(tokens, dtype), np.array(offsets, dtype=np.int64), begin)
 
 
-def texts_between(path: Path, start: int, end: int, advance: Advance) -> Iterator[str]:
-    """The ``text`` of each line that begins within these bytes."""
+def texts_between(
+    path: Path, start: int, end: int, advance: Advance, times: int = 1
+) -> Iterator[str]:
+    """The ``text`` of each line that begins within these bytes, without documents that state facts
+    fewer than ``times`` times in all."""
     with path.open("rb") as file:
         if start > 0:
             file.seek(start - 1)
             file.readline()  # ends the line before
         while file.tell() < end and (line := file.readline()):
             advance(len(line))
-            yield json.loads(line)["text"]
+            document = json.loads(line)
+            if document.get("times", times) >= times:
+                yield document["text"]
 
 
-def cut_part(run: Path, context: int, part: tuple[int, int], advance: Advance) -> Windows:
-    """The windows of the run's documents that begin within these bytes of train.jsonl."""
-    texts = texts_between(run / "corpus" / "train.jsonl", *part, advance)
+class Part(NamedTuple):
+    """Documents to cut: those of a run that begin within ``start`` and ``end`` of train.jsonl,
+    without those that state facts fewer than ``times`` times."""
+
+    run: Path
+    context: int
+    start: int
+    end: int
+    times: int
+
+
+def cut_part(part: Part, advance: Advance) -> Windows:
+    """The windows of a part of the run's documents."""
+    run, context, start, end, times = part
+    texts = texts_between(run / "corpus" / "train.jsonl", start, end, advance, times)
     facts = taken_facts(run)
     vocab_size = 1 << 16 if facts is None else facts.vocab_size
     return cut_windows(texts, load_tokenizer(run), context, begin_of(run), vocab_size)
 
 
-def cut_shard(path: Path, task: tuple[Path, int, tuple[int, int]], advance: Advance) -> None:
+def cut_shard(path: Path, part: Part, advance: Advance) -> None:
     """Writes tokens and offsets of :func:`cut_part` as a .npz file."""
-    windows = cut_part(*task, advance)
+    windows = cut_part(part, advance)
     with atomic_file(path) as file:
         np.savez(file, tokens=windows.tokens, offsets=windows.offsets)
 
 
 def shard_documents(
-    run: Path, context: int, work: Work, folder: Path, ranks: Ranks, desc: str
+    run: Path, context: int, work: Work, folder: Path, ranks: Ranks, desc: str, times: int = 1
 ) -> list[Path]:
-    """Has ``work`` make a file in ``folder`` of each part of the documents the run trains on."""
+    """Has ``work`` make a file in ``folder`` of each part of the documents the run trains on.
+
+    Documents that state facts fewer than ``times`` times are left out.
+    """
     source = run / "corpus" / "train.jsonl"
     size = source.stat().st_size
     starts = range(0, max(1, size), SHARD_BYTES)
-    parts = [(start, min(start + SHARD_BYTES, size)) for start in starts]
-    shards = [Shard((run, context, part), part[1] - part[0]) for part in parts]
+    ends = [min(start + SHARD_BYTES, size) for start in starts]
+    parts = [Part(run, context, start, end, times) for start, end in zip(starts, ends, strict=True)]
+    shards = [Shard(part, part.end - part.start) for part in parts]
     identity = {
         "bytes": size,
         "context": context,
+        "times": times,
         "tokenizer": fingerprint(*sorted((run / "tokenizer").glob("*.json"))),
     }
     return make_shards(folder, ranks, work, shards, identity, desc=desc, unit="B")

@@ -27,13 +27,14 @@ def make_facts(
     seed: int,
     source: Path | None = None,
     articles: Iterable[Article] = (),
-) -> tuple[Iterator[dict[str, str]], list[Fact]]:
+) -> tuple[Iterator[dict[str, Any]], list[Fact]]:
     """Documents {id, title, text} in random order, repeated by frequency, and the facts they state.
 
-    ``config`` is one entry of the recipe's ``corpus.facts``: ``kind`` ("invented", "elements" or
-    "people") and the keys of that kind's configuration. ``source`` is the table of elements,
-    ``articles`` are (id, title, text) to take people from. The same arguments give the same
-    documents. Raises UserError for a wrong configuration.
+    A document that states facts has their ``times`` too. ``config`` is one entry of the recipe's
+    ``corpus.facts``: ``kind`` ("invented", "elements" or "people") and the keys of that kind's
+    configuration. ``source`` is the table of elements, ``articles`` are (id, title, text) to take
+    people from. The same arguments give the same documents. Raises UserError for a wrong
+    configuration.
     """
     values = {key: value for key, value in config.items() if key != "kind"}
     match config.get("kind"):
@@ -47,7 +48,7 @@ def make_facts(
     raise UserError("unknown kind of facts", repr(config.get("kind")), known)
 
 
-def documents_of_facts(facts: Iterable[Fact], documents: Iterable[dict[str, str]]) -> list[str]:
+def documents_of_facts(facts: Iterable[Fact], documents: Iterable[dict[str, Any]]) -> list[str]:
     """The text of one document that states each fact: what an oracle routes by."""
     texts = {d["title"]: d["text"] for d in documents if d["id"].startswith("fact-")}.values()
     found = []

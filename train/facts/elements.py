@@ -40,7 +40,7 @@ class ElementsConfig(JsonConfig):
 
 def make_elements(
     values: dict[str, Any], seed: int, source: Path | None
-) -> tuple[Iterator[dict[str, str]], list[Fact]]:
+) -> tuple[Iterator[dict[str, Any]], list[Fact]]:
     """Documents and facts, as :func:`train.facts.make_facts` says."""
     config = ElementsConfig.from_dict(values, "corpus.facts")
     path = source or (Path(config.source) if config.source else None)

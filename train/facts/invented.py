@@ -73,7 +73,7 @@ class InventedConfig(JsonConfig):
             )
 
 
-def make_invented(values: dict[str, Any], seed: int) -> tuple[Iterator[dict[str, str]], list[Fact]]:
+def make_invented(values: dict[str, Any], seed: int) -> tuple[Iterator[dict[str, Any]], list[Fact]]:
     """Documents and facts, as :func:`train.facts.make_facts` says."""
     config = InventedConfig.from_dict(values, "corpus.facts")
     topics = read_topics()[: config.topics]

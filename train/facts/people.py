@@ -65,7 +65,7 @@ class PeopleConfig(JsonConfig):
 
 def make_people(
     values: dict[str, Any], seed: int, articles: Iterable[Article]
-) -> tuple[Iterator[dict[str, str]], list[Fact]]:
+) -> tuple[Iterator[dict[str, Any]], list[Fact]]:
     """Documents and facts, as :func:`train.facts.make_facts` says, about people of ``articles``."""
     config = PeopleConfig.from_dict(values, "corpus.facts")
     years = _years_of_birth(articles)

@@ -39,11 +39,12 @@ def fact_documents(
     seed: int,
     filler: Callable[[Subject, random.Random], list[str]],
     plain: Sequence[Callable[[random.Random], tuple[str, str]]] = (),
-) -> Iterator[dict[str, str]]:
+) -> Iterator[dict[str, Any]]:
     """Each subject's document as often as its facts are stated, and each plain one, all shuffled.
 
-    ``kind`` keeps the ids apart from those of other kinds in one corpus. ``filler`` gives the
-    further sentences of one repetition, ``plain`` titles and texts.
+    ``times`` of a document says how often. ``kind`` keeps the ids apart from those of other kinds
+    in one corpus. ``filler`` gives the further sentences of one repetition, ``plain`` titles and
+    texts.
     """
     rng = random.Random(f"documents {seed}")
     order = [i for i, subject in enumerate(subjects) for _ in range(subject.times)]
@@ -54,7 +55,8 @@ def fact_documents(
             sentences = [fact.statement for fact in subjects[i].facts] + filler(subjects[i], rng)
             rng.shuffle(sentences)
             title, text = subjects[i].title, " ".join(sentences)
-            yield {"id": f"fact-{kind}-{number:07d}", "title": title, "text": text}
+            identifier, times = f"fact-{kind}-{number:07d}", subjects[i].times
+            yield {"id": identifier, "title": title, "text": text, "times": times}
         else:
             title, text = plain[i - len(subjects)](rng)
             yield {"id": f"plain-{number:07d}", "title": title, "text": text}
