@@ -35,8 +35,8 @@ from mlx_hmem.anchors.openlm import PRESETS
 from mlx_hmem.bank.format import num_blocks, stored_r
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import ArgumentParser, UserError, run_program
+from mlx_hmem.resident import peak_resident_bytes
 from mlx_hmem.retriever import load_encoder
-from train.log import peak_resident_bytes
 
 MEMORY = MemoryConfig(512, 35, (256, 64, 16, 0), (16, 16, 16, 16))
 NEED = 30 << 30

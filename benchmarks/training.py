@@ -29,9 +29,9 @@ from tqdm import tqdm
 from mlx_hmem.anchors.openlm import Model, ModelArgs
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import ArgumentParser, run_program
+from mlx_hmem.resident import peak_resident_bytes
 from train.anchor import AnchorTrainee, initialise
 from train.checkpoint import Progress
-from train.log import peak_resident_bytes
 from train.loop import Trainee
 from train.memories import MemoryTrainee
 from train.recipe import CotrainSection, TrainerConfig

@@ -8,6 +8,7 @@ when all that generation needs had been imported.
 import ctypes
 import os
 import re
+import resource
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,7 +23,7 @@ UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 SIZE_HELP = "as 400MB, 1.5GB or plain bytes; it counts resident memory above that of Python with "
 SIZE_HELP += "nothing but MLX imported"
-STATM = Path("/proc/self/statm")
+STATM, STATUS = Path("/proc/self/statm"), Path("/proc/self/status")
 LARGE = 1 << 20  # an allocation of so many bytes is a map of its own, which goes back when freed
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # glibc's malloc.h
 
@@ -52,6 +53,14 @@ def resident_bytes() -> int:
         if libc.proc_pid_rusage(os.getpid(), 0, ctypes.byref(info)) == 0:
             return int(info[2 + 7])  # ri_phys_footprint
     return IMPORTS + mx.get_active_memory() + mx.get_cache_memory()
+
+
+def peak_resident_bytes() -> int:
+    """The most resident memory that this process has held so far."""
+    if STATUS.exists():  # Linux's getrusage counts what the parent held before this program began
+        return int(STATUS.read_text().split("VmHWM:")[1].split()[0]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def machine_bytes() -> int:

@@ -1,13 +1,12 @@
 """What a conversation has cost so far: where each level came from, bytes, times, memory."""
 
-import resource
-import sys
 from collections import Counter
 from dataclasses import dataclass, field
 
 from mlx_lm.generate import GenerationResponse
 
 from mlx_hmem.model import Recall
+from mlx_hmem.resident import peak_resident_bytes
 
 SOURCES = ("attached", "resident", "cache", "disk")  # from the nearest to the farthest
 
@@ -66,9 +65,3 @@ class SessionStats:
         if self.damaged:
             lines.append(f"{self.damaged} blocks left out, unreadable")
         return [*lines, f"resident memory: {peak_resident_bytes() / 1e6:.0f} MB at most"]
-
-
-def peak_resident_bytes() -> int:
-    """The most physical memory that this process has held at once."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB

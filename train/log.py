@@ -19,8 +19,6 @@ import importlib
 import importlib.util
 import json
 import math
-import resource
-import sys
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -32,6 +30,7 @@ from tqdm import tqdm
 
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import write_atomic
+from mlx_hmem.resident import peak_resident_bytes
 from train.checkpoint import Progress
 
 LOG_EVERY = 20  # steps
@@ -203,12 +202,6 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             break
         records.append(record)
     return records
-
-
-def peak_resident_bytes() -> int:
-    """Of this process since it began."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def _mean_loss(progress: Progress, steps: int) -> float | None:
