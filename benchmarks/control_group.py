@@ -5,6 +5,7 @@ kernel first lets go of pages that it can read again, then ends the program.
 """
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -45,7 +46,7 @@ class ControlGroup:
 def control_group(parent: Path, limit: int) -> Iterator[ControlGroup]:
     """A child of the group ``parent``, a folder of the control group file system, that holds its
     programs to ``limit`` bytes; it is gone at the end."""
-    folder = parent / "mlx-hmem-budget"
+    folder = parent / f"mlx-hmem-{os.getpid()}"
     try:
         folder.mkdir()
         group = ControlGroup(folder, limit)
