@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.budget import bare
-from benchmarks.counting import machine, median, memory
+from benchmarks.counting import machine, median
 from mlx_hmem.errors import ArgumentParser, run_program
-from mlx_hmem.resident import parse_bytes
+from mlx_hmem.resident import parse_bytes, peak_resident_bytes
 from train.budget import fit, keep_to, within_budget
 from train.checkpoint import Progress
 from train.memories import MemoryTrainee
@@ -71,7 +71,7 @@ def train_here(budget: int, context: int, steps: int) -> dict[str, Any]:
         "chosen": line,
         "step_s": median(times[1:]),
         "touched_blocks": blocks,
-        "peak_bytes": memory("VmHWM"),
+        "peak_bytes": peak_resident_bytes(),
     }
 
 

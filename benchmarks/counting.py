@@ -7,9 +7,7 @@ out.
 
 import os
 import platform
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
@@ -44,14 +42,6 @@ def evict(files: Iterable[Path]) -> None:
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(handle)
-
-
-def memory(name: str) -> int:
-    """``VmRSS`` (resident now) or ``VmHWM`` (the most so far) of this process, in bytes."""
-    if STATUS.exists():  # getrusage on Linux counts the parent's memory before exec
-        return int(STATUS.read_text().split(f"{name}:")[1].split()[0]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def forget_peak() -> None:

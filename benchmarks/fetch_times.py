@@ -23,12 +23,12 @@ from benchmarks.counting import (
     forget_peak,
     io_counts,
     median,
-    memory,
     timed,
 )
 from benchmarks.raw_reads import PLAIN, RawReader, Way, fastest_ways
 from mlx_hmem.bank import Bank
 from mlx_hmem.memory import FetchedMemory
+from mlx_hmem.resident import peak_resident_bytes
 
 HEATS = ("cold", "warm") if CAN_DROP else ("warm",)
 SCREENING = 3  # rounds in which every raw way is tried
@@ -70,9 +70,9 @@ def byte_counts(folder: Path, paths: Sequence[Path_]) -> dict[str, Any]:
     own = {key: value - first[key] for key, value in io_counts().items()}  # what looking costs
     mx.eval(mx.zeros((1,)).view(mx.uint32))
     forget_peak()
-    start = memory("VmHWM")
+    start = peak_resident_bytes()
     with Bank.open(folder, cache_bytes=0) as bank:
-        opened = memory("VmHWM") - start
+        opened = peak_resident_bytes() - start
         parts = parts_of(bank, folder, paths[0])
         make_ready(parts, HEATS[0])
         before = io_counts()
@@ -90,7 +90,7 @@ def byte_counts(folder: Path, paths: Sequence[Path_]) -> dict[str, Any]:
         }
         for path in [*paths, *paths]:
             bank.fetch(path)
-        return result | {"memory_of_fetches": memory("VmHWM") - start}
+        return result | {"memory_of_fetches": peak_resident_bytes() - start}
 
 
 def fetch_times(folder: Path, paths: Sequence[Path_], repeats: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.counting import Timed, median, memory, open_files, timed
+from benchmarks.counting import Timed, median, open_files, timed
 from benchmarks.models import random_retriever, random_texts, write_tokenizer
 from mlx_hmem.anchors.openlm import PRESETS, Model
 from mlx_hmem.bank import Bank
@@ -24,6 +24,7 @@ from mlx_hmem.bank.arriving import ArrivingMemory
 from mlx_hmem.errors import UserError
 from mlx_hmem.loading import read_tokenizer
 from mlx_hmem.model import MemoryModel
+from mlx_hmem.resident import resident_bytes
 from mlx_hmem.retriever import Retriever, load_encoder
 from mlx_hmem.retriever.static import StaticEncoder
 
@@ -75,7 +76,7 @@ def walk(model: MemoryModel, texts: list[str]) -> list[tuple[int, int]]:
         if isinstance(recall.rows, ArrivingMemory):
             recall.rows.wait()
         del recall
-        found.append((memory("VmRSS"), open_files()))
+        found.append((resident_bytes(), open_files()))
     return found
 
 
