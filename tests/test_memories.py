@@ -17,7 +17,7 @@ from mlx_hmem.anchors.load import named_parameters
 from mlx_hmem.anchors.openlm import Model, ModelArgs
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.memory import KINDS
-from train.adamw import adamw
+from train.adamw import adamw, bias_corrections
 from train.anchor import initialise
 from train.gradient import masked_loss, packed_mask
 from train.memories import MemoryTrainee, generic_config
@@ -111,7 +111,9 @@ def test_lazy_adamw_with_every_block_touched_is_mlx_adamw():
         gradient, rate = mx.array(rng.normal(0, 10.0**-step, (3, 2, 3, 4, 8))), 0.1 / (step + 1)
         gradient = gradient.astype(mx.float32)
         blocks = store.gather(1, clusters, 3)
-        store.scatter(1, clusters, adamw(blocks, gradient, mx.array(rate), BETAS, 0.1))
+        corrections = bias_corrections(blocks[3], BETAS)
+        blocks = adamw(blocks, gradient, mx.array(rate), corrections, BETAS, 0.1)
+        store.scatter(1, clusters, blocks)
         reference.learning_rate = rate
         weights = reference.apply_gradients({"blocks": gradient}, weights)
         found, *_, steps = map(np.array, store.gather(1, clusters, 3))
@@ -124,7 +126,9 @@ def test_lazy_adamw_with_every_block_touched_is_mlx_adamw():
         for step, gradient in enumerate(gradients):
             one, rate = np.array([cluster]), mx.array(0.1 / (step + 1))
             own = mx.array(gradient[one].astype(np.float32))
-            alone.scatter(1, one, adamw(alone.gather(1, one, 1), own, rate, BETAS, 0.1))
+            block = alone.gather(1, one, 1)
+            corrections = bias_corrections(block[3], BETAS)
+            alone.scatter(1, one, adamw(block, own, rate, corrections, BETAS, 0.1))
     np.testing.assert_allclose(np.array(alone.gather(1, clusters, 3)[0]), found, rtol=0, atol=1e-6)
 
 

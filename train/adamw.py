@@ -12,12 +12,25 @@ from mlx.utils import tree_unflatten
 from mlx_hmem.anchors.load import named_parameters
 from train.recipe import TrainerConfig
 
+Betas = tuple[float, float]
+
+
+def bias_corrections(steps: mx.array, betas: Betas) -> list[mx.array]:
+    """What the step after ``steps`` steps, (n,), divides first and second moments by, each (n,).
+
+    To be computed outside of what is compiled: fused into it, the powers would be taken for each
+    weight, and near zero they are slow (on Linux a tenth of a training step).
+    """
+    counts = (steps + 1).astype(mx.float32)
+    return [1 - beta**counts for beta in betas]
+
 
 def adamw(
     state: list[mx.array],
     gradient: mx.array,
     rate: mx.array,
-    betas: tuple[float, float],
+    corrections: list[mx.array],
+    betas: Betas,
     weight_decay: float,
 ) -> list[mx.array]:
     """One AdamW step.
@@ -25,16 +38,15 @@ def adamw(
     Args:
         state: weights, first and second moments (n, ...), and steps so far, (n,) or (1,) for all.
         gradient: as the weights.
+        corrections: :func:`bias_corrections` of the steps so far.
     """
     weights, first, second, steps = state
-    steps = steps + 1
     first = betas[0] * first + (1 - betas[0]) * gradient
     second = betas[1] * second + (1 - betas[1]) * mx.square(gradient)
-    counts = steps.astype(mx.float32).reshape(-1, *[1] * (weights.ndim - 1))
-    first_hat = first / (1 - betas[0] ** counts)
-    second_hat = second / (1 - betas[1] ** counts)
+    by_first, by_second = (c.reshape(-1, *[1] * (weights.ndim - 1)) for c in corrections)
+    first_hat, second_hat = first / by_first, second / by_second
     weights = weights * (1 - rate * weight_decay) - rate * first_hat / (mx.sqrt(second_hat) + 1e-8)
-    return [weights, first, second, steps]
+    return [weights, first, second, steps + 1]
 
 
 class AnchorWeights:
@@ -49,27 +61,28 @@ class AnchorWeights:
         self.steps = mx.zeros(1, mx.int32)
         self.first = {name: mx.zeros_like(weight) for name, weight in self.weights.items()}
         self.second = {name: mx.zeros_like(weight) for name, weight in self.weights.items()}
-        betas = (training.beta1, training.beta2)
+        self._betas = betas = (training.beta1, training.beta2)
 
         def decayed(*arguments: mx.array) -> list[mx.array]:
-            *state, gradient, rate = arguments
-            return adamw(state, gradient, rate, betas, weight_decay)
+            *state, gradient, rate, by_first, by_second = arguments
+            return adamw(state, gradient, rate, [by_first, by_second], betas, weight_decay)
 
         def undecayed(*arguments: mx.array) -> list[mx.array]:
-            *state, gradient, rate = arguments
-            return adamw(state, gradient, rate, betas, 0.0)
+            *state, gradient, rate, by_first, by_second = arguments
+            return adamw(state, gradient, rate, [by_first, by_second], betas, 0.0)
 
         self._decayed, self._undecayed = mx.compile(decayed), mx.compile(undecayed)
 
     def update(self, gradients: dict[str, mx.array], rate: float) -> None:
         """One step, lazily. What it replaces is let go of at once, so that MLX writes in place."""
         steps, learning_rate = self.steps, mx.array(rate)
+        corrections = bias_corrections(steps, self._betas)
         for name, gradient in gradients.items():
             weight = self.weights.pop(name)
             first, second = self.first.pop(name), self.second.pop(name)
             one_step = self._decayed if weight.ndim >= 2 else self._undecayed
             self.weights[name], self.first[name], self.second[name], self.steps = one_step(
-                weight, first, second, steps, gradient, learning_rate
+                weight, first, second, steps, gradient, learning_rate, *corrections
             )
         self.restore()
 

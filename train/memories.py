@@ -21,7 +21,7 @@ from mlx_hmem.anchors.attach import attach_memory
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.memory import join_blocks, whole_block
-from train.adamw import AnchorWeights, adamw
+from train.adamw import AnchorWeights, adamw, bias_corrections
 from train.checkpoint import Progress, check_identity
 from train.gradient import BatchGradient, is_finite
 from train.order import num_steps_of
@@ -64,13 +64,16 @@ class MemoryTrainee:
             self.anchor = AnchorWeights(anchor, training, cotrain.weight_decay)
         self.slot = attach_memory(anchor, config)
         self.gradient = BatchGradient(anchor, self.slot, eot, training, self.ranks)
-        betas = (training.beta1, training.beta2)
+        self._betas = betas = (training.beta1, training.beta2)
 
         def update(
-            states: list[list[mx.array]], gradients: list[mx.array], rate: mx.array
+            states: list[list[mx.array]],
+            gradients: list[mx.array],
+            corrections: list[list[mx.array]],
+            rate: mx.array,
         ) -> list[list[mx.array]]:
-            pairs = zip(states, gradients, strict=True)
-            return [adamw(s, g, rate, betas, training.weight_decay) for s, g in pairs]
+            levels = zip(states, gradients, corrections, strict=True)
+            return [adamw(s, g, rate, c, betas, training.weight_decay) for s, g, c in levels]
 
         self._update = mx.compile(update)
 
@@ -105,13 +108,15 @@ class MemoryTrainee:
             if self.anchor is not None:
                 self.anchor.restore()
             return loss, norm
-        updated = self._update(states, gradients["blocks"], mx.array(learning_rate))
+        corrections = [bias_corrections(state[3], self._betas) for state in states]
+        rate = mx.array(learning_rate)
+        updated = self._update(states, gradients["blocks"], corrections, rate)
         mx.eval(updated)
         for level, clusters, blocks in zip(self.levels, unique, updated, strict=True):
             self.store.scatter(level, clusters, blocks)
         if self.anchor is not None and self.cotrain is not None:
-            rate = self.cotrain.learning_rate_scale * learning_rate
-            self.anchor.update(gradients["anchor"], rate)
+            scaled = self.cotrain.learning_rate_scale * learning_rate
+            self.anchor.update(gradients["anchor"], scaled)
             mx.eval(self.anchor.arrays())
         return loss, norm
 
