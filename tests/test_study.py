@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import mlx_hmem  # isort: skip  # noqa: F401  OpenBLAS goes in front before MLX is loaded
@@ -16,9 +17,9 @@ from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate import Fact, perplexity, read_facts, read_texts, recall
 from mlx_hmem.files import fingerprint
 from train.recipe import Recipe
-from train.study.file import Study, load_study
+from train.study.file import Study, Sweep, load_study
 from train.study.results import halves_of, memories_of, read_results, sizes_of
-from train.study.rows import Figure, Row
+from train.study.rows import Figure, Row, sweep_rows
 from train.study.runs import make_all, runs_of
 from train.study.table import compare
 
@@ -155,6 +156,15 @@ def test_the_rate_is_chosen_on_the_validation_half_and_shown_on_the_other(made):
     assert by_seed[0] == found["0.01"]["test"]["per_token"]
     assert row["perplexity"]["mean"] == pytest.approx(np.mean(by_seed))
     assert row["perplexity"]["standard_error"] == pytest.approx(abs(np.diff(by_seed)[0]) / 2)
+
+
+def test_a_sweep_is_shown_from_its_second_arm_on(made):
+    study, out, _ = made
+    arms = study.arms | {"to-come": replace(study.arms["cotrained"], label="")}
+    study = replace(study, arms=arms)
+    assert sweep_rows(study, out, Sweep("one yet", ("fetched", "to-come"))) == []
+    two = sweep_rows(study, out, Sweep("two", ("fetched", "to-come", "cotrained")))
+    assert [row.arm for row in two] == ["fetched", "cotrained"]
 
 
 def test_every_measure_of_every_arm_has_its_row(made):

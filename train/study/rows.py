@@ -122,14 +122,16 @@ def _share(buckets: list[dict[str, int]], times: int | None) -> tuple[float, flo
 
 
 def sweep_rows(study: Study, out: Path, sweep: Sweep) -> list[Row]:
-    """The first measure of each arm of a sweep, over the seeds that all of them have."""
+    """The first measure of each arm of a sweep, over the seeds that all of them have; none while
+    there is only one, which compares nothing."""
     own = [set(study.seeds_of(arm)) for arm in sweep.arms]
     first = {
         row.arm: row
         for row in collect(study, out, set.intersection(*own))
         if row.measure == study.arms[row.arm].measure[0]
     }
-    return [first[arm] for arm in sweep.arms if arm in first]
+    rows = [first[arm] for arm in sweep.arms if arm in first]
+    return rows if len(rows) > 1 else []
 
 
 def searches(study: Study, out: Path) -> list[dict[str, Any]]:
