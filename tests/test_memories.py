@@ -102,6 +102,12 @@ def test_level_1_in_a_cache_without_room_trains_to_the_same_bits(tmp_path):
         np.testing.assert_array_equal(array, states[1][name], name)
 
 
+def lazy_step(store: BlockStore, clusters: np.ndarray, gradient: mx.array, rate: float) -> None:
+    blocks = store.gather(1, clusters, len(clusters))
+    corrections = bias_corrections(blocks[3], BETAS)
+    store.scatter(1, clusters, adamw(blocks, gradient, mx.array(rate), corrections, BETAS, 0.1))
+
+
 def test_lazy_adamw_with_every_block_touched_is_mlx_adamw():
     rng = np.random.default_rng(0)
     store, alone, clusters = make_store(TABLE), make_store(TABLE), np.arange(3)
@@ -110,10 +116,7 @@ def test_lazy_adamw_with_every_block_touched_is_mlx_adamw():
     for step in range(6):
         gradient, rate = mx.array(rng.normal(0, 10.0**-step, (3, 2, 3, 4, 8))), 0.1 / (step + 1)
         gradient = gradient.astype(mx.float32)
-        blocks = store.gather(1, clusters, 3)
-        corrections = bias_corrections(blocks[3], BETAS)
-        blocks = adamw(blocks, gradient, mx.array(rate), corrections, BETAS, 0.1)
-        store.scatter(1, clusters, blocks)
+        lazy_step(store, clusters, gradient, rate)
         reference.learning_rate = rate
         weights = reference.apply_gradients({"blocks": gradient}, weights)
         found, *_, steps = map(np.array, store.gather(1, clusters, 3))
@@ -124,11 +127,9 @@ def test_lazy_adamw_with_every_block_touched_is_mlx_adamw():
     gradients = [rng.normal(0, 10.0**-step, (3, 2, 3, 4, 8)) for step in range(6)]
     for cluster in (2, 0, 1):
         for step, gradient in enumerate(gradients):
-            one, rate = np.array([cluster]), mx.array(0.1 / (step + 1))
+            one = np.array([cluster])
             own = mx.array(gradient[one].astype(np.float32))
-            block = alone.gather(1, one, 1)
-            corrections = bias_corrections(block[3], BETAS)
-            alone.scatter(1, one, adamw(block, own, rate, corrections, BETAS, 0.1))
+            lazy_step(alone, one, own, 0.1 / (step + 1))
     np.testing.assert_allclose(np.array(alone.gather(1, clusters, 3)[0]), found, rtol=0, atol=1e-6)
 
 

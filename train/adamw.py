@@ -5,6 +5,8 @@ do not decay, and its bias correction counts its own steps. Where every block is
 step this equals dense AdamW. An anchor's weight is a stack of one.
 """
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
@@ -19,7 +21,7 @@ def bias_corrections(steps: mx.array, betas: Betas) -> list[mx.array]:
     """What the step after ``steps`` steps, (n,), divides first and second moments by, each (n,).
 
     To be computed outside of what is compiled: fused into it, the powers would be taken for each
-    weight, and near zero they are slow (on Linux a tenth of a training step).
+    weight, and near zero they are slow (on Linux some 8 % of a training step).
     """
     counts = (steps + 1).astype(mx.float32)
     return [1 - beta**counts for beta in betas]
@@ -63,15 +65,14 @@ class AnchorWeights:
         self.second = {name: mx.zeros_like(weight) for name, weight in self.weights.items()}
         self._betas = betas = (training.beta1, training.beta2)
 
-        def decayed(*arguments: mx.array) -> list[mx.array]:
-            *state, gradient, rate, by_first, by_second = arguments
-            return adamw(state, gradient, rate, [by_first, by_second], betas, weight_decay)
+        def one_step(decay: float) -> Callable[..., list[mx.array]]:
+            def step(*arguments: mx.array) -> list[mx.array]:
+                *state, gradient, rate, by_first, by_second = arguments
+                return adamw(state, gradient, rate, [by_first, by_second], betas, decay)
 
-        def undecayed(*arguments: mx.array) -> list[mx.array]:
-            *state, gradient, rate, by_first, by_second = arguments
-            return adamw(state, gradient, rate, [by_first, by_second], betas, 0.0)
+            return mx.compile(step)
 
-        self._decayed, self._undecayed = mx.compile(decayed), mx.compile(undecayed)
+        self._decayed, self._undecayed = one_step(weight_decay), one_step(0.0)
 
     def update(self, gradients: dict[str, mx.array], rate: float) -> None:
         """One step, lazily. What it replaces is let go of at once, so that MLX writes in place."""
