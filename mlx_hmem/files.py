@@ -48,6 +48,13 @@ class TensorInfo(NamedTuple):
     end: int
 
 
+def require_file(path: Path, remedy: str) -> None:
+    """Raises UserError, which ends in ``remedy``, unless ``path`` is a file."""
+    if not path.is_file():
+        wrong = "not a file but a folder" if path.is_dir() else "a file is missing"
+        raise UserError(wrong, path, remedy)
+
+
 @contextlib.contextmanager
 def open_regular(path: Source) -> Iterator[BinaryIO]:
     """Opens a regular file for reading, unbuffered; anything else is a :class:`UserError`."""

@@ -302,6 +302,17 @@ def test_wrong_files_are_user_errors(tmp_path, line):
         read_texts(tmp_path / "rows.jsonl.gz")
 
 
+def test_a_text_that_cannot_be_read_is_named_by_its_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n\n{"id": "1", "title": "b"}\n')
+    with pytest.raises(UserError, match=r"rows\.jsonl, line 3 has no `text`: it has id, title;"):
+        read_texts(path)
+    with pytest.raises(UserError, match=r"not a file but a folder: .*; name a text"):
+        read_texts(tmp_path)
+    with pytest.raises(UserError, match=r"a file is missing: .*none; name a text"):
+        read_texts(tmp_path / "none")
+
+
 def test_what_a_model_cannot_do_is_a_user_error(dense, model):
     texts, facts = corpus()
     for memory in ("fetched", "generic"):

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.facts import Fact
+from mlx_hmem.files import require_file
 
 ELEMENTS = Path(__file__).parent / "elements.csv"
 COLUMNS = ("prompt", "answers", "key")
@@ -60,8 +61,7 @@ def _parts(cell: str) -> list[str]:
 
 def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
     """The rows of a CSV with these columns, each with the number of its last line."""
-    if not path.is_file():
-        raise UserError("a file is missing", path, f"name a CSV with {', '.join(columns)}")
+    require_file(path, f"name a CSV with {', '.join(columns)}")
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file, strict=True)

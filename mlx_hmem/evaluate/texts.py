@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_hmem.errors import UserError
+from mlx_hmem.files import require_file
 
 
 def read_jsonl(path: Path, limit: int | None = None) -> Iterator[dict[str, Any]]:
@@ -19,8 +20,7 @@ def read_jsonl(path: Path, limit: int | None = None) -> Iterator[dict[str, Any]]
 
 def numbered_jsonl(path: Path, limit: int | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
     """As :func:`read_jsonl`, each object with the number of its line, from 1."""
-    if not path.is_file():
-        raise UserError("a file is missing", path, "name a file with one JSON object per line")
+    require_file(path, "name a file with one JSON object per line")
     opener = gzip.open if path.suffix == ".gz" else open
     count = 0
     try:
@@ -53,7 +53,8 @@ def read_texts(path: Path, limit: int | None = None) -> list[str]:
     texts = []
     for number, row in numbered_jsonl(path, limit):
         if not isinstance(row.get("text"), str):
-            raise UserError(f"{path} has an object without `text`", number, "add the key `text`")
+            found = ", ".join(row) or "nothing"
+            raise UserError(f"{path}, line {number} has no `text`", f"it has {found}", "add it")
         texts.append(row["text"])
     return texts
 
@@ -61,8 +62,7 @@ def read_texts(path: Path, limit: int | None = None) -> list[str]:
 def read_articles(path: Path) -> list[str]:
     """The articles of a plain text in WikiText's layout: each begins with a line `` = Title = ``
     between empty lines. A text without such lines is one article. Words stay as they are."""
-    if not path.is_file():
-        raise UserError("a file is missing", path, "name a text")
+    require_file(path, "name a text, or a file with one JSON object per line")
     try:
         data = path.read_bytes()
         text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
