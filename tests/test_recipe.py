@@ -64,6 +64,7 @@ def test_given_keys_win_and_all_others_have_defaults(tmp_path):
         ("name: t\ntokenizer: {vocab_size: 70000}", "tokenizer.vocab_size"),
         ("name: t\ntree: {branching: 16}", "tree.branching"),
         ("name: t\ntree: {branching: [16, x]}", "tree.branching"),
+        ("name: t\ntree: {prompts: -1}", "tree.prompts"),
         ("name: t\nmemories: {r: [8]}", "r and branching"),
         ("name: t\nexport: {dtype: int3}", "export.dtype"),
         ("name: t\nexport: {quantization: {mode: affine, bits: 7, group_size: 64}}", "bits"),

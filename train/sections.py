@@ -115,9 +115,14 @@ class TreeSection(JsonConfig):
         default=(16, 4), metadata=help_text("children of a cluster on each level")
     )
     encoder: str = field(default="static", metadata=help_text("`static`, `minilm` or a folder"))
+    prompts: int = field(
+        default=0,
+        metadata=help_text("pieces of each window that move the centroids; 0: k-means (paper)"),
+    )
 
     def __post_init__(self) -> None:
         check_wholes("tree.", "branching", self.branching, 2)
+        check_whole("tree.", "prompts", self.prompts, 0)
         if not isinstance(self.encoder, str) or not self.encoder:
             raise UserError("tree.encoder is not a name", repr(self.encoder), "use static")
 

@@ -20,6 +20,7 @@ from train.ranks import Ranks
 from train.recipe import Recipe
 from train.shards import Advance, Shard, make_shards
 from train.tokenizer import load_tokenizer
+from train.tree_prompts import move_to_prompts
 from train.windows import load_windows
 
 CHUNK = 1024  # windows in a shard of vectors: MiniLM takes minutes for them
@@ -107,6 +108,20 @@ def route_shards(run: Path, count: int, ranks: Ranks) -> list[Path]:
     return make_shards(folder, ranks, route_shard, shards, identity, desc="route", unit=" windows")
 
 
+def _moved(
+    tree: ClusterTree, recipe: Recipe, folder: Path, vectors: np.ndarray, rows: np.ndarray
+) -> ClusterTree:
+    windows, tokenizer = load_windows(folder), load_tokenizer(folder)
+    encoder = load_encoder(recipe.tree.encoder)
+
+    def texts(numbers: np.ndarray) -> list[str]:
+        return [text for n in numbers.tolist() for text in windows.texts(tokenizer, n, n + 1)]
+
+    return move_to_prompts(
+        tree, vectors, rows, texts, encoder.encode, recipe.tree.prompts, recipe.seed
+    )
+
+
 def run_tree(recipe: Recipe, folder: Path) -> None:
     """Writes ``tree/``: vectors.npy, tree.safetensors and paths.npy (windows, depth) int32."""
     out, branching, ranks = folder / "tree", recipe.tree.branching, Ranks(folder)
@@ -121,6 +136,8 @@ def run_tree(recipe: Recipe, folder: Path) -> None:
     if ranks.rank == 0:
         rows = distinct(vectors)
         tree = ClusterTree.fit(vectors, branching, seed=recipe.seed, progress=True, rows=rows)
+        if recipe.tree.prompts:
+            tree = _moved(tree, recipe, folder, vectors, rows)
         tree.save(tree_file, encoder_hash)
     elif ranks.first:
         tree_file.unlink(missing_ok=True)
