@@ -33,15 +33,15 @@ def plot_study(study: Study, out: Path, rows: Sequence[Row]) -> None:
     with pyplot.rc_context(style):
         main = headline(study, rows)
         if any(row.recall for row in main):
-            _save(pyplot, out / "recall.png", [lambda axes: _draw_recall(axes, main)])
+            _save(pyplot, out / "recall.png", [lambda axes: _draw_recall(axes, main)], width=9)
         if any(row.perplexity for row in main):
             _save(pyplot, out / "perplexity.png", [lambda axes: _draw_perplexity(axes, main)])
         for sweep in study.sweeps:
             _plot_sweep(pyplot, out, sweep, sweep_rows(study, out, sweep))
 
 
-def _save(pyplot: Any, target: Path, panels: Sequence[Any]) -> None:
-    size = (6.5 * len(panels), 4.2)
+def _save(pyplot: Any, target: Path, panels: Sequence[Any], width: float = 6.5) -> None:
+    size = (width * len(panels), 4.2)
     figure, grid = pyplot.subplots(
         1, len(panels), figsize=size, squeeze=False, layout="constrained"
     )
@@ -61,8 +61,9 @@ def _draw_recall(axes: Any, rows: Sequence[Row]) -> None:
         times = _times(row)
         means, errors = ([getattr(row.recall[t], n) for t in times] for n in ("mean", "error"))
         colour = COLOURS[i % len(COLOURS)]
+        line = "o-" if i < len(COLOURS) else "s--"  # the colours once more
         axes.errorbar(
-            times, means, errors, fmt="o-", ms=4, capsize=3, color=colour, label=row.label
+            times, means, errors, fmt=line, ms=4, capsize=3, color=colour, label=row.label
         )
     axes.set_xscale("log", base=2)
     ticks = _times(rows[0])
@@ -73,7 +74,7 @@ def _draw_recall(axes: Any, rows: Sequence[Row]) -> None:
         xlabel="statements of a fact in one pass",
         ylim=(0, 100),
     )
-    axes.legend(frameon=False, fontsize="small")
+    axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _draw_perplexity(axes: Any, rows: Sequence[Row]) -> None:
