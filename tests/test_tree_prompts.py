@@ -1,5 +1,6 @@
 """A tree whose centroids are moved by prompts: what it is for, its loss, what stays as it was."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import mlx_hmem  # isort: skip  # noqa: F401  OpenBLAS goes in front before MLX is loaded
@@ -26,18 +27,14 @@ def moved():
     documents, facts = make_facts(FACTS, seed=0)
     texts = [document["text"] for document in documents]
     statements = {f"{fact.prompt} {fact.answer}.": fact.prompt for fact in facts}
-    others = {s: prompt for s, prompt in statements.items() if hash_of(s) % 5 == 0}
+    others = {s: p for s, p in statements.items() if sum(s.encode()) % 5 == 0}
     unseen = [(text, others[s]) for s in others for text in texts if s in text]
-    own = [text for text in texts if not any(text == other for other, _ in unseen)]
+    own = [text for text in texts if text not in dict(unseen)]
     vectors = encoder.encode(own).astype(np.float16)
     tree = ClusterTree.fit(vectors, BRANCHING, seed=0)
     rows = np.arange(len(own))
     result = move(tree, vectors, rows, own, encoder.encode)
     return encoder.encode, tree, result, unseen, vectors
-
-
-def hash_of(text: str) -> int:
-    return sum(text.encode())
 
 
 def move(tree, vectors, rows, texts, encode):
@@ -77,7 +74,7 @@ def test_counts_are_those_of_the_moved_tree_and_its_file_is_that_of_any_tree(mov
 
 def test_the_loss_is_the_cross_entropy_of_the_distances_at_every_node(moved):
     _, tree, _, _, vectors = moved
-    tree = ClusterTree(tree.branching, tree.centroids, [c.copy() for c in tree.counts], 0)
+    tree = deepcopy(tree)
     x = vectors[:40].astype(np.float32)
     paths = tree.route_batch(x)
     free = next(n for n in range(tree.num_clusters[1]) if n not in paths[:, 1])
@@ -103,7 +100,7 @@ def test_the_loss_is_the_cross_entropy_of_the_distances_at_every_node(moved):
 
 def test_the_same_seed_moves_to_the_same_bits_and_empty_clusters_stay_empty(moved):
     encode, tree, _, _, vectors = moved
-    tree = ClusterTree(tree.branching, tree.centroids, [c.copy() for c in tree.counts], 0)
+    tree = deepcopy(tree)
     tree.counts[1][5] = 0
     texts = ["A lighthouse stands by the sea. It is old and white.", "One word"] * len(vectors)
     first, second = (move(tree, vectors, np.arange(60), texts, encode) for _ in range(2))

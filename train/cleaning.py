@@ -23,6 +23,7 @@ _MARKS = [
     (re.compile(r"\n(References|External links|See also|Notes|Further reading)\.(?=\n|$)"), ""),
 ]
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\u200e\u200f\ufeff]")
+BETWEEN_SENTENCES = re.compile(r"(?<=[.!?])\s+|\n+")
 _SENTENCE_END = re.compile(r"[.!?][\"')\]]?(?=\s)")
 
 

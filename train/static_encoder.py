@@ -9,7 +9,6 @@ seed. Documents that :func:`is_held_out` names are never seen.
 
 import hashlib
 import random
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from mlx_hmem.retriever.encoder import find_minilm
 from mlx_hmem.retriever.minilm import MAX_LENGTH, MiniLMEncoder
 from mlx_hmem.retriever.static import VOCAB_SIZE, WordPieces, pool, save_static
 from mlx_hmem.retriever.texts import load_tokenizer
-from train.cleaning import clean
+from train.cleaning import BETWEEN_SENTENCES, clean
 from train.readers import Faults, corpus_files, read_documents
 
 HELD_OUT = 0.05
@@ -36,7 +35,6 @@ BATCH = 512
 LEARNING_RATE = 4e-3
 FREQUENT = 1e-3  # pieces above this share of all count for less, at the start only
 DOCUMENTS, RANK, EPOCHS = 26_000, 128, 5
-SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 # Forms in which a title is asked about.
 PROMPTS = (
     "{title}", "{title} is", "{title} was", "What is {title}?", "Who was {title}?",
@@ -67,7 +65,7 @@ def read_articles(paths: Sequence[Path]) -> Iterator[tuple[str, str, str]]:
 
 def sentences(text: str) -> list[str]:
     """The sentences of ``text``, headings and scraps left out."""
-    return [s for s in SENTENCE_END.split(text) if len(s) >= 25]
+    return [s for s in BETWEEN_SENTENCES.split(text) if len(s) >= 25]
 
 
 def draw_texts(number: int, title: str, text: str, rng: random.Random) -> Iterator[str]:

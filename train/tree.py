@@ -109,10 +109,16 @@ def route_shards(run: Path, count: int, ranks: Ranks) -> list[Path]:
 
 
 def _moved(
-    tree: ClusterTree, recipe: Recipe, folder: Path, vectors: np.ndarray, rows: np.ndarray
+    tree: ClusterTree,
+    recipe: Recipe,
+    folder: Path,
+    vectors: np.ndarray,
+    rows: np.ndarray,
+    encoder_hash: str,
 ) -> ClusterTree:
+    """The tree moved by as many prompts of the run's windows as the recipe says."""
     windows, tokenizer = load_windows(folder), load_tokenizer(folder)
-    encoder = load_encoder(recipe.tree.encoder)
+    encoder = _encoder(recipe.tree.encoder, encoder_hash)
 
     def texts(numbers: np.ndarray) -> list[str]:
         return [text for n in numbers.tolist() for text in windows.texts(tokenizer, n, n + 1)]
@@ -137,7 +143,7 @@ def run_tree(recipe: Recipe, folder: Path) -> None:
         rows = distinct(vectors)
         tree = ClusterTree.fit(vectors, branching, seed=recipe.seed, progress=True, rows=rows)
         if recipe.tree.prompts:
-            tree = _moved(tree, recipe, folder, vectors, rows)
+            tree = _moved(tree, recipe, folder, vectors, rows, encoder_hash)
         tree.save(tree_file, encoder_hash)
     elif ranks.first:
         tree_file.unlink(missing_ok=True)

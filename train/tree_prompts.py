@@ -11,7 +11,6 @@ What comes out is an ordinary tree, with the file and the descent of any other. 
 of k-means alone.
 """
 
-import re
 from collections.abc import Callable
 
 import mlx.core as mx
@@ -21,19 +20,19 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_hmem.retriever import ClusterTree
+from train.cleaning import BETWEEN_SENTENCES
 
 SHARPNESS = 20.0  # vectors have length 1
 LEARNING_RATE = 5e-4
 BATCH = 512
 CHUNK = 1 << 12  # windows whose pieces are in memory at a time
-MOST_WINDOWS = 512  # for each leaf; more would move nothing
-SENTENCE_ENDS = re.compile(r"(?<=[.!?])\s+|\n+")
+MOST_WINDOWS = 512  # for each leaf: bounds the time
 SHORTEST = 4  # words of a beginning
 
 
 def prompt_of(text: str, random: np.random.Generator) -> str:
     """A sentence of ``text`` or, as often, the beginning of one."""
-    sentences = [s for s in SENTENCE_ENDS.split(text.strip()) if len(s.split()) >= SHORTEST]
+    sentences = [s for s in BETWEEN_SENTENCES.split(text.strip()) if len(s.split()) >= SHORTEST]
     if not sentences:
         return text
     sentence = sentences[random.integers(len(sentences))]
@@ -59,7 +58,9 @@ def move_to_prompts(
         rows: the numbers of those that the tree was fitted to.
         texts: from numbers of windows to their texts.
         encode: from texts to vectors, (n, dim).
-        prompts: how many pieces are drawn of each window.
+        prompts: how many pieces are drawn of each of ``rows``, or of a draw of ``MOST_WINDOWS`` of
+            them for each leaf.
+        seed: of these draws; the same arguments give the same tree.
     """
     random = np.random.default_rng([seed, 5])
     most = min(len(rows), MOST_WINDOWS * tree.num_clusters[-1])
