@@ -13,7 +13,7 @@ from mlx_hmem.anchors.load import anchor_hash, load_anchor
 from mlx_hmem.bank import Bank
 from mlx_hmem.bank.views import check_name, read_views
 from mlx_hmem.banks import Part
-from mlx_hmem.budget import BudgetPlan, check_context, make_plan, plan_scoring, read_needs
+from mlx_hmem.budget import BudgetPlan, check_context, make_plan, plan_scoring
 from mlx_hmem.config import HmemConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import fingerprint
@@ -27,6 +27,7 @@ from mlx_hmem.find import (
     find_model,
 )
 from mlx_hmem.model import MemoryModel
+from mlx_hmem.needs import read_needs
 from mlx_hmem.resident import IMPORTS, resident_bytes, trim
 from mlx_hmem.retriever import ClusterTree, Encoder, Retriever, load_encoder
 from mlx_hmem.retriever.encoder import STATIC_FOLDER, find_minilm

@@ -16,11 +16,12 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_hmem import load
 from mlx_hmem.anchors.load import named_parameters
 from mlx_hmem.anchors.openlm import PRESETS, Model, ModelArgs
-from mlx_hmem.budget import KV_BITS, Needs, least_bytes, make_plan, plan_scoring, read_needs
+from mlx_hmem.budget import KV_BITS, least_bytes, make_plan, plan_scoring
 from mlx_hmem.conversation import Conversation
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.perplexity import perplexity
 from mlx_hmem.files import save_safetensors
+from mlx_hmem.needs import Needs, read_needs
 from mlx_hmem.resident import (
     OverBudgetError,
     Watch,

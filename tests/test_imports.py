@@ -1,9 +1,10 @@
 """The one-way arrows between the rooms of the house, read from the source.
 
 errors, files, find, config → memory → {anchors, bank}; config → retriever; anchors → generation;
-{bank, retriever} → banks; bank → recall; {anchors, banks, recall, generation} → model → loading →
-evaluate → bank_tools; model → batch; bank → prefetch; model → {session, prefetch} → conversation →
-chat; mlx_hmem → {train, convert, generate.py}; torch only under convert/ and tests/.
+{bank, retriever} → banks; bank → recall; {anchors, bank} → needs → budget; {anchors, banks, recall,
+generation, budget} → model → loading → evaluate → bank_tools; model → batch; bank → prefetch;
+model → {session, prefetch} → conversation → chat; mlx_hmem → {train, convert, generate.py}; torch
+only under convert/ and tests/.
 """
 
 import ast
@@ -15,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BOTTOM = {"_blas", "config", "errors", "files", "find", "resident"}
 MODEL = BOTTOM | {"memory", "anchors", "bank", "retriever", "generation", "model", "banks"}
-MODEL |= {"recall", "budget"}
+MODEL |= {"recall", "needs", "budget"}
 # What each room of mlx_hmem may import from mlx_hmem, besides itself.
 ROOMS = {
     **dict.fromkeys(BOTTOM, BOTTOM),
@@ -25,7 +26,8 @@ ROOMS = {
     "retriever": BOTTOM,
     "banks": BOTTOM | {"bank", "retriever"},
     "recall": BOTTOM | {"memory", "bank"},
-    "budget": BOTTOM | {"memory", "anchors", "bank"},
+    "needs": BOTTOM | {"memory", "anchors", "bank"},
+    "budget": BOTTOM | {"needs"},
     "model": MODEL,
     "generation": BOTTOM | {"memory", "anchors"},
     "batch": MODEL,
