@@ -284,7 +284,7 @@ def test_the_studies_compare_what_they_say_they_compare(name):
     fetched = sizes_of(recipes["fetched"], "fetched")["fetched_parameters"]
     assert 0.1 < fetched / anchor < 0.16
     varied = {"fetch-half": 0.5, "fetch-twice": 2, "fetch-four": 4}
-    varied |= {"cotrained-twice": 2, "cotrained-twice-prompts": 2}
+    varied |= {"cotrained-twice": 2, "cotrained-twice-prompts": 2, "cotrained-four": 4}
     for arm, recipe in recipes.items():
         if memories_of(recipe, study.arms[arm].measure):
             own = sizes_of(recipe, "fetched")["fetched_parameters"]
