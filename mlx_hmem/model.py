@@ -5,7 +5,6 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from itertools import takewhile
 from typing import Any
 
 import mlx.core as mx
@@ -17,15 +16,13 @@ from mlx_hmem.anchors.attach import attach_memory
 from mlx_hmem.anchors.fused import FusedMemory, is_fused
 from mlx_hmem.anchors.load import float_dtype
 from mlx_hmem.bank import Bank
-from mlx_hmem.bank.arriving import ArrivingMemory
-from mlx_hmem.bank.replacing import ReplacingMemory
 from mlx_hmem.bank.views import Barred, Views
 from mlx_hmem.banks import Banks, Part
 from mlx_hmem.budget import BudgetPlan
 from mlx_hmem.errors import UserError
 from mlx_hmem.generation import AnchorWithMemory, first_or, prompt_ids, stream_text
 from mlx_hmem.memory import FetchedMemory, Rows, join_blocks
-from mlx_hmem.recall import MODES, Damaged, Memory, Path_, Recall, check_mode
+from mlx_hmem.recall import MODES, Damaged, Memory, Path_, Recall, begin, check_mode, damage_of
 from mlx_hmem.resident import Watch
 from mlx_hmem.retriever import Retriever
 
@@ -215,7 +212,7 @@ class MemoryModel:
         damage: list[str] = []
         if path is not None and not wait:
             try:
-                rows, attached = self._arriving(source, path, barred, before)
+                rows, attached = begin(source, path, barred, before, self._dtype)
             except UserError:
                 if damaged == "stop":
                     raise
@@ -225,7 +222,7 @@ class MemoryModel:
             rows = self.rows_of([fetch(damaged=damaged)])
             if rows is not None:
                 mx.eval(*rows)
-            damage = _said(source) if damaged == "skip" else []
+            damage = damage_of(source) if damaged == "skip" else []
         return Recall(
             "generic" if path is None else "fetched",
             path,
@@ -238,29 +235,6 @@ class MemoryModel:
             damage=damage,
             bank=bank,
         )
-
-    def _arriving(
-        self, bank: Bank, path: Path_, barred: frozenset[tuple[int, int]], before: Recall | None
-    ) -> tuple[Memory | None, list[dict[str, Any]]]:
-        """A memory that is being read, and the blocks that it takes from the one before."""
-        keys = bank.keys_of(path, barred)
-        had = [] if before is None or before.damage else before.blocks
-        pairs = zip(keys, ((b["level"], b["cluster"]) for b in had), strict=False)
-        same = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
-        levels = [level for level, _ in keys]
-        if (
-            before is None
-            or same == 0
-            or levels != [b["level"] for b in had]
-            or not isinstance(before.rows, ArrivingMemory | ReplacingMemory)
-        ):
-            return bank.begin(path, barred, self._dtype), []
-        attached = [b | {"source": "attached"} for b in had[:same]]
-        deeper = bank.begin(path, barred, self._dtype, above=levels[same - 1])
-        if deeper is None:
-            return before.rows, attached
-        start = sum(bank.config.r[level - 1] for level in levels[:same])
-        return ReplacingMemory(before.rows.take(), deeper, start), attached
 
     def mend(self, recall: Recall) -> None:
         """Fetches anew what could not be read to the end, and leaves out what cannot be read."""
@@ -338,9 +312,3 @@ class MemoryModel:
         self.require_bank()
         assert self.banks is not None
         return self.banks
-
-
-def _said(bank: Bank) -> list[str]:
-    """The blocks that the latest fetch has left out, a line each."""
-    names = {key: f"level {key[0]}" if key[0] else "generic memory" for key in bank.last_damage}
-    return [f"without {names[key]}: {error}" for key, error in bank.last_damage.items()]

@@ -1,9 +1,13 @@
-"""What was fetched for a prompt."""
+"""What was fetched for a prompt, and what of it serves the next one."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any, Literal
 
+import mlx.core as mx
+
+from mlx_hmem.bank import Bank
 from mlx_hmem.bank.arriving import ArrivingMemory
 from mlx_hmem.bank.replacing import ReplacingMemory
 from mlx_hmem.bank.views import Barred
@@ -59,3 +63,37 @@ def check_mode(memory: str) -> str:
     if memory not in MODES:
         raise UserError("unknown memory mode", repr(memory), f"use one of {', '.join(MODES)}")
     return memory
+
+
+def begin(
+    bank: Bank,
+    path: Path_,
+    barred: frozenset[tuple[int, int]],
+    before: Recall | None,
+    dtype: mx.Dtype,
+) -> tuple[Memory | None, list[dict[str, Any]]]:
+    """A memory whose reading has begun, and the blocks that it takes from the one ``before``."""
+    keys = bank.keys_of(path, barred)
+    had = [] if before is None or before.damage else before.blocks
+    pairs = zip(keys, ((b["level"], b["cluster"]) for b in had), strict=False)
+    same = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+    levels = [level for level, _ in keys]
+    if (
+        before is None
+        or same == 0
+        or levels != [b["level"] for b in had]
+        or not isinstance(before.rows, ArrivingMemory | ReplacingMemory)
+    ):
+        return bank.begin(path, barred, dtype), []
+    attached = [b | {"source": "attached"} for b in had[:same]]
+    deeper = bank.begin(path, barred, dtype, above=levels[same - 1])
+    if deeper is None:
+        return before.rows, attached
+    start = sum(bank.config.r[level - 1] for level in levels[:same])
+    return ReplacingMemory(before.rows.take(), deeper, start), attached
+
+
+def damage_of(bank: Bank) -> list[str]:
+    """The blocks that the latest fetch has left out, a line each."""
+    names = {key: f"level {key[0]}" if key[0] else "generic memory" for key in bank.last_damage}
+    return [f"without {names[key]}: {error}" for key, error in bank.last_damage.items()]
