@@ -7,7 +7,7 @@ import mlx_hmem  # isort: skip  # noqa: F401  OpenBLAS goes in front before MLX 
 import numpy as np
 import pytest
 
-from benchmarks import bank_fetch, topics
+from benchmarks import bank_fetch, copying, topics
 from benchmarks.banks import (
     R,
     file_parts,
@@ -25,6 +25,7 @@ from benchmarks.raw_reads import COLD_WAYS, PLAIN, RawReader, Way, fastest_ways
 from mlx_hmem.anchors.openlm import PRESETS, ModelArgs
 from mlx_hmem.bank import Bank
 from mlx_hmem.config import MemoryConfig
+from mlx_hmem.evaluate.perplexity import document_losses
 from mlx_hmem.loading import load
 
 # Blocks of 12, 6 and 3 pages of 16 KiB, and one level without memory.
@@ -211,3 +212,23 @@ def test_an_anchor_of_zeros_is_a_whole_one(tmp_path, monkeypatch, dtype):
     pieces = list(model.stream("w20 w7 w9", max_tokens=2, memory="none"))
     assert (pieces[-1].prompt_tokens, pieces[-1].token) == (3, 0)
     assert str(model.anchor.model.norm.weight.dtype).endswith(dtype)
+
+
+def test_a_repeated_token_is_one_whose_pair_stood_before():
+    assert copying.repeated([5, 1, 2, 1, 2, 3, 1, 2]).tolist() == [0, 0, 0, 1, 0, 0, 1]
+    assert copying.repeated([4, 4, 4, 4]).tolist() == [0, 1, 1]
+
+
+def test_losses_of_repeated_and_new_tokens_make_the_models_perplexity():
+    model = load()
+    texts = ["Iron is iron. The atomic number of iron is 26.", "A town in Iron County.", "Rain."]
+    rows = [model.tokenizer.encode(text) for text in texts]
+    sums = copying.measure(model, texts, rows)
+    losses = document_losses(model, texts, "fetched", progress=False)
+    np.testing.assert_allclose(sums[:, 0, 0], losses.nats, rtol=1e-5)
+    np.testing.assert_allclose(sums[:, 1] + sums[:, 2], sums[:, 0])
+    assert sums[0, 1, 1] > 0
+    first, second = copying.compare([sums, sums + [[[0, 0], [0, 0], [0.5, 0]]] * 3])
+    assert first["all"]["tokens"] == losses.tokens.sum()
+    assert second["repeated"]["per_cent"] == 0
+    assert second["new"]["per_cent"] > 0

@@ -1,0 +1,132 @@
+"""``python -m benchmarks.copying MODEL… --text FILE [--json]``: what models of one tokenizer lose
+on tokens that a text repeats, and on the others.
+
+A token is repeated if it has followed the token before it earlier in the same text: a model that
+looks back for that pair and copies what came after it (induction, Olsson et al. 2022,
+arXiv 2209.11895) predicts it without knowing anything. Nats per token, each text from its
+beginning up to the context, with fetched memory where a model has a bank, and how many per cent
+the perplexity is above that of the first model. ± is the standard error over texts, paired.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import mlx_hmem  # noqa: F401  (before mlx.core)
+
+# isort: split
+import mlx.core as mx
+import numpy as np
+from mlx import nn
+from tqdm import tqdm
+
+from mlx_hmem.errors import ArgumentParser, UserError, run_program
+from mlx_hmem.evaluate import read_texts
+from mlx_hmem.evaluate.__main__ import table
+from mlx_hmem.evaluate.perplexity import LONGEST
+from mlx_hmem.loading import load
+from mlx_hmem.model import MemoryModel
+
+KINDS = ("all", "repeated", "new")
+
+
+def repeated(ids: Sequence[int]) -> np.ndarray:
+    """Of each token after the first whether its pair with the one before stood earlier; (n - 1,)
+    bool."""
+    pairs = list(pairwise(ids))
+    first = {pair: i for i, pair in reversed(list(enumerate(pairs)))}
+    return np.array([first[pair] < i for i, pair in enumerate(pairs)], dtype=bool)
+
+
+def losses_of(model: MemoryModel, text: str, ids: list[int]) -> np.ndarray:
+    """Cross-entropy in nats of each token of ``ids`` after the first, (n - 1,)."""
+    tokens = mx.array([ids])
+    if model.retriever is None:
+        logits = model(tokens[:, :-1], memory="none")
+    else:
+        logits = model(tokens[:, :-1], paths=[model.retriever.route(text)])
+    losses = nn.losses.cross_entropy(logits.astype(mx.float32), tokens[:, 1:])
+    return np.array(losses)[0].astype(np.float64)
+
+
+def measure(model: MemoryModel, texts: Sequence[str], rows: Sequence[list[int]]) -> np.ndarray:
+    """(texts, 3, 2): nats and tokens of each kind in each text, whose token ids are ``rows``."""
+    sums = np.zeros((len(texts), len(KINDS), 2))
+    for i, (text, ids) in enumerate(zip(tqdm(texts, unit="text", leave=False), rows, strict=True)):
+        losses, again = losses_of(model, text, ids), repeated(ids)
+        for kind, chosen in enumerate((np.ones_like(again), again, ~again)):
+            sums[i, kind] = losses[chosen].sum(), chosen.sum()
+    return sums
+
+
+def mean_and_error(nats: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
+    """Nats per token and the standard error over texts."""
+    if not tokens.sum():
+        return math.nan, math.nan
+    mean, n = nats.sum() / tokens.sum(), len(nats)
+    squares = ((nats - mean * tokens) ** 2).sum() * n / (n - 1)
+    return float(mean), math.sqrt(squares) / float(tokens.sum())
+
+
+def compare(sums: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+    """Of each model the figures of each kind, and beside the first model."""
+    found: list[dict[str, Any]] = []
+    for own in sums:
+        row: dict[str, Any] = {}
+        for kind, name in enumerate(KINDS):
+            nats, error = mean_and_error(*own[:, kind].T)
+            row[name] = {"tokens": int(own[:, kind, 1].sum()), "nats": nats, "error": error}
+            if own is not sums[0]:
+                more = own[:, kind, 0] - sums[0][:, kind, 0]
+                mean, error = mean_and_error(more, own[:, kind, 1])
+                row[name] |= {
+                    "per_cent": 100 * math.expm1(mean),
+                    "per_cent_error": 100 * math.exp(mean) * error,
+                }
+        found.append(row)
+    return found
+
+
+def show(folders: Sequence[Path], rows: Sequence[dict[str, Any]]) -> None:
+    counts = [f"{name}, {rows[0][name]['tokens']:,}" for name in KINDS]
+    lines = [["nats per token", *counts]]
+    for folder, row in zip(folders, rows, strict=True):
+        cells = [f"{row[name]['nats']:.3f} ± {row[name]['error']:.3f}" for name in KINDS]
+        lines.append([str(folder), *cells])
+    print(table(lines))
+    lines = [["perplexity, % above the first", *KINDS]]
+    for folder, row in zip(folders[1:], rows[1:], strict=True):
+        cells = [f"{row[k]['per_cent']:+.1f} ± {row[k]['per_cent_error']:.1f}" for k in KINDS]
+        lines.append([str(folder), *cells])
+    if len(rows) > 1:
+        print("\n" + table(lines))
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="python -m benchmarks.copying", description=__doc__)
+    parser.add_argument("models", type=Path, nargs="+", metavar="MODEL", help="model directories")
+    parser.add_argument("--text", type=Path, required=True, help="as of mlx_hmem.evaluate --text")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args()
+    texts = [text for text in read_texts(args.text) if text.strip()]
+    if len(texts) < 2:
+        raise UserError("too few texts to compare by", len(texts), "give two or more")
+    models = [load(folder) for folder in args.models]
+    context = min(model.context or LONGEST for model in models)
+    rows_of = [[model.tokenizer.encode(text)[:context] for text in texts] for model in models]
+    if odd := [f for f, rows in zip(args.models, rows_of, strict=True) if rows != rows_of[0]]:
+        raise UserError("a model has another tokenizer", odd[0], "compare models of one tokenizer")
+    sums = [measure(model, texts, rows_of[0]) for model in models]
+    rows = compare(sums)
+    if args.json:
+        named = {str(folder): row for folder, row in zip(args.models, rows, strict=True)}
+        print(json.dumps(named, indent=2))
+    else:
+        show(args.models, rows)
+
+
+if __name__ == "__main__":
+    run_program(main, "stopped")
