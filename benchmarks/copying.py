@@ -26,7 +26,7 @@ from tqdm import tqdm
 from mlx_hmem.errors import ArgumentParser, UserError, run_program
 from mlx_hmem.evaluate import read_texts
 from mlx_hmem.evaluate.__main__ import table
-from mlx_hmem.evaluate.perplexity import LONGEST
+from mlx_hmem.evaluate.perplexity import LONGEST, ratio_and_error
 from mlx_hmem.loading import load
 from mlx_hmem.model import MemoryModel
 
@@ -62,26 +62,17 @@ def measure(model: MemoryModel, texts: Sequence[str], rows: Sequence[list[int]])
     return sums
 
 
-def mean_and_error(nats: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
-    """Nats per token and the standard error over texts."""
-    if not tokens.sum():
-        return math.nan, math.nan
-    mean, n = nats.sum() / tokens.sum(), len(nats)
-    squares = ((nats - mean * tokens) ** 2).sum() * n / (n - 1)
-    return float(mean), math.sqrt(squares) / float(tokens.sum())
-
-
 def compare(sums: Sequence[np.ndarray]) -> list[dict[str, Any]]:
     """Of each model the figures of each kind, and beside the first model."""
     found: list[dict[str, Any]] = []
     for own in sums:
         row: dict[str, Any] = {}
         for kind, name in enumerate(KINDS):
-            nats, error = mean_and_error(*own[:, kind].T)
+            nats, error = ratio_and_error(*own[:, kind].T)
             row[name] = {"tokens": int(own[:, kind, 1].sum()), "nats": nats, "error": error}
             if own is not sums[0]:
                 more = own[:, kind, 0] - sums[0][:, kind, 0]
-                mean, error = mean_and_error(more, own[:, kind, 1])
+                mean, error = ratio_and_error(more, own[:, kind, 1])
                 row[name] |= {
                     "per_cent": 100 * math.expm1(mean),
                     "per_cent_error": 100 * math.exp(mean) * error,
@@ -120,7 +111,8 @@ def main() -> None:
     if odd := [f for f, rows in zip(args.models, rows_of, strict=True) if rows != rows_of[0]]:
         raise UserError("a model has another tokenizer", odd[0], "compare models of one tokenizer")
     sums = [measure(model, texts, rows_of[0]) for model in models]
-    rows = compare(sums)
+    with np.errstate(invalid="ignore"):  # where no text repeats anything
+        rows = compare(sums)
     if args.json:
         named = {str(folder): row for folder, row in zip(args.models, rows, strict=True)}
         print(json.dumps(named, indent=2))
@@ -129,4 +121,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_program(main, "stopped")
+    run_program(main)

@@ -177,7 +177,7 @@ def _losses(
     return sums
 
 
-def _ratio(losses: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
+def ratio_and_error(losses: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
     """sum(losses) / sum(sizes) and its standard error over documents (NaN for one document)."""
     n, ratio = len(losses), losses.sum() / sizes.sum()
     if n < 2:
@@ -188,8 +188,8 @@ def _ratio(losses: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
 
 def summed(losses: DocumentLosses, memory: str, route_by: str) -> Perplexity:
     """The perplexity that ``losses`` make, named after what they were scored with."""
-    nats, nats_error = _ratio(losses.nats, losses.tokens)
-    byte_nats, byte_error = _ratio(losses.nats, losses.bytes)
+    nats, nats_error = ratio_and_error(losses.nats, losses.tokens)
+    byte_nats, byte_error = ratio_and_error(losses.nats, losses.bytes)
     return Perplexity(
         memory=memory,
         route_by=route_by,
