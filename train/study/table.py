@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from mlx_hmem.evaluate.__main__ import table
+from mlx_hmem.evaluate.perplexity import ratio_and_error
 from mlx_hmem.files import write_atomic
 from train.study.file import Study
 from train.study.rows import Documents, Figure, Row, searches, sweep_rows
@@ -66,12 +67,9 @@ def compare(row: Row, other: Row) -> dict[str, float] | None:
 
 
 def _difference(one: Documents, other: Documents) -> tuple[float, float]:
-    """Nats per token of one above the other, and the standard error over documents."""
+    """Nats per token of one above the other, and the standard error over documents (NaN of one)."""
     nats = np.array(one["nats"]) - np.array(other["nats"])
-    tokens = np.array(one["tokens"])
-    mean, n = nats.sum() / tokens.sum(), len(nats)
-    squares = ((nats - mean * tokens) ** 2).sum() * n / max(n - 1, 1)
-    return float(mean), float(math.sqrt(squares) / tokens.sum())
+    return ratio_and_error(nats, np.array(one["tokens"]))
 
 
 def comparison_table(found: Sequence[dict[str, Any]]) -> str:
