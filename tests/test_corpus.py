@@ -206,6 +206,6 @@ def test_no_corpus_no_files_and_nothing_left_are_one_line(tmp_path):
     with pytest.raises(UserError, match=r"no \*.jsonl"):
         run_corpus(recipe, tmp_path, tmp_path)
     (tmp_path / "a.jsonl").write_text("nothing\n")
-    with pytest.raises(UserError, match="no document is left"):
+    with pytest.raises(UserError, match=r"no document is left: 1 × [^{]*; correct"):
         run_corpus(recipe, tmp_path, tmp_path)
     assert not (tmp_path / "corpus" / "train.jsonl").exists()

@@ -231,6 +231,11 @@ def test_a_wrong_command_is_one_line(model_folder, folder, change, message):
         main([str(model_folder), "--tasks", "choice"])
 
 
+def test_all_tasks_of_a_folder_without_any_names_the_folder(model_folder, tmp_path):
+    with pytest.raises(UserError, match=f"no file of a task that counts.*: {tmp_path}; put"):
+        main([str(model_folder), "--tasks", "all", "--data", str(tmp_path)])
+
+
 def test_a_broken_row_ends_the_command_with_one_line_and_status_2(model_folder, folder):
     (folder / "choice.jsonl").write_text('{"query": "a"}\n')
     command = [sys.executable, "-m", "mlx_hmem.evaluate", str(model_folder), "--tasks", "choice"]

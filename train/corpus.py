@@ -55,9 +55,8 @@ def run_corpus(
     sample = Sample(shards, section, faults)
     faults.print()
     if section.documents != 0 and not len(sample.train):
-        raise UserError(
-            "no document is left", dict(faults.counts), "correct the files or the sample"
-        )
+        counts = ", ".join(f"{count} × {reason}" for reason, count in faults.counts.items())
+        raise UserError("no document is left", counts, "correct the files or the sample")
     facts, of_facts, plain, held_out = _make_facts(recipe, corpus, table, sample)
     lines = [_line(document) for document in of_facts]
     count = len(sample.train)

@@ -150,6 +150,9 @@ def load_tasks(names: str, data: Path) -> list[TaskData]:
         else:
             some = [_find(name, tasks, data)]
         found |= {(task.label, task.num_fewshot, file): (task, file) for task, file in some}
+    if not found and "all" in names:
+        advice = "put there, for example, piqa.jsonl, or a tasks.json with groups"
+        raise UserError("no file of a task that counts in an average", data, advice)
     if not found:
         raise UserError("no task to score", repr(names), f"use {', '.join(tasks)} or all")
     return [TaskData(task, file, read_examples(task, file)) for task, file in found.values()]
