@@ -113,6 +113,23 @@ def test_a_part_of_the_rows_has_the_prompts_of_the_whole(model, folder):
         assert by_row[row["row"]] == row
 
 
+def test_a_row_whose_answer_fills_the_context_is_left_out(model, folder):
+    # One such row of piqa ended a run over all tasks of a model with 256 tokens after half an hour.
+    (data,) = load_tasks("choice", folder)
+    options = {"out": folder / "out", "model_name": "m", "context": 60, "progress": False}
+    before = score_task(model, data, "none", **options)
+    rows = [json.loads(line) for line in data.file.read_text().splitlines()]
+    rows[3]["choices"][0] = "word " * 60
+    data.file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (data,) = load_tasks("choice", folder)
+    after = score_task(model, data, "none", **options)
+    assert (before.rows, before.left_out) == (24, 0)
+    assert (after.rows, after.of_rows, after.left_out) == (23, 24, 1)
+    assert after.to_dict()["left_out"] == 1
+    with pytest.raises(UserError, match=r"no row has room .*: .*choice\.jsonl; use a model"):
+        score_task(model, data, "none", **(options | {"context": 1}))
+
+
 def test_other_settings_have_other_results(model, folder):
     (data,) = load_tasks("choice", folder)
     out = folder / "out"

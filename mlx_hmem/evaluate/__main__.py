@@ -249,10 +249,13 @@ def _score_tasks(
             shown = [score_task(model, task, mode, rag=rag, **options) for mode in modes]
             both = [*results[-len(modes) :], *shown]
             results[-len(modes) :] = _with_flops(model, both, modes, task.task.name)
-        if results[-1].cut:  # the same for each kind of memory
-            cut, rows = results[-1].cut, results[-1].rows
-            note = f"{task.task.name}: {cut} of {rows} prompts were cut to fit the context"
-            print(note, file=sys.stderr)
+        last = results[-1]  # these two are the same for each kind of memory
+        if last.cut:
+            note = f"{last.cut} of {last.rows} prompts were cut to fit the context"
+            print(f"{task.task.name}: {note}", file=sys.stderr)
+        if last.left_out:
+            note = f"rows left out because an answer fills the context: {last.left_out}"
+            print(f"{task.task.name}: {note}", file=sys.stderr)
         for level in sorted(levels, reverse=True):
             label = f"best 1/{used_clusters(model, level)} withheld"
             scored = score_task(model, task, "fetched", withheld=level, **options)

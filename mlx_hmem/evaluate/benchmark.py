@@ -59,6 +59,7 @@ class TaskResult:
     categories: dict[str, tuple[int, int]]  # right, rows; empty without categories
     documents: RagSummary | None = None  # where prompts had them
     flops: float | None = None  # to those of the anchor alone
+    left_out: int = 0  # rows that could not be scored: an answer fills the context
 
     @property
     def accuracy(self) -> float:
@@ -83,6 +84,7 @@ class TaskResult:
             "rows": self.rows,
             "of_rows": self.of_rows,
             "cut": self.cut,
+            "left_out": self.left_out,
             "accuracy": self.accuracy,
             "standard_error": self.standard_error,
         }
@@ -171,9 +173,12 @@ def score_task(
     """
     task, file, examples = data
     context = min(model.context or LONGEST, context or LONGEST)
-    chosen = range(len(examples))
+    chosen: Sequence[int] = range(len(examples))
     if limit is not None and limit < len(examples):
-        chosen = sorted(random.Random(0).sample(chosen, limit))  # type: ignore[assignment]
+        chosen = sorted(random.Random(0).sample(chosen, limit))
+    asked = len(chosen)
+    if task.icl_task_type != GENERATION:
+        chosen = _with_room(PromptTokens(model.tokenizer, context), examples, chosen, file)
     settings = {
         "version": 1,
         "model": model_name,
@@ -210,8 +215,19 @@ def score_task(
     documents = RagSummary.of([journal.rows[i] for i in chosen]) if rag else None
     return TaskResult(
         task, file.name, label, sum(right.values()), len(right), len(examples), cut, categories,
-        documents,
+        documents, left_out=asked - len(chosen),
     )  # fmt: skip
+
+
+def _with_room(
+    tokens: PromptTokens, examples: Sequence[Example], rows: Sequence[int], file: Path
+) -> list[int]:
+    """Of ``rows`` those with answers that fit the context; no other can be scored."""
+    some = [i for i in rows if tokens.has_room(examples[i])]
+    if not some:
+        remedy = f"use a model with a context beyond {tokens.context} tokens"
+        raise UserError("no row has room for a question beside its answers", file, remedy)
+    return some
 
 
 def _score_rows(

@@ -114,6 +114,10 @@ class PromptTokens:
         where = f"line {prompt.example.line}"
         return [self._fit(c, a, where) for c in contexts for a in answers]
 
+    def has_room(self, example: Example) -> bool:
+        """Whether each answer leaves at least one token of the context for its question."""
+        return all(len(self._answer(text)) < self.context for text in example.answers)
+
     def _answer(self, text: str) -> list[int]:
         space = " " if self.prefix_space and not text.startswith(" ") else ""
         return self._encode(space + text)
