@@ -117,9 +117,9 @@ def main() -> None:
     import mlx.core as mx
 
     from mlx_hmem.bank.views import barred_path
-    from mlx_hmem.generation import prompt_ids
-    from mlx_hmem.loading import DEMO, load
-    from mlx_hmem.resident import parse_bytes
+    from mlx_hmem.budget.resident import parse_bytes
+    from mlx_hmem.model.load import DEMO, load
+    from mlx_hmem.model.stream import prompt_ids
 
     blocked = [barred_path(text) for text in args.block]
     model = load(
@@ -136,8 +136,8 @@ def main() -> None:
     damaged: Literal["stop", "skip"] = "stop" if args.strict_memory else "skip"
     options: dict[str, Any] = {"temp": args.temp, "top_p": args.top_p, "seed": args.seed}
     if args.chat:
-        from mlx_hmem.chat import chat
-        from mlx_hmem.conversation import Conversation
+        from mlx_hmem.generation.chat import chat
+        from mlx_hmem.generation.conversation import Conversation
 
         options |= {} if args.max_tokens is None else {"max_tokens": args.max_tokens}
         options |= {"memory": args.memory, "blocked": blocked, "damaged": damaged}

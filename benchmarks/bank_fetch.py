@@ -22,11 +22,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.banks import BITS, R, keys_of, make_bank, paper_config, spread_paths
-from benchmarks.counting import machine, median
-from benchmarks.fetch_times import HEATS, byte_counts, fetch_times, first_of_process
-from benchmarks.plots import Panel, draw
-from benchmarks.show import add_outputs, report
+from benchmarks.common.banks import BITS, R, keys_of, make_bank, paper_config, spread_paths
+from benchmarks.common.counting import machine, median
+from benchmarks.common.fetch_times import HEATS, byte_counts, fetch_times, first_of_process
+from benchmarks.common.plots import Panel, draw
+from benchmarks.common.show import add_outputs, report
 from mlx_hmem.errors import ArgumentParser, run_program
 
 REPEATS, PROCESSES = 15, 3

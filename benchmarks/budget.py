@@ -30,15 +30,15 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from benchmarks.banks import GROUP
-from benchmarks.control_group import ControlGroup, control_group
-from benchmarks.counting import machine
-from benchmarks.models import random_texts, write_memory, write_tokenizer
+from benchmarks.common.banks import GROUP
+from benchmarks.common.control_group import ControlGroup, control_group
+from benchmarks.common.counting import machine
+from benchmarks.common.models import random_texts, write_memory, write_tokenizer
 from mlx_hmem.anchors.load import named_parameters
 from mlx_hmem.anchors.openlm import PRESETS, Model
+from mlx_hmem.budget.resident import parse_bytes
 from mlx_hmem.errors import ArgumentParser, run_program
 from mlx_hmem.files import save_safetensors, write_atomic
-from mlx_hmem.resident import parse_bytes
 
 BITS, CONTEXT = 4, 2048
 TURNS, WORDS, ANSWER = 5, 380, 32  # 2,060 tokens: the last turn finds the context full

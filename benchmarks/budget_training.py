@@ -20,16 +20,22 @@ from typing import Any
 import numpy as np
 
 from benchmarks.budget import bare
-from benchmarks.counting import machine, median
+from benchmarks.common.counting import machine, median
+from mlx_hmem.budget.resident import parse_bytes, peak_resident_bytes
 from mlx_hmem.errors import ArgumentParser, run_program
-from mlx_hmem.resident import parse_bytes, peak_resident_bytes
-from train.budget import fit, keep_to, within_budget
-from train.checkpoint import Progress
-from train.memories import MemoryTrainee
-from train.recipe import AnchorSection, MemoriesSection, Recipe, TrainerConfig, WindowsSection
-from train.sections import TokenizerSection, TreeSection
-from train.start import anchor_shape
-from train.store import BlockStore
+from train.cost.budget import fit, keep_to, within_budget
+from train.recipe.recipe import (
+    AnchorSection,
+    MemoriesSection,
+    Recipe,
+    TrainerConfig,
+    WindowsSection,
+)
+from train.recipe.sections import TokenizerSection, TreeSection
+from train.step.memories import MemoryTrainee
+from train.step.start import anchor_shape
+from train.store.blocks import BlockStore
+from train.store.checkpoint import Progress
 
 RECIPE = Recipe(
     name="openlm-160m",

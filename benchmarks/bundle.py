@@ -29,18 +29,19 @@ import mlx_hmem  # noqa: F401  (before mlx.core)
 import mlx.core as mx
 from tqdm import tqdm, trange
 
-from benchmarks.banks import keys_of, make_bank, paper_config
-from benchmarks.counting import machine, median, timed
-from benchmarks.models import random_retriever, random_texts, write_anchor, write_memory
-from benchmarks.plots import Panel, draw
-from benchmarks.show import add_outputs, report
-from convert import bundle, quantize
+from benchmarks.common.banks import keys_of, make_bank, paper_config
+from benchmarks.common.counting import machine, median, timed
+from benchmarks.common.models import random_retriever, random_texts, write_anchor, write_memory
+from benchmarks.common.plots import Panel, draw
+from benchmarks.common.show import add_outputs, report
+from convert.bundle import bundle
+from convert.quantize import command as quantize
 from mlx_hmem.bank import Manifest
 from mlx_hmem.bank.format import MANIFEST
 from mlx_hmem.config import HmemConfig
 from mlx_hmem.errors import ArgumentParser, run_program
-from mlx_hmem.find import BANK_FOLDER
-from mlx_hmem.loading import DEMO, load
+from mlx_hmem.model.find import BANK_FOLDER
+from mlx_hmem.model.load import DEMO, load
 
 PROMPTS, TOKENS, REPEATS = 50, 32, 11
 SMALL_ANCHOR = ["--anchor-bits", "4", "--anchor-group-size", "32"]

@@ -30,12 +30,12 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 from tqdm import tqdm
 
-from benchmarks.counting import machine
-from mlx_hmem.conversation import MARGIN, WEIGHT, WINDOW, Conversation
+from benchmarks.common.counting import machine
 from mlx_hmem.errors import ArgumentParser, UserError, run_program
 from mlx_hmem.evaluate.texts import read_texts
-from mlx_hmem.loading import DEMO, load
-from mlx_hmem.model import MemoryModel, Path_
+from mlx_hmem.generation.conversation import MARGIN, WEIGHT, WINDOW, Conversation
+from mlx_hmem.model.load import DEMO, load
+from mlx_hmem.model.model import MemoryModel, Path_
 from mlx_hmem.retriever import ClusterTree, Retriever, load_encoder
 from mlx_hmem.retriever.steady import likely_paths, steady_route
 

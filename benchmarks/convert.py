@@ -28,14 +28,14 @@ import mlx_hmem  # noqa: F401  (before mlx.core)
 import numpy as np
 from tqdm import tqdm
 
-from convert.memory import LAYOUT_VERSION, MARKER, Marker, from_pytorch
-from convert.memory_tensors import matrices, table_name
-from convert.torch_writer import Entry, write_torch
+from convert.memory.model import LAYOUT_VERSION, MARKER, Marker, from_pytorch
+from convert.memory.tensors import matrices, table_name
+from convert.torch_files.writer import Entry, write_torch
 from mlx_hmem.anchors.openlm import PRESETS
 from mlx_hmem.bank.format import num_blocks, stored_r
+from mlx_hmem.budget.resident import peak_resident_bytes
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import ArgumentParser, UserError, run_program
-from mlx_hmem.resident import peak_resident_bytes
 from mlx_hmem.retriever import load_encoder
 
 MEMORY = MemoryConfig(512, 35, (256, 64, 16, 0), (16, 16, 16, 16))

@@ -33,20 +33,20 @@ from mlx_hmem.anchors.load import load_anchor, named_parameters
 from mlx_hmem.anchors.openlm import Model, ModelArgs
 from mlx_hmem.errors import ArgumentParser, UserError, run_program
 from mlx_hmem.files import save_safetensors
-from mlx_hmem.loading import DEMO, load
+from mlx_hmem.model.load import DEMO, load
 
 SHARD_BYTES = 512 << 10
 # The command itself, with shards so small that there are many moments between two.
 PROGRAM = """
 import sys
 import mlx_hmem
-import convert.weights
+import convert.anchors.weights
 from convert.__main__ import main
-from convert.bank import write_tensors_as_bank
+from convert.memory.bank import write_tensors_as_bank
 from mlx_hmem.bank.writer import shard_cuts
 from mlx_hmem.errors import run_program
 size = int(sys.argv.pop(1))
-convert.weights.SHARD_BYTES = size
+convert.anchors.weights.SHARD_BYTES = size
 shard_cuts.__defaults__ = (size,)
 write_tensors_as_bank.__kwdefaults__["shard_bytes"] = size
 run_program(main)

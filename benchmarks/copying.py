@@ -25,10 +25,10 @@ from tqdm import tqdm
 
 from mlx_hmem.errors import ArgumentParser, UserError, run_program
 from mlx_hmem.evaluate import read_texts
-from mlx_hmem.evaluate.__main__ import table
+from mlx_hmem.evaluate.command import table
 from mlx_hmem.evaluate.perplexity import LONGEST, ratio_and_error
-from mlx_hmem.loading import load
-from mlx_hmem.model import MemoryModel
+from mlx_hmem.model.load import load
+from mlx_hmem.model.model import MemoryModel
 
 KINDS = ("all", "repeated", "new")
 

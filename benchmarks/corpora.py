@@ -20,8 +20,8 @@ import time
 from pathlib import Path
 
 from mlx_hmem.errors import ArgumentParser, UserError, run_program
-from train.readers import Faults, corpus_files, read_documents
-from train.shards import num_cores
+from train.corpus.readers import Faults, corpus_files, read_documents
+from train.corpus.shards import num_cores
 
 STAGES = ["corpus", "tokenizer", "windows", "anchor-sequences", "tree", "sequences"]
 RECIPE = """

@@ -34,17 +34,17 @@ import mlx.nn as nn
 from mlx_lm.generate import generate_step
 from tqdm import trange
 
-from benchmarks.counting import machine
-from benchmarks.plots import Panel, draw
-from benchmarks.show import add_outputs, report
+from benchmarks.common.counting import machine
+from benchmarks.common.plots import Panel, draw
+from benchmarks.common.show import add_outputs, report
 from mlx_hmem.anchors.attach import attach_memory, memory_config
 from mlx_hmem.anchors.fused import FusedMemory
 from mlx_hmem.anchors.load import named_parameters
 from mlx_hmem.anchors.openlm import PRESETS, Model
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import ArgumentParser, run_program
-from mlx_hmem.generation import AnchorWithMemory
 from mlx_hmem.memory import FetchedMemory
+from mlx_hmem.model.stream import AnchorWithMemory
 
 R, BRANCHING = (256, 64, 16, 0), (16, 16, 16, 16)
 FEW = 16  # rows of the contender that differs from the anchor in little but its shapes

@@ -20,8 +20,8 @@ from mlx_hmem.errors import ArgumentParser, UserError, run_program
 from mlx_hmem.retriever import ClusterTree
 from mlx_hmem.retriever.encoder import STATIC_FOLDER, Encoder, find_minilm, load_encoder
 from mlx_hmem.retriever.minilm import FILES
-from train.cleaning import clean
-from train.static_encoder import NOUNS, PROMPTS, is_held_out, read_articles, sentences
+from train.corpus.cleaning import clean
+from train.tree.static_encoder import NOUNS, PROMPTS, is_held_out, read_articles, sentences
 
 BRANCHING = (16, 16)
 TREES = 5

@@ -24,17 +24,17 @@ import mlx.core as mx
 from mlx_lm.generate import generation_stream
 from tqdm import tqdm
 
-from benchmarks.banks import file_parts, keys_of, make_bank, paper_config
-from benchmarks.counting import CAN_DROP, Timed, evict, machine, median, timed
-from benchmarks.models import random_anchor, random_retriever, write_tokenizer
-from benchmarks.plots import Panel, draw
-from benchmarks.show import add_outputs, report
+from benchmarks.common.banks import file_parts, keys_of, make_bank, paper_config
+from benchmarks.common.counting import CAN_DROP, Timed, evict, machine, median, timed
+from benchmarks.common.models import random_anchor, random_retriever, write_tokenizer
+from benchmarks.common.plots import Panel, draw
+from benchmarks.common.show import add_outputs, report
 from mlx_hmem.anchors.openlm import Model
 from mlx_hmem.bank import Bank
-from mlx_hmem.bank.arriving import ArrivingMemory
+from mlx_hmem.bank.read.arriving import ArrivingMemory
 from mlx_hmem.errors import ArgumentParser, run_program
-from mlx_hmem.loading import read_tokenizer
-from mlx_hmem.model import MemoryModel
+from mlx_hmem.model.load import read_tokenizer
+from mlx_hmem.model.model import MemoryModel
 
 ANCHOR = "openlm-160m"
 REPEATS, TOKENS = 7, (512, 16)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from mlx_hmem.anchors.attach import attach_memory
 from mlx_hmem.errors import ArgumentParser, run_program
 from mlx_hmem.memory import initial_block, join_blocks
-from tests.references import (
+from tests.helpers.references import (
     PAIRS,
     apply_reference,
     config_of,
@@ -30,7 +30,7 @@ from tests.references import (
     random_rows,
     switch_rope_off,
 )
-from tests.tiny_anchors import EXPERTS, make_anchor
+from tests.helpers.tiny_anchors import EXPERTS, make_anchor
 
 
 @contextmanager

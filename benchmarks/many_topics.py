@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.counting import Timed, median, open_files, timed
-from benchmarks.models import random_retriever, random_texts, write_tokenizer
+from benchmarks.common.counting import Timed, median, open_files, timed
+from benchmarks.common.models import random_retriever, random_texts, write_tokenizer
 from mlx_hmem.anchors.openlm import PRESETS, Model
 from mlx_hmem.bank import Bank
-from mlx_hmem.bank.arriving import ArrivingMemory
+from mlx_hmem.bank.read.arriving import ArrivingMemory
+from mlx_hmem.budget.resident import resident_bytes
 from mlx_hmem.errors import UserError
-from mlx_hmem.loading import read_tokenizer
-from mlx_hmem.model import MemoryModel
-from mlx_hmem.resident import resident_bytes
+from mlx_hmem.model.load import read_tokenizer
+from mlx_hmem.model.model import MemoryModel
 from mlx_hmem.retriever import Retriever, load_encoder
 from mlx_hmem.retriever.static import StaticEncoder
 

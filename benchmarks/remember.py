@@ -33,12 +33,13 @@ from tqdm import tqdm
 from mlx_hmem.anchors.load import load_anchor
 from mlx_hmem.errors import ArgumentParser, UserError, run_program
 from mlx_hmem.evaluate.scoring import Candidate, continue_greedily, score_candidates
-from mlx_hmem.loading import DEMO, load
-from mlx_hmem.model import MemoryModel
-from train.cleaning import clean, cut
-from train.gradient import masked_loss, packed_mask
-from train.order import Stream
-from train.readers import Faults, corpus_files, documents_of
+from mlx_hmem.model.load import DEMO, load
+from mlx_hmem.model.model import MemoryModel
+from train.corpus.cleaning import clean, cut
+from train.corpus.readers import Faults, corpus_files, documents_of
+from train.corpus.sample import hashes
+from train.data.order import Stream
+from train.data.sequences import pack_anchor
 from train.remember.blocks import results_of
 from train.remember.command import main as remember
 from train.remember.command import text_of
@@ -47,8 +48,7 @@ from train.remember.forget import forget
 from train.remember.run import OwnText, Settings
 from train.remember.run import documents_of as documents_of_run
 from train.remember.text import OwnDocument, hold_out, sentences
-from train.sample import hashes
-from train.sequences import pack_anchor
+from train.step.gradient import masked_loss, packed_mask
 
 YEAR = re.compile(r"\b(1[0-9]{3}|20[01][0-9])\b")
 PERSON = re.compile(r"\bborn\b|\([^)]*\d{4}[^)]*[–-]")

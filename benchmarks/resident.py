@@ -23,11 +23,11 @@ from typing import Any
 
 from tqdm import trange
 
-from benchmarks.banks import paper_config
-from benchmarks.counting import machine, median
-from benchmarks.models import DTYPES, write_anchor, write_memory
-from benchmarks.plots import Panel, draw
-from benchmarks.show import add_outputs, report
+from benchmarks.common.banks import paper_config
+from benchmarks.common.counting import machine, median
+from benchmarks.common.models import DTYPES, write_anchor, write_memory
+from benchmarks.common.plots import Panel, draw
+from benchmarks.common.show import add_outputs, report
 from mlx_hmem.errors import ArgumentParser, run_program
 
 REPEATS, TOKENS = 3, 4

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.banks import (
+from benchmarks.common.banks import (
     FilePart,
     Key,
     Path_,
@@ -40,11 +40,11 @@ from benchmarks.banks import (
     sibling,
     spread_paths,
 )
-from benchmarks.counting import CAN_DROP, Timed, evict, machine, median, timed
+from benchmarks.common.counting import CAN_DROP, Timed, evict, machine, median, timed
+from benchmarks.common.plots import Panel, draw
+from benchmarks.common.raw_reads import PLAIN, RawReader
+from benchmarks.common.show import add_outputs, report
 from benchmarks.many_topics import TOPICS, route_times, show_routes, show_walk, walk_in_child
-from benchmarks.plots import Panel, draw
-from benchmarks.raw_reads import PLAIN, RawReader
-from benchmarks.show import add_outputs, report
 from mlx_hmem.bank import Bank
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import ArgumentParser, run_program

@@ -27,15 +27,15 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_hmem.anchors.openlm import Model, ModelArgs
+from mlx_hmem.budget.resident import peak_resident_bytes
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import ArgumentParser, run_program
-from mlx_hmem.resident import peak_resident_bytes
-from train.anchor import AnchorTrainee, initialise
-from train.checkpoint import Progress
-from train.loop import Trainee
-from train.memories import MemoryTrainee
-from train.recipe import CotrainSection, TrainerConfig
-from train.store import BlockStore
+from train.recipe.recipe import CotrainSection, TrainerConfig
+from train.step.anchor import AnchorTrainee, initialise
+from train.step.memories import MemoryTrainee
+from train.step.trainee import Trainee
+from train.store.blocks import BlockStore
+from train.store.checkpoint import Progress
 
 # OpenLM-160M (paper, section 4), and its memory (256, 64, 16, 0) in a tree of 16^4.
 ARGS = ModelArgs("openlm", 512, 35, 2048, 12, 32, 50432, tie_word_embeddings=True)

@@ -17,13 +17,14 @@ from typing import Any
 import mlx_hmem  # noqa: F401  (before mlx.core)
 
 # isort: split
-from convert import hugging_face, openlm
-from convert.destination import destination, identity_of
-from convert.keys import size_of
-from convert.weights import DTYPES, Plan
 from mlx_hmem.anchors.load import read_config
 from mlx_hmem.errors import ArgumentParser, UserError, run_program
-from mlx_hmem.find import is_repo_name
+from mlx_hmem.model.find import is_repo_name
+
+from .anchors import hugging_face, openlm
+from .anchors.keys import size_of
+from .anchors.weights import DTYPES, Plan
+from .destination import destination, identity_of
 
 KINDS = ("openlm", "huggingface", "hmem-pytorch")
 MARKER = "hmem_pytorch.json"
@@ -155,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _convert_memory(args: argparse.Namespace, kind: str) -> None:
-    from convert import memory
+    from .memory import model as memory
 
     if args.to == "pytorch":
         memory.to_pytorch(args.source, args.destination, overwrite=args.overwrite, dtype=args.dtype)
@@ -174,25 +175,25 @@ def _convert_memory(args: argparse.Namespace, kind: str) -> None:
 
 
 def _tree(arguments: list[str]) -> None:
-    from convert.trees import main as tree
+    from .memory.trees import main as tree
 
     tree(arguments)
 
 
 def _quantize(arguments: list[str]) -> None:
-    from convert.quantize import main as quantize
+    from .quantize.command import main as quantize
 
     quantize(arguments)
 
 
 def _bundle(arguments: list[str]) -> None:
-    from convert.bundle import main as bundle
+    from .bundle.bundle import main as bundle
 
     bundle(arguments)
 
 
 def _upload(arguments: list[str]) -> None:
-    from convert.upload import main as upload
+    from .upload import main as upload
 
     upload(arguments)
 

@@ -13,8 +13,6 @@ from json import dumps
 from pathlib import Path
 from typing import Any
 
-from convert.destination import RECORD
-from convert.destination import REPLACED as FORMER
 from mlx_hmem.anchors.load import read_config, weight_files
 from mlx_hmem.bank import Manifest
 from mlx_hmem.bank.format import MANIFEST
@@ -22,8 +20,11 @@ from mlx_hmem.bank_tools.checks import verify
 from mlx_hmem.config import HmemConfig
 from mlx_hmem.errors import ArgumentParser, UserError
 from mlx_hmem.files import write_atomic
-from mlx_hmem.find import BANK_FILES, BANK_FOLDER, MODEL_FILES, is_repo_name
-from mlx_hmem.loading import load
+from mlx_hmem.model.find import BANK_FILES, BANK_FOLDER, MODEL_FILES, is_repo_name
+from mlx_hmem.model.load import load
+
+from .destination import RECORD
+from .destination import REPLACED as FORMER
 
 CARD = "README.md"
 UPLOADED = (*MODEL_FILES, *BANK_FILES, CARD, "LICENSE*", "NOTICE*")

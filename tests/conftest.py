@@ -13,7 +13,6 @@ import huggingface_hub.constants as hub_constants
 import mlx.core as mx
 import numpy as np
 import pytest
-from hub_server import TOKEN, Hub
 
 from mlx_hmem.anchors.load import anchor_hash, named_parameters
 from mlx_hmem.anchors.openlm import Model, ModelArgs
@@ -21,11 +20,12 @@ from mlx_hmem.bank import write_bank
 from mlx_hmem.bank.documents import write_documents
 from mlx_hmem.config import FORMAT_VERSION, HmemConfig, MemoryConfig, RetrieverConfig
 from mlx_hmem.files import fingerprint, save_safetensors
-from mlx_hmem.loading import load
-from mlx_hmem.model import MemoryModel
+from mlx_hmem.model.load import load
+from mlx_hmem.model.model import MemoryModel
 from mlx_hmem.retriever import ClusterTree, load_encoder
-from train.facts import make_facts
-from train.tokenizer import EOT_ID, train_tokenizer
+from tests.helpers.hub_server import TOKEN, Hub
+from train.corpus.facts import make_facts
+from train.data.tokenizer import EOT_ID, train_tokenizer
 
 CONTEXT = 96
 ARGS = ModelArgs(
@@ -120,7 +120,7 @@ def edit_json(path: Path, change: Callable[[dict], object]) -> None:
 @pytest.fixture(scope="module")
 def layout(model_folder, tmp_path_factory) -> Path:
     """The model of conftest in PyTorch's layout; for reading only."""
-    from memory_layouts import convert  # it imports from here
+    from tests.helpers.memory_layouts import convert  # it imports from here
 
     return convert(model_folder, tmp_path_factory.mktemp("torch") / "model", "--to", "pytorch")
 
@@ -134,7 +134,7 @@ def torch_folder(layout, tmp_path) -> Path:
 @pytest.fixture
 def directory(broken: Path) -> Path:
     """A model directory whose bank has many shards, with files beside it that no model needs."""
-    from hub_models import BLOCKS_PER_SHARD, cut_bank  # it imports from here
+    from tests.helpers.hub_models import BLOCKS_PER_SHARD, cut_bank  # it imports from here
 
     cut_bank(broken, BLOCKS_PER_SHARD)
     (broken / "notes").mkdir()
@@ -164,7 +164,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 @pytest.fixture
 def online(hub: Hub, directory: Path) -> Hub:
-    from hub_models import REPO  # as above
+    from tests.helpers.hub_models import REPO  # as above
 
     hub.add(REPO, directory)
     return hub
@@ -173,7 +173,7 @@ def online(hub: Hub, directory: Path) -> Hub:
 @pytest.fixture
 def known(broken: Path, model: MemoryModel, texts: list[str]) -> Path:
     """A model that knows what trained it: each text the leaf that it is routed to."""
-    from banks import document  # as above
+    from tests.helpers.banks import document  # as above
 
     found = [document(text, [model.retriever.route(text)], model) for text in texts[:20]]
     write_documents(broken / "bank", found)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import bank_fetch, copying, topics
-from benchmarks.banks import (
+from benchmarks.common.banks import (
     R,
     file_parts,
     keys_of,
@@ -17,16 +17,16 @@ from benchmarks.banks import (
     sibling,
     spread_paths,
 )
-from benchmarks.counting import CAN_DROP, disk_bytes, evict, io_counts, timed
-from benchmarks.fetch_times import byte_counts, fetch_times, first_of_process
+from benchmarks.common.counting import CAN_DROP, disk_bytes, evict, io_counts, timed
+from benchmarks.common.fetch_times import byte_counts, fetch_times, first_of_process
+from benchmarks.common.models import random_texts, random_tree, write_anchor
+from benchmarks.common.raw_reads import COLD_WAYS, PLAIN, RawReader, Way, fastest_ways
 from benchmarks.many_topics import growth, show_walk
-from benchmarks.models import random_texts, random_tree, write_anchor
-from benchmarks.raw_reads import COLD_WAYS, PLAIN, RawReader, Way, fastest_ways
 from mlx_hmem.anchors.openlm import PRESETS, ModelArgs
 from mlx_hmem.bank import Bank
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.evaluate.perplexity import document_losses
-from mlx_hmem.loading import load
+from mlx_hmem.model.load import load
 
 # Blocks of 12, 6 and 3 pages of 16 KiB, and one level without memory.
 TINY = MemoryConfig(512, 4, (16, 8, 4, 0), (3, 2, 2, 2))

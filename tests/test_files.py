@@ -23,6 +23,7 @@ from mlx_hmem.files import (
     save_safetensors,
     write_atomic,
 )
+from tests.helpers.places import ROOT
 
 
 def raw(header: object, data: bytes = b"", length: int | None = None) -> bytes:
@@ -232,7 +233,7 @@ def test_killed_write_leaves_the_old_file(tmp_path: Path) -> None:
         [sys.executable, "-c", KILLED, str(path)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
     )
     with child:
         assert child.stdout is not None

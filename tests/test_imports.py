@@ -1,46 +1,62 @@
-"""The one-way arrows between the rooms of the house, read from the source.
+"""The one-way arrows between the rooms of the house, read from the source, strings included.
 
-errors, files, find, config → memory → {anchors, bank}; config → retriever; anchors → generation;
-{bank, retriever} → banks; bank → recall; {anchors, bank} → needs → budget; {anchors, banks, recall,
-generation, budget} → model → loading → evaluate → bank_tools; model → batch; bank → prefetch;
-model → {session, prefetch} → conversation → chat; mlx_hmem → {train, convert, generate.py}; torch
-only under convert/ and tests/.
+Each table goes from the ground up: a room may import from the rooms that it names and from those
+that they may import from. The faces (``__main__``, ``generate.py``) stand above all of their part.
+Torch may be imported under convert/ and tests/ only.
 """
 
 import ast
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-BOTTOM = {"_blas", "config", "errors", "files", "find", "resident"}
-MODEL = BOTTOM | {"memory", "anchors", "bank", "retriever", "generation", "model", "banks"}
-MODEL |= {"recall", "needs", "budget"}
-# What each room of mlx_hmem may import from mlx_hmem, besides itself.
-ROOMS = {
-    **dict.fromkeys(BOTTOM, BOTTOM),
-    "memory": BOTTOM,
-    "anchors": BOTTOM | {"memory"},
-    "bank": BOTTOM | {"memory"},
-    "retriever": BOTTOM,
-    "banks": BOTTOM | {"bank", "retriever"},
-    "recall": BOTTOM | {"memory", "bank"},
-    "needs": BOTTOM | {"memory", "anchors", "bank"},
-    "budget": BOTTOM | {"needs"},
-    "model": MODEL,
-    "generation": BOTTOM | {"memory", "anchors"},
-    "batch": MODEL,
-    "session": MODEL,
-    "prefetch": BOTTOM | {"bank"},
-    "conversation": MODEL | {"prefetch", "session"},
-    "chat": MODEL | {"conversation"},
-    "loading": MODEL | {"loading"},
-    "evaluate": MODEL | {"loading"},
-    "bank_tools": MODEL | {"loading", "evaluate"},
-    "bank.__main__": BOTTOM | {"bank_tools"},
-    "__init__": MODEL | {"loading"},
+from tests.helpers.places import ROOT
+
+GROUND = ("_blas", "config", "errors", "files")
+ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
+    "mlx_hmem": {
+        **dict.fromkeys(GROUND, GROUND),
+        "memory": GROUND,
+        "retriever": GROUND,
+        "anchors": ("memory",),
+        "bank": ("memory",),
+        "budget": ("anchors", "bank"),
+        "model": ("budget", "retriever"),
+        "generation": ("model",),
+        "evaluate": ("model",),
+        "bank_tools": ("evaluate",),
+        "__init__": ("generation",),
+    },
+    "train": {
+        "ranks": (),
+        "recipe": (),
+        "corpus": ("ranks", "recipe"),
+        "store": ("ranks", "recipe"),
+        "data": ("corpus",),
+        "tree": ("data",),
+        "step": ("data", "store"),
+        "cost": ("step",),
+        "loop": ("cost",),
+        "export": ("loop",),
+        "report": ("export",),
+        "stages": ("report", "tree"),
+        "parallel": ("stages",),
+        "remember": ("stages",),
+        "study": ("stages",),
+    },
+    "convert": {
+        "destination": (),
+        "torch_files": (),
+        "anchors": ("torch_files",),
+        "memory": ("anchors", "destination"),
+        "quantize": ("destination",),
+        "bundle": ("destination",),
+        "upload": ("destination",),
+    },
 }
+FACES = {"__init__", "__main__"}
 # What each part of the repository may import from the others.
 PARTS = {
     "mlx_hmem": set(),
@@ -49,20 +65,58 @@ PARTS = {
     "generate": {"mlx_hmem"},
     "benchmarks": {"mlx_hmem", "train", "convert"},
 }
+INSTALLED = {"mlx_hmem.train": "train", "mlx_hmem.convert": "convert"}  # their names in the wheel
 TORCH = {"torch", "sentence_transformers"}
+MODULE = re.compile(r"\.?[a-z_]+(\.[a-z_]+)+(:\w+)?")
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the repository but the tests, by its dotted name."""
+    paths = [path for part in PARTS for path in (ROOT / part).rglob("*.py")]
+    paths.append(ROOT / "generate.py")
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in paths}
+
+
+KNOWN = set(modules()) | {name.removesuffix(".__init__") for name in modules()}
+
+
+def as_in_the_checkout(name: str) -> str:
+    for installed, part in INSTALLED.items():
+        if name == installed or name.startswith(f"{installed}."):
+            return part + name[len(installed) :]
+    return name
 
 
 def imports(source: str, module: str) -> set[str]:
-    """Full names that ``source``, the text of ``module``, imports, wherever in it."""
+    """Full names that ``source``, the text of ``module``, imports, or names in a string."""
     package = module.split(".")[:-1]
+
+    def absolute(name: str, level: int) -> str:
+        base = package[: len(package) - level + 1] if level else []
+        return ".".join([*base, *([name] if name else [])])
+
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            base = [*base, *([node.module] if node.module else [])]
-            found |= {".".join([*base, alias.name]) for alias in node.names}
+            base = absolute(node.module or "", node.level)
+            found |= {f"{base}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            text = node.value.partition(":")[0]
+            if MODULE.fullmatch(node.value):
+                name = absolute(text.lstrip("."), len(text) - len(text.lstrip(".")))
+                found |= {name} & KNOWN | {as_in_the_checkout(name)} & KNOWN
+    return {as_in_the_checkout(name) for name in found}
+
+
+def below(part: str, room: str) -> set[str]:
+    """The rooms that ``room`` may import from, itself among them."""
+    found, wanted = {room}, list(ROOMS[part][room])
+    while wanted:
+        if (each := wanted.pop()) not in found:
+            found.add(each)
+            wanted += ROOMS[part][each]
     return found
 
 
@@ -71,14 +125,15 @@ def wrong_arrows(source: str, module: str) -> list[str]:
     part, *rest = module.split(".")
     wrong = []
     for name in sorted(imports(source, module)):
-        target, *below = name.split(".")
+        target, *inner = name.split(".")
+        face = part in ROOMS and rest[-1] in FACES and (len(rest) == 1 or rest[-1] == "__main__")
         if target in TORCH:
             allowed = part == "convert"
-        elif part == target == "mlx_hmem":
+        elif face and rest != ["__init__"]:
+            allowed = True
+        elif part == target and part in ROOMS:
             # `from mlx_hmem import load` within the package would close a circle.
-            program = ".".join(rest)  # the face of a room above, under a shorter name
-            room = program if program in ROOMS else rest[0]
-            allowed = bool(below) and below[0] in {room} | ROOMS[room]
+            allowed = bool(inner) and inner[0] in below(part, rest[0])
         else:
             allowed = target not in PARTS or target == part or target in PARTS[part]
         if not allowed:
@@ -86,24 +141,24 @@ def wrong_arrows(source: str, module: str) -> list[str]:
     return wrong
 
 
-def modules() -> dict[str, Path]:
-    """Every module of the repository but the tests, by its dotted name."""
-    paths = [path for part in PARTS for path in (ROOT / part).rglob("*.py")]
-    paths += [path for path in [ROOT / "generate.py"] if path.exists()]
-    return {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in paths}
-
-
 @pytest.mark.parametrize("module", sorted(modules()))
 def test_imports_follow_the_arrows(module):
     assert wrong_arrows(modules()[module].read_text(), module) == []
 
 
-def test_every_room_and_program_is_known():
-    rooms = {name.split(".")[1] for name in modules() if name.startswith("mlx_hmem.")}
-    assert rooms - {"demo"} <= set(ROOMS)
-    assert {"config", "errors", "files", "memory", "anchors", "bank", "retriever"} <= rooms
+@pytest.mark.parametrize("part", ROOMS)
+def test_every_room_is_known_and_none_is_a_circle(part):
+    inside = {name.split(".")[1] for name in modules() if name.startswith(f"{part}.")}
+    assert inside - FACES == set(ROOMS[part]) - FACES
+    for room in set(ROOMS[part]) - set(GROUND):
+        assert all(room not in below(part, other) for other in below(part, room) - {room})
     # A module at the top that shadows the standard library would be found in its place.
     assert not {path.stem for path in ROOT.glob("*.py")} & sys.stdlib_module_names
+
+
+def test_no_folder_is_too_full():
+    folders = [path.parent for path in modules().values() if path.parent.name != "benchmarks"]
+    assert {str(f): folders.count(f) for f in set(folders) if folders.count(f) > 12} == {}
 
 
 @pytest.mark.parametrize(
@@ -112,20 +167,25 @@ def test_every_room_and_program_is_known():
         ("mlx_hmem.memory.ffn", "from mlx_hmem.bank import Bank"),
         ("mlx_hmem.memory.ffn", "from mlx_hmem import bank"),
         ("mlx_hmem.memory.ffn", "from ..bank.reader import Bank"),
-        ("mlx_hmem.anchors.attach", "def f():\n    import mlx_hmem.bank.reader"),
-        ("mlx_hmem.bank.reader", "from mlx_hmem.anchors.openlm import Model"),
-        ("mlx_hmem.bank.reader", "from mlx_hmem.bank_tools.command import main"),
-        ("mlx_hmem.banks", "from mlx_hmem.model import MemoryModel"),
+        ("mlx_hmem.anchors.attach", "def f():\n    import mlx_hmem.bank.read.reader"),
+        ("mlx_hmem.bank.read.reader", "from mlx_hmem.anchors.openlm import Model"),
+        ("mlx_hmem.bank.writer", "from mlx_hmem.bank_tools.command import main"),
+        ("mlx_hmem.bank_tools.command", "find('train.remember.forget')"),
+        ("mlx_hmem.bank_tools.command", "find('mlx_hmem.train.remember.forget:main')"),
+        ("mlx_hmem.model.banks", "from mlx_hmem.generation.batch import batch_generate"),
         ("mlx_hmem.retriever.tree", "from mlx_hmem.memory import FetchedMemory"),
-        ("mlx_hmem.config", "from mlx_hmem.model import load"),
-        ("mlx_hmem.generation", "from mlx_hmem.evaluate.score import score"),
-        ("mlx_hmem.model", "from mlx_hmem import load"),
-        ("mlx_hmem.model", "from train.loop import run"),
-        ("mlx_hmem.model", "import benchmarks.fetch"),
+        ("mlx_hmem.config", "from mlx_hmem.model.load import load"),
+        ("mlx_hmem.generation.batch", "from mlx_hmem.evaluate.scoring import score"),
+        ("mlx_hmem.model.model", "from mlx_hmem import load"),
+        ("mlx_hmem.model.model", "from train.loop.loop import run"),
+        ("mlx_hmem.model.model", "import benchmarks.fetch"),
         ("mlx_hmem.anchors.load", "import torch.nn as nn"),
-        ("train.loop", "from convert import quantise"),
-        ("convert.quantise", "from train.recipe import load"),
-        ("train.loop", "from torch import nn"),
+        ("train.loop.loop", "from convert.quantize import model"),
+        ("train.loop.loop", "from ..stages import STAGES"),
+        ("train.step.adamw", "load('.stages:run_stages')\nload('train.loop.loop')"),
+        ("convert.quantize.model", "from train.recipe.recipe import load"),
+        ("convert.torch_files.zips", "from ..anchors.openlm import plan_from_torch"),
+        ("train.loop.loop", "from torch import nn"),
         ("generate", "import train"),
         ("benchmarks.fetch", "import torch"),
     ],
@@ -137,13 +197,15 @@ def test_an_import_against_the_arrows_is_seen(module, line):
 @pytest.mark.parametrize(
     ("module", "line"),
     [
-        ("mlx_hmem.bank.reader", "from mlx_hmem.memory import FetchedMemory"),
-        ("mlx_hmem.bank.reader", "from .layout import stride"),
-        ("mlx_hmem.model", "from mlx_hmem.retriever import Retriever"),
+        ("mlx_hmem.bank.read.reader", "from mlx_hmem.memory import FetchedMemory"),
+        ("mlx_hmem.bank.writer", "from .format import stride"),
+        ("mlx_hmem.model.model", "from mlx_hmem.retriever import Retriever"),
         ("mlx_hmem.memory.__init__", "from .ffn import start"),
-        ("convert.openlm", "import torch"),
-        ("train.loop", "from mlx_hmem import load"),
-        ("benchmarks.train", "from train.loop import run"),
+        ("mlx_hmem.__main__", "run('mlx_hmem.train.command')"),
+        ("convert.anchors.openlm", "import torch"),
+        ("train.loop.loop", "from mlx_hmem import load"),
+        ("train.loop.loop", "from ..step.adamw import adamw"),
+        ("benchmarks.train", "from train.loop.loop import run"),
     ],
 )
 def test_an_import_along_the_arrows_is_let_through(module, line):

@@ -5,20 +5,21 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from mlx_hmem.budget.resident import SIZE_HELP, parse_bytes
 from mlx_hmem.errors import ArgumentParser, UserError, run_program
-from mlx_hmem.resident import SIZE_HELP, parse_bytes
-from train.budget import fit, keep_to
-from train.corpus import run_corpus
-from train.log import SERVICES, Reporting
-from train.readers import FOLDER_HELP
-from train.recipe import add_recipe_arguments, load_recipe
-from train.stages import STAGES, run_stages
-from train.subtrees import run_subtree
+
+from .corpus.readers import FOLDER_HELP
+from .corpus.stage import run_corpus
+from .cost.budget import fit, keep_to
+from .loop.log import SERVICES, Reporting
+from .parallel.subtrees import run_subtree
+from .recipe.recipe import add_recipe_arguments, load_recipe
+from .stages import STAGES, run_stages
 
 
 def main() -> None:
     if sys.argv[1:2] == ["remember"]:
-        from train.remember.command import main as remember
+        from .remember.command import main as remember
 
         return remember(sys.argv[2:])
     parser = ArgumentParser(
@@ -37,7 +38,7 @@ def main() -> None:
     which.add_argument("--until", choices=STAGES, help="stop after this stage")
     parser.add_argument(
         "--subtree", type=int, metavar="N", help="with --only memories: train the blocks below "
-        "cluster N of level 1 alone, for python -m train.merge",
+        "cluster N of level 1 alone, for python -m train merge",
     )  # fmt: skip
     parser.add_argument(
         "--report-to", metavar="SERVICE", help=f"logs trainings there too: {' or '.join(SERVICES)}"

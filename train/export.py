@@ -20,10 +20,11 @@ from mlx_hmem.config import FORMAT_VERSION, HmemConfig, RetrieverConfig
 from mlx_hmem.files import fingerprint, sync_folder, write_atomic
 from mlx_hmem.retriever import ClusterTree
 from mlx_hmem.retriever.encoder import STATIC_FOLDER
-from train.arms import trained_anchor, trained_blocks, trained_generic
-from train.recipe import ExportSection, Recipe
-from train.start import copy_anchor_files
-from train.taken_tokenizer import is_tokenizer_file
+
+from .data.taken_tokenizer import is_tokenizer_file
+from .loop.arms import trained_anchor, trained_blocks, trained_generic
+from .recipe.recipe import ExportSection, Recipe
+from .step.start import copy_anchor_files
 
 
 def run_export(

@@ -6,13 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from mlx_hmem.evaluate import Perplexity, perplexity, read_facts, read_texts, recall
-from mlx_hmem.evaluate.__main__ import perplexity_table, recall_table
+from mlx_hmem.evaluate.command import perplexity_table, recall_table
 from mlx_hmem.evaluate.facts import FactRecall
 from mlx_hmem.files import write_atomic
-from mlx_hmem.loading import load
-from mlx_hmem.model import MemoryModel
-from train.export import copy_anchor
-from train.recipe import Recipe, TrainerConfig
+from mlx_hmem.model.load import load
+from mlx_hmem.model.model import MemoryModel
+
+from .export import copy_anchor
+from .recipe.recipe import Recipe, TrainerConfig
 
 
 def dense_model(folder: Path) -> MemoryModel:

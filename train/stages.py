@@ -20,8 +20,9 @@ from typing import Any
 from mlx_hmem.config import read_json
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import link_or_copy, sync_folder, write_atomic
-from train.ranks import Ranks
-from train.recipe import Recipe
+
+from .ranks import Ranks
+from .recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -42,32 +43,33 @@ class Stage:
         return self.trains or self.shared
 
     def load(self) -> Callable[[Recipe, Path], None]:
-        module, name = self.function.split(":")
-        function: Callable[[Recipe, Path], None] = getattr(importlib.import_module(module), name)
+        path, name = self.function.split(":")
+        module = importlib.import_module(path, __package__)
+        function: Callable[[Recipe, Path], None] = getattr(module, name)
         return function
 
 
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("corpus", "train.corpus:run_corpus", ("seed", "corpus"), shared=True),
-        Stage("tokenizer", "train.tokenizer:run_tokenizer", ("tokenizer",), ("corpus",)),
-        Stage("windows", "train.windows:run_windows", ("windows",), ("tokenizer",), shared=True),
+        Stage("corpus", ".corpus.stage:run_corpus", ("seed", "corpus"), shared=True),
+        Stage("tokenizer", ".data.tokenizer:run_tokenizer", ("tokenizer",), ("corpus",)),
+        Stage("windows", ".data.windows:run_windows", ("windows",), ("tokenizer",), shared=True),
         Stage(
             "anchor-sequences",
-            "train.sequences:run_anchor_sequences",
+            ".data.sequences:run_anchor_sequences",
             (),
             ("windows",),
             shared=True,
         ),
-        Stage("anchor", "train.arms:run_anchor", ("anchor",), ("anchor-sequences",), True),
-        Stage("tree", "train.tree:run_tree", ("tree",), ("windows",), shared=True),
-        Stage("sequences", "train.sequences:run_sequences", (), ("tree",)),
-        Stage("memories", "train.arms:run_memories", ("memories",), ("anchor", "sequences"), True),
-        Stage("generic", "train.arms:run_generic", ("memories",), ("anchor", "sequences"), True),
-        Stage("dense", "train.arms:run_dense", ("dense",), ("anchor", "sequences"), True),
-        Stage("export", "train.export:run_export", ("name", "export"), ("memories", "generic")),
-        Stage("report", "train.report:run_report", (), ("export", "dense")),
+        Stage("anchor", ".loop.arms:run_anchor", ("anchor",), ("anchor-sequences",), True),
+        Stage("tree", ".tree.stage:run_tree", ("tree",), ("windows",), shared=True),
+        Stage("sequences", ".data.sequences:run_sequences", (), ("tree",)),
+        Stage("memories", ".loop.arms:run_memories", ("memories",), ("anchor", "sequences"), True),
+        Stage("generic", ".loop.arms:run_generic", ("memories",), ("anchor", "sequences"), True),
+        Stage("dense", ".loop.arms:run_dense", ("dense",), ("anchor", "sequences"), True),
+        Stage("export", ".export:run_export", ("name", "export"), ("memories", "generic")),
+        Stage("report", ".report:run_report", (), ("export", "dense")),
     )
 }
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from mlx_hmem.bank.views import Barred, check_barred, check_name, write_views
 from mlx_hmem.bank_tools.contents import OpenBank, views_of
 from mlx_hmem.errors import UserError
-from mlx_hmem.find import BANK_FOLDER
+from mlx_hmem.model.find import BANK_FOLDER
 
 
 def block(folder: Path, banks: Sequence[OpenBank], name: str, paths: Sequence[Barred]) -> str:

@@ -8,8 +8,8 @@ from mlx_hmem.bank.documents import read_documents
 from mlx_hmem.bank.format import MANIFEST, Manifest, num_blocks
 from mlx_hmem.config import HmemConfig
 from mlx_hmem.errors import UserError
-from mlx_hmem.find import BANK_FOLDER, BESIDE
-from mlx_hmem.loading import added_banks, load, open_bank
+from mlx_hmem.model.find import BANK_FOLDER, BESIDE
+from mlx_hmem.model.load import added_banks, load, open_bank
 
 
 def verify(folder: Path) -> tuple[int, list[str]]:

@@ -16,7 +16,7 @@ from mlx_hmem.bank_tools.effects import measure, read_named_texts
 from mlx_hmem.bank_tools.page import write_page
 from mlx_hmem.bank_tools.table import cluster_lines, table_lines
 from mlx_hmem.errors import ArgumentParser, UserError
-from mlx_hmem.loading import load
+from mlx_hmem.model.load import load
 
 MOST_LINES = 40  # of differences
 

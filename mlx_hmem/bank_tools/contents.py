@@ -16,8 +16,8 @@ from mlx_hmem.bank.views import Views, read_views
 from mlx_hmem.bank.writer import checksum_of_zeros
 from mlx_hmem.config import HmemConfig
 from mlx_hmem.errors import UserError
-from mlx_hmem.find import BANK_FILES, BANK_FOLDER, BESIDE, MODEL_FILES, find_model
-from mlx_hmem.loading import added_banks, open_bank, open_tree
+from mlx_hmem.model.find import BANK_FILES, BANK_FOLDER, BESIDE, MODEL_FILES, find_model
+from mlx_hmem.model.load import added_banks, open_bank, open_tree
 from mlx_hmem.retriever import ClusterTree
 
 Key = tuple[int, int]

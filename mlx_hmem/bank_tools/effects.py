@@ -17,7 +17,7 @@ from tqdm import tqdm
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.texts import read_texts
 from mlx_hmem.memory import FetchedMemory
-from mlx_hmem.model import MemoryModel
+from mlx_hmem.model.model import MemoryModel
 
 LONGEST = 1024  # window, in tokens
 SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".txt.gz")

@@ -11,13 +11,13 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from mlx_hmem.bank.blocks import StoredBlock
 from mlx_hmem.bank.documents import DOCUMENTS
 from mlx_hmem.bank.format import MANIFEST, Level, Manifest, Shard
+from mlx_hmem.bank.read.blocks import StoredBlock
 from mlx_hmem.bank.writer import Cut, shard_metadata, write_shard
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import link_or_copy, sync_folder
-from mlx_hmem.find import BANK_FOLDER, BESIDE
+from mlx_hmem.model.find import BANK_FOLDER, BESIDE
 
 Block = Callable[[int], list[memoryview] | None]  # of a cluster: the bytes of its parts
 

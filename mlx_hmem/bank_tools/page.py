@@ -19,7 +19,7 @@ from mlx_hmem.bank_tools.contents import Contents
 from mlx_hmem.bank_tools.effects import Effects
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import load_safetensors, write_atomic
-from mlx_hmem.loading import open_encoder
+from mlx_hmem.model.load import open_encoder
 from mlx_hmem.retriever.encoder import STATIC_FOLDER
 from mlx_hmem.retriever.static import MAX_CHARACTERS, StaticEncoder
 

@@ -29,9 +29,9 @@ from mlx_hmem.bank_tools.folders import (
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import fingerprint, link_or_copy, write_atomic
-from mlx_hmem.find import BANK_FOLDER, BESIDE
-from mlx_hmem.loading import check_beside
 from mlx_hmem.memory import initial_block
+from mlx_hmem.model.find import BANK_FOLDER, BESIDE
+from mlx_hmem.model.load import check_beside
 from mlx_hmem.retriever import ClusterTree
 
 Path_ = tuple[int, ...]

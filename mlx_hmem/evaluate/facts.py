@@ -29,7 +29,7 @@ from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.rag import RagSummary, in_json
 from mlx_hmem.evaluate.routing import route_texts
 from mlx_hmem.evaluate.texts import read_jsonl
-from mlx_hmem.model import MemoryModel
+from mlx_hmem.model.model import MemoryModel
 
 EXTRA_TOKENS = 2  # beyond the longest answer: a leading space of its own, the next character
 ROUTES = ("prompt", "statement", "random")

@@ -23,7 +23,7 @@ from mlx_hmem.anchors.architectures import anchor_layers
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.scoring import Candidate, plan_question
 from mlx_hmem.memory.layer import AttentionLayer
-from mlx_hmem.model import MemoryModel
+from mlx_hmem.model.model import MemoryModel
 
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 

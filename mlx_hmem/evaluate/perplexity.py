@@ -22,7 +22,7 @@ from tqdm import tqdm
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.routing import route_texts
 from mlx_hmem.evaluate.scoring import within_plan
-from mlx_hmem.model import MemoryModel
+from mlx_hmem.model.model import MemoryModel
 
 ROUTE_BY = ("window", "document", "first_sentence")
 LONGEST = 2048  # window, in tokens

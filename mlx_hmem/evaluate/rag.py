@@ -16,7 +16,7 @@ from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.document_index import DocumentIndex, Found
 from mlx_hmem.evaluate.flops import Flops, Work, question_work, total
 from mlx_hmem.evaluate.scoring import Candidate
-from mlx_hmem.model import MemoryModel
+from mlx_hmem.model.model import MemoryModel
 
 SEPARATOR = "\n\n"
 LONGEST = 2048  # tokens, where the anchor does not say

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from mlx_hmem.errors import UserError
-from mlx_hmem.model import MemoryModel, check_mode
+from mlx_hmem.model.model import MemoryModel, check_mode
 
 Path_ = tuple[int, ...]
 

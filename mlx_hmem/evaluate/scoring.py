@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_hmem.model import MemoryModel, Path_
+from mlx_hmem.model.model import MemoryModel, Path_
 
 TOKENS_PER_BATCH = 4096  # in all rows, padding included
 MEMORY_PER_BATCH = 1 << 30  # bytes of fetched memory in all rows

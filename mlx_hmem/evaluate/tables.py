@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 
-from mlx_hmem.evaluate.benchmark import Average, TaskResult
-from mlx_hmem.evaluate.blocking import BlockingRow
-from mlx_hmem.evaluate.fact_runs import count_buckets
 from mlx_hmem.evaluate.facts import FactRecall, Proportion, RecallBucket
+from mlx_hmem.evaluate.paper.blocking import BlockingRow
+from mlx_hmem.evaluate.paper.fact_runs import count_buckets
+from mlx_hmem.evaluate.paper.routing_quality import RoutingRow
 from mlx_hmem.evaluate.perplexity import Perplexity
-from mlx_hmem.evaluate.routing_quality import RoutingRow
+from mlx_hmem.evaluate.tasks.benchmark import Average, TaskResult
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -1,8 +1,8 @@
 """The static encoder: one vector per word piece, averaged, in MiniLM's space.
 
-Distilled from MiniLM by ``train/static_encoder.py``. It knows no word order and no context, but it
-chooses mostly the clusters that MiniLM chooses and runs hundreds of times faster: what it costs is
-the splitting into word pieces, so that is cached per word.
+Distilled from MiniLM by ``train/tree/static_encoder.py``. It knows no word order and no context,
+but it chooses mostly the clusters that MiniLM chooses and runs hundreds of times faster: what it
+costs is the splitting into word pieces, so that is cached per word.
 """
 
 import json

@@ -24,14 +24,15 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_hmem.files import load_safetensors, save_safetensors, write_atomic
-from train.checkpoint import Progress
-from train.memories import MemoryTrainee
-from train.order import Stream
-from train.recipe import TrainerConfig
-from train.remember.run import OwnText, Settings, whole_paths
-from train.sequences import pack_by_leaf
-from train.store import BlockStore
-from train.validation import TrainedMemory, Validation, choose
+
+from ..data.order import Stream
+from ..data.sequences import pack_by_leaf
+from ..loop.validation import TrainedMemory, Validation, choose
+from ..recipe.recipe import TrainerConfig
+from ..step.memories import MemoryTrainee
+from ..store.blocks import BlockStore
+from ..store.checkpoint import Progress
+from .run import OwnText, Settings, whole_paths
 
 PATIENCE = 2  # passes without a better held-out loss
 BETTER = 1e-3  # how much smaller, relative, a perplexity must be to count

@@ -14,13 +14,16 @@ from typing import Any
 from mlx_hmem.anchors.load import load_anchor, read_config
 from mlx_hmem.errors import ArgumentParser, UserError
 from mlx_hmem.retriever import ClusterTree
-from train.readers import CorpusFile, Faults
-from train.readers_files import own_files
-from train.remember.blocks import Trainer, results_of, subtrees_of, trained_blocks
-from train.remember.export import Base, export, open_base
-from train.remember.plan import check_size, make_settings, plan_lines, text_bytes
-from train.remember.restate import Writer, restate, restated
-from train.remember.run import (
+
+from ..corpus.readers import CorpusFile, Faults
+from ..corpus.readers_files import own_files
+from ..data.taken_tokenizer import TakenTokenizer, embedded
+from ..stages import alone
+from .blocks import Trainer, results_of, subtrees_of, trained_blocks
+from .export import Base, export, open_base
+from .plan import check_size, make_settings, plan_lines, text_bytes
+from .restate import Writer, restate, restated
+from .run import (
     OwnText,
     Settings,
     begin_run,
@@ -31,9 +34,7 @@ from train.remember.run import (
     leaves_of,
     provenance,
 )
-from train.remember.text import OwnDocument, read_folder
-from train.stages import alone
-from train.taken_tokenizer import TakenTokenizer, embedded
+from .text import OwnDocument, read_folder
 
 ANY_SIZE = 1 << 62
 

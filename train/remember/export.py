@@ -37,12 +37,13 @@ from mlx_hmem.bank_tools.folders import link_model, new_folder
 from mlx_hmem.config import FORMAT_VERSION, HmemConfig, MemoryConfig, RetrieverConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import fingerprint, link_or_copy, write_atomic
-from mlx_hmem.find import BANK_FILES, BANK_FOLDER, MODEL_FILES, find_model
-from mlx_hmem.loading import added_banks, open_encoder, open_tree
+from mlx_hmem.model.find import BANK_FILES, BANK_FOLDER, MODEL_FILES, find_model
+from mlx_hmem.model.load import added_banks, open_encoder, open_tree
 from mlx_hmem.retriever import ClusterTree, Encoder, load_encoder
-from train.export import place_encoder
-from train.remember.blocks import Key
-from train.remember.run import Settings
+
+from ..export import place_encoder
+from .blocks import Key
+from .run import Settings
 
 CARD = """# A model with remembered documents
 

@@ -34,20 +34,21 @@ from mlx_hmem.bank.writer import (
 from mlx_hmem.bank_tools.folders import bytes_of, link_model, new_folder
 from mlx_hmem.errors import ArgumentParser, UserError
 from mlx_hmem.files import link_or_copy, write_atomic
-from mlx_hmem.find import BANK_FOLDER
-from mlx_hmem.loading import load
+from mlx_hmem.model.find import BANK_FOLDER
+from mlx_hmem.model.load import load
 from mlx_hmem.retriever import ClusterTree
-from train.arrays import load_mapped, save_array
-from train.readers import Faults
-from train.readers_files import own_files
-from train.remember.blocks import Key, Trainer, subtree_folder, subtrees_of, trained_blocks
-from train.remember.command import run_folder, text_of
-from train.remember.export import Base, open_base, write_card
-from train.remember.proof import proof, report_lines
-from train.remember.restate import restated, restated_without
-from train.remember.run import OwnText, Settings, begin_run, check_same, documents_of, without
-from train.remember.text import OwnDocument, read_folder
-from train.stages import alone
+
+from ..corpus.readers import Faults
+from ..corpus.readers_files import own_files
+from ..data.arrays import load_mapped, save_array
+from ..stages import alone
+from .blocks import Key, Trainer, subtree_folder, subtrees_of, trained_blocks
+from .command import run_folder, text_of
+from .export import Base, open_base, write_card
+from .proof import proof, report_lines
+from .restate import restated, restated_without
+from .run import OwnText, Settings, begin_run, check_same, documents_of, without
+from .text import OwnDocument, read_folder
 
 ANY_SIZE = 1 << 62
 

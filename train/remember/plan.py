@@ -23,16 +23,17 @@ from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.retriever import ClusterTree
 from mlx_hmem.retriever.kmeans import nearest
-from train.costs import bytes_text, count_text, machine_memory, peak_memory
-from train.plan import seconds_per_step, time_text
-from train.readers import CorpusFile
-from train.recipe import AnchorSection, MemoriesSection, Recipe, TreeSection, WindowsSection
-from train.remember.export import Base
-from train.remember.restate import Reckoned
-from train.remember.run import OwnText, Settings, context_of, vectors_of
-from train.sections import TrainerConfig
-from train.taken_tokenizer import TakenTokenizer, embedded
-from train.tree import distinct
+
+from ..corpus.readers import CorpusFile
+from ..cost.costs import bytes_text, count_text, machine_memory, peak_memory
+from ..cost.plan import seconds_per_step, time_text
+from ..data.taken_tokenizer import TakenTokenizer, embedded
+from ..recipe.recipe import AnchorSection, MemoriesSection, Recipe, TreeSection, WindowsSection
+from ..recipe.sections import TrainerConfig
+from ..tree.stage import distinct
+from .export import Base
+from .restate import Reckoned
+from .run import OwnText, Settings, context_of, vectors_of
 
 WINDOWS_IN_LEAF = 12
 COVERED = 0.95  # of the windows, by new clusters where there are old ones
@@ -113,7 +114,7 @@ def training_for(config: dict[str, Any], memory: MemoryConfig, context: int) -> 
 def as_recipe(
     config: dict[str, Any], memory: MemoryConfig, training: TrainerConfig, context: int, path: str
 ) -> Recipe:
-    """The run as a recipe, for what :mod:`train.costs` reckons."""
+    """The run as a recipe, for what :mod:`train.cost.costs` reckons."""
     return Recipe(
         name="remember",
         windows=WindowsSection(context=context),

@@ -14,9 +14,10 @@ import numpy as np
 
 from mlx_hmem.evaluate.perplexity import document_losses
 from mlx_hmem.evaluate.scoring import continue_greedily
-from mlx_hmem.model import MemoryModel
-from train.remember.text import OwnDocument, hold_out
-from train.remember.text import sentences as spans_of
+from mlx_hmem.model.model import MemoryModel
+
+from .text import OwnDocument, hold_out
+from .text import sentences as spans_of
 
 FEWEST_TOKENS = 12  # of a sentence to be said by heart
 MOST_SENTENCES = 64  # of a document

@@ -26,14 +26,15 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
 from mlx_hmem.anchors.load import load_anchor
-from mlx_hmem.batch import batch_generate
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import sync, write_atomic
-from mlx_hmem.loading import read_tokenizer
-from mlx_hmem.model import MemoryModel
-from train.plan import time_text
-from train.remember.run import context_of
-from train.remember.text import OwnDocument, hold_out, sentences
+from mlx_hmem.generation.batch import batch_generate
+from mlx_hmem.model.load import read_tokenizer
+from mlx_hmem.model.model import MemoryModel
+
+from ..cost.plan import time_text
+from .run import context_of
+from .text import OwnDocument, hold_out, sentences
 
 JOURNAL = "restated.jsonl"
 MOST_TOKENS = 96  # of a restatement, and at most a quarter of the anchor's context

@@ -22,12 +22,13 @@ from mlx_hmem.config import JsonConfig, MemoryConfig, check_version, read_json
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import write_atomic
 from mlx_hmem.retriever import ClusterTree, Encoder
-from train.arrays import load_mapped, save_array
-from train.remember.text import OwnDocument, hold_out, read_texts, typical_words, write_texts
-from train.taken_tokenizer import TakenTokenizer
-from train.tree import distinct
-from train.validation import choose
-from train.windows import Windows, cut_windows
+
+from ..data.arrays import load_mapped, save_array
+from ..data.taken_tokenizer import TakenTokenizer
+from ..data.windows import Windows, cut_windows
+from ..loop.validation import choose
+from ..tree.stage import distinct
+from .text import OwnDocument, hold_out, read_texts, typical_words, write_texts
 
 FORMAT_VERSION = 1
 LONGEST = 512  # tokens of a window
@@ -39,7 +40,7 @@ class Settings(JsonConfig):
     """What a run's blocks follow from, beside its documents.
 
     ``memory``: of the model to be made; ``first``: its clusters of level 1 that were there before;
-    ``source``: the folder as it was read; ``training``: of :class:`train.recipe.TrainerConfig`;
+    ``source``: the folder as it was read; ``training``: of :class:`.TrainerConfig`;
     ``passes``: over the text, None until the held-out loss stops falling; ``restate``: restatements
     of each passage.
     """

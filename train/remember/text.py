@@ -19,8 +19,9 @@ import xxhash
 
 from mlx_hmem.bank.documents import MAX_TERMS
 from mlx_hmem.files import atomic_file
-from train.readers import CorpusFile, Faults
-from train.readers_files import read_own
+
+from ..corpus.readers import CorpusFile, Faults
+from ..corpus.readers_files import read_own
 
 HOLD_OUT = 16  # one sentence in so many
 FEWEST = 8  # sentences of a document that can spare one

@@ -1,4 +1,4 @@
-"""``python -m train.study STUDY.yaml --out runs/small``: several arms, several seeds, one table.
+"""``python -m train study STUDY.yaml --out runs/small``: several arms, several seeds, one table.
 
 Every arm is the study's recipe with a few keys set anew (:mod:`train.study.file`). What arms have
 in common is made once. A stopped study goes on with the same command; the same command in a second
@@ -8,13 +8,14 @@ shell shares the work. At the end ``table.txt``, ``results.json`` and the plots 
 from pathlib import Path
 
 from mlx_hmem.errors import ArgumentParser, UserError, run_program
-from train.readers import FOLDER_HELP
-from train.study.file import Study, load_study
-from train.study.plan import print_plan
-from train.study.plot import plot_study
-from train.study.rows import collect
-from train.study.runs import held, make_all
-from train.study.table import write_tables
+
+from ..corpus.readers import FOLDER_HELP
+from .file import Study, load_study
+from .plan import print_plan
+from .plot import plot_study
+from .rows import collect
+from .runs import held, make_all
+from .table import write_tables
 
 
 def _seeds(text: str | None, study: Study) -> list[int]:
@@ -40,7 +41,7 @@ def _arms(text: str | None, study: Study) -> list[str]:
 
 def main() -> None:
     parser = ArgumentParser(
-        prog="python -m train.study",
+        prog="python -m train study",
         description="Makes a recipe in several arms with several seeds, measures them and draws up "
         "tables and plots. Stopped, it goes on with the same command; the same command in a second "
         "shell shares the work.",

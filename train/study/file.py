@@ -13,8 +13,9 @@ from typing import Any
 
 from mlx_hmem.config import JsonConfig
 from mlx_hmem.errors import UserError
-from train.checks import check_wholes, help_text
-from train.recipe import Recipe, load_recipe, read_yaml
+
+from ..recipe.checks import check_wholes, help_text
+from ..recipe.recipe import Recipe, load_recipe, read_yaml
 
 CHOOSE_BY = ("recall", "perplexity")
 FETCHED = ("fetched", "oracle", "random", "first_sentence")

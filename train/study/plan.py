@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from mlx_hmem.config import MemoryConfig
-from mlx_hmem.evaluate.__main__ import table
-from train.costs import anchor_sizes_of, check_memory
-from train.order import num_steps_of
-from train.plan import arms_of, seconds_per_step, sequences_of
-from train.recipe import Recipe, TrainerConfig
-from train.stages import identity, identity_made, stages_of
-from train.study.file import Study
-from train.study.runs import Run, choice, runs_of, search_of
+from mlx_hmem.evaluate.command import table
+
+from ..cost.costs import anchor_sizes_of, check_memory
+from ..cost.plan import arms_of, seconds_per_step, sequences_of
+from ..data.order import num_steps_of
+from ..recipe.recipe import Recipe, TrainerConfig
+from ..stages import identity, identity_made, stages_of
+from .file import Study
+from .runs import Run, choice, runs_of, search_of
 
 
 def print_plan(study: Study, out: Path, seeds: Collection[int], arms: Collection[str]) -> None:

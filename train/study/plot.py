@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from mlx_hmem.files import atomic_file
-from train.plot import import_pyplot
-from train.study.file import Study, Sweep
-from train.study.rows import Row, sweep_rows
+
+from ..loop.plot import import_pyplot
+from .file import Study, Sweep
+from .rows import Row, sweep_rows
 
 # Okabe and Ito's colours, told apart by colour-blind people too.
 COLOURS = ["#444444", "#E69F00", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#0072B2", "#999999"]

@@ -21,14 +21,15 @@ from mlx_hmem.config import read_json
 from mlx_hmem.evaluate import Fact, read_facts, read_texts, recall
 from mlx_hmem.evaluate.perplexity import document_losses, summed
 from mlx_hmem.files import write_atomic
-from mlx_hmem.loading import load
-from mlx_hmem.model import MemoryModel
-from train.export import run_export
-from train.facts import documents_of_facts
-from train.recipe import Recipe
-from train.report import dense_model
-from train.start import anchor_shape, num_parameters
-from train.study.file import FETCHED
+from mlx_hmem.model.load import load
+from mlx_hmem.model.model import MemoryModel
+
+from ..corpus.facts import documents_of_facts
+from ..export import run_export
+from ..recipe.recipe import Recipe
+from ..report import dense_model
+from ..step.start import anchor_shape, num_parameters
+from .file import FETCHED
 
 VERSION = 1  # of what is measured and how: results of another one are made anew
 HALVES = ("validation", "test")

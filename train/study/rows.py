@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from train.study.file import Study, Sweep
-from train.study.results import read_results
-from train.study.runs import choice, figure, runs_of, search_of
+from .file import Study, Sweep
+from .results import read_results
+from .runs import choice, figure, runs_of, search_of
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.corpus import run_corpus
-from train.recipe import Recipe
-from train.stages import ANCHOR_STAGES, identity, is_done, run_stages, stages_of, take_stage
-from train.study.file import Study
-from train.study.results import chosen_by, measure_run, memories_of, read_results
+from ..corpus.stage import run_corpus
+from ..recipe.recipe import Recipe
+from ..stages import ANCHOR_STAGES, identity, is_done, run_stages, stages_of, take_stage
+from .file import Study
+from .results import chosen_by, measure_run, memories_of, read_results
 
 POLL = 2.0  # seconds between looks at what another process is doing
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from mlx_hmem.evaluate.__main__ import table
+from mlx_hmem.evaluate.command import table
 from mlx_hmem.evaluate.perplexity import ratio_and_error
 from mlx_hmem.files import write_atomic
-from train.study.file import Study
-from train.study.rows import Documents, Figure, Row, searches, sweep_rows
+
+from .file import Study
+from .rows import Documents, Figure, Row, searches, sweep_rows
 
 
 def _cell(figure: Figure | None, digits: int) -> str:

@@ -1,0 +1,106 @@
+"""Random models of the paper's shapes around the random banks of benchmarks/common/banks.py.
+
+The cluster tree is full, 16 children of every cluster on four levels, and its centroids are vectors
+of random texts, so that such texts spread over it. The tokenizer knows 50,432 words, ``w0`` and so
+on: a text of so many words has so many tokens.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from benchmarks.common.banks import BRANCHING, keys_of, make_bank, paper_config
+from mlx_hmem.anchors.load import anchor_hash, named_parameters
+from mlx_hmem.anchors.openlm import PRESETS, Model
+from mlx_hmem.config import FORMAT_VERSION, HmemConfig, RetrieverConfig
+from mlx_hmem.files import fingerprint, write_atomic
+from mlx_hmem.retriever import ClusterTree, Retriever, load_encoder
+from mlx_hmem.retriever.encoder import STATIC_FOLDER
+
+VOCAB = 50_432
+POOL = 4096  # random texts whose vectors become centroids
+DTYPES = {"float32": ("F32", 4), "bfloat16": ("BF16", 2)}
+
+
+def random_texts(count: int, words: int, seed: int) -> list[str]:
+    """Texts of words that the static encoder knows. Each text repeats a few of them, as texts on a
+    topic do."""
+    tokens = Tokenizer.from_file(str(STATIC_FOLDER / "tokenizer.json")).get_vocab()
+    known = np.array(sorted(word for word in tokens if re.fullmatch("[a-z]{3,}", word)))
+    rng = np.random.default_rng(seed)
+    topics = known[rng.integers(len(known), size=(count, 8))]
+    return [" ".join(rng.choice(topic, words)) for topic in topics]
+
+
+def random_tree(vectors: np.ndarray, branching: Sequence[int] = BRANCHING) -> ClusterTree:
+    """A full tree with ``vectors`` (n, dim) for centroids."""
+    rng = np.random.default_rng(0)
+    sizes = [int(np.prod(branching[: level + 1])) for level in range(len(branching))]
+    centroids = [vectors[rng.integers(len(vectors), size=size)] for size in sizes]
+    counts = [np.full(size, sizes[-1] // size, np.int64) for size in sizes]
+    return ClusterTree(tuple(branching), centroids, counts, seed=0)
+
+
+def random_retriever() -> Retriever:
+    encoder = load_encoder("static")
+    return Retriever(encoder, random_tree(encoder.encode(random_texts(POOL, 50, seed=1))))
+
+
+def write_tokenizer(folder: Path) -> None:
+    words = {f"w{index}": index for index in range(VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "w1"}
+    write_atomic(folder / "tokenizer_config.json", json.dumps(config))
+
+
+def random_anchor(name: str) -> Model:
+    mx.random.seed(0)
+    anchor = Model(PRESETS[name])
+    mx.eval(anchor.parameters())
+    return anchor
+
+
+def write_anchor(folder: Path, name: str, dtype: str) -> None:
+    """An anchor with zeros for weights, which take no room on the disk and all of it in memory, and
+    its tokenizer."""
+    tag, size = DTYPES[dtype]
+    header, at = {}, 0
+    for key, shape in _shapes(name).items():
+        end = at + size * int(np.prod(shape))
+        header[key] = {"dtype": tag, "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    file = folder / "model.safetensors"
+    write_atomic(file, len(text).to_bytes(8, "little") + text)
+    with open(file, "r+b") as opened:
+        opened.truncate(8 + len(text) + at)
+    config = asdict(PRESETS[name]) | {"eos_token_id": 1}
+    write_atomic(folder / "config.json", json.dumps(config))
+    write_tokenizer(folder)
+
+
+def _shapes(name: str) -> dict[str, tuple[int, ...]]:
+    return {key: array.shape for key, array in named_parameters(Model(PRESETS[name])).items()}
+
+
+def write_memory(folder: Path, name: str, prompts: Sequence[str], bits: int = 16) -> int:
+    """Gives an anchor's folder a memory, whose bank has values in the blocks of the paths of
+    ``prompts``. Returns the parameters of the bank."""
+    config, retriever = paper_config(name), random_retriever()
+    (folder / "retriever").mkdir()
+    tree = folder / "retriever" / "tree.safetensors"
+    retriever.tree.save(tree, retriever.encoder.fingerprint)
+    known = RetrieverConfig("static", retriever.encoder.fingerprint, fingerprint(tree))
+    hmem = HmemConfig(FORMAT_VERSION, config, known, anchor_hash(folder))
+    filled = keys_of(config, [retriever.route(prompt) for prompt in prompts])
+    make_bank(folder / "bank", config, filled, bits, hmem.anchor_hash, known.tree_hash)
+    write_atomic(folder / "hmem.json", hmem.to_json())
+    return config.bank_parameters

@@ -1,0 +1,1 @@
+"""Anchors in both directions, by tables of names."""

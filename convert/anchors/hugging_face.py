@@ -1,0 +1,147 @@
+"""Hugging Face folders to model directories of mlx-lm, and back.
+
+The tables below do what each architecture's ``sanitize`` does in mlx-lm, as data, so that tensors
+can be streamed and both directions read one table; a test holds the two against each other. What
+the anchor needs, and in which shape, its own class says.
+"""
+
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from mlx_hmem.anchors.load import anchor_of_config, named_parameters, read_config
+from mlx_hmem.config import read_json
+from mlx_hmem.errors import UserError
+
+from ..torch_files.pickles import open_torch
+from ..torch_files.tensors import Checkpoint, open_safetensors
+from . import hugging_face_config
+from .keys import SAME, Drop, Rule, strip, to_mlx, to_torch
+from .weights import Plan, companions, equal_bits
+
+_MOE = "model.layers.{i}"
+RULES: dict[str, list[Rule]] = {
+    "gpt2": [
+        Rule(f"h.{{i}}.{name}.weight", (f"model.h.{{i}}.{name}.weight",), "transposed")
+        for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    ]
+    + [Rule("{any}", ("model.{any}",))],
+    "qwen3_moe": [
+        Rule(
+            f"{_MOE}.mlp.experts.{{e}}.{name}.weight",
+            (f"{_MOE}.mlp.switch_mlp.{name}.weight",),
+            "stacked",
+        )
+        for name in ("gate_proj", "up_proj", "down_proj")
+    ]
+    + [SAME],
+    "mixtral": [
+        Rule(
+            f"{_MOE}.block_sparse_moe.experts.{{e}}.{theirs}.weight",
+            (f"{_MOE}.block_sparse_moe.switch_mlp.{ours}.weight",),
+            "stacked",
+        )
+        for theirs, ours in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj"))
+    ]
+    + [SAME],
+}
+DROPS = [
+    Drop("{any}rotary_emb.inv_freq", "RoPE is computed from the config"),
+    Drop("h.{i}.attn.bias", "a causal mask"),
+    Drop("h.{i}.attn.masked_bias", "the value of masked attention"),
+]
+PREFIXES = {"gpt2": ("transformer.",)}
+EMBEDDINGS = {"gpt2": "wte.weight"}
+HEAD = "lm_head.weight"
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The folder's weights: safetensors if there are any, else PyTorch's pickles; all of a set."""
+    for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
+        index = folder / f"{stem}{suffix}.index.json"
+        if index.is_file():
+            names = _indexed(index)
+        elif (folder / f"{stem}{suffix}").is_file():
+            names = [f"{stem}{suffix}"]
+        else:
+            names = _whole_set(
+                sorted(f.name for f in folder.glob(f"{stem}-*-of-*{suffix}")), folder
+            )
+        if names:
+            return [folder / name for name in names]
+    raise UserError(
+        "no weights: neither model*.safetensors nor pytorch_model*.bin", folder, "download them"
+    )
+
+
+def _indexed(index: Path) -> list[str]:
+    values = read_json(index)
+    names = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(names, dict) or not all(
+        isinstance(n, str) and PurePosixPath(n).name == n for n in names.values()
+    ):
+        raise UserError("the index names no files of this folder", index, "download it again")
+    return sorted(set(names.values()))
+
+
+def _whole_set(names: list[str], folder: Path) -> list[str]:
+    """Checks that of ``…-00001-of-00003`` no part is missing."""
+    if not names:
+        return []
+    count = names[0].rpartition("-of-")[2].partition(".")[0].lstrip("0")
+    if count != str(len(names)):
+        raise UserError(f"{len(names)} of {count} weight files are there", folder, "download all")
+    return names
+
+
+def open_weights(files: list[Path]) -> Checkpoint:
+    return (open_safetensors if files[0].suffix == ".safetensors" else open_torch)(files)
+
+
+def wanted_of(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the parameters of the anchor that a config describes."""
+    parameters = named_parameters(anchor_of_config(config))
+    return {name: array.shape for name, array in parameters.items()}
+
+
+def plan_from_torch(source: Path, dtype: str | None = None) -> Plan:
+    """A Hugging Face folder as a model directory of mlx-lm.
+
+    ``dtype`` rounds all weights to F32, F16 or BF16; None keeps each tensor's bits.
+    """
+    config = read_config(source)
+    name = config["model_type"]
+    files = weight_files(source)
+    checkpoint = open_weights(files)
+    tensors = strip(checkpoint.tensors, PREFIXES.get(name, ()))
+    head, embedding = (
+        tensors.get(HEAD),
+        tensors.get(EMBEDDINGS.get(name, "model.embed_tokens.weight")),
+    )
+    equal = head is not None and embedding is not None and equal_bits(head, embedding)
+    config, notes = hugging_face_config.for_mlx(config, head, equal)
+    wanted = wanted_of(config)
+    drops = DROPS + ([Drop(HEAD, "equal to the embedding, to which it is tied")] if equal else [])
+    targets, dropped = to_mlx(tensors, RULES.get(name, [SAME]), drops, wanted, dtype)
+    notes += dropped + [f"left out {name}: no part of the model" for name in checkpoint.left_out]
+    sources = [source / "config.json", *files]
+    return Plan(sources, targets, with_dtype(config, dtype), notes, companions(source))
+
+
+def plan_to_torch(source: Path, dtype: str | None = None) -> Plan:
+    """A model directory of mlx-lm as a Hugging Face folder."""
+    config = read_config(source)
+    if config.get("quantization"):
+        raise UserError("the anchor is quantised", source, "convert the unquantised one")
+    files = weight_files(source)
+    tensors = open_safetensors(files).tensors
+    wanted = wanted_of(config)
+    targets = to_torch(tensors, RULES.get(config["model_type"], [SAME]), wanted, dtype)
+    sources = [source / "config.json", *files]
+    return Plan(sources, targets, with_dtype(config, dtype), [], companions(source), metadata="pt")
+
+
+def with_dtype(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
+    """The config with the dtype that the weights get, under the keys that name it already."""
+    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    keys = [key for key in ("dtype", "torch_dtype") if key in config]
+    return config | dict.fromkeys(keys, names[dtype]) if dtype else config

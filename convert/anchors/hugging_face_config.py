@@ -1,0 +1,150 @@
+"""A Hugging Face ``config.json`` for mlx-lm: as it is, plus the keys that mlx-lm would miss.
+
+mlx-lm takes the keys it knows and a default for every other, without a word: ``rope_parameters``,
+where transformers 5 keeps the base of RoPE, is passed over by all but a few of its architectures.
+So such keys are written out again under the names that mlx-lm reads, and a setting that it would
+ignore though it changes the result is refused, or named where it is a small thing.
+"""
+
+from typing import Any
+
+from mlx_hmem.anchors.architectures import ARCHITECTURES
+from mlx_hmem.errors import UserError
+
+from ..torch_files.tensors import LazyTensor
+
+Config = dict[str, Any]
+SUPPORTED = [name for name in ARCHITECTURES if name != "openlm"]
+# What transformers takes where config.json does not say; mlx-lm's defaults are others.
+ROPE_THETA = {"smollm3": 2e6, "mixtral": 1e6, "gemma3_text": 1e6}
+TANH_GELU = ("gelu_pytorch_tanh", "gelu_new")
+ACTIVATIONS = {
+    "gemma3_text": TANH_GELU,
+    "gpt2": TANH_GELU,
+    "starcoder2": ("gelu", *TANH_GELU),  # mlx-lm always computes gelu
+    "nemotron": ("relu2",),
+}
+NO_ROPE = ("gpt2",)
+# Settings that no architecture of mlx-lm here heeds, and the value that it computes with.
+FIXED = {
+    "scale_attn_by_inverse_layer_idx": False,
+    "scale_attn_weights": True,
+    "final_logit_softcapping": None,
+    "attn_logit_softcapping": None,
+}
+
+
+def for_mlx(
+    config: Config, head: LazyTensor | None, head_is_embedding: bool
+) -> tuple[Config, list[str]]:
+    """The config as mlx-lm needs it, and lines that say what was added and what differs.
+
+    ``head`` is the tensor ``lm_head.weight`` of the checkpoint, if it has one.
+    """
+    name = config["model_type"]
+    if name not in SUPPORTED:
+        raise UserError("no such architecture is converted", name, f"known: {', '.join(SUPPORTED)}")
+    for key in ("quantization", "quantization_config"):
+        if config.get(key):
+            raise UserError(
+                "the source is quantised", key, "convert the unquantised model, then quantise it"
+            )
+    notes = _check_settings(name, config)
+    added = {} if name in NO_ROPE else _rope(name, config)
+    if name == "gemma3_text":
+        added |= _gemma_pattern(config)
+    if name == "gpt2" and "n_ctx" not in config:
+        added["n_ctx"] = config.get("n_positions", 1024)
+    if name == "qwen3_moe" and "num_experts" not in config:
+        added["num_experts"] = config.get("num_local_experts")
+    if "tie_word_embeddings" not in config and name != "gpt2":
+        added["tie_word_embeddings"] = head is None or head_is_embedding
+    if config.get("tie_word_embeddings") and head is not None and not head_is_embedding:
+        raise UserError(
+            "config.json contradicts the tensors",
+            "tie_word_embeddings is true, lm_head.weight is not the embedding",
+            "set it to false, or take lm_head.weight out",
+        )
+    if added:
+        text = ", ".join(f"{key} {value}" for key, value in added.items())
+        notes.append(f"written into config.json, since mlx-lm reads it there: {text}")
+    return config | added, notes
+
+
+def _check_settings(name: str, config: Config) -> list[str]:
+    """Refuses what mlx-lm would silently compute otherwise."""
+    notes = []
+    key = next(
+        (k for k in ("hidden_activation", "hidden_act", "activation_function") if config.get(k)), ""
+    )
+    allowed = ACTIVATIONS.get(name, ("silu", "swish"))
+    if key and config[key] not in allowed:
+        raise UserError(
+            f"mlx-lm computes {name} with {allowed[0]} only", f"{key} {config[key]}", "use PyTorch"
+        )
+    if name == "starcoder2" and key and config[key] != "gelu":
+        notes.append(f"mlx-lm computes the exact gelu where config.json says {config[key]}")
+    for setting, value in FIXED.items():
+        if config.get(setting, value) != value:
+            raise UserError(
+                "mlx-lm does not heed this setting", f"{setting} {config[setting]}", "use PyTorch"
+            )
+    window, context = config.get("sliding_window"), config.get("max_position_embeddings")
+    slides = name != "gemma3_text" and config.get("use_sliding_window", True)
+    if slides and window and context and window < context and "layer_types" not in config:
+        notes.append(f"mlx-lm attends to all tokens where transformers sees the last {window}")
+    return notes
+
+
+def _agreed(key: str, config: Config, value: Any) -> Config:
+    """``{key: value}`` if the config lacks it; an error if it says otherwise."""
+    if key not in config or config[key] is None:
+        return {key: value}
+    if config[key] != value:
+        raise UserError(
+            "config.json contradicts itself",
+            f"{key} is {config[key]} and in rope_parameters {value}",
+            "correct one of them",
+        )
+    return {}
+
+
+def _rope(name: str, config: Config) -> Config:
+    """The keys of RoPE under the names of old, which mlx-lm reads."""
+    found = config.get("rope_parameters") or {}
+    if name == "gemma3_text" and "full_attention" in found:
+        local = found.get("sliding_attention") or {}
+        if local.get("rope_type", "default") != "default":
+            raise UserError("mlx-lm does not scale local RoPE", local["rope_type"], "use PyTorch")
+        added = _agreed("rope_local_base_freq", config, local.get("rope_theta", 1e4))
+        return added | _rope(name, config | {"rope_parameters": found["full_attention"]})
+    added = {}
+    if "rope_theta" in found:
+        added |= _agreed("rope_theta", config, found["rope_theta"])
+    elif config.get("rope_theta") is None:
+        added["rope_theta"] = ROPE_THETA.get(name, 1e4)
+    if "partial_rotary_factor" in found:
+        added |= _agreed("partial_rotary_factor", config, found["partial_rotary_factor"])
+    kind = found.get("rope_type", found.get("type", "default"))
+    if kind != "default" and not config.get("rope_scaling"):
+        scaling = {k: v for k, v in found.items() if k not in ("rope_theta",)}
+        added["rope_scaling"] = scaling | {"type": kind, "rope_type": kind}
+    scaling = added.get("rope_scaling") or config.get("rope_scaling") or {}
+    if name == "starcoder2" and scaling.get("rope_type", scaling.get("type")) not in (
+        None,
+        "default",
+    ):
+        raise UserError("mlx-lm does not scale starcoder2's RoPE", scaling, "use PyTorch")
+    return added
+
+
+def _gemma_pattern(config: Config) -> Config:
+    """Every how many layers attention is not local, from the list of the layers' types."""
+    types = config.get("layer_types")
+    if "sliding_window_pattern" in config or not types:
+        return {}
+    full = [index for index, kind in enumerate(types) if kind == "full_attention"]
+    pattern = full[0] + 1 if full else len(types) + 1
+    if full != list(range(pattern - 1, len(types), pattern)):
+        raise UserError("mlx-lm needs a regular pattern of layers", types, "use PyTorch")
+    return {"sliding_window_pattern": pattern}

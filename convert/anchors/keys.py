@@ -1,0 +1,248 @@
+"""Tables of names: which tensor of PyTorch becomes which of ours, and back.
+
+A table is a list of :class:`Rule`; both directions read the same one. In a name ``{i}`` stands for
+the number of a layer, ``{e}`` for that of an expert of a mixture, ``{any}`` for any text. Of all
+the rules that fit a name the first counts. A tensor that no rule takes, one that is missing and one
+of the wrong shape are errors, listed together in one line.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from mlx_hmem.errors import UserError
+
+from ..torch_files.tensors import ITEM_SIZES, LazyTensor, row_major
+from .weights import Target
+
+MOST_NAMES = 6  # of each list in an error
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of a table.
+
+    ``how``: "same"; "parts": PyTorch has one matrix, ours are equal parts of its rows, in order;
+    "transposed"; "stacked": ours has a first axis for PyTorch's ``{e}``.
+    """
+
+    torch: str
+    mlx: tuple[str, ...]
+    how: str = "same"
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Tensors of PyTorch that are left out on purpose, and why."""
+
+    torch: str
+    why: str
+
+
+SAME = Rule("{any}", ("{any}",))
+
+
+@lru_cache
+def _regex(pattern: str) -> re.Pattern[str]:
+    text = re.escape(pattern)
+    for name, what in (("i", r"\d+"), ("e", r"\d+"), ("any", ".+")):
+        text = text.replace(re.escape(f"{{{name}}}"), f"(?P<{name}>{what})")
+    return re.compile(text)
+
+
+def fits(pattern: str, name: str) -> dict[str, str] | None:
+    """What the placeholders of ``pattern`` stand for in ``name``; None if it does not fit."""
+    found = _regex(pattern).fullmatch(name)
+    return found.groupdict() if found else None
+
+
+def strip(tensors: Mapping[str, LazyTensor], prefixes: Sequence[str]) -> dict[str, LazyTensor]:
+    """Takes wrappers' prefixes off the names, in whatever order and number they come."""
+    result: dict[str, LazyTensor] = {}
+    for name, tensor in tensors.items():
+        short = name
+        while prefix := next((p for p in prefixes if short.startswith(p)), ""):
+            short = short.removeprefix(prefix)
+        if short in result:
+            raise UserError(
+                "two tensors have one name without their prefixes", short, "rename one of them"
+            )
+        result[short] = tensor
+    return result
+
+
+def rows_of(tensor: LazyTensor, part: int, parts: int) -> LazyTensor:
+    """One of the equal parts of a tensor's rows, still in the file."""
+    strides = tensor.strides or row_major(tensor.shape)
+    rows = tensor.shape[0] // parts
+    offset = tensor.offset + part * rows * strides[0] * ITEM_SIZES[tensor.dtype]
+    return replace(tensor, offset=offset, shape=(rows, *tensor.shape[1:]))
+
+
+def transposed(tensor: LazyTensor) -> LazyTensor:
+    strides = tensor.strides or row_major(tensor.shape)
+    return replace(tensor, shape=tensor.shape[::-1], strides=strides[::-1])
+
+
+def entry_of(tensor: LazyTensor, index: int) -> LazyTensor:
+    """``tensor[index]``, still in the file."""
+    one = rows_of(tensor, index, tensor.shape[0])
+    strides = tensor.strides[1:] if tensor.strides else None
+    return replace(one, shape=tensor.shape[1:], strides=strides)
+
+
+class _Problems:
+    def __init__(self) -> None:
+        self.lists: dict[str, list[str]] = {"missing": [], "wrong shape": [], "left over": []}
+
+    def check(self, what: str, remedy: str) -> None:
+        texts = []
+        for kind, names in self.lists.items():
+            if names:
+                more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+                texts.append(f"{kind}: {', '.join(names[:MOST_NAMES])}{more}")
+        if texts:
+            raise UserError(what, "; ".join(texts), remedy)
+
+
+def to_mlx(
+    tensors: Mapping[str, LazyTensor],
+    rules: Sequence[Rule],
+    drops: Sequence[Drop],
+    wanted: Shapes,
+    dtype: str | None = None,
+) -> tuple[list[Target], list[str]]:
+    """PyTorch's tensors as ours.
+
+    Args:
+        tensors: by PyTorch's names.
+        wanted: our names and shapes, all of them.
+        dtype: that of the result, as safetensors calls it; None keeps each tensor's own.
+
+    Returns the targets in the order of ``wanted``, and a line for each kind of dropped tensor.
+    Raises UserError with lists of what is missing, of the wrong shape, or left over.
+    """
+    problems, targets, used = _Problems(), [], set()
+    for name, shape in wanted.items():
+        rule, part, values = _rule_of(name, rules)
+        count = shape[0] if rule.how == "stacked" else 1
+        sources = [rule.torch.format(**values, e=e) for e in range(count)]
+        used |= set(sources)
+        if absent := [source for source in sources if source not in tensors]:
+            problems.lists["missing"] += absent
+            continue
+        pieces = [tensors[source] for source in sources]
+        found = _shape_of(rule, pieces)
+        if found != shape:
+            problems.lists["wrong shape"].append(
+                f"{sources[0]} is {pieces[0].shape}, config.json makes it "
+                f"{_torch_shape(rule, shape)}"
+            )
+            continue
+        if rule.how == "parts":
+            pieces = [rows_of(pieces[0], part, len(rule.mlx))]
+        elif rule.how == "transposed":
+            pieces = [transposed(pieces[0])]
+        targets.append(_target(name, shape, pieces, dtype))
+    notes = _dropped(set(tensors) - used, drops, problems)
+    problems.check("the tensors do not fit the config", "give the config of this checkpoint")
+    return targets, notes
+
+
+def _rule_of(name: str, rules: Sequence[Rule]) -> tuple[Rule, int, dict[str, str]]:
+    for rule in rules:
+        for part, pattern in enumerate(rule.mlx):
+            if (values := fits(pattern, name)) is not None:
+                return rule, part, values
+    raise UserError("no rule makes this tensor", name, "add a line to the table of names")
+
+
+def _shape_of(rule: Rule, pieces: Sequence[LazyTensor]) -> tuple[int, ...] | None:
+    """The shape that the rule gives; None if the pieces do not go together."""
+    shape = pieces[0].shape
+    if any(piece.shape != shape or piece.dtype != pieces[0].dtype for piece in pieces):
+        return None
+    if rule.how == "parts":
+        parts = len(rule.mlx)
+        return (shape[0] // parts, *shape[1:]) if shape and shape[0] % parts == 0 else None
+    if rule.how == "transposed":
+        return shape[::-1]
+    return (len(pieces), *shape) if rule.how == "stacked" else shape
+
+
+def _torch_shape(rule: Rule, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if rule.how == "parts":
+        return (shape[0] * len(rule.mlx), *shape[1:])
+    if rule.how == "transposed":
+        return shape[::-1]
+    return shape[1:] if rule.how == "stacked" else shape
+
+
+def _target(
+    name: str, shape: tuple[int, ...], pieces: Iterable[LazyTensor], dtype: str | None
+) -> Target:
+    pieces = tuple(pieces)
+    own = pieces[0].dtype
+    if own not in ("F64", "F32", "F16", "BF16"):
+        raise UserError(f"{name} holds no floating-point numbers", own, "dequantise the model")
+    if dtype is None and own == "F64":
+        raise UserError(f"{name} has a type MLX does not have", own, "add --dtype float32")
+    return Target(name, dtype or own, shape, pieces)
+
+
+def _dropped(names: set[str], drops: Sequence[Drop], problems: _Problems) -> list[str]:
+    """What no rule took: a line for each rule of dropping; the rest are problems."""
+    notes: dict[Drop, int] = {}
+    for name in sorted(names):
+        drop = next((d for d in drops if fits(d.torch, name) is not None), None)
+        if drop is None:
+            problems.lists["left over"].append(name)
+        else:
+            notes[drop] = notes.get(drop, 0) + 1
+    return [f"dropped {d.torch} ({count}): {d.why}" for d, count in notes.items()]
+
+
+def to_torch(
+    tensors: Mapping[str, LazyTensor],
+    rules: Sequence[Rule],
+    wanted: Shapes,
+    dtype: str | None = None,
+) -> list[Target]:
+    """Our tensors under PyTorch's names, the exact inverse of :func:`to_mlx`.
+
+    They must be those of ``wanted``, as there.
+    """
+    problems, targets = _Problems(), list[Target]()
+    problems.lists["missing"] = [name for name in wanted if name not in tensors]
+    problems.lists["left over"] = [name for name in tensors if name not in wanted]
+    problems.lists["wrong shape"] = [
+        f"{name} is {tensor.shape}, config.json makes it {wanted[name]}"
+        for name, tensor in tensors.items()
+        if name in wanted and tensor.shape != wanted[name]
+    ]
+    problems.check("this is no whole model of MLX", "restore the model")
+    for name, tensor in tensors.items():
+        rule, part, values = _rule_of(name, rules)
+        if rule.how == "stacked":
+            for e in range(tensor.shape[0]):
+                one = entry_of(tensor, e)
+                targets.append(_target(rule.torch.format(**values, e=e), one.shape, [one], dtype))
+        elif rule.how == "transposed":
+            one = transposed(tensor)
+            targets.append(_target(rule.torch.format(**values), one.shape, [one], dtype))
+        elif part == 0:
+            pieces = [tensors[pattern.format(**values)] for pattern in rule.mlx]
+            if len({piece.dtype for piece in pieces}) > 1:
+                raise UserError("parts of one matrix differ in dtype", name, "add --dtype")
+            shape = (sum(p.shape[0] for p in pieces), *tensor.shape[1:]) if tensor.shape else ()
+            targets.append(_target(rule.torch.format(**values), shape, pieces, dtype))
+    return targets
+
+
+def size_of(targets: Iterable[Target]) -> tuple[int, int]:
+    """(numbers, bytes) of all targets."""
+    targets = list(targets)
+    return sum(math.prod(t.shape) for t in targets), sum(t.nbytes for t in targets)

@@ -1,0 +1,167 @@
+"""OpenLM checkpoints to model directories, and back.
+
+The table of names is that of the architecture, ``mlx_hmem.anchors.openlm.NAMES``; what the model
+looks like, :mod:`convert.anchors.openlm_config` finds out.
+"""
+
+import re
+from pathlib import Path
+
+from mlx_hmem.anchors.load import read_config
+from mlx_hmem.anchors.load import weight_files as mlx_weight_files
+from mlx_hmem.anchors.openlm import NAMES, PREFIXES, ModelArgs
+from mlx_hmem.errors import UserError
+
+from ..torch_files.pickles import open_torch
+from ..torch_files.tensors import Checkpoint, LazyTensor, open_safetensors
+from ..torch_files.writer import Chunk, write_torch
+from .hugging_face import wanted_of
+from .keys import Drop, Rule, strip, to_mlx, to_torch
+from .openlm_config import (
+    EMBEDDING,
+    HEAD,
+    IDS,
+    INV_FREQ,
+    NORMS,
+    POSITIONS,
+    Config,
+    inverse_frequencies,
+    model_args,
+    read_openlm_config,
+)
+from .weights import Plan, companions, progress
+
+RULES = [Rule(name, ours, "parts" if len(ours) > 1 else "same") for name, ours in NAMES.items()]
+
+
+def checkpoint_files(source: Path) -> list[Path]:
+    """The files of one checkpoint: a file with the other shards of its set, or a folder's only."""
+    suffixes = (".pt", ".pth", ".bin", ".safetensors")
+    folder = source if source.is_dir() else source.parent
+    files = sorted(f for f in folder.iterdir() if f.suffix in suffixes and f.is_file())
+    if source.is_file():
+        files = [f for f in files if _set_of(f) == _set_of(source)] or [source]
+    files = [f for f in files if not f.name.startswith(("optimizer", "scaler"))] or files
+    if not files:
+        wanted = ", ".join(suffixes)
+        raise UserError(f"no checkpoint in {folder}", f"no {wanted} file", "give another path")
+    sets = {_set_of(file) for file in files}
+    if len(sets) != 1:
+        names = ", ".join(f.name for f in files[:6])
+        raise UserError(f"{len(sets)} checkpoints in {folder}", names, "name the file of one")
+    count = re.search(r"-of-0*(\d+)$", files[0].stem)
+    if count and int(count[1]) != len(files):
+        raise UserError(f"{len(files)} of {count[1]} shards are there", folder, "fetch them all")
+    return files
+
+
+def _set_of(file: Path) -> str:
+    """What the names of a checkpoint's shards have in common: "a" of "a-00001-of-00004.pt"."""
+    return re.sub(r"-\d+(-of-\d+)?$", r"\1", file.stem) + file.suffix
+
+
+def open_checkpoint(files: list[Path]) -> Checkpoint:
+    return (open_safetensors if files[0].suffix == ".safetensors" else open_torch)(files)
+
+
+def is_openlm(checkpoint: Checkpoint) -> bool:
+    return any(name.endswith(EMBEDDING) for name in checkpoint.tensors)
+
+
+def plan_from_torch(
+    source: Path,
+    config_file: Path | None = None,
+    options: Config | None = None,
+    tokenizer: Path | None = None,
+    dtype: str | None = None,
+) -> Plan:
+    """An OpenLM checkpoint as a model directory.
+
+    Args:
+        source: the ``.pt`` file, one shard of several, or their folder.
+        config_file: an OpenLM config JSON; default: the one that lies beside the checkpoint.
+        options: keys of an OpenLM config that go before the file's.
+        tokenizer: the folder of the tokenizer; default: the source's own, if it has one.
+        dtype: rounds all weights to F32, F16 or BF16; None keeps each tensor's bits.
+    """
+    files = checkpoint_files(source)
+    config, file = read_openlm_config(source, config_file, options or {})
+    checkpoint = open_checkpoint(files)
+    plan = plan_of_tensors(checkpoint.tensors, config, dtype)
+    plan.notes.extend(f"left out {name}: no part of the model" for name in checkpoint.left_out)
+    plan.sources.extend([*files, *([file] if file else [])])
+    plan.copied.extend(companions(tokenizer or (source if source.is_dir() else source.parent)))
+    if not any(file.name.startswith("tokenizer") for file in plan.copied):
+        plan.notes.append("no tokenizer beside the checkpoint: put tokenizer.json into the result")
+    return plan
+
+
+def plan_of_tensors(
+    tensors: dict[str, LazyTensor], config: Config, dtype: str | None = None
+) -> Plan:
+    """The anchor that a state dict in OpenLM's names and a config make."""
+    tensors = strip(tensors, PREFIXES)
+    args, tied, notes = model_args(tensors, config)
+    wanted = wanted_of(args)
+    drops = [Drop(INV_FREQ, "RoPE is computed from its base")]
+    if tied:
+        drops.append(Drop(HEAD, "equal to the embedding, to which it is tied"))
+    targets, dropped = to_mlx(tensors, RULES, drops, wanted, dtype)
+    args |= {key: config[key] for key in IDS if key in config}
+    return Plan([], targets, args, notes + dropped, [])
+
+
+class OpenLMPlan(Plan):
+    """The way back: writes one ``model.pt`` instead of safetensors."""
+
+    def write(self, part: Path) -> None:
+        if not (part / "model.pt").exists():
+            with progress(self.targets) as bar:
+                entries = [target.entry(bar) for target in self.targets]
+                if not self._interleaved:
+                    entries += self._buffers()
+                tied = {HEAD: EMBEDDING} if self.config["weight_tying"] else {}
+                write_torch(part / "model.pt", entries, {"name": "mlx_hmem"}, aliases=tied)
+        self.write_rest(part)
+
+    @property
+    def _interleaved(self) -> bool:
+        return POSITIONS[self.config["positional_embedding_type"]]
+
+    def _buffers(self) -> list[tuple[str, str, tuple[int, ...], list[Chunk]]]:
+        values = inverse_frequencies(self.config["rope_theta"], self.config["head_dim"])
+        return [
+            (INV_FREQ.format(i=i), "F32", values.shape, [values])
+            for i in range(self.config["n_layers"])
+        ]
+
+
+def plan_to_torch(source: Path, dtype: str | None = None) -> Plan:
+    """A model directory with an OpenLM anchor as ``model.pt`` and ``model.json``, OpenLM's own."""
+    config = read_config(source)
+    if config.get("quantization"):
+        raise UserError("the anchor is quantised", source, "convert the unquantised one")
+    args = ModelArgs.from_dict(config)
+    files = mlx_weight_files(source)
+    targets = to_torch(open_safetensors(files).tensors, RULES, wanted_of(config), dtype)
+    norms = {ours: name for name, ours in reversed(NORMS.items())}
+    positions = {interleaved: name for name, interleaved in POSITIONS.items()}
+    values = {
+        "hidden_dim": args.hidden_size,
+        "n_layers": args.num_hidden_layers,
+        "n_heads": args.num_attention_heads,
+        "head_dim": args.head_dim,
+        "ffn_dim": args.intermediate_size,
+        "vocab_size": args.vocab_size,
+        "seq_len": args.max_position_embeddings,
+        "post_embed_norm": False,
+        "weight_tying": args.tie_word_embeddings,
+        "model_norm": norms[args.norm_type],
+        "norm_eps": args.norm_eps,
+        "qk_norm": args.qk_norm,
+        "positional_embedding_type": positions[args.rope_traditional],
+        "rope_theta": args.rope_theta,
+        "ffn_type": "swiglu_torch",
+    } | {key: config[key] for key in IDS if config.get(key) is not None}
+    sources = [source / "config.json", *files]
+    return OpenLMPlan(sources, targets, values, [], companions(source), "model.json", "pt")

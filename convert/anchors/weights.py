@@ -1,0 +1,199 @@
+"""The weights that a conversion makes, from tensors in files, and how they are written, streamed.
+
+A :class:`Target` is one tensor to be: pieces of source tensors, row after row. Nothing is read
+before it is written, and then in chunks of 32 MiB; only a transposed piece is read whole.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from tqdm import tqdm
+
+from mlx_hmem.errors import UserError
+from mlx_hmem.files import atomic_file, open_regular, read_exactly, write_atomic
+
+from ..torch_files.tensors import ITEM_SIZES, MLX_TYPES, LazyTensor, bits_of, read_bits
+from ..torch_files.writer import Entry, bytes_of
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+# --dtype: names of MLX and of safetensors.
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+CHUNK = 32 << 20
+SHARD_BYTES = 1 << 30  # a stopped conversion begins again with the shard it was at
+# What travels with a model; never code.
+COMPANIONS = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
+    "chat_template.json", "generation_config.json", "README.md", "LICENSE", "LICENSE.txt", "NOTICE",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Target:
+    """A tensor to write: the rows of ``pieces``, one after the other, as ``dtype``."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: tuple[LazyTensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ITEM_SIZES[self.dtype]
+
+    def chunks(self, bar: tqdm | None = None) -> Iterator[np.ndarray]:
+        for piece in self.pieces:
+            for bits in chunks_of(piece):
+                yield bits if piece.dtype == self.dtype else cast(bits, piece, self)
+                if bar is not None:
+                    bar.update(bits.size * ITEM_SIZES[self.dtype])
+
+    def entry(self, bar: tqdm | None = None) -> Entry:
+        return self.name, self.dtype, self.shape, self.chunks(bar)
+
+
+def chunks_of(tensor: LazyTensor) -> Iterator[np.ndarray]:
+    """The bits of a tensor in row-major order, about 32 MiB at once."""
+    if tensor.strides is not None or not tensor.shape:
+        yield tensor.read()
+        return
+    row = max(1, tensor.nbytes // max(1, tensor.shape[0]))
+    step = max(1, CHUNK // row)
+    for first in range(0, tensor.shape[0], step):
+        yield tensor.read(first, min(step, tensor.shape[0] - first))
+
+
+def equal_bits(a: LazyTensor, b: LazyTensor) -> bool:
+    """Whether two tensors are the same, bit for bit."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    if (a.path, a.offset, a.strides) == (b.path, b.offset, b.strides):
+        return True
+    return all(np.array_equal(x, y) for x, y in zip(chunks_of(a), chunks_of(b), strict=True))
+
+
+def cast(bits: np.ndarray, source: LazyTensor, target: Target) -> np.ndarray:
+    """Rounds numbers to the target's dtype, to nearest with ties to even."""
+    if source.dtype == "F64":
+        with np.errstate(over="ignore"):
+            wide = mx.array(bits.view("<f8").astype("<f4"))
+    else:
+        wide = read_bits(bits, source.dtype)
+    result = wide.astype(MLX_TYPES[target.dtype])
+    if mx.any(mx.isinf(result) & mx.isfinite(wide)).item():
+        raise UserError(
+            f"{target.name} has numbers too large for this dtype",
+            target.dtype,
+            "choose --dtype bfloat16 or float32",
+        )
+    return bits_of(result)
+
+
+def write_safetensors(
+    path: Path, targets: Sequence[Target], metadata: dict[str, str], bar: tqdm | None = None
+) -> None:
+    """Writes a safetensors file, whole or not at all."""
+    # The widest first: each tensor then begins at a multiple of its elements' size.
+    ordered = sorted(targets, key=lambda target: -ITEM_SIZES[target.dtype])
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for target in ordered:
+        start, end = end, end + target.nbytes
+        header[target.name] = {
+            "dtype": target.dtype,
+            "shape": list(target.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_file(path) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for target in ordered:
+            for chunk in target.chunks(bar):
+                file.write(bytes_of(chunk))
+        assert file.tell() == 8 + len(text) + end, path
+
+
+def progress(targets: Iterable[Target]) -> tqdm:
+    """A bar over all bytes; it shows itself after 2 seconds."""
+    total = sum(target.nbytes for target in targets)
+    return tqdm(total=total, unit="B", unit_scale=True, delay=2, desc="converting")
+
+
+def write_shards(folder: Path, targets: Sequence[Target], metadata: dict[str, str]) -> None:
+    """Writes ``model*.safetensors`` of at most 1 GiB, or one tensor, and their index.
+
+    A shard that exists is whole, and left as it is.
+    """
+    shards: list[list[Target]] = [[]]
+    for target in targets:
+        if shards[-1] and sum(t.nbytes for t in shards[-1]) + target.nbytes > SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(target)
+    where: dict[str, str] = {}
+    with progress(targets) as bar:
+        for index, shard in enumerate(shards, 1):
+            suffix = "" if len(shards) == 1 else f"-{index:05}-of-{len(shards):05}"
+            path = folder / f"model{suffix}.safetensors"
+            where |= {target.name: path.name for target in shard}
+            if path.exists():
+                bar.update(sum(target.nbytes for target in shard))
+            else:
+                write_safetensors(path, shard, metadata, bar)
+    if len(shards) > 1:
+        size = sum(target.nbytes for target in targets)
+        index_json = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
+        write_atomic(
+            folder / "model.safetensors.index.json", json.dumps(index_json, indent=2) + "\n"
+        )
+
+
+def companions(folder: Path) -> list[Path]:
+    """The tokenizer's files, the card and the licence, and others that travel with a model."""
+    return [folder / name for name in COMPANIONS if (folder / name).is_file()]
+
+
+def copy_files(files: Iterable[Path], folder: Path) -> None:
+    """Copies small files; one that exists is whole."""
+    for file in files:
+        if not (folder / file.name).exists():
+            with open_regular(file) as source:
+                write_atomic(folder / file.name, read_exactly(source, file.stat().st_size, file))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A conversion of an anchor, before anything is written.
+
+    sources: files that it reads. config: of ``config_name``. notes: lines for the user. write:
+    makes the weights in a folder. copied: small files that are taken along.
+    """
+
+    sources: list[Path]
+    targets: list[Target]
+    config: dict[str, Any]
+    notes: list[str]
+    copied: list[Path]
+    config_name: str = "config.json"
+    metadata: str = "mlx"  # or "pt"
+
+    def write(self, part: Path) -> None:
+        """Writes the anchor into a folder; the config comes last, so none loads before its time."""
+        write_shards(part, self.targets, {"format": self.metadata})
+        self.write_rest(part)
+
+    def write_rest(self, part: Path) -> None:
+        copy_files(self.copied, part)
+        write_atomic(part / self.config_name, json.dumps(self.config, indent=2) + "\n")
+
+    @property
+    def need_bytes(self) -> int:
+        small = sum(file.stat().st_size for file in self.copied)
+        return sum(target.nbytes for target in self.targets) + small + (1 << 20)

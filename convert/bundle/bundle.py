@@ -1,0 +1,287 @@
+"""A folder that a phone can run, with no Python in it: ``python -m convert bundle MODEL OUT``.
+
+Anchor and bank go in as MODEL has them: ``python -m convert quantize`` makes them small before.
+What computes is recorded as MLX functions (``.mlxfn``), which mlx-swift and MLX's C++ import; all
+else an app does itself: docs/bundle.md says how, call for call, and ``run.py`` in the bundle is an
+example. Shards of the bank are linked where the file system can, and copied elsewhere.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import xxhash
+from tqdm import tqdm
+
+from mlx_hmem.anchors.load import weight_files
+from mlx_hmem.bank.format import GENERIC, MANIFEST
+from mlx_hmem.config import HmemConfig
+from mlx_hmem.errors import ArgumentParser, UserError, run_program
+from mlx_hmem.files import copy_file, link_or_copy, open_regular, save_safetensors, write_atomic
+from mlx_hmem.model.find import BANK_FOLDER, find_model
+from mlx_hmem.model.load import load
+from mlx_hmem.model.model import MemoryModel
+from mlx_hmem.retriever.encoder import STATIC_FOLDER
+
+from ..destination import destination, identity_of
+from .functions import Functions, dtype_and_shape, parts_of
+
+FORMAT_VERSION = 1
+CONTEXT, PREFILL = 2048, (32, 128, 512)
+BUNDLE, ANCHOR, RUNNER = "bundle.json", "anchor.safetensors", "run.py"
+ENCODER = ("config.json", "encoder.safetensors", "tokenizer.json")  # of the static one
+PROBES = ("The old bridge", " Two\n\nlines", "Ünï, 日本 and 🦊", "<s> a </s>", "1234567 x=y;")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What a bundle will hold."""
+
+    folder: Path  # the model directory
+    model: MemoryModel
+    functions: Functions
+
+    @cached_property
+    def encoder(self) -> Path:
+        name = HmemConfig.from_file(self.folder / "hmem.json").retriever.encoder
+        return STATIC_FOLDER if name == "static" else self.folder / name
+
+    @cached_property
+    def shards(self) -> dict[str, Path]:
+        """The shards of the bank, by their names in the bundle."""
+        manifest = self.model.require_bank().manifest
+        names = [shard.file for level in manifest.all_levels for shard in level.shards]
+        return {f"{BANK_FOLDER}/{name}": self.folder / BANK_FOLDER / name for name in names}
+
+    @cached_property
+    def copied(self) -> dict[str, Path]:
+        """Other files that go in as they are."""
+        bank = {f"{BANK_FOLDER}/{MANIFEST}": self.folder / BANK_FOLDER / MANIFEST}
+        tree = {"retriever/tree.safetensors": self.folder / "retriever" / "tree.safetensors"}
+        encoder = {f"retriever/encoder/{name}": self.encoder / name for name in ENCODER}
+        texts = [f for p in ("README.md", "LICENSE*", "NOTICE*") for f in self.folder.glob(p)]
+        runner = {RUNNER: Path(__file__).with_name("runner.py")}
+        return bank | tree | encoder | {file.name: file for file in texts} | runner
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        files = [
+            *self.shards.values(),
+            *self.copied.values(),
+            *weight_files(self.folder),
+            *self.folder.glob("*.json"),
+        ]
+        return identity_of(
+            files,
+            program="bundle",
+            version=FORMAT_VERSION,
+            mlx=version("mlx"),
+            device=device(),
+            context=self.functions.context,
+            prefill=self.functions.prefill,
+        )
+
+    @property
+    def bytes_needed(self) -> int:
+        anchor = sum(array.nbytes for array in self.functions.weights.values())
+        files = [*self.shards.values(), *self.copied.values()]
+        return anchor + sum(file.stat().st_size for file in files)
+
+    def write(self, part: Path) -> None:
+        """All files; first those that may turn out to be impossible."""
+        write_atomic(part / "tokenizer.json", plain_tokenizer(self.model))
+        functions = self.functions.all()
+        for function in tqdm(functions, desc="recording", unit="function", delay=2):
+            function.write(part)
+        check_functions(self.functions, part)
+        if not (part / ANCHOR).exists():
+            save_safetensors(part / ANCHOR, self.functions.weights)
+        for name, source in self.shards.items():
+            if not (part / name).exists():
+                link_or_copy(source, part / name)
+        for name, source in self.copied.items():
+            if not (part / name).exists():
+                copy_file(source, part / name)
+        write_atomic(part / BUNDLE, json.dumps(self.manifest(part), indent=1) + "\n")
+
+    def manifest(self, part: Path) -> dict[str, Any]:
+        names = sorted(str(f.relative_to(part)) for f in part.rglob("*") if f.is_file())
+        functions, tokenizer = self.functions, self.model.tokenizer
+        return {
+            "format_version": FORMAT_VERSION,
+            "made_with": {"mlx": version("mlx"), "device": device(), "stream": stream()},
+            "context": functions.context,
+            "prefill": list(functions.prefill),
+            "bos_token": tokenizer.bos_token,
+            "eos_token_ids": sorted(tokenizer.eos_token_ids),
+            "weights": [
+                {"name": name, **dtype_and_shape(array)}
+                for name, array in functions.weights.items()
+            ],
+            "cache": [dtype_and_shape(array) for array in functions.cache],
+            "rows": [dtype_and_shape(array) for array in functions.empty_rows(1)],
+            "functions": [{"file": f.file, **f.about} for f in functions.all()],
+            "files": {
+                name: _known_by(part / name)
+                for name in names
+                if name not in (BUNDLE, "conversion.json")
+            },
+        }
+
+
+def device() -> str:
+    return "gpu" if mx.default_device().type == mx.DeviceType.gpu else "cpu"
+
+
+def stream() -> int:
+    """The number of this thread's stream. MLX records it: functions run only in a thread that has
+    this stream, which is the first to use MLX where it is 0."""
+    text = str(mx.default_stream(mx.default_device()))  # "Stream(Device(cpu, 0), 0)"
+    return int(text.rstrip(")").split(" ")[-1])
+
+
+def _known_by(file: Path) -> dict[str, Any]:
+    """Length and XXH3 of a file; shards have checksums for each block in bank.json."""
+    known: dict[str, Any] = {"bytes": file.stat().st_size}
+    if file.parent.name != BANK_FOLDER or file.name == MANIFEST:
+        digest = xxhash.xxh3_64()
+        with open_regular(file) as opened:
+            while piece := opened.read(1 << 24):
+                digest.update(piece)
+        known["xxh3"] = digest.hexdigest()
+    return known
+
+
+def plain_tokenizer(model: MemoryModel) -> str:
+    """The text of a ``tokenizer.json`` that does all that the model's tokenizer does."""
+    from tokenizers import Tokenizer
+
+    backend = getattr(model.tokenizer, "backend_tokenizer", None)
+    remedy = "convert it to a tokenizer.json of the tokenizers library"
+    if backend is None:
+        raise UserError("the tokenizer has no plain form", type(model.tokenizer).__name__, remedy)
+    text = str(backend.to_str())
+    plain = Tokenizer.from_str(text)
+    for probe in PROBES:
+        for special in (True, False):
+            ids = plain.encode(probe, add_special_tokens=special).ids
+            if ids != list(model.tokenizer.encode(probe, add_special_tokens=special)):
+                raise UserError("the tokenizer does more than its plain form", repr(probe), remedy)
+    return text
+
+
+def check_functions(functions: Functions, part: Path) -> None:
+    """Compares the recorded functions with the model, on a few tokens and the generic memory."""
+
+    def call(name: str, *inputs: mx.array) -> list[mx.array]:
+        function: Any = mx.import_function(str(part / "functions" / name))
+        return list(function(*inputs))
+
+    bank, weights = functions.bank, list(functions.weights.values())
+    num_rows = functions.num_rows((GENERIC,))
+    stored = bank.stored(GENERIC, 0).arrays(parts_of(bank.manifest, GENERIC))
+    rows = call("memory-0.mlxfn", *stored)
+    vocabulary = functions.model.tokenizer.vocab_size
+    ids = np.random.default_rng(0).integers(vocabulary, size=min(5, functions.context)).tolist()
+    length, cache = min(functions.prefill), functions.cache
+    padded = mx.array([ids[:-1] + [0] * (length - len(ids) + 1)], mx.int32)
+    start, count = mx.array(0, mx.int32), mx.array(len(ids) - 1, mx.int32)
+    cache = call(f"prefill-{length}-r{num_rows}.mlxfn", padded, start, *cache, *rows, *weights)
+    last = mx.array([ids[-1:]], mx.int32)
+    found, *_ = call(f"decode-1-r{num_rows}.mlxfn", last, count, *cache, *rows, *weights)
+    expected = functions.model.rows_of([bank.generic()])
+    logits = functions.model.with_rows(expected)(mx.array([ids]))[:, -1]
+    wanted = logits - mx.logsumexp(logits, keepdims=True)
+    numbers: Any = [mx.abs(array).max().item() for array in (found - wanted, wanted)]
+    difference, largest = numbers
+    allowed = 1e-3 if functions.dtype == mx.float32 else 0.05
+    if not difference <= allowed * largest:  # NaN too
+        raise UserError(
+            "the recorded functions compute something else than the model",
+            f"log-probabilities differ by {difference:.2g}",
+            "this architecture makes no bundle",
+        )
+
+
+def plan(folder: Path, context: int | None, prefill: Sequence[int]) -> Bundle:
+    """Checks a model directory and what is asked of its bundle; nothing is written."""
+    model = load(folder, cache_bytes=0)
+    if model.bank is None or model.retriever is None:
+        raise UserError("this model has no memory bank", folder, "choose one with memories")
+    if (beside := len(model.require_banks().parts) - 1) or model.bank.barred:
+        raise UserError(
+            "a bundle holds one bank and no views",
+            f"{beside} banks beside it, {len(model.bank.barred)} clusters barred by default",
+            "bundle what python -m mlx_hmem.bank split makes, or unblock them first",
+        )
+    if model.retriever.encoder.name != "static":
+        raise UserError(
+            "only the static encoder goes into a bundle",
+            model.retriever.encoder.name,
+            "train tree and memories with encoder static",
+        )
+    most = model.context or context or CONTEXT
+    chosen = min(CONTEXT, most) if context is None else context
+    if not 2 <= chosen <= most:
+        raise UserError("the context is not the anchor's", chosen, f"use 2 to {most} tokens")
+    lengths = sorted(set(prefill or [n for n in PREFILL if n <= chosen] or [chosen]))
+    if lengths[0] < 1 or lengths[-1] > chosen:
+        raise UserError("a prefill length is out of range", lengths, f"use 1 to {chosen} tokens")
+    return Bundle(folder, model, Functions(model, chosen, lengths))
+
+
+def lengths_option(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(
+            "--prefill takes lengths in tokens", repr(text), "write it as 32,128"
+        ) from None
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = ArgumentParser(prog="python -m convert bundle", description=__doc__)
+    parser.add_argument("model", help="model directory or Hub id, quantised or not")
+    parser.add_argument("out", type=Path, help="the folder to make")
+    parser.add_argument(
+        "--context", type=int, help=f"tokens the cache has room for; default: up to {CONTEXT}"
+    )
+    parser.add_argument(
+        "--prefill",
+        metavar="N,N",
+        help="lengths of the pieces of a prompt; default: "
+        f"{','.join(map(str, PREFILL))}, those that the context has room for",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    args = parser.parse_args(arguments)
+    stream()  # begun before any other
+    prefill = [] if args.prefill is None else lengths_option(args.prefill)
+    bundle = plan(find_model(args.model), args.context, prefill)
+    with destination(args.out, args.overwrite, bundle.identity, bundle.bytes_needed) as part:
+        bundle.write(part)
+    sizes: dict[str, int] = {}
+    for file in args.out.rglob("*"):
+        if file.is_file():
+            kind = file.relative_to(args.out).parts[0]
+            sizes[kind] = sizes.get(kind, 0) + file.stat().st_size
+    total = sum(sizes.values())
+    parts = ", ".join(
+        f"{k} {n / 1e6:,.1f}" for k, n in sorted(sizes.items(), key=lambda item: -item[1])[:5]
+    )
+    print(f"{args.out}: {total / 1e6:,.1f} MB ({parts})")
+    if device() == "cpu":
+        print(
+            "the functions are recorded for the CPU; make the bundle on a Mac for a phone's GPU",
+            file=sys.stderr,
+        )
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,1 @@
+"""Whole models with memories, banks and trees."""

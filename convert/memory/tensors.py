@@ -1,0 +1,276 @@
+"""The tensors of a memory in PyTorch's layout (docs/pytorch_layout.md): names, shapes, reading.
+
+A level is stored as *tables*, one tensor of all clusters for each layer and matrix, or as *blocks*,
+one tensor of all layers for each cluster and matrix. Either way a range of clusters is read into
+blocks as our bank stores them. Bits are moved, never numbers, unless another dtype is asked for;
+that they are finite is checked as they pass, while they are in the processor's cache.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_hmem.bank.format import GENERIC, STORED_TYPES, num_blocks, stored_r
+from mlx_hmem.config import MemoryConfig
+from mlx_hmem.errors import UserError
+
+from ..torch_files.tensors import BITS, ITEM_SIZES, LazyTensor, bits_of, read_bits
+
+# The matrices of a kind, for each group of equally wide rows in the order of a block. A LoRA pair
+# of projection p is p_a (r, inputs) and p_b (r, outputs).
+MATRICES = {
+    "ffn": (("gate", "up", "down"),),
+    "lora_ffn": (("gate_a", "up_a", "down_b"), ("gate_b", "up_b", "down_a")),
+    "lora_qk": (("query_a", "key_a"), ("query_b",), ("key_b",)),
+    "lora_vo": (("value_a", "output_b"), ("output_a",), ("value_b",)),
+    "kv": (("key", "value"),),
+}
+# By safetensors' names: bits whose number, without its sign, is not finite from there on.
+INFINITY = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
+DTYPES = {stored.tag: name for name, stored in STORED_TYPES.items()}
+PREFIXES = ("module.", "_orig_mod.", "model.")
+MEMORY_NAME = re.compile(r"(layers\.\d+\.)?memory\.")
+MOST_NAMES = 3  # of each list in an error
+
+
+class Matrix(NamedTuple):
+    """A matrix of a block: the rows of one layer lie from ``start`` on, r · width values."""
+
+    name: str
+    width: int
+    start: int
+    stop: int
+
+
+def matrices(config: MemoryConfig, r: int) -> list[Matrix]:
+    """The matrices of one layer of a block with multiplier ``r``, in their order there."""
+    result, start = [], 0
+    for names, (count, width) in zip(MATRICES[config.kind], config.groups, strict=True):
+        for name in names[-count:]:  # an FFN without a gate has one matrix less in front
+            result.append(Matrix(name, width, start, start + r * width))
+            start += r * width
+    return result
+
+
+def short_names(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Tensors by their names without the prefixes of wrappers and without nn.Embedding's end."""
+    result: dict[str, LazyTensor] = {}
+    for name, tensor in tensors.items():
+        short = name
+        while prefix := next((p for p in PREFIXES if short.startswith(p)), ""):
+            short = short.removeprefix(prefix)
+        if is_memory(short):
+            short = short.removesuffix(".weight")
+        if short in result:
+            raise UserError("two tensors have one name without prefixes", short, "rename one")
+        result[short] = tensor
+    return result
+
+
+def is_memory(name: str) -> bool:
+    """Whether a name without prefixes is that of a memory's tensor."""
+    return MEMORY_NAME.match(name) is not None
+
+
+def table_name(layer: int, level: int, matrix: str) -> str:
+    where = "generic" if level == GENERIC else f"levels.{level}"
+    return f"layers.{layer}.memory.{where}.{matrix}"
+
+
+def block_name(level: int, cluster: int, matrix: str) -> str:
+    where = "generic" if level == GENERIC else f"levels.{level}.blocks.{cluster}"
+    return f"memory.{where}.{matrix}"
+
+
+@dataclass(frozen=True)
+class LevelTensors:
+    """The tensors of one level; level 0 is the generic memory.
+
+    ``tensors[i][m]`` is matrix m of the layer at place i, (clusters, ...), or, where ``by_block``,
+    of cluster i, (layers, ...).
+    """
+
+    level: int
+    config: MemoryConfig
+    matrices: list[Matrix]
+    by_block: bool
+    tensors: list[list[LazyTensor]]
+
+    @property
+    def dtypes(self) -> set[str]:
+        return {tensor.dtype for row in self.tensors for tensor in row}
+
+    def block_size(self) -> int:
+        """Values of a block."""
+        return self.config.num_memory_layers * self.matrices[-1].stop
+
+    def read(self, first: int, count: int, tag: str, out: np.ndarray) -> np.ndarray:
+        """Blocks ``first`` … as bits of dtype ``tag``: (count, values of a block), in ``out``.
+
+        Raises UserError where a number is not finite.
+        """
+        blocks = out[: count * self.block_size()].reshape(
+            count, self.config.num_memory_layers, self.matrices[-1].stop
+        )
+        clusters = range(first, first + count)
+        for place in clusters if self.by_block else range(len(self.tensors)):
+            for matrix, tensor in zip(self.matrices, self.tensors[place], strict=True):
+                bits = tensor.read() if self.by_block else tensor.read(first, count)
+                bits = finite_bits(bits, tensor.dtype, tag, self._name(place, matrix))
+                target = blocks[place - first] if self.by_block else blocks[:, place]
+                target[:, matrix.start : matrix.stop] = bits.reshape(len(bits), -1)
+        return blocks.reshape(count, -1)
+
+    def spans(self, first: int, count: int) -> list[tuple[LazyTensor, int, int]]:
+        """(tensor, first byte, bytes) of what :meth:`read` will read, as far as it is known."""
+        result = []
+        for row in self.tensors[first : first + count] if self.by_block else self.tensors:
+            for tensor in row:
+                size = tensor.nbytes if self.by_block else tensor.nbytes // tensor.shape[0]
+                start, length = (0, size) if self.by_block else (first * size, count * size)
+                if tensor.strides is None:
+                    result.append((tensor, tensor.offset + start, length))
+        return result
+
+    def _name(self, place: int, matrix: Matrix) -> str:
+        if self.by_block:
+            return block_name(self.level, place, matrix.name)
+        return table_name(self.config.memory_layers[place], self.level, matrix.name)
+
+
+def finite_bits(bits: np.ndarray, dtype: str, wanted: str, name: str) -> np.ndarray:
+    """The bits in dtype ``wanted``, rounded to nearest if that is another one; all finite."""
+    if dtype != wanted:
+        if dtype == "F64":
+            with np.errstate(over="ignore"):
+                wide = mx.array(bits.view("<f8").astype("<f4"))
+        else:
+            wide = read_bits(bits, dtype)
+        bits = bits_of(wide.astype(STORED_TYPES[DTYPES[wanted]].dtype))
+    # A sign bit makes a negative number the greater one unsigned and the lesser one signed.
+    limit, sign = INFINITY[wanted], 1 << (8 * bits.itemsize - 1)
+    if bits.max() >= limit | sign or bits.view(f"<i{bits.itemsize}").max() >= limit:
+        raise UserError(
+            f"{name} has numbers that are not finite in {DTYPES[wanted]}",
+            f"stored as {dtype}",
+            "use --dtype bfloat16 or float32, or mend the checkpoint",
+        )
+    return bits
+
+
+class Problems:
+    """What is wrong with a set of tensors, collected so that one line says it all."""
+
+    def __init__(self) -> None:
+        self.missing: list[str] = []
+        self.wrong: list[str] = []
+
+    def check(self, left_over: Sequence[str]) -> None:
+        texts = []
+        for what, names in (
+            ("missing", self.missing),
+            ("of a wrong shape or dtype", self.wrong),
+            ("left over", left_over),
+        ):
+            if names:
+                more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+                texts.append(f"{what}: {', '.join(names[:MOST_NAMES])}{more}")
+        if texts:
+            raise UserError(
+                "the tensors of the memory do not fit its config",
+                "; ".join(texts),
+                "correct the config or the names (docs/pytorch_layout.md)",
+            )
+
+
+def find_levels(
+    tensors: Mapping[str, LazyTensor], config: MemoryConfig
+) -> dict[int, LevelTensors | None]:
+    """The stored levels by number, 0 being the generic memory, which may be left out: None.
+
+    ``tensors``: those of the memory alone, by :func:`short_names`. Raises UserError with lists of
+    what is missing, of a wrong shape or left over.
+    """
+    problems, used, levels = Problems(), set[str](), dict[int, LevelTensors | None]()
+    for level, r in stored_r(config).items():
+        inside = r"generic\." if level == GENERIC else rf"levels\.{level}\."
+        present = [name for name in tensors if re.search(rf"(^|\.)memory\.{inside}", name)]
+        if level == GENERIC and not present:
+            levels[level] = None
+            continue
+        by_block = any(name.startswith("memory.") for name in present)
+        levels[level] = _find_level(tensors, config, level, r, by_block, problems, used)
+    problems.check([name for name in tensors if name not in used])
+    return levels
+
+
+def _find_level(
+    tensors: Mapping[str, LazyTensor],
+    config: MemoryConfig,
+    level: int,
+    r: int,
+    by_block: bool,
+    problems: Problems,
+    used: set[str],
+) -> LevelTensors:
+    clusters, own = num_blocks(config, level), matrices(config, r)
+    layers = config.memory_layers
+    rows = []
+    for place in range(clusters) if by_block else range(len(layers)):
+        row = []
+        for matrix in own:
+            if by_block:
+                name, count = block_name(level, place, matrix.name), len(layers)
+            else:
+                name, count = table_name(layers[place], level, matrix.name), clusters
+            used.add(name)
+            shape = (count, r, matrix.width)
+            if name not in tensors:
+                problems.missing.append(name)
+            elif (tensor := fitted(tensors[name], shape)) is None:
+                found = tensors[name]
+                problems.wrong.append(f"{name} is {found.dtype} {found.shape}, not {shape}")
+            else:
+                row.append(tensor)
+        rows.append(row)
+    return LevelTensors(level, config, own, by_block, rows)
+
+
+def fitted(tensor: LazyTensor, shape: tuple[int, int, int]) -> LazyTensor | None:
+    """The tensor as (count, r · width) values if it is of that shape, or None.
+
+    The last two axes may be one, as in an nn.Embedding; a count of 1 may be left out.
+    """
+    count, r, width = shape
+    shapes = [shape, (count, r * width)] + ([(r, width)] if count == 1 else [])
+    if tensor.dtype not in (*INFINITY, "F64") or tensor.shape not in shapes:
+        return None
+    if count == 1 and tensor.shape == (r, width):
+        strides = None if tensor.strides is None else (r * width, *tensor.strides)
+        return replace(tensor, shape=shape, strides=strides)
+    return tensor
+
+
+def common_dtype(levels: Mapping[int, LevelTensors | None], dtype: str | None) -> str:
+    """The bank's dtype: ``dtype`` if given, else the one that all tensors have."""
+    if dtype is not None:
+        if dtype not in STORED_TYPES:
+            raise UserError("unknown bank dtype", dtype, f"use one of {', '.join(STORED_TYPES)}")
+        return dtype
+    found = sorted(set().union(*(level.dtypes for level in levels.values() if level)))
+    if len(found) != 1 or found[0] not in DTYPES:
+        raise UserError(
+            "the memory has no dtype that a bank can have",
+            ", ".join(found),
+            f"choose one with --dtype: {', '.join(STORED_TYPES)}",
+        )
+    return DTYPES[found[0]]
+
+
+def bits_type(dtype: str) -> np.dtype:
+    """The unsigned integers in which a bank's dtype is moved."""
+    return BITS[ITEM_SIZES[STORED_TYPES[dtype].tag]]

@@ -1,0 +1,190 @@
+"""Makes a quantised model directory of another: what is to become of it is checked, then done.
+
+Everything that belongs to a model is copied, what is quantised is written anew, and the memory is
+tied to the quantised anchor by its fingerprint: a memory goes on working with an anchor that has
+merely been rounded.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatch
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mlx_hmem.anchors.load import anchor_hash, load_anchor, weight_files
+from mlx_hmem.bank import Bank, Manifest, Quantization
+from mlx_hmem.bank.documents import DOCUMENTS
+from mlx_hmem.bank.format import MANIFEST
+from mlx_hmem.config import HmemConfig
+from mlx_hmem.errors import UserError
+from mlx_hmem.evaluate import Perplexity, perplexity
+from mlx_hmem.files import copy_file, write_atomic
+from mlx_hmem.model.find import BANK_FOLDER, BESIDE, MODEL_FILES
+from mlx_hmem.model.load import load
+
+from ..destination import RECORD, REPLACED, destination, identity_of
+from .anchor import (
+    INDEX,
+    AnchorChange,
+    quantized_anchor,
+    save_quantized_anchor,
+    weight_bytes,
+)
+from .bank import BankChange, change_bank, forget_notes
+from .report import Report
+
+COPIED = (*MODEL_FILES, "README.md", "LICENSE*", "NOTICE*", f"{BANK_FOLDER}/{DOCUMENTS}")
+ANCHOR_FILES = ("config.json", "model*.safetensors", INDEX)
+BANK_REWRITTEN = (f"{BANK_FOLDER}/{MANIFEST}", f"{BANK_FOLDER}/*.safetensors")
+REWRITTEN = ("hmem.json", RECORD, f"{REPLACED}/*", *BANK_REWRITTEN)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to become of a model directory; ``bank`` and ``hmem`` are None without memory."""
+
+    folder: Path
+    files: tuple[Path, ...]  # to copy, relative to the folder
+    anchor: Quantization | None
+    bank: BankChange | None
+    hmem: HmemConfig | None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        files = [self.folder / file for file in self.files] + weight_files(self.folder)
+        files.append(self.folder / "config.json")
+        if self.bank is not None:
+            shards = [s.file for level in self.bank.before.all_levels for s in level.shards]
+            files += [self.folder / BANK_FOLDER / name for name in (MANIFEST, *shards)]
+            files.append(self.folder / "hmem.json")
+        return identity_of(
+            set(files),
+            program="quantize",
+            mlx=version("mlx"),  # another one may round in another way
+            anchor=None if self.anchor is None else self.anchor.options,
+            dtype=None if self.bank is None else self.bank.dtype,
+            bank=[asdict(q) for q in (self.bank and self.bank.quantization) or ()],
+        )
+
+    @property
+    def bytes_needed(self) -> int:
+        files = sum((self.folder / file).stat().st_size for file in self.files)
+        bank = 0 if self.bank is None else self.bank.bytes_needed
+        return files + bank + (weight_bytes(self.folder) if self.anchor else 0)
+
+
+def plan(
+    folder: Path,
+    anchor: Quantization | None,
+    levels: dict[int, Quantization],
+    dtype: str | None = None,
+) -> Plan:
+    """Checks a model directory and what is to become of it; nothing is written.
+
+    ``levels`` are those of the bank to quantise, 0 being the generic memory; ``dtype`` is the
+    bank's new one.
+
+    Raises:
+        UserError: its parts do not belong together, what is to be quantised is so already, or
+            does not exist.
+    """
+    if not (folder / "config.json").exists():
+        raise UserError("not a model directory: no config.json", folder, "name one, or restore it")
+    if (folder / BESIDE).exists():
+        raise UserError(
+            "a model with added banks cannot be quantised",
+            folder / BESIDE,
+            "quantise each model, then add one's bank to the other",
+        )
+    if anchor is not None:
+        quantized_anchor(folder, anchor)
+    hmem, bank = read_hmem(folder), None
+    if hmem is not None:
+        bank = BankChange.planned(_checked_bank(folder, hmem), levels, dtype)
+    elif levels or dtype:
+        raise UserError("this model has no memory bank", folder, "leave out --bank-…")
+    patterns = [*COPIED, *([] if anchor else ANCHOR_FILES)]
+    if hmem is not None:
+        patterns.append(f"{hmem.retriever.encoder}/*")
+    barred = [*REWRITTEN, *(ANCHOR_FILES if anchor else ())]
+    return Plan(folder, tuple(_matching(folder, patterns, barred)), anchor, bank, hmem)
+
+
+def read_hmem(folder: Path) -> HmemConfig | None:
+    """``hmem.json``; None if the model has no memory."""
+    if (folder / "hmem.json").exists():
+        return HmemConfig.from_file(folder / "hmem.json")
+    if (folder / BANK_FOLDER).exists():
+        raise UserError("hmem.json is missing", folder, "restore it or make the model again")
+    return None
+
+
+def _matching(folder: Path, patterns: list[str], barred: list[str]) -> list[Path]:
+    """The files of ``folder`` that a pattern names and none bars, none of them hidden."""
+    files = [file.relative_to(folder) for file in folder.rglob("*") if file.is_file()]
+    return sorted(
+        file
+        for file in files
+        if not any(part.startswith(".") for part in file.parts)
+        and any(fnmatch(str(file), pattern) for pattern in patterns)
+        and not any(fnmatch(str(file), pattern) for pattern in barred)
+    )
+
+
+def _checked_bank(folder: Path, hmem: HmemConfig) -> Manifest:
+    """The bank's manifest, once anchor, hmem.json and bank are found to belong together."""
+    if anchor_hash(folder) != hmem.anchor_hash:
+        raise UserError(
+            "the anchor is not the one this memory was made for", folder, "restore the anchor"
+        )
+    with Bank.open(folder / BANK_FOLDER, cache_bytes=0) as bank:
+        bank.check(anchor_hash=hmem.anchor_hash, tree_hash=hmem.retriever.tree_hash)
+        if bank.config != hmem.memory:
+            raise UserError(
+                "hmem.json and bank/bank.json describe different memories",
+                f"{hmem.memory} and {bank.config}",
+                "restore the bank that belongs to this model",
+            )
+        return bank.manifest
+
+
+def quantize(chosen: Plan, out: Path, texts: Sequence[str] = (), overwrite: bool = False) -> Report:
+    """Carries out a plan: ``out`` appears when it is whole. A stopped run goes on where it was.
+
+    With ``texts``, their perplexity is measured before and after.
+    """
+    with destination(out, overwrite, chosen.identity, chosen.bytes_needed) as part:
+        before = _scores(chosen.folder, texts)
+        if chosen.bank is not None:  # first: else the anchor would load alone
+            (part / BANK_FOLDER).mkdir(exist_ok=True)
+        for file in chosen.files:
+            if not (part / file).exists():
+                copy_file(chosen.folder / file, part / file)
+        if chosen.anchor is not None:
+            anchor = save_quantized_anchor(chosen.folder, part, chosen.anchor)
+        else:
+            size = weight_bytes(chosen.folder)
+            anchor = AnchorChange(None, size, size, None, ())
+        dtype, levels = None, []
+        bank_folder = part / BANK_FOLDER
+        if chosen.bank is not None and chosen.hmem is not None:
+            hash_ = anchor_hash(part)
+            dtype = chosen.bank.dtype
+            levels = change_bank(chosen.folder / BANK_FOLDER, bank_folder, chosen.bank, hash_)
+            write_atomic(part / "hmem.json", replace(chosen.hmem, anchor_hash=hash_).to_json())
+        load_anchor(part, lazy=True)  # config and weights go together
+        scores = zip(before, _scores(part, texts), strict=True)
+        forget_notes(bank_folder)
+    return Report(out, anchor, dtype, tuple(levels), tuple(scores))
+
+
+def _scores(folder: Path, texts: Sequence[str]) -> list[Perplexity]:
+    if not texts:
+        return []
+    model = load(folder)
+    modes = ("none",) if model.bank is None else ("fetched", "none")
+    scores = [perplexity(model, texts, mode) for mode in modes]
+    if model.bank is not None:
+        model.bank.close()
+    return scores

@@ -1,0 +1,1 @@
+"""PyTorch's files as data, read and written without PyTorch."""

@@ -1,0 +1,1 @@
+"""The lazy reader of a bank: only the bytes of the blocks that are fetched."""

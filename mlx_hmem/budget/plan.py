@@ -1,0 +1,209 @@
+"""What is chosen so that a model keeps to a memory budget, from what it will take
+(:mod:`mlx_hmem.budget.needs`), MLX's buffer cache and a margin.
+
+Chosen is, in this order, what changes the numbers least: keys and values as they are, in 8 or in
+4 bits; then the longest part of a prompt, of 128 tokens at least if possible; what is left keeps
+blocks of the bank.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_hmem.budget.needs import STEP, Needs
+from mlx_hmem.budget.resident import bytes_text, give_back_freed, machine_bytes
+from mlx_hmem.errors import UserError
+
+CONTEXT = 2048  # tokens, where the anchor does not say its own
+KV_BITS = (None, 8, 4)
+PARTS = (2048, 1024, 512, 256, 128)  # tokens of a prompt at once
+SHORT_PARTS = (64, 32)  # where nothing else fits: a device is not busy with so few
+BUFFERS = 8 << 20  # bytes that MLX may keep of freed buffers, at least
+MOST_BUFFERS = 64 << 20
+MARGIN = 12_000_000
+SHORTEST = 32  # tokens of the shortest context that is offered
+
+
+@dataclass(frozen=True)
+class BudgetPlan:
+    """What was chosen. ``parts``: bytes by name, which add up to less than the ``budget``."""
+
+    budget: int
+    context: int
+    kv_bits: int | None
+    kv_group: int
+    prefill_step_size: int
+    parts: dict[str, int]
+    cache_bytes: int = 0
+    resident_levels: tuple[int, ...] = ()
+    tokens_per_batch: int = 0  # of a model that scores texts
+    memory_per_batch: int = 0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """For mlx-lm's ``generate_step``."""
+        found: dict[str, Any] = {"prefill_step_size": self.prefill_step_size}
+        if self.kv_bits is not None:
+            found |= {"kv_bits": self.kv_bits, "kv_group_size": self.kv_group}
+            found |= {"quantized_kv_start": 0}
+        return found
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    def line(self) -> str:
+        """What was chosen, for people."""
+        large = ((name, size) for name, size in self.parts.items() if size >= 10**6)
+        parts = ", ".join(f"{name} {bytes_text(size)}" for name, size in large)
+        if self.tokens_per_batch:
+            chosen = [f"batches of {self.tokens_per_batch} tokens"]
+        else:
+            bits = "as they are" if self.kv_bits is None else f"in {self.kv_bits} bits"
+            chosen = [f"keys and values {bits}", f"prompts {self.prefill_step_size} tokens at once"]
+        if self.resident_levels:
+            levels = ", ".join(map(str, self.resident_levels))
+            chosen.append(f"of the bank stays what is read of level {levels}")
+        more = ""
+        if self.budget > machine_bytes():
+            more = f", more than this machine's {bytes_text(machine_bytes())}"
+        return (
+            f"memory budget {bytes_text(self.budget)}{more}: {bytes_text(self.total)} planned "
+            f"({parts}); context {self.context} tokens, {', '.join(chosen)}"
+        )
+
+    def apply(self) -> None:
+        """Sets the limits of MLX and of the allocator."""
+        give_back_freed()
+        mx.set_cache_limit(self.parts["buffers"])
+        mx.set_memory_limit(self.budget - self.parts["program"])
+        if mx.metal.is_available():
+            most = mx.device_info()["max_recommended_working_set_size"]
+            mx.set_wired_limit(min(self.budget - self.parts["program"], int(most)))
+
+
+def check_context(most: int | None, context: int | None) -> int:
+    """The tokens of prompt and answer together; ``most`` are those that the anchor says."""
+    if context is None:
+        return CONTEXT if most is None else most
+    if context < 2 or (most is not None and context > most):
+        known = "2 or more" if most is None else f"2 to {most}"
+        raise UserError("the anchor has no such context", f"{context} tokens", f"use {known}")
+    return context
+
+
+def _generation(needs: Needs, context: int, bits: int | None, tokens: int) -> dict[str, int]:
+    return {
+        "program": needs.program,
+        "anchor": needs.anchor,
+        "keys and values": needs.kv(context, bits),
+        "fetched memory": needs.memory,
+        "arriving": needs.stored,
+        "prompt": needs.part(tokens, context, bits),
+        "buffers": BUFFERS,
+        "margin": MARGIN,
+    }
+
+
+def _choices(needs: Needs, context: int) -> Iterator[tuple[int | None, int]]:
+    """Bits of keys and values and tokens at once, the best first."""
+    for parts in (PARTS, SHORT_PARTS):
+        for bits in KV_BITS if needs.kv_group else (None,):
+            for tokens in parts:
+                if tokens <= max(context, SHORT_PARTS[-1]):
+                    yield bits, tokens
+
+
+def least_bytes(needs: Needs, context: int) -> int:
+    """The smallest budget with which a context works."""
+    every = (_generation(needs, context, *choice) for choice in _choices(needs, context))
+    return min(sum(parts.values()) for parts in every)
+
+
+def make_plan(
+    needs: Needs,
+    budget: int,
+    context: int | None = None,
+    resident_levels: tuple[int, ...] = (),
+    most_cache: int = 256 << 20,
+) -> BudgetPlan:
+    """What to choose for generation; UserError where nothing fits, with what would."""
+    length = check_context(needs.most_context, context)
+    asked = sum(needs.levels.get(level, 0) for level in resident_levels)
+    for bits, tokens in _choices(needs, length):
+        parts = _generation(needs, length, bits, tokens)
+        spare = budget - sum(parts.values()) - asked
+        if spare >= 0:
+            parts["buffers"] += (more := min(spare // 4, MOST_BUFFERS - BUFFERS))
+            return _with_blocks(
+                BudgetPlan(budget, length, bits, needs.kv_group, tokens, parts),
+                needs, spare - more, resident_levels, most_cache,
+            )  # fmt: skip
+    raise too_small(needs, budget, length, asked)
+
+
+def _with_blocks(
+    plan: BudgetPlan, needs: Needs, spare: int, asked: tuple[int, ...], most_cache: int
+) -> BudgetPlan:
+    """Levels that fit whole stay, the coarsest first; what is left keeps the latest blocks."""
+    resident, room = list(asked), spare
+    for level, size in sorted(needs.levels.items()):
+        if level in resident:
+            continue
+        # A path's other blocks must find room beside them.
+        if size + needs.stored > room:
+            break
+        resident.append(level)
+        room -= size
+    kept = sum(needs.levels[level] for level in resident)
+    cache = min(room, most_cache, sum(needs.levels.values()) - kept)
+    parts = plan.parts | {"kept blocks": kept + cache}
+    return replace(plan, parts=parts, cache_bytes=cache, resident_levels=tuple(resident))
+
+
+def too_small(needs: Needs, budget: int, context: int, asked: int = 0) -> UserError:
+    """What would fit: a larger budget, or a shorter context."""
+    least = -(-(least_bytes(needs, context) + asked) // 10**6) * 10**6
+    remedy = f"give at least {bytes_text(least)} for a context of {context} tokens"
+    shorter = [
+        n for n in (*range(SHORTEST, STEP, SHORTEST), *range(STEP, context, STEP))
+        if n < context and least_bytes(needs, n) + asked <= budget
+    ]  # fmt: skip
+    if shorter:
+        remedy += f", or --context {shorter[-1]}"
+    return UserError("the memory budget is too small", bytes_text(budget), remedy)
+
+
+def plan_scoring(needs: Needs, budget: int, context: int | None = None) -> BudgetPlan:
+    """As :func:`make_plan` for scoring texts, which takes the logits of every token of a batch."""
+    length = min(check_context(needs.most_context, context), CONTEXT)
+
+    def parts_of(tokens: int, longest: int) -> dict[str, int]:
+        parts = _generation(needs, longest, None, tokens)
+        parts["keys and values"] = needs.kv(tokens, None)
+        parts["logits"] = 4 * 3 * tokens * needs.vocab_size
+        return parts
+
+    # A batch holds one text at least.
+    for tokens in sorted({length, *(n for n in (4096, *PARTS) if n > length)}, reverse=True):
+        parts = parts_of(tokens, length)
+        spare = budget - sum(parts.values())
+        if spare >= 0:
+            rows = spare // 2  # of a batch, each with a memory of its own
+            cache = min(spare - rows, 256 << 20, sum(needs.levels.values()))
+            parts |= {"kept blocks": cache, "memory of more texts": rows}
+            # A row's memory is there three times while it is stacked with the others.
+            return BudgetPlan(
+                budget, length, None, 0, tokens, parts, cache, (), tokens,
+                rows // 3 + 4 * needs.fetched,
+            )  # fmt: skip
+    least = -(-sum(parts_of(length, length).values()) // 10**6) * 10**6
+    remedy = f"give at least {bytes_text(least)} for a context of {length} tokens"
+    fitting = [
+        n for n in range(SHORTEST, length, SHORTEST) if sum(parts_of(n, n).values()) <= budget
+    ]
+    if fitting:
+        remedy += f", or --context {fitting[-1]}"
+    raise UserError("the memory budget is too small", bytes_text(budget), remedy)

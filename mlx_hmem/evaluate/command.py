@@ -1,0 +1,268 @@
+"""Scores a model directory: ``python -m mlx_hmem.evaluate MODEL_DIR --facts F --text T``.
+
+Prints a table of recall by how often a fact was stated, or counted in a corpus, of perplexity, and
+with ``--tasks all --data FOLDER`` of accuracy on benchmark tasks, for each kind of memory asked
+for; ``--block-best`` and ``--routing`` look into the memory itself. With ``--json`` it is one JSON
+object on standard output. Progress goes to standard error.
+"""
+
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mlx_hmem.budget.resident import SIZE_HELP, parse_bytes
+from mlx_hmem.errors import ArgumentParser, UserError, run_program
+from mlx_hmem.evaluate.document_index import DocumentIndex
+from mlx_hmem.evaluate.facts import ROUTES
+from mlx_hmem.evaluate.paper.blocking import blocking, used_clusters
+from mlx_hmem.evaluate.paper.fact_runs import FactRun
+from mlx_hmem.evaluate.paper.fact_sets import FactSet, counted, fact_sets
+from mlx_hmem.evaluate.paper.routing_quality import RoutingRow, document_rows, fact_rows
+from mlx_hmem.evaluate.perplexity import ROUTE_BY, perplexity
+from mlx_hmem.evaluate.rag import Rag, Result, with_flops, with_rag
+from mlx_hmem.evaluate.routing import check_levels
+from mlx_hmem.evaluate.tables import (
+    blocking_table,
+    count_table,
+    perplexity_table,
+    recall_table,
+    routing_table,
+    table,
+    task_table,
+)
+from mlx_hmem.evaluate.tasks.benchmark import TaskResult, averages, model_fingerprint, score_task
+from mlx_hmem.evaluate.tasks.task import TaskData, load_tasks
+from mlx_hmem.evaluate.texts import read_texts
+from mlx_hmem.model.find import MODEL_FILES, find_model
+from mlx_hmem.model.load import load
+from mlx_hmem.model.model import MODES, MemoryModel
+from mlx_hmem.retriever import load_encoder
+
+__all__ = ["main", "perplexity_table", "recall_table", "table", "task_table"]
+Found = tuple[dict[str, Any], list[str]]  # JSON values, tables
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="python -m mlx_hmem.evaluate", description=__doc__)
+    parser.add_argument("model", help="model directory or Hub id")
+    parser.add_argument("--memory", default="none,generic,fetched", help="kinds, with commas")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/evaluate"), help="where results are kept"
+    )
+    parser.add_argument(
+        "--limit", type=int, help="score this many facts, documents and rows of a task"
+    )
+    parser.add_argument("--memory-budget", metavar="BYTES", help=f"most bytes to take, {SIZE_HELP}")
+    parser.add_argument(
+        "--context", type=int, metavar="TOKENS", help="the longest window (default: the anchor's)"
+    )
+    parser.add_argument("--lazy", action="store_true", help="fetch only what is needed of the bank")
+    parser.add_argument(
+        "--rag",
+        type=Path,
+        metavar="INDEX",
+        help="facts and tasks also with the nearest document of this index before each prompt",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+    facts = parser.add_argument_group("facts")
+    facts.add_argument("--facts", type=Path, help="CSV of prompt, answers, key; or JSON lines")
+    facts.add_argument("--atomic-numbers", action="store_true", help="of the 118 elements")
+    facts.add_argument("--corpus", type=Path, help="text in which names of facts are counted")
+    facts.add_argument("--route", default="prompt", help=f"facts: one of {', '.join(ROUTES)}")
+    facts.add_argument("--seed", type=int, default=0, help="of random leaves and clusters")
+
+    text = parser.add_argument_group("text")
+    text.add_argument("--text", type=Path, help="held-out documents, JSON lines or plain text")
+    text.add_argument("--route-by", default="window", help=f"for text: one of {ROUTE_BY}")
+
+    tasks = parser.add_argument_group("benchmark tasks")
+    tasks.add_argument("--tasks", help="benchmark tasks, with commas, as arc_easy:3; or all")
+    tasks.add_argument("--data", type=Path, help="the folder of the tasks' files")
+
+    more = parser.add_argument_group("of the memory")
+    more.add_argument(
+        "--block-best",
+        metavar="LEVELS",
+        help="facts and tasks while the best cluster of a level is withheld: as 1,2; or all",
+    )
+    more.add_argument(
+        "--routing", action="store_true", help="how facts and text are routed, not how they score"
+    )
+    more.add_argument("--encoder", help="with --routing: compare with minilm, static or a folder")
+    return parser
+
+
+def _check(args: Namespace) -> list[str]:
+    """The kinds of memory, if the command makes sense."""
+    modes = [m.strip() for m in args.memory.split(",")]
+    if unknown := [m for m in modes if m not in MODES]:
+        raise UserError("unknown memory mode", repr(unknown[0]), f"use {','.join(MODES)}")
+    if args.route_by not in ROUTE_BY:
+        raise UserError("unknown --route-by", repr(args.route_by), f"use one of {ROUTE_BY}")
+    if args.route not in ROUTES:
+        raise UserError("unknown --route", repr(args.route), f"use one of {', '.join(ROUTES)}")
+    if args.limit is not None and args.limit < 1:
+        raise UserError("--limit is less than 1", args.limit, "give 1 or more, or leave it out")
+    facts = args.facts or args.atomic_numbers
+    if not facts and not args.text and not args.tasks:
+        remedy = "give --facts, --atomic-numbers, --text or --tasks"
+        raise UserError("there is nothing to score", "no file", remedy)
+    if args.tasks and not args.data:
+        raise UserError("--tasks needs their files", args.tasks, "name their folder with --data")
+    if args.corpus and not facts:
+        raise UserError("--corpus counts names of facts", args.corpus, "give --atomic-numbers too")
+    if args.block_best and not facts and not args.tasks:
+        raise UserError("nothing to block", args.block_best, "give --facts or --tasks with it")
+    if args.routing and not facts and not args.text:
+        raise UserError("nothing to route", "no file", "give --facts or --text with --routing")
+    if (args.block_best or args.routing) and args.route != "prompt":
+        raise UserError("facts are routed by their prompts here", args.route, "leave --route out")
+    if args.encoder and not (args.routing and args.text):
+        raise UserError("--encoder needs documents", args.encoder, "give --routing and --text")
+    if args.rag and (args.text or args.block_best or args.routing):
+        remedy = "leave --text, --block-best and --routing out"
+        raise UserError("--rag is for facts and tasks", args.rag, remedy)
+    return modes
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = _parser().parse_args(arguments)
+    modes = _check(args)
+    tasks = load_tasks(args.tasks, args.data) if args.tasks else []
+    sets = fact_sets(args.facts, args.atomic_numbers, args.corpus, args.limit)
+    texts = read_texts(args.text, args.limit) if args.text else []
+    encoder = load_encoder(args.encoder) if args.encoder else None
+    budget = None if args.memory_budget is None else parse_bytes(args.memory_budget)
+    model = load(
+        args.model, lazy=args.lazy, memory_budget=budget, context=args.context, scoring=True
+    )
+    if model.plan is not None:
+        print(model.plan.line(), file=sys.stderr)
+    rag = None
+    if args.rag:
+        rag = Rag(model, DocumentIndex.open(args.rag, model.require_bank().tree_hash))
+    levels = _levels(model, args.block_best) if args.block_best else []
+    sets = [counted(each, args.corpus, args.out) for each in sets]
+    name = ""
+    if sets or tasks:  # what they find is kept
+        name = model_fingerprint(find_model(args.model, MODEL_FILES))  # by now in the Hub's cache
+
+    found: dict[str, Any] = {} if args.routing else {"recall": [], "perplexity": []}
+    tables: list[str] = []
+    routed: list[RoutingRow] = []
+    for each in sets:
+        run = FactRun(model, args.out, name, each.integers, args.route, args.seed)
+        if levels:
+            rows = blocking(run, each.facts, levels)
+            blocked = {"facts": each.name, "rows": [row.to_dict() for row in rows]}
+            found.setdefault("blocking", []).append(blocked)
+            tables.append(f"{each.name}\n{blocking_table(rows)}")
+        if args.routing:
+            routed += fact_rows(run, each.facts)
+        if not levels and not args.routing:
+            _recall(run, each, modes, found, tables, rag)
+    if args.routing:
+        if args.text:
+            routed += document_rows(model, texts, encoder)
+        found["routing"] = [row.to_dict() for row in routed]
+        tables.append(routing_table(routed))
+    elif args.text:
+        scores = [perplexity(model, texts, m, route_by=args.route_by) for m in modes]
+        found["perplexity"] = [score.to_dict() for score in scores]
+        tables.append(perplexity_table(scores))
+    if tasks:
+        results = _score_tasks(model, name, tasks, modes, levels, args, rag)
+        means = averages(results)
+        found |= {
+            "tasks": [r.to_dict() for r in results],
+            "averages": [m.to_dict() for m in means],
+        }
+        tables.append(task_table(results, means))
+    print(json.dumps(found) if args.json else "\n\n".join(tables))
+
+
+def _levels(model: MemoryModel, text: str) -> list[int]:
+    if text == "all":
+        return list(range(1, model.require_bank().config.num_levels + 1))
+    try:
+        levels = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError("--block-best is no list of levels", text, "give 1 or 1,2 or all") from None
+    return check_levels(model, list(dict.fromkeys(levels)))
+
+
+def _recall(
+    run: FactRun,
+    each: FactSet,
+    modes: Sequence[str],
+    found: dict[str, Any],
+    tables: list[str],
+    rag: Rag | None,
+) -> None:
+    """Adds the recall of one set of facts to what was ``found``, and its table."""
+    by = "" if run.route == "prompt" else f", by {run.route}"
+    labels = {m: m + (by if m == "fetched" else "") for m in modes}
+    results = [run.recall(each.facts, m, label=labels[m]) for m in modes]
+    if rag is not None:
+        results += [
+            run.recall(each.facts, m, label=labels[m].replace(m, with_rag(m)), rag=rag)
+            for m in modes
+        ]
+        results = _with_flops(run.model, results, modes, each.name)
+    if not each.is_table:
+        found["recall"] += [result.to_dict() for result in results]
+        tables.append(recall_table(results))
+        return
+    found.setdefault("facts", []).append(each.to_dict(results))
+    tables.append(f"{each.name}\n{count_table(results, bool(each.corpus))}")
+
+
+def _with_flops(
+    model: MemoryModel, results: Sequence[Result], modes: Sequence[str], name: str
+) -> list[Result]:
+    """The results of the kinds of memory, then with documents, with their FLOPs; says how many
+    documents were cut."""
+    arms = [(mode, shown) for shown in (False, True) for mode in modes]
+    print(results[-1].documents.line(name), file=sys.stderr)  # type: ignore[attr-defined]
+    return with_flops(model, results, arms)
+
+
+def _score_tasks(
+    model: MemoryModel,
+    name: str,
+    tasks: Sequence[TaskData],
+    modes: Sequence[str],
+    levels: Sequence[int],
+    args: Namespace,
+    rag: Rag | None,
+) -> list[TaskResult]:
+    options = {"out": args.out, "model_name": name, "limit": args.limit}
+    results: list[TaskResult] = []
+    for task in tasks:
+        results += [score_task(model, task, mode, **options) for mode in modes]
+        if rag is not None:
+            shown = [score_task(model, task, mode, rag=rag, **options) for mode in modes]
+            both = [*results[-len(modes) :], *shown]
+            results[-len(modes) :] = _with_flops(model, both, modes, task.task.name)
+        last = results[-1]  # these two are the same for each kind of memory
+        if last.cut:
+            note = f"{last.cut} of {last.rows} prompts were cut to fit the context"
+            print(f"{task.task.name}: {note}", file=sys.stderr)
+        if last.left_out:
+            note = f"rows left out because an answer fills the context: {last.left_out}"
+            print(f"{task.task.name}: {note}", file=sys.stderr)
+        for level in sorted(levels, reverse=True):
+            label = f"best 1/{used_clusters(model, level)} withheld"
+            scored = score_task(model, task, "fetched", withheld=level, **options)
+            results.append(replace(scored, memory=label))
+    print(f"results of every row: {args.out}", file=sys.stderr)
+    return results
+
+
+if __name__ == "__main__":
+    run_program(main, stopped="stopped; it goes on from here with the same command")

@@ -1,0 +1,1 @@
+"""What only the replication of the paper needs: counts, blocking, routing."""

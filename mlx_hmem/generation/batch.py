@@ -1,0 +1,312 @@
+"""Many texts at once, each with its own memory, over mlx-lm's ``BatchGenerator``.
+
+A row's route, the ids of its blocks, travels as the last entry of its prompt cache, so it follows
+the row through every merge, split and removal, and with it the banks as the row's user may see
+them: a block that a view bars is in no route of that user. Each block is fetched and held once,
+however many rows share it. The price of rows with different memories is that the joined memory has
+a copy for each of them, rows × 36 MB for the paper's 18M; rows that all share one memory need but
+one.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
+
+import mlx.core as mx
+from mlx_lm.generate import BatchGenerator
+from mlx_lm.models.cache import make_prompt_cache
+
+from mlx_hmem.bank import Bank
+from mlx_hmem.bank.format import GENERIC
+from mlx_hmem.errors import UserError
+from mlx_hmem.memory import FetchedMemory, Rows
+from mlx_hmem.model.banks import Banks
+from mlx_hmem.model.model import MemoryModel, Path_, check_mode
+from mlx_hmem.model.stream import AnchorWithMemory, prompt_ids
+from mlx_hmem.retriever.texts import check_texts
+
+Key = tuple[str, int, int]  # of a block: its bank, level and cluster
+
+
+class Route(tuple[Key, ...]):
+    """The blocks of one row, none for the anchor alone; ``banks`` fetches them for its user.
+
+    Rows with the same blocks are equal, whoever asks.
+    """
+
+    banks: Banks
+
+    @classmethod
+    def of(cls, keys: Iterable[Key], banks: Banks) -> "Route":
+        route = cls(keys)
+        route.banks = banks
+        return route
+
+
+class RouteCache:
+    """The last entry of a prompt cache: one route per row of the batch.
+
+    It holds ids alone until the model is called; then also the memory of the present rows, which
+    goes when they change. What :meth:`extract` gives of a finished row is ids again, so a prompt
+    cache kept for later, as mlx-lm's server keeps them, still knows its route and nothing more.
+    """
+
+    state: tuple[()] = ()  # nothing that mlx-lm must evaluate
+    nbytes = 0  # the memory is no part of the prompt's state
+
+    def __init__(self, routes: Iterable[Route]):
+        self.routes = list(routes)
+        self.blocks: dict[Key, mx.array] = {}
+        self.anchor: AnchorWithMemory | None = None  # bound to the memory of these rows
+
+    @classmethod
+    def merge(cls, caches: "Sequence[RouteCache]") -> "RouteCache":
+        return cls(chain.from_iterable(cache.routes for cache in caches))
+
+    def extend(self, other: "RouteCache") -> None:
+        self._change(self.routes + other.routes, self.blocks | other.blocks)
+
+    def filter(self, batch_indices: Sequence[int]) -> None:
+        self._change([self.routes[index] for index in batch_indices], self.blocks)
+
+    def extract(self, idx: int) -> "RouteCache":
+        return RouteCache([self.routes[idx]])
+
+    def _change(self, routes: list[Route], blocks: dict[Key, mx.array]) -> None:
+        """New rows: the blocks they still need stay, so they are not fetched again."""
+        # One memory for all rows has no batch axis and outlives their coming and going.
+        if routes != self.routes and len({*routes, *self.routes}) > 1:
+            self.anchor = None
+        self.routes = routes
+        self.blocks = {k: blocks[k] for k in chain.from_iterable(routes) if k in blocks}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RouteCache":
+        return copy.copy(self)  # what it holds is replaced, never changed in place
+
+    def prepare(self, **padding: Any) -> None:
+        """Padding is nothing to a route."""
+
+    def finalize(self) -> None:
+        """As :meth:`prepare`."""
+
+    def empty(self) -> bool:
+        return False
+
+    def size(self) -> int:
+        return 0
+
+    def is_trimmable(self) -> bool:
+        return False  # the start of a prompt may have another route
+
+
+class BatchModel:
+    """A :class:`MemoryModel` as mlx-lm's ``BatchGenerator`` takes a model.
+
+    ::
+
+        batch = BatchModel(model)
+        generator = BatchGenerator(batch)
+        generator.insert([ids, ...], caches=[batch.make_cache(path), ...])
+    """
+
+    def __init__(self, model: MemoryModel):
+        self._model, self._bank = model, model.require_bank()
+        # What some RouteCache holds, for others to share: blocks, and memories joined by rows.
+        self._held: WeakValueDictionary[Key, mx.array] = WeakValueDictionary()
+        self._bound: WeakValueDictionary[tuple[Route, ...], AnchorWithMemory]
+        self._bound = WeakValueDictionary()
+
+    def make_cache(
+        self,
+        route: Sequence[int] | str = "none",
+        *,
+        bank: str = "",
+        under: MemoryModel | None = None,
+    ) -> list[Any]:
+        """An empty prompt cache for one row, to be inserted with its prompt.
+
+        ``route`` is a cluster path in the ``bank`` of this name, "generic" or "none". Rows of all
+        three can share a batch. ``under``: the same model as the user of this row may see it
+        (:meth:`MemoryModel.under`).
+        """
+        banks = (self._model if under is None else under).require_banks()
+        keys: list[tuple[int, int]] = []
+        if not isinstance(route, str):
+            keys = banks.bank(bank).keys_of(tuple(route), frozenset())
+        elif route == "generic":
+            keys = [(GENERIC, 0)]
+        elif route != "none":
+            raise UserError("no such route", repr(route), "use a cluster path, generic or none")
+        routed = Route.of(((bank, *key) for key in keys), banks)
+        return [*make_prompt_cache(self._model.anchor), RouteCache([routed])]
+
+    def __call__(self, inputs: mx.array, cache: list[Any]) -> mx.array:
+        """Logits (batch, time, vocabulary) of token ids (batch, time)."""
+        *states, routes = cache
+        if routes.anchor is None:
+            self._recall(routes)
+        return routes.anchor(inputs, cache=states)
+
+    def _recall(self, cache: RouteCache) -> None:
+        """Fetches the blocks of the rows that are not held yet and joins them."""
+        keys = list(dict.fromkeys(chain.from_iterable(cache.routes)))
+        held = {key: block for key in keys if (block := self._held.get(key)) is not None}
+        held.update(self._fetch(cache.routes, set(keys) - set(held)))
+        self._held.update(held)
+        shared = len(set(cache.routes)) == 1
+        routes = tuple(cache.routes[:1] if shared else cache.routes)
+        cache.blocks, cache.anchor = held, self._bound.get(routes)
+        if cache.anchor is None:
+            joined = {route: self._join([held[key] for key in route]) for route in set(routes)}
+            rows = joined[routes[0]] if shared else _stack([joined[route] for route in routes])
+            mx.eval(rows)
+            cache.anchor = self._bound[routes] = self._model.with_rows(rows)
+
+    def _fetch(self, routes: Sequence[Route], missing: set[Key]) -> dict[Key, mx.array]:
+        """The missing blocks, each read for a row that may have it."""
+        wanted: dict[tuple[Bank, str], list[Key]] = {}
+        for route in routes:
+            for key in missing.intersection(route):
+                missing.remove(key)
+                wanted.setdefault((route.banks.bank(key[0]), key[0]), []).append(key)
+        found: dict[Key, mx.array] = {}
+        for (bank, _), keys in wanted.items():
+            blocks = bank.blocks([(level, cluster) for _, level, cluster in keys])
+            found.update(zip(keys, blocks, strict=True))
+        return found
+
+    def _join(self, blocks: list[mx.array]) -> Rows | None:
+        return self._model.rows_of([FetchedMemory(tuple(blocks), self._bank.config)])
+
+
+def _stack(memories: Sequence[Rows | None]) -> Rows:
+    """One memory per row; zeros, which add nothing, where one has fewer rows than another."""
+    some = next(memory for memory in memories if memory is not None)
+    most = max(memory[0].shape[-2] for memory in memories if memory is not None)
+    zeros = tuple(mx.zeros_like(group) for group in some)
+    filled = ((zeros if memory is None else memory) for memory in memories)
+    groups = zip(*filled, strict=True)
+    return tuple(mx.stack([_padded(rows, most) for rows in group]) for group in groups)
+
+
+def _padded(rows: mx.array, most: int) -> mx.array:
+    """A group (layers, rows, R, width) with zeros up to R = ``most``."""
+    return mx.pad(rows, [(0, 0), (0, 0), (0, most - rows.shape[-2]), (0, 0)])
+
+
+class Completion(NamedTuple):
+    """What continues one prompt. ``tokens`` are without the one that ended it, if one did."""
+
+    text: str
+    tokens: list[int]
+    path: Path_ | None
+    finish_reason: str  # "stop" or "length"
+    bank: str = ""  # where the path lies
+
+
+def batch_generate(
+    model: MemoryModel,
+    prompts: Sequence[str],
+    *,
+    max_tokens: int | Sequence[int] = 100,
+    memory: str = "fetched",
+    route_texts: Sequence[str] | None = None,
+    views: Sequence[str | None] | None = None,
+    **options: Any,
+) -> list[Completion]:
+    """Continues many prompts at once, each with the memory it is routed to; in their order.
+
+    Args:
+        max_tokens: for all prompts, or for each; no text grows beyond the anchor's context.
+        memory: "fetched", "generic" or "none", for all.
+        route_texts: what to route by in place of each prompt.
+        views: of each prompt, what its user may fetch (:meth:`MemoryModel.under`), of one open
+            bank; without, all are as ``model`` is.
+        options: those of mlx-lm's ``BatchGenerator``: ``sampler`` (greedy without),
+            ``completion_batch_size``, ``prefill_batch_size``, ...
+
+    Raises:
+        UserError: no prompts, an empty or too long one, or lists of different lengths.
+    """
+    check_mode(memory)
+    ids, limits = _checked(model, prompts, max_tokens)
+    texts = check_texts(prompts if route_texts is None else route_texts)
+    if len(texts) != len(ids):
+        raise UserError("route_texts does not match the prompts", len(texts), f"give {len(ids)}")
+    if views is not None and len(views) != len(ids):
+        raise UserError("views does not match the prompts", len(views), f"give {len(ids)}")
+    routes: list[tuple[str, Path_ | None]] = [("", None)] * len(ids)
+    anchor: Any = model.with_rows(None)  # all that mlx-lm asks of a model
+    caches = None
+    if memory != "none":
+        anchor = BatchModel(model)
+        by_view = {view: model.under(view) for view in views or ()}
+        users = [model] * len(ids) if views is None else [by_view[view] for view in views]
+        if memory == "fetched":
+            routes = [*_routes(users, texts)]
+        caches = [
+            anchor.make_cache(path or "generic", bank=bank, under=user)
+            for (bank, path), user in zip(routes, users, strict=True)
+        ]
+    stops = [[token] for token in model.tokenizer.eos_token_ids]
+    generator = BatchGenerator(anchor, stop_tokens=stops, **options)
+    try:
+        uids = generator.insert(ids, limits, caches=caches)
+        found = _run(generator, uids)
+    finally:
+        generator.close()
+    return [
+        Completion(_text(model, tokens), tokens, path, reason, bank)
+        for (tokens, reason), (bank, path) in zip(found, routes, strict=True)
+    ]
+
+
+def _routes(users: Sequence[MemoryModel], texts: list[str]) -> Iterator[tuple[str, Path_]]:
+    """The bank and the cluster path of each text, for its user."""
+    banks = [user.require_banks() for user in users]
+    retriever = banks[0].retriever()
+    if all(len(each.parts) == 1 for each in banks):
+        return (("", path) for path in retriever.route_many(texts))
+    vectors = retriever.vectors(texts)
+    return (each.nearest(vector) for each, vector in zip(banks, vectors, strict=True))
+
+
+def _checked(
+    model: MemoryModel, prompts: Sequence[str], max_tokens: int | Sequence[int]
+) -> tuple[list[list[int]], list[int]]:
+    """The token ids of each prompt and how many tokens may follow it."""
+    if not check_texts(prompts):
+        raise UserError("there are no prompts", "an empty list", "give at least one")
+    ids = [prompt_ids(model.tokenizer, prompt, model.context) for prompt in prompts]
+    limits = [max_tokens] * len(ids) if isinstance(max_tokens, int) else list(max_tokens)
+    if len(limits) != len(ids):
+        raise UserError("max_tokens does not match the prompts", len(limits), f"give {len(ids)}")
+    if min(limits) < 1:
+        raise UserError("max_tokens is not positive", min(limits), "ask for 1 or more")
+    if model.context is not None:
+        limits = [min(n, model.context - len(i)) for n, i in zip(limits, ids, strict=True)]
+    return ids, limits
+
+
+def _run(generator: BatchGenerator, uids: Sequence[int]) -> list[tuple[list[int], str]]:
+    """The tokens of each row and why it ended, once all have."""
+    tokens: dict[int, list[int]] = {uid: [] for uid in uids}
+    reasons: dict[int, str] = {}
+    while len(reasons) < len(uids):
+        for response in generator.next_generated():
+            if response.finish_reason != "stop":
+                tokens[response.uid].append(response.token)
+            if response.finish_reason is not None:
+                reasons[response.uid] = response.finish_reason
+    return [(tokens[uid], reasons[uid]) for uid in uids]
+
+
+def _text(model: MemoryModel, tokens: list[int]) -> str:
+    """As a stream's pieces joined; ``decode`` reads broken UTF-8 in another way."""
+    detokenizer = model.tokenizer.detokenizer
+    for token in tokens:
+        detokenizer.add_token(token)
+    detokenizer.finalize()
+    return detokenizer.text

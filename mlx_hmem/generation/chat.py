@@ -1,0 +1,138 @@
+"""``generate.py --chat``: a :class:`Conversation` at a terminal, or with lines from a pipe.
+
+Answers go to standard output, all else to standard error. Without a terminal there is no prompt
+sign, and the answers alone, a line each or more, are what a pipe carries on.
+"""
+
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+
+from mlx_hmem.budget.resident import OverBudgetError
+from mlx_hmem.errors import UserError
+from mlx_hmem.generation.conversation import Conversation
+
+HELP = """\
+Text is answered; a line that begins with / is a command:
+/memory fetched|generic|none   which memory the next answers use; alone: which it is
+/route                         the cluster path of the latest answer
+/route TEXT                    what TEXT would be routed to
+/history on|off                whether an answer sees what was said before; alone: which it is
+/stats                         times, where each level came from, memory
+/reset                         forget what was said
+/help                          this
+/quit                          end; so does Ctrl-D. Ctrl-C stops an answer"""
+
+
+def chat(conversation: Conversation) -> None:
+    """Answers the lines of standard input until it ends or one is ``/quit``."""
+    at_terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+    if at_terminal:
+        with suppress(ImportError):  # not on every system; input() then has no line editing
+            import readline  # noqa: F401
+        _say("/help names the commands")
+    try:
+        while (line := _next_line(at_terminal)) is not None:
+            if line.strip() and not _handle(conversation, line.strip()):
+                break
+    finally:
+        conversation.stop_prefetch()
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _next_line(at_terminal: bool) -> str | None:
+    """A line without its end; None at the end of the input."""
+    while at_terminal:
+        try:
+            return input("> ")
+        except EOFError:
+            print()
+            return None
+        except KeyboardInterrupt:
+            _say("\n/quit or Ctrl-D ends")
+    if sys.stdin is None:
+        raise UserError("standard input is closed", "--chat", "pipe a text into it")
+    try:
+        return sys.stdin.buffer.readline().decode() or None
+    except UnicodeDecodeError as error:
+        raise UserError("standard input is not UTF-8 text", error, "convert it") from None
+
+
+def _handle(conversation: Conversation, line: str) -> bool:
+    """Answers a text or obeys a command; False where that is to end."""
+    try:
+        if not line.startswith("/"):
+            _answer(conversation, line)
+            return True
+        name, _, rest = line[1:].partition(" ")
+        if name == "quit":
+            return False
+        if name not in COMMANDS:
+            raise UserError("no such command", f"/{name}", "/help names them")
+        COMMANDS[name](conversation, rest.strip())
+    except OverBudgetError:
+        raise  # the system may end the program at any moment
+    except UserError as error:
+        _say(f"error: {error}")
+    return True
+
+
+def _answer(conversation: Conversation, text: str) -> None:
+    before = conversation.route
+    pieces = conversation.say(text)
+    try:
+        for piece in pieces:
+            print(piece.text, end="", flush=True)
+        print(flush=True)
+    except KeyboardInterrupt:
+        pieces.close()
+        print(flush=True)
+        _say("stopped")
+    if conversation.route != before and conversation.recall is not None:
+        _say(_route(conversation))
+
+
+def _route(conversation: Conversation) -> str:
+    recall = conversation.recall
+    if recall is None:
+        return f"memory: {conversation.memory}, no answer yet"
+    path = "" if recall.path is None else f" {recall.path}"
+    path = f" of bank {recall.bank},{path}" if recall.bank else path
+    sources = ", ".join(f"level {b['level']} {b['source']}" for b in recall.blocks)
+    return f"memory: {recall.mode}{path}{f' ({sources})' if sources else ''}"
+
+
+def _memory_command(conversation: Conversation, mode: str) -> None:
+    if mode:
+        conversation.set_memory(mode)
+    _say(f"memory: {conversation.memory}")
+
+
+def _history_command(conversation: Conversation, state: str) -> None:
+    if state not in ("", "on", "off"):
+        raise UserError("no such state of the history", state, "use on or off")
+    if state:
+        conversation.history = state == "on"
+    _say(f"history: {'on' if conversation.history else 'off'}")
+
+
+def _route_command(conversation: Conversation, text: str) -> None:
+    _say(str(conversation.path_of(text)) if text else _route(conversation))
+
+
+def _reset_command(conversation: Conversation, rest: str) -> None:
+    conversation.reset()
+    _say("all is forgotten")
+
+
+COMMANDS: dict[str, Callable[[Conversation, str], None]] = {
+    "memory": _memory_command,
+    "history": _history_command,
+    "route": _route_command,
+    "stats": lambda conversation, rest: _say("\n".join(conversation.stats.lines())),
+    "reset": _reset_command,
+    "help": lambda conversation, rest: _say(HELP),
+}

@@ -1,0 +1,305 @@
+"""A conversation with a :class:`MemoryModel`, whose memory follows the topic.
+
+Each turn is routed by itself and by the words before it; a level changes only when the topic has
+clearly left its cluster, and only the levels that changed are replaced. The history's keys and
+values stay as they were computed, under the memory of their time: computed anew under the present
+one they cost a pass over the history and predict no better (docs/chat.md).
+"""
+
+import time
+from collections.abc import Callable, Collection, Generator, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from mlx_lm.generate import GenerationResponse
+from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+
+from mlx_hmem.bank.views import Barred
+from mlx_hmem.errors import UserError
+from mlx_hmem.generation.prefetch import Prefetch
+from mlx_hmem.generation.session import SessionStats
+from mlx_hmem.model.model import Damaged, MemoryModel, Path_, Recall, check_mode
+from mlx_hmem.model.stream import check_options, first_or, prompt_ids, stream_text
+from mlx_hmem.retriever import Retriever
+from mlx_hmem.retriever.steady import likely_paths, steady_route
+
+# Measured on conversations made of articles (docs/chat.md).
+WINDOW = 32  # words
+WEIGHT = 0.7  # of the turn itself; the rest is the window's
+MARGIN = 0.1  # L2 beyond a cluster's boundary
+LIKELY = 8  # paths that are prefetched
+
+MAX_TOKENS = 256  # as mlx-lm's chat
+
+
+@dataclass
+class Turn:
+    """What was said, and what was answered; the ids are those that the anchor has seen."""
+
+    text: str
+    ids: list[int]
+    answer: str = ""
+    answer_ids: tuple[int, ...] = ()
+
+
+class Conversation:
+    """Turns, their answers, and the memory of the moment. For one thread.
+
+    With the tokenizer's chat template where it has one. An anchor without one continues texts, and
+    each turn is a text of its own: one that was trained on single documents is lost after another
+    (docs/chat.md). With ``history`` the texts follow one another, each begun as a prompt is. When
+    the context is full the oldest turns are dropped.
+
+    Attributes:
+        memory: "fetched", "generic" or "none".
+        history: whether an answer sees the turns before; may be set between turns.
+        turns: what was said and answered, as far as it is in the context.
+        recall: the :class:`Recall` of the latest answer, None before the first.
+        stats: of the session so far.
+    """
+
+    def __init__(
+        self,
+        model: MemoryModel,
+        *,
+        memory: str = "fetched",
+        history: bool | None = None,
+        blocked: Collection[Barred] = (),
+        max_tokens: int = MAX_TOKENS,
+        damaged: Damaged = "skip",
+        margin: float = MARGIN,
+        prefetch: bool = True,
+        notify: Callable[[str], None] = lambda line: None,
+        **options: Any,
+    ):
+        """``history``: None for that of the tokenizer, see above. ``damaged``: whether an answer
+        goes on without a block that cannot be read, or ends in a UserError. ``prefetch``: read
+        blocks that may be asked for next between the turns. ``notify`` is told, in a line, what
+        else one should know. ``blocked`` and ``options`` are
+        those of :meth:`MemoryModel.stream`."""
+        check_options(max_tokens, **options)
+        has_memory = check_mode(memory) != "none"
+        config = model.require_bank().config if has_memory else None
+        own = model.require_banks().blocked_in(blocked, "") if has_memory else []
+        self._barred = frozenset() if config is None else config.check_blocked(own)
+        self.model, self.memory, self.blocked = model, memory, blocked
+        self.history = model.tokenizer.has_chat_template if history is None else history
+        self.max_tokens, self.damaged, self.margin = max_tokens, damaged, margin
+        self._notify, self._options = notify, options
+        self._prefetch = Prefetch(model.bank) if prefetch and model.bank is not None else None
+        self.stats = SessionStats()
+        self._latest = 0  # the number of the answer begun last
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets what was said; the statistics go on."""
+        self.stop_prefetch()
+        self.turns: list[Turn] = []
+        self.recall: Recall | None = None
+        self._before: Recall | None = None  # a recall whose answer has ended
+        self._present: Path_ | None = None  # what the latest fetched memory was routed to,
+        self._bank = ""  # and in which bank
+        self._cache: list[Any] | None = None  # of the anchor, for the ids in _cached
+        self._cached: list[int] = []
+        self._latest += 1
+        self._dropped = False
+        self._damage: list[str] = []
+
+    @property
+    def route(self) -> Path_ | None:
+        """The cluster path of the latest answer; None without fetched memory."""
+        return None if self.recall is None else self.recall.path
+
+    def say(self, text: str) -> Generator[GenerationResponse, None, None]:
+        """The answer to ``text``, piece by piece; it keeps the memory that it began with.
+
+        Closing the iterator, or Ctrl-C, ends the answer: what was given of it stays in the history.
+
+        Raises:
+            UserError: the text is empty or too long, or the memory cannot be read.
+        """
+        self.stop_prefetch()
+        start = time.perf_counter()
+        turn = self._turn(text)
+        ids = self._fit(turn)
+        vector, self.recall = self._remember(turn)
+        recall, self._latest = self.recall, self._latest + 1
+        number, cache = self._latest, self._take_cache(ids)
+        last, pieces, tokens, ttft_ms = None, [], [], 0.0
+        try:
+            for piece in self._stream(ids, recall, cache):
+                if last is None:
+                    ttft_ms = (time.perf_counter() - start) * 1e3
+                    self._say_damage(recall)
+                last = piece
+                pieces.append(piece.text)
+                tokens.append(piece.token)
+                yield piece
+        finally:
+            if last is not None:
+                turn.answer, turn.answer_ids = "".join(pieces), tuple(tokens)
+                self.stats.add(recall, ttft_ms, last)
+                if number == self._latest:  # else another answer has begun meanwhile
+                    self.turns.append(turn)
+                    self._give_cache(cache, [*ids, *tokens])
+                    self._before = recall if recall.rows is not None else self._before
+                    self._begin_prefetch(vector, recall)
+
+    def set_memory(self, memory: str) -> None:
+        """What the next answers use: "fetched", "generic" or "none"."""
+        if check_mode(memory) != "none":
+            self.model.require_bank()
+        self.memory = memory
+
+    def path_of(self, text: str) -> Path_:
+        """What ``text`` would be routed to by itself, as the first of a conversation."""
+        return self._retriever().route(text)
+
+    def stop_prefetch(self) -> None:
+        """Ends what is being read ahead; waits for one block at most."""
+        if self._prefetch is not None:
+            self._prefetch.stop()
+
+    def _turn(self, text: str) -> Turn:
+        tokenizer, context = self.model.tokenizer, self.model.context
+        return Turn(text, prompt_ids(tokenizer, text, context))
+
+    def _fit(self, turn: Turn) -> list[int]:
+        """The ids of history and turn; the oldest turns go until there is room for an answer."""
+        context = self.model.context
+        ids = self._ids(turn)
+        if not self.history:
+            del self.turns[:-WINDOW]  # for the route only, a word each at least
+        if context is None:
+            return ids
+        room = min(self.max_tokens, context // 4)
+        while self.history and self.turns and len(ids) + room > context:
+            del self.turns[0]
+            ids = self._ids(turn)
+            if not self._dropped:
+                self._dropped = True
+                self._notify(
+                    f"the context of {context} tokens is full; the oldest turns are forgotten"
+                )
+        if len(ids) >= context:
+            raise UserError(
+                "the text is longer than the context",
+                f"{len(ids)} tokens",
+                f"shorten it to less than {context} tokens",
+            )
+        return ids
+
+    def _ids(self, turn: Turn) -> list[int]:
+        tokenizer, turns = self.model.tokenizer, self.turns if self.history else []
+        if tokenizer.has_chat_template:
+            messages = []
+            for each in turns:
+                messages.append({"role": "user", "content": each.text})
+                messages.append({"role": "assistant", "content": each.answer})
+            messages.append({"role": "user", "content": turn.text})
+            return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+        ids: list[int] = []
+        for each in [*turns, turn]:
+            # An id that both ends a text and begins one stands between two of them once.
+            ids += each.ids[1:] if ids[-1:] == each.ids[:1] else each.ids
+            ids += each.answer_ids
+        return ids
+
+    def _retriever(self) -> Retriever:
+        self.model.require_bank()
+        assert self.model.retriever is not None  # load() makes both or neither
+        return self.model.retriever
+
+    def _remember(self, turn: Turn) -> tuple[np.ndarray | None, Recall]:
+        """The vector that the turn is routed by, and its memory; it is not waited for."""
+        if self.memory == "none":
+            return None, Recall("none")
+        start, vector = time.perf_counter(), None
+        path, bank = None, ""
+        if self.memory == "fetched":
+            vector = self._vector(turn.text)
+            banks = self.model.require_banks()
+            bank = banks.nearest(vector, self.blocked)[0] if len(banks.parts) > 1 else ""
+            present = self._present if bank == self._bank else None
+            tree = banks.retriever(bank).tree
+            path = self._present = steady_route(tree, vector, present, self.margin)
+            self._bank = bank
+        routed = time.perf_counter()
+        before, self._before = self._before, None
+        recall = self.model.recall_path(
+            path, self.blocked, wait=False, damaged=self.damaged, before=before, bank=bank
+        )
+        recall.route_ms = (routed - start) * 1e3
+        return vector, recall
+
+    def _vector(self, text: str) -> np.ndarray:
+        """The turn and the last words of the conversation, the turn's among them, as one vector."""
+        said = " ".join(part for turn in self.turns for part in (turn.text, turn.answer))
+        window = " ".join(f"{said} {text}".split()[-WINDOW:])
+        own, around = self._retriever().encoder.encode([text, window])
+        if not self.turns:
+            return own
+        vector = WEIGHT * own + (1 - WEIGHT) * around
+        return vector / max(float(np.linalg.norm(vector)), 1e-12)
+
+    def _stream(
+        self, ids: list[int], recall: Recall, cache: list[Any]
+    ) -> Iterator[GenerationResponse]:
+        context = self.model.context
+        room = self.max_tokens if context is None else min(self.max_tokens, context - len(ids))
+        options = self.model.options | self._options
+        self._options.pop("seed", None)  # once in a session
+
+        def start() -> Iterator[GenerationResponse]:
+            model, rest = self.model.with_rows(recall.rows), ids[_held(cache) or 0 :]
+            return stream_text(
+                model, self.model.tokenizer, rest, room, prompt_cache=cache, **options
+            )
+
+        def mended() -> Iterator[GenerationResponse]:
+            self.model.mend(recall)
+            cache[:] = make_prompt_cache(self.model.anchor)  # it has seen the damage
+            return start()
+
+        return start() if self.damaged == "stop" else first_or(start(), mended)
+
+    def _take_cache(self, ids: list[int]) -> list[Any]:
+        """The keys and values of the history, as far as ``ids`` begin with it."""
+        cache, self._cache = self._cache, None
+        if cache is not None and self.history:
+            pairs = zip(ids[:-1], self._cached, strict=False)  # one is left to begin with
+            same = next((n for n, (a, b) in enumerate(pairs) if a != b), None)
+            same = min(len(ids) - 1, len(self._cached)) if same is None else same
+            surplus = len(self._cached) - same
+            if not surplus or (
+                can_trim_prompt_cache(cache) and trim_prompt_cache(cache, surplus) == surplus
+            ):
+                return cache
+        return list(make_prompt_cache(self.model.anchor))
+
+    def _give_cache(self, cache: list[Any], ids: list[int]) -> None:
+        """Keeps the keys and values of ``ids``; mlx-lm may have computed one token more or less."""
+        held = _held(cache)
+        if held is None or held > len(ids):
+            return  # stopped within a pass
+        self._cache, self._cached = cache, ids[:held]
+
+    def _say_damage(self, recall: Recall) -> None:
+        if recall.damage and recall.damage != self._damage:
+            self._notify(f"the answer goes on {', '.join(recall.damage)}")
+        self._damage = recall.damage
+
+    def _begin_prefetch(self, vector: np.ndarray | None, recall: Recall) -> None:
+        if self._prefetch is None or vector is None or recall.path is None or recall.bank:
+            return  # of the banks that were added nothing is read ahead
+        keys_of = self._prefetch.bank.keys_of
+        likely = likely_paths(self._retriever().tree, vector, recall.path, LIKELY)
+        wanted = [key for path in likely for key in keys_of(path, self._barred)]
+        self._prefetch.begin(wanted, [(b["level"], b["cluster"]) for b in recall.blocks])
+
+
+def _held(cache: list[Any]) -> int | None:
+    """How many tokens a prompt cache holds; None where its layers differ or do not say."""
+    offsets = {getattr(layer, "offset", None) for layer in cache}
+    return offsets.pop() if len(offsets) == 1 else None

@@ -1,0 +1,99 @@
+"""What was fetched for a prompt, and what of it serves the next one."""
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Any, Literal
+
+import mlx.core as mx
+
+from mlx_hmem.bank import Bank
+from mlx_hmem.bank.read.arriving import ArrivingMemory
+from mlx_hmem.bank.read.replacing import ReplacingMemory
+from mlx_hmem.bank.views import Barred
+from mlx_hmem.errors import UserError
+from mlx_hmem.memory import Rows
+
+MODES = ("fetched", "generic", "none")
+Path_ = tuple[int, ...]
+Damaged = Literal["stop", "skip"]
+Memory = Rows | ArrivingMemory | ReplacingMemory
+
+
+@dataclass
+class Recall:
+    """What was fetched for one prompt, from where and how long it took: without waiting, until the
+    reading had begun. ``bank`` names the one it was fetched from, "" the first. ``damage`` says of
+    each block that was left out, in one line, why."""
+
+    mode: str
+    path: Path_ | None = None
+    blocks: list[dict[str, Any]] = field(default_factory=list)
+    bytes_read: int = 0
+    route_ms: float = 0.0
+    fetch_ms: float = 0.0
+    rows: Memory | None = None
+    blocked: Collection[Barred] = ()
+    damaged: Damaged = "stop"
+    damage: list[str] = field(default_factory=list)
+    bank: str = ""
+
+    @property
+    def arrived_ms(self) -> float:
+        """``fetch_ms``; of a memory that is used while it is read, until all of it is there."""
+        rows = self.rows
+        arrived = 0.0 if rows is None or isinstance(rows, tuple) else rows.arrived_ms
+        return arrived or self.fetch_ms
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the memory itself, as JSON values; ``fetch_ms`` is ``arrived_ms``."""
+        return {
+            "mode": self.mode,
+            **({"bank": self.bank} if self.bank else {}),
+            "path": None if self.path is None else list(self.path),
+            "blocks": self.blocks,
+            "bytes_read": self.bytes_read,
+            "route_ms": round(self.route_ms, 3),
+            "fetch_ms": round(self.arrived_ms, 3),
+        }
+
+
+def check_mode(memory: str) -> str:
+    """``memory`` if it is one of ``MODES``, else UserError."""
+    if memory not in MODES:
+        raise UserError("unknown memory mode", repr(memory), f"use one of {', '.join(MODES)}")
+    return memory
+
+
+def begin(
+    bank: Bank,
+    path: Path_,
+    barred: frozenset[tuple[int, int]],
+    before: Recall | None,
+    dtype: mx.Dtype,
+) -> tuple[Memory | None, list[dict[str, Any]]]:
+    """A memory whose reading has begun, and the blocks that it takes from the one ``before``."""
+    keys = bank.keys_of(path, barred)
+    had = [] if before is None or before.damage else before.blocks
+    pairs = zip(keys, ((b["level"], b["cluster"]) for b in had), strict=False)
+    same = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+    levels = [level for level, _ in keys]
+    if (
+        before is None
+        or same == 0
+        or levels != [b["level"] for b in had]
+        or not isinstance(before.rows, ArrivingMemory | ReplacingMemory)
+    ):
+        return bank.begin(path, barred, dtype), []
+    attached = [b | {"source": "attached"} for b in had[:same]]
+    deeper = bank.begin(path, barred, dtype, above=levels[same - 1])
+    if deeper is None:
+        return before.rows, attached
+    start = sum(bank.config.r[level - 1] for level in levels[:same])
+    return ReplacingMemory(before.rows.take(), deeper, start), attached
+
+
+def damage_of(bank: Bank) -> list[str]:
+    """The blocks that the latest fetch has left out, a line each."""
+    names = {key: f"level {key[0]}" if key[0] else "generic memory" for key in bank.last_damage}
+    return [f"without {names[key]}: {error}" for key, error in bank.last_damage.items()]

@@ -1,0 +1,267 @@
+"""``load(path)`` → :class:`MemoryModel`, from a model directory whose parts belong together."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.tokenizer_utils import load as load_tokenizer
+from transformers.utils import logging as transformers_logging
+
+from mlx_hmem.anchors.load import anchor_hash, load_anchor
+from mlx_hmem.bank import Bank
+from mlx_hmem.bank.views import check_name, read_views
+from mlx_hmem.budget.needs import read_needs
+from mlx_hmem.budget.plan import BudgetPlan, check_context, make_plan, plan_scoring
+from mlx_hmem.budget.resident import IMPORTS, resident_bytes, trim
+from mlx_hmem.config import HmemConfig
+from mlx_hmem.errors import UserError
+from mlx_hmem.files import fingerprint
+from mlx_hmem.model.banks import Part
+from mlx_hmem.model.find import (
+    BANK_FILES,
+    BANK_FOLDER,
+    BESIDE,
+    MODEL_FILES,
+    Fetch,
+    find_for_bank,
+    find_model,
+)
+from mlx_hmem.model.model import MemoryModel
+from mlx_hmem.retriever import ClusterTree, Encoder, Retriever, load_encoder
+from mlx_hmem.retriever.encoder import STATIC_FOLDER, find_minilm
+
+DEMO = Path(__file__).parent / "demo"
+
+
+def load(
+    path_or_repo: str | Path = DEMO,
+    *,
+    cache_bytes: int = 256 << 20,
+    memory_budget: int | None = None,
+    context: int | None = None,
+    scoring: bool = False,
+    lazy: bool = False,
+    resident_levels: tuple[int, ...] = (),
+    level_folders: dict[int, Path] | None = None,
+    view: str | None = None,
+) -> MemoryModel:
+    """Loads a model directory or a Hub repository, and checks that its parts belong together.
+
+    Args:
+        path_or_repo: a folder, or ``user/name`` on the Hugging Face Hub. Default: the demo model.
+        cache_bytes: how many bytes of blocks may stay in memory.
+        memory_budget: bytes of resident memory for all of it (docs/budget.md); what is chosen to
+            keep to it is the model's ``plan``.
+        context: tokens of prompt and answer, at most; default: the anchor's.
+        scoring: plans for scoring texts rather than for generation.
+        lazy: of a model on the Hub, fetch a shard of the bank only when a block of it is first
+            needed, always of the revision found now.
+        resident_levels, level_folders: levels of the bank that stay in memory once read, beside
+            what the budget or ``cache_bytes`` allow, or lie in other folders
+            (:meth:`mlx_hmem.bank.Bank.open`). They are those of the first bank.
+        view: what may be fetched (docs/bank_tools.md). Default: all, or what the view "default"
+            allows where the model has one. ``MemoryModel.under`` gives others of the same model.
+
+    A folder with an anchor but no ``hmem.json`` gives a model without memory.
+    """
+    limits = _Limits(memory_budget, context, scoring, resident_bytes() - IMPORTS)
+    if lazy:
+        folder, obtain = find_for_bank(path_or_repo)
+    else:
+        folder, obtain = find_model(path_or_repo, (*MODEL_FILES, *BANK_FILES)), None
+    if not (folder / "config.json").exists():
+        raise UserError("not a model directory: no config.json", folder, "name one, or restore it")
+    if not (folder / "hmem.json").exists():
+        if (folder / "bank").exists() or (folder / "retriever").exists():
+            raise UserError("hmem.json is missing", folder, "restore it or make the model again")
+        if view is not None:
+            raise UserError("a model without memory has no views", view, "leave it out")
+        plan = limits.plan(folder)
+        anchor, config = load_anchor(folder)
+        return limits.keep(MemoryModel(anchor, config, read_tokenizer(folder, config)), plan)
+    hmem = HmemConfig.from_file(folder / "hmem.json")
+    if anchor_hash(folder) != hmem.anchor_hash:
+        raise UserError(
+            "the anchor is not the one this memory was made for",
+            folder / "model.safetensors",
+            "restore the anchor, or use the memory of this one",
+        )
+    added = added_banks(folder, hmem)
+    models = [folder, *(folder / BESIDE / name for name in added)]
+    encoder = encoder_folder(folder, hmem)
+    plan = limits.plan(folder, models, encoder, resident_levels, cache_bytes)
+    if plan is not None:
+        cache_bytes, resident_levels = plan.cache_bytes, plan.resident_levels
+    cache_bytes //= 1 + len(added)
+    bank = open_bank(
+        folder,
+        hmem,
+        obtain,
+        BANK_FOLDER,
+        cache_bytes=cache_bytes,
+        resident_levels=resident_levels,
+        level_folders=level_folders,
+    )
+    retriever = _retriever(folder, hmem)
+    beside = {}
+    for name, own in added.items():
+        where = folder / BESIDE / name
+        prefix = f"{BESIDE}/{name}/{BANK_FOLDER}"
+        other = open_bank(where, own, obtain, prefix, cache_bytes=cache_bytes)
+        beside[name] = Part(_retriever(where, own, retriever.encoder), other)
+    configs = {"": bank.config} | {name: part.bank.config for name, part in beside.items()}
+    views = read_views(folder / BANK_FOLDER, configs)
+    anchor, config = load_anchor(folder)
+    tokenizer = read_tokenizer(folder, config)
+    model = MemoryModel(anchor, config, tokenizer, retriever, bank, beside, views)
+    return limits.keep(model, plan).under(view)
+
+
+def added_banks(folder: Path, hmem: HmemConfig) -> dict[str, HmemConfig]:
+    """The banks beside the first by name, each found to be of this anchor and this encoder."""
+    files = sorted((folder / BESIDE).glob("*/hmem.json"))
+    found = {check_name(f.parent.name, "bank"): HmemConfig.from_file(f) for f in files}
+    for name, other in found.items():
+        check_beside(hmem, other, f"bank {name}")
+    return found
+
+
+def check_beside(hmem: HmemConfig, other: HmemConfig, what: str) -> None:
+    """Raises UserError unless the memory of ``other`` can lie beside that of ``hmem``."""
+    if other.anchor_hash != hmem.anchor_hash:
+        raise UserError(
+            f"{what} was made for another anchor",
+            f"{other.anchor_hash}, not {hmem.anchor_hash}",
+            "use one that was trained on this anchor",
+        )
+    if other.retriever.encoder_hash != hmem.retriever.encoder_hash:
+        raise UserError(
+            f"{what} is routed by another encoder",
+            f"{other.retriever.encoder} ({other.retriever.encoder_hash}), not "
+            f"{hmem.retriever.encoder} ({hmem.retriever.encoder_hash})",
+            "train one with this model's encoder",
+        )
+    ours, theirs = hmem.memory, other.memory
+    if (ours.kind, ours.memory_layers) != (theirs.kind, theirs.memory_layers):
+        raise UserError(
+            f"{what} holds another kind of memory, or on other layers",
+            f"{theirs.kind} on layers {list(theirs.memory_layers)}, not {ours.kind} on "
+            f"{list(ours.memory_layers)}",
+            "train one of the same kind and layers",
+        )
+
+
+def open_bank(
+    folder: Path, hmem: HmemConfig, obtain: Fetch | None, prefix: str, **options: Any
+) -> Bank:
+    """The bank in a folder with an ``hmem.json``; ``prefix``: the bank's folder in the model."""
+    fetch = None if obtain is None else partial(obtain, prefix)
+    bank = Bank.open(folder / BANK_FOLDER, obtain=fetch, **options)
+    bank.check(anchor_hash=hmem.anchor_hash, tree_hash=hmem.retriever.tree_hash)
+    if bank.config != hmem.memory:
+        raise UserError(
+            "hmem.json and bank/bank.json describe different memories",
+            f"{hmem.memory} and {bank.config}",
+            "restore the bank that belongs to this model",
+        )
+    return bank
+
+
+class _Limits(NamedTuple):
+    """What a model may take: the arguments of :func:`load`, and the resident bytes before it."""
+
+    memory_budget: int | None
+    context: int | None
+    scoring: bool
+    base: int
+
+    def plan(
+        self,
+        folder: Path,
+        models: Sequence[Path] = (),
+        encoder: Path | None = None,
+        resident_levels: tuple[int, ...] = (),
+        cache_bytes: int = 0,
+    ) -> BudgetPlan | None:
+        """Chosen and applied before anything is loaded; None without a budget."""
+        if self.memory_budget is None:
+            return None
+        needs = read_needs(folder, models, encoder)
+        if self.scoring:
+            plan = plan_scoring(needs, self.memory_budget, self.context)
+        else:
+            plan = make_plan(needs, self.memory_budget, self.context, resident_levels, cache_bytes)
+        plan.apply()
+        return plan
+
+    def keep(self, model: MemoryModel, plan: BudgetPlan | None) -> MemoryModel:
+        """The model, held to them."""
+        if plan is not None:
+            trim()
+            model.keep_to(plan, self.base)
+        elif self.context is not None:
+            model.context = check_context(model.context, self.context)
+        return model
+
+
+def read_tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerWrapper:
+    """The tokenizer of a model directory; ``config`` names the ids that end a text."""
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        raise UserError("no tokenizer", folder, "add tokenizer.json or tokenizer.model")
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it warns that it does not know model_type openlm
+    try:
+        return load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
+    except Exception as error:  # transformers raises whatever its parsers raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"the tokenizer in {folder} cannot be read", reason, "restore it") from None
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def _retriever(folder: Path, hmem: HmemConfig, encoder: Encoder | None = None) -> Retriever:
+    """The retriever of a folder; with the ``encoder`` of another bank, which is found the same."""
+    encoder = open_encoder(folder, hmem) if encoder is None else encoder
+    return Retriever(encoder, open_tree(folder, hmem))
+
+
+def encoder_folder(folder: Path, hmem: HmemConfig) -> Path:
+    """Where the files of the encoder lie."""
+    name = hmem.retriever.encoder
+    if name == "minilm":
+        return find_minilm()
+    return STATIC_FOLDER if name == "static" else folder / name
+
+
+def open_encoder(folder: Path, hmem: HmemConfig) -> Encoder:
+    name = hmem.retriever.encoder
+    if not (folder / name).resolve().is_relative_to(folder.resolve()):
+        raise UserError("the encoder lies outside the model", name, "restore hmem.json")
+    encoder = load_encoder(name if name in ("minilm", "static") else folder / name)
+    if encoder.fingerprint != hmem.retriever.encoder_hash:
+        raise UserError(
+            "the encoder is not the one this memory was routed with",
+            name,
+            "restore the encoder, or train tree and memories with this one",
+        )
+    return encoder
+
+
+def open_tree(folder: Path, hmem: HmemConfig) -> ClusterTree:
+    file = folder / "retriever" / "tree.safetensors"
+    tree = ClusterTree.load(file)
+    if fingerprint(file) != hmem.retriever.tree_hash:
+        raise UserError(
+            "the cluster tree is not the one this memory was made for",
+            file,
+            "restore the tree, or use the memory of this one",
+        )
+    if tree.branching != hmem.memory.branching:
+        raise UserError(
+            "tree and memory bank have different clusters",
+            f"tree {tree.branching}, bank {hmem.memory.branching}",
+            "restore the tree that belongs to this bank",
+        )
+    return tree

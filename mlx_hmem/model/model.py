@@ -1,0 +1,314 @@
+"""A :class:`MemoryModel`: anchor, retriever and memory bank, ready to call."""
+
+import copy
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.generate import GenerationResponse
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_hmem.anchors.attach import attach_memory
+from mlx_hmem.anchors.fused import FusedMemory, is_fused
+from mlx_hmem.anchors.load import float_dtype
+from mlx_hmem.bank import Bank
+from mlx_hmem.bank.views import Barred, Views
+from mlx_hmem.budget.plan import BudgetPlan
+from mlx_hmem.budget.resident import Watch
+from mlx_hmem.errors import UserError
+from mlx_hmem.memory import FetchedMemory, Rows, join_blocks
+from mlx_hmem.model.banks import Banks, Part
+from mlx_hmem.model.fetch import MODES, Damaged, Memory, Path_, Recall, begin, check_mode, damage_of
+from mlx_hmem.model.stream import AnchorWithMemory, first_or, prompt_ids, stream_text
+from mlx_hmem.retriever import Retriever
+
+__all__ = ["MODES", "Damaged", "MemoryModel", "Path_", "Recall", "check_mode"]
+
+
+class MemoryModel:
+    """An anchor with its memory.
+
+    Attributes:
+        anchor: the mlx ``nn.Module``, usable by mlx-lm as it is.
+        tokenizer: mlx-lm's ``TokenizerWrapper``.
+        retriever, bank: None for an anchor without memory.
+        banks: that bank and those beside it, as the view that was asked for allows them.
+        context: the longest sequence in tokens, None if the anchor's config does not say.
+        plan: how a memory budget is kept, None without one.
+    """
+
+    def __init__(
+        self,
+        anchor: nn.Module,
+        anchor_config: dict[str, Any],
+        tokenizer: TokenizerWrapper,
+        retriever: Retriever | None = None,
+        bank: Bank | None = None,
+        beside: Mapping[str, Part] | None = None,
+        views: Views | None = None,
+    ):
+        self.anchor, self.anchor_config, self.tokenizer = anchor, anchor_config, tokenizer
+        self.retriever, self.bank = retriever, bank
+        self.context: int | None = anchor_config.get("max_position_embeddings")
+        self.banks: Banks | None = None
+        if bank is not None:
+            parts = {"": Part(retriever, bank), **(beside or {})}
+            self.banks = Banks(parts, views or {})
+        self._slot = attach_memory(anchor, bank.config) if bank is not None else None
+        self._dtype = float_dtype(anchor)
+        self.plan: BudgetPlan | None = None
+        self._watch: Watch | None = None
+
+    def keep_to(self, plan: BudgetPlan, base: int) -> None:
+        """Keeps to a memory budget from now on: ``base`` are the resident bytes that it does not
+        count. A call that finds it used up, and no more to let go of, raises OverBudgetError."""
+
+        def drop() -> None:
+            for part in self.banks.parts.values() if self.banks is not None else ():
+                part.bank.let_go()
+
+        self.plan, self.context = plan, plan.context
+        remedy = f"give a larger one, or a context of less than {plan.context} tokens"
+        self._watch = Watch(plan.budget, base, drop, remedy)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What a memory budget has chosen for mlx-lm's ``generate_step``."""
+        return {} if self.plan is None else self.plan.options
+
+    def under(self, view: str | None) -> "MemoryModel":
+        """The same model, with the same open banks, for someone who may fetch no more than this
+        view allows; None for the view "default" where there is one, else for all.
+
+        Raises UserError: there is no such view.
+        """
+        model = copy.copy(self)
+        model.banks = self.require_banks().under(view)
+        model.bank = model.banks.bank()
+        return model
+
+    def __call__(
+        self,
+        ids: mx.array,
+        paths: Sequence[Path_] | None = None,
+        memory: str = "fetched",
+        cache: list[Any] | None = None,
+    ) -> mx.array:
+        """Logits (batch, time, vocabulary) of token ids (batch, time).
+
+        ``paths`` holds one cluster path for the whole batch or one per row; needed with
+        ``memory="fetched"`` only.
+        """
+        if check_mode(memory) == "none":
+            rows = None
+        elif memory == "generic":
+            rows = self.rows_of([self.require_bank().generic()])
+        else:
+            rows = self._rows_of_paths(ids.shape[0], paths)
+        return self.with_rows(rows)(ids, cache=cache)
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        max_tokens: int = 100,
+        memory: str = "fetched",
+        route_text: str | None = None,
+        blocked: Collection[Barred] = (),
+        **options: Any,
+    ) -> Iterator[GenerationResponse]:
+        """Pieces of text that continue ``prompt``, each with ``.text`` (mlx-lm's responses).
+
+        The memory is routed by ``route_text``, by the prompt itself if that is None. ``options``:
+        ``temp``, ``top_p``, ``seed``, and those of mlx-lm's ``generate_step``.
+        """
+        ids = prompt_ids(self.tokenizer, prompt, self.context)
+        recall = self.recall(prompt if route_text is None else route_text, memory, blocked)
+        return self.stream_ids(ids, recall, max_tokens=max_tokens, **options)
+
+    def stream_ids(
+        self, ids: list[int], recall: Recall, max_tokens: int, **options: Any
+    ) -> Iterator[GenerationResponse]:
+        """As :meth:`stream`, of token ids and a memory recalled before."""
+        if self.context is not None:
+            max_tokens = min(max_tokens, self.context - len(ids))
+        options = self.options | options
+
+        def start() -> Iterator[GenerationResponse]:
+            model = self.with_rows(recall.rows)
+            return stream_text(model, self.tokenizer, ids, max_tokens, **options)
+
+        def mended() -> Iterator[GenerationResponse]:
+            self.mend(recall)
+            return start()
+
+        arriving = recall.rows is not None and not isinstance(recall.rows, tuple)
+        if recall.damaged == "stop" or not arriving:
+            return start()
+        if "prompt_cache" in options:  # it has the damaged memory in it then
+            raise UserError("prompt_cache given", "damaged skip", "recall with wait, or stop")
+        return first_or(start(), mended)
+
+    def recall(
+        self,
+        text: str,
+        memory: str = "fetched",
+        blocked: Collection[Barred] = (),
+        wait: bool = True,
+        damaged: Damaged = "stop",
+    ) -> Recall:
+        """Routes ``text`` and fetches its memory.
+
+        Without ``wait`` a fetched memory is read while the prompt is processed, layer by layer: for
+        one stream, which raises the UserError of a damaged block before its first token.
+        ``blocked`` holds clusters that may not be fetched, each as the path that leads to it:
+        ``(3,)`` bars the whole subtree, ``(3, 51)`` one cluster of level 2 and what is below,
+        ``("NAME", 3)`` and ``("NAME",)`` those of a bank that was added, and all of it.
+        With ``damaged`` "skip" a block that cannot be read at a second try either is left out, and
+        ``Recall.damage`` says so; a stream that has begun to use it begins again.
+        """
+        if check_mode(memory) == "none":
+            return Recall("none")
+        self.require_bank()
+        start = time.perf_counter()
+        name, path = self.route(text, blocked) if memory == "fetched" else ("", None)
+        routed = time.perf_counter()
+        recall = self.recall_path(path, blocked, wait, damaged, bank=name)
+        recall.route_ms = (routed - start) * 1e3
+        return recall
+
+    def route(self, text: str, blocked: Collection[Barred] = ()) -> tuple[str, Path_]:
+        """The bank that answers ``text``, "" the first, and the cluster path in it."""
+        banks = self.require_banks()
+        retriever = banks.retriever()
+        if len(banks.parts) == 1:
+            return "", retriever.route(text)
+        return banks.nearest(retriever.vector(text), blocked)
+
+    def recall_path(
+        self,
+        path: Path_ | None,
+        blocked: Collection[Barred] = (),
+        wait: bool = True,
+        damaged: Damaged = "stop",
+        before: Recall | None = None,
+        bank: str = "",
+    ) -> Recall:
+        """As :meth:`recall`, of a cluster path, or of the generic memory for None, in the ``bank``
+        of this name.
+
+        ``before`` is a recall that no stream uses any more: of the levels that it shares with this
+        one nothing is read or moved, and their source is "attached".
+        """
+        start, banks = time.perf_counter(), self.require_banks()
+        source, before = banks.bank(bank), before if before and before.bank == bank else None
+        barred = source.config.check_blocked(banks.blocked_in(blocked, bank))
+        rows: Memory | None
+        attached: list[dict[str, Any]] = []
+        damage: list[str] = []
+        if path is not None and not wait:
+            try:
+                rows, attached = begin(source, path, barred, before, self._dtype)
+            except UserError:
+                if damaged == "stop":
+                    raise
+                return self.recall_path(path, blocked, damaged=damaged, bank=bank)
+        else:
+            fetch = source.generic if path is None else partial(source.fetch, path, barred)
+            rows = self.rows_of([fetch(damaged=damaged)])
+            if rows is not None:
+                mx.eval(*rows)
+            damage = damage_of(source) if damaged == "skip" else []
+        return Recall(
+            "generic" if path is None else "fetched",
+            path,
+            attached + [asdict(block) for block in source.last_fetch],
+            sum(block.bytes for block in source.last_fetch if block.source == "disk"),
+            fetch_ms=(time.perf_counter() - start) * 1e3,
+            rows=rows,
+            blocked=blocked,
+            damaged=damaged,
+            damage=damage,
+            bank=bank,
+        )
+
+    def mend(self, recall: Recall) -> None:
+        """Fetches anew what could not be read to the end, and leaves out what cannot be read."""
+        again = self.recall_path(recall.path, recall.blocked, damaged="skip", bank=recall.bank)
+        recall.rows, recall.blocks, recall.damage = again.rows, again.blocks, again.damage
+        recall.bytes_read += again.bytes_read
+
+    def with_rows(self, rows: Memory | None) -> AnchorWithMemory:
+        """The anchor bound to a memory, or to one per row of a batch (see mlx_hmem.memory)."""
+        if is_fused(self.anchor):
+            raise UserError(
+                "a fused memory is in the anchor's weights",
+                "no other can be attached",
+                "call the anchor itself, or clear the fused memory",
+            )
+        return AnchorWithMemory(self.anchor, self._slot, rows, self._watch)
+
+    def fuse(self, path: Path_ | None = None) -> FusedMemory:
+        """The memory of ``path``, the generic one without, inside the anchor's own weights.
+
+        For one stream through mlx-lm: it costs what its parameters cost. Until it is cleared this
+        model's own calls are refused; as a context manager it is cleared at the end::
+
+            with model.fuse(model.retriever.route(text)) as fused:
+                mlx_lm.generate(fused.anchor, model.tokenizer, text)
+                fused.set(model.bank.fetch(path).blocks)  # another topic
+
+        Raises:
+            UserError: the memory is not of kind ffn, or the anchor is quantised.
+        """
+        fused = FusedMemory(self.anchor, self.require_bank().config)
+        memory = self.require_bank().generic() if path is None else self.require_bank().fetch(path)
+        fused.set(memory.blocks)
+        return fused
+
+    def rows_of(self, memories: Sequence[FetchedMemory]) -> Rows | None:
+        """Memories joined, in the anchor's dtype; with a batch axis in front for several."""
+        if len(memories) == 1:
+            rows = memories[0].rows
+            return None if rows is None else tuple(group.astype(self._dtype) for group in rows)
+        config = self.require_bank().config
+        stacks = []
+        for level in range(1, config.num_levels + 1):
+            blocks = [memory.blocks[level - 1] for memory in memories]
+            if all(block is None for block in blocks):
+                continue
+            zeros = mx.zeros(config.block_shape(level), self._dtype)
+            stacks.append(mx.stack([zeros if b is None else b for b in blocks]))
+        if not stacks:
+            return None
+        return tuple(group.astype(self._dtype) for group in join_blocks(stacks, config))
+
+    def _rows_of_paths(self, batch: int, paths: Sequence[Path_] | None) -> Rows | None:
+        bank = self.require_bank()
+        checked = [bank.config.check_path(path) for path in (() if paths is None else paths)]
+        if len(checked) not in (1, batch):
+            raise UserError(
+                "paths do not match the rows of the batch",
+                f"{len(checked)} paths, {batch} rows",
+                "give one path, or one per row",
+            )
+        shared = len(set(checked)) == 1
+        return self.rows_of([bank.fetch(path) for path in (checked[:1] if shared else checked)])
+
+    def require_bank(self) -> Bank:
+        """The bank; UserError if this is an anchor without memory."""
+        if self.bank is None:
+            raise UserError(
+                "this model has no memory bank", "anchor alone", "use memory none, or add a bank"
+            )
+        return self.bank
+
+    def require_banks(self) -> Banks:
+        """The bank and those beside it; UserError as :meth:`require_bank`."""
+        self.require_bank()
+        assert self.banks is not None
+        return self.banks

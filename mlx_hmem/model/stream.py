@@ -1,0 +1,123 @@
+"""Text from an anchor with memory attached, over mlx-lm's own generation.
+
+Knows the anchor and its memory slot only; routing and fetching are done before.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.generate import GenerationResponse, stream_generate
+from mlx_lm.sample_utils import make_sampler
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_hmem.anchors.attach import ArrivingRows, MemorySlot
+from mlx_hmem.budget.resident import OverBudgetError
+from mlx_hmem.errors import UserError
+from mlx_hmem.memory import Rows
+
+
+class AnchorWithMemory:
+    """An anchor bound to one fetched memory, usable wherever mlx-lm takes a model.
+
+    The slot is set for the length of each call only, so streams with different memories can take
+    turns on one anchor.
+    """
+
+    def __init__(
+        self,
+        anchor: nn.Module,
+        slot: MemorySlot | None,
+        rows: Rows | ArrivingRows | None,
+        watch: Callable[[], None] | None = None,
+    ):
+        """``watch`` is called before each call, to see whether a memory budget is kept."""
+        self._anchor, self._slot, self._rows, self._watch = anchor, slot, rows, watch
+
+    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+        if self._watch is not None:
+            self._watch()
+        if self._slot is None:
+            return self._anchor(*args, **kwargs)
+        with self._slot.using(self._rows):
+            return self._anchor(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._anchor, name)
+
+
+def prompt_ids(tokenizer: TokenizerWrapper, prompt: str, context: int | None) -> list[int]:
+    """The prompt's token ids, checked to leave room for one more token in ``context``."""
+    if not prompt.strip():
+        raise UserError("the prompt is empty", repr(prompt), "give it some text")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # a command line may hold any bytes
+        raise UserError("the prompt is not UTF-8 text", error, "convert it") from None
+    bos = tokenizer.bos_token
+    ids = tokenizer.encode(prompt, add_special_tokens=bos is None or not prompt.startswith(bos))
+    if context is not None and len(ids) >= context:
+        raise UserError(
+            "the prompt is longer than the context",
+            f"{len(ids)} tokens",
+            f"shorten it to less than {context} tokens",
+        )
+    return list(ids)
+
+
+def stream_text(
+    model: AnchorWithMemory,
+    tokenizer: TokenizerWrapper,
+    ids: list[int],
+    max_tokens: int,
+    temp: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    **options: Any,
+) -> Iterator[GenerationResponse]:
+    """mlx-lm's pieces of text as they come; greedy at ``temp`` 0.
+
+    ``options`` go to mlx-lm's ``generate_step`` (``prompt_cache``, ``kv_bits``, ...).
+    """
+    check_options(max_tokens, temp, top_p, seed)
+    if seed is not None:
+        mx.random.seed(seed)
+    sampler = make_sampler(temp=temp, top_p=top_p)
+    anchor: Any = model  # not an nn.Module, but all that mlx-lm asks of one
+    return stream_generate(
+        anchor, tokenizer, ids, max_tokens=max_tokens, sampler=sampler, **options
+    )
+
+
+def check_options(
+    max_tokens: int,
+    temp: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    **options: Any,
+) -> None:
+    """Raises UserError for a value that :func:`stream_text` cannot take."""
+    if max_tokens < 1:
+        raise UserError("max_tokens is not positive", max_tokens, "ask for 1 or more")
+    if not temp >= 0:
+        raise UserError("temp is negative", temp, "use 0 for greedy, 0.7 for variety")
+    if not 0 < top_p <= 1:
+        raise UserError("top_p is out of range", top_p, "use a number above 0 and up to 1")
+    if seed is not None and not 0 <= seed < 1 << 64:
+        raise UserError("seed is out of range", seed, "use a whole number of 0 or more")
+
+
+def first_or(
+    stream: Iterator[GenerationResponse], otherwise: Callable[[], Iterator[GenerationResponse]]
+) -> Iterator[GenerationResponse]:
+    """``stream``; ``otherwise()`` where that fails before its first piece, its memory damaged."""
+    try:
+        first = next(stream)
+    except OverBudgetError:
+        raise
+    except (UserError, OSError):
+        stream = otherwise()
+        first = next(stream)
+    yield first
+    yield from stream

@@ -1,0 +1,206 @@
+"""Hugging Face folders to MLX and back, bit for bit and with the logits of PyTorch."""
+
+import hashlib
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.helpers.places import ROOT
+
+import mlx_hmem  # isort: skip  # noqa: F401  OpenBLAS goes in front before MLX is loaded
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from convert.anchors import hugging_face
+from convert.torch_files.tensors import bits_of
+from convert.torch_files.writer import write_torch
+from mlx_hmem.anchors.load import load_anchor
+from mlx_hmem.errors import UserError
+from mlx_hmem.files import load_safetensors
+from tests.helpers.anchor_checkpoints import (
+    CONFIG,
+    HF,
+    Weights,
+    bits,
+    convert,
+    logits,
+    random_openlm,
+    save_hugging_face,
+    save_openlm,
+)
+from tests.helpers.tiny_anchors import make_anchor
+
+
+@pytest.mark.parametrize("name", HF)
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_hugging_face_and_back_is_bit_equal_and_what_mlx_lm_makes(tmp_path, name, dtype):
+    source = save_hugging_face(tmp_path / "source", name, dtype)
+    theirs = convert(source, tmp_path / "theirs", "--to", "pytorch")
+    out = convert(theirs, tmp_path / "out")
+    assert bits(out) == bits(source)
+    # Another way: mlx-lm's own sanitize of the PyTorch names.
+    anchor = make_anchor(name)
+    own = anchor.sanitize if hasattr(anchor, "sanitize") else dict
+    sanitised = own(load_safetensors(theirs / "model.safetensors"))
+    ours = load_safetensors(out / "model.safetensors")
+    assert sanitised.keys() == ours.keys()
+    assert all(mx.array_equal(array, ours[key]) for key, array in sanitised.items())
+
+
+def save_bin(folder: Path, name: str, more: Weights, tied: bool = True) -> Path:
+    """A tiny model as pickles in two shards, under PyTorch's names, with its config."""
+    source = save_hugging_face(folder.with_name("mlx"), name, mx.float32)
+    theirs = convert(source, folder.with_name("safetensors"), "--to", "pytorch")
+    tensors = load_safetensors(theirs / "model.safetensors")
+    weights = {key: np.array(array) for key, array in tensors.items()} | more
+    folder.mkdir()
+    names = list(weights)
+    for i in range(2):
+        part = [(n, "F32", weights[n].shape, [weights[n]]) for n in names[i::2]]
+        write_torch(folder / f"pytorch_model-{i + 1:05}-of-00002.bin", part, under=None)
+    config = json.loads((source / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_pickles_give_what_safetensors_give_and_drop_only_what_is_known(tmp_path, capsys):
+    more = {"h.0.attn.bias": np.ones((1, 1, 8, 8), "f4"), "h.0.attn.masked_bias": np.ones(1, "f4")}
+    source = save_bin(tmp_path / "source", "gpt2", more)
+    out = convert(source, tmp_path / "out")
+    assert bits(out) == bits(tmp_path / "mlx")
+    said = capsys.readouterr().err
+    assert "dropped h.{i}.attn.bias (1): a causal mask" in said
+    assert "dropped h.{i}.attn.masked_bias (1)" in said
+    (source / "pytorch_model-00002-of-00002.bin").unlink()
+    with pytest.raises(UserError, match="1 of 2 weight files"):
+        convert(source, tmp_path / "again")
+
+
+def test_a_head_is_dropped_only_where_it_is_the_embedding(tmp_path, capsys):
+    source = save_bin(tmp_path / "source", "llama", {})
+    embedding = np.array(
+        load_safetensors(tmp_path / "mlx" / "model.safetensors")["model.embed_tokens.weight"]
+    )
+    file = source / "pytorch_model-00003-of-00003.bin"
+    for i in (1, 2):
+        os.rename(
+            source / f"pytorch_model-{i:05}-of-00002.bin",
+            source / f"pytorch_model-{i:05}-of-00003.bin",
+        )
+    write_torch(file, [("lm_head.weight", "F32", (64, 32), [embedding])], under=None)
+    assert bits(convert(source, tmp_path / "out")) == bits(tmp_path / "mlx")
+    assert "dropped lm_head.weight (1): equal to the embedding" in capsys.readouterr().err
+    write_torch(file, [("lm_head.weight", "F32", (64, 32), [embedding + 1])], under=None)
+    with pytest.raises(UserError, match=r"tie_word_embeddings is true, lm_head\.weight is not"):
+        convert(source, tmp_path / "no")
+    values = json.loads((source / "config.json").read_text())
+    values.pop("tie_word_embeddings")  # then the tensors say it, not mlx-lm's default
+    (source / "config.json").write_text(json.dumps(values))
+    assert "lm_head.weight" in bits(convert(source, tmp_path / "separate"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"vocab_size": 65},
+            "model.embed_tokens.weight is (64, 32), config.json makes it (65, 32)",
+        ),
+        ({"num_hidden_layers": 4}, "missing: model.layers.3."),
+        ({"num_hidden_layers": 2}, "left over: model.layers.2."),
+        ({"hidden_act": "gelu"}, "mlx-lm computes llama with silu only: hidden_act gelu"),
+        ({"quantization_config": {"bits": 4}}, "the source is quantised"),
+        ({"model_type": "mamba"}, "no such architecture is converted: mamba"),
+        ({"rope_parameters": {"rope_theta": 3e4}}, "rope_theta is 10000.0 and in rope_parameters"),
+        ({"hidden_size": "x"}, "config.json describes no anchor"),
+    ],
+)
+def test_a_hugging_face_config_that_does_not_fit_is_one_line(tmp_path, change, words):
+    source = save_hugging_face(tmp_path / "source", "llama", mx.float32)
+    values = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(values | change))
+    with pytest.raises(UserError) as error:
+        convert(source, tmp_path / "out")
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_keys_that_mlx_lm_would_miss_are_written_out(tmp_path):
+    """transformers 5 keeps RoPE's base where most of mlx-lm's architectures do not look."""
+    source = save_hugging_face(tmp_path / "source", "llama", mx.float32)
+    values = json.loads((source / "config.json").read_text())
+    values.pop("rope_theta")
+    values["rope_parameters"] = {"rope_theta": 5e5, "rope_type": "linear", "factor": 4.0}
+    (source / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match="where mlx-lm does not look"):
+        load_anchor(source)
+    converted, _ = load_anchor(convert(source, tmp_path / "out"))
+    rope = converted.layers[0].self_attn.rope
+    assert (rope.base, rope.scale) == (5e5, 0.25)
+
+
+# PyTorch itself
+
+
+@pytest.fixture(scope="module")
+def torch_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if importlib.util.find_spec("torch") is None:
+        pytest.skip("PyTorch is not installed: pip install torch")
+    folder = tmp_path_factory.mktemp("torch")
+    run_torch("make", folder, *HF)
+    return folder
+
+
+def run_torch(*arguments: object) -> str:
+    command = [sys.executable, "-m", "tests.torch_models", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", HF)
+def test_transformers_logits_are_kept(torch_models, tmp_path, name):
+    source = torch_models / name
+    out = convert(source, tmp_path / "out")
+    difference = np.abs(logits(out, np.load(source / "ids.npy")) - np.load(source / "logits.npy"))
+    assert difference.max() < 1e-4
+    assert bits(convert(torch_models / f"{name}-bin", tmp_path / "bin")) == bits(out)
+
+
+def test_transformers_reads_what_goes_back(torch_models, tmp_path):
+    folders = []
+    for name in HF:
+        middle = convert(torch_models / name, tmp_path / f"{name}-mlx")
+        folders.append(convert(middle, tmp_path / name, "--to", "pytorch"))
+        for file in ("ids.npy", "logits.npy"):
+            (folders[-1] / file).write_bytes((torch_models / name / file).read_bytes())
+    for folder, found in json.loads(run_torch("read", *folders).splitlines()[-1]).items():
+        assert found.pop("difference") < 1e-5, folder
+        assert not found, folder
+
+
+def test_pytorch_reads_what_openlm_goes_back_to(torch_models, tmp_path):
+    weights = random_openlm()
+    source = save_openlm(tmp_path / "source", weights, CONFIG)
+    middle = convert(source, tmp_path / "mlx", "--dtype", "bfloat16")
+    back = convert(middle, tmp_path / "back", "--to", "pytorch")
+    found = json.loads(run_torch("hash", back / "model.pt").splitlines()[-1])
+    assert found.keys() == weights.keys()
+    for name, (dtype, shape, digest) in found.items():
+        array = mx.array(weights[name])
+        if "inv_freq" not in name:
+            assert dtype == "torch.bfloat16"
+            array = array.astype(mx.bfloat16)
+        assert tuple(shape) == array.shape
+        assert digest == hashlib.sha256(bits_of(array).tobytes()).hexdigest(), name
+
+
+def test_the_table_names_only_architectures_that_memory_can_join():
+    assert sorted(HF) == sorted(hugging_face.hugging_face_config.SUPPORTED)
+    for name in hugging_face.RULES:
+        importlib.import_module(f"mlx_lm.models.{name}")

@@ -1,0 +1,149 @@
+"""What goes up to the Hub is whole, has a card, and comes back as it was."""
+
+import shutil
+from pathlib import Path
+
+import huggingface_hub.constants as hub_constants
+import pytest
+import yaml
+
+from convert.upload import card, main, upload
+from mlx_hmem.bank.format import PAGE
+from mlx_hmem.errors import UserError
+from mlx_hmem.model.load import load
+from tests.conftest import MEMORY, save_anchor
+from tests.helpers.hub_models import BASE, LAST, REPO, blocks, cut_bank, one_line, same
+from tests.helpers.hub_server import TOKEN
+
+
+def test_an_upload_comes_back_as_it_was(hub, directory, capsys):
+    (directory / "bank" / ".level-9.part").write_bytes(b"half")
+    upload(directory, REPO, private=True)
+    out = capsys.readouterr().out
+    sha, files = hub.repos[REPO].commits[-1]
+    assert f"{hub.url}/{REPO}" in out
+    assert sha in out
+    bank = {f"bank/{p.name}" for p in (directory / "bank").iterdir() if p.name[0] != "."}
+    assert set(files) == BASE | bank | {"README.md"}
+    assert all((directory / name).read_bytes() == data for name, data in files.items())
+    model = load(REPO, lazy=True)
+    assert same(blocks(model, LAST), blocks(load(directory), LAST))
+
+    hub.requests.clear()
+    main([str(directory), REPO])  # nothing is new
+    assert not [r for r in hub.requests if r.method == "PUT"]
+    assert len(hub.repos[REPO].commits) == 1
+
+
+def test_another_model_replaces_all_of_the_first(hub, directory):
+    upload(directory, REPO)
+    hub.repos[REPO].commits[-1][1]["diary.txt"] = b"somebody's own"
+    cut_bank(directory, 12)
+    upload(directory, REPO)
+    files = hub.repos[REPO].commits[-1][1]
+    bank = {f"bank/{p.name}" for p in (directory / "bank").iterdir()}
+    assert {name for name in files if name.startswith("bank/")} == bank
+    assert "diary.txt" in files
+    load(REPO)
+
+
+def test_shards_of_a_large_bank_go_up_before_what_names_them(hub, directory, monkeypatch):
+    monkeypatch.setattr("convert.upload.ONE_COMMIT", 5)
+    upload(directory, REPO)
+    first, last = (files for _, files in hub.repos[REPO].commits)
+    assert set(first) == {f"bank/{p.name}" for p in (directory / "bank").glob("*.safetensors")}
+    assert {"bank/bank.json", "hmem.json"} <= set(last)
+    load(REPO)
+
+
+def damage(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[PAGE + 1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda d: damage(d / "bank" / "level-3.00005.safetensors"), "level 3, cluster 10"),
+        (lambda d: (d / "bank" / "level-3.00002.safetensors").unlink(), "lacks a file of level 3"),
+        (lambda d: save_anchor(d, seed=5), "the anchor is not the one"),
+        (lambda d: (d / "config.json").unlink(), "no config.json"),
+        (lambda d: shutil.rmtree(d), "no such model directory"),
+    ],
+)
+def test_a_broken_model_is_not_uploaded(hub, directory, change, words):
+    change(directory)
+    with pytest.raises(UserError) as error:
+        upload(directory, REPO)
+    assert words in one_line(error)
+    assert hub.requests == []
+
+
+def test_an_encoder_that_would_not_come_along_is_not_uploaded(hub, directory):
+    from mlx_hmem.retriever.encoder import STATIC_FOLDER
+
+    shutil.copytree(STATIC_FOLDER, directory / "encoder")
+    text = (directory / "hmem.json").read_text()
+    (directory / "hmem.json").write_text(text.replace('"static"', '"encoder"'))
+    with pytest.raises(UserError, match="move it into retriever/"):
+        upload(directory, REPO)
+    shutil.move(directory / "encoder", directory / "retriever" / "encoder")
+    (directory / "hmem.json").write_text(text.replace('"static"', '"retriever/encoder"'))
+    upload(directory, REPO)
+    assert load(REPO, lazy=True).retriever.encoder.fingerprint
+
+
+def test_no_upload_without_name_token_right_or_connection(hub, directory, monkeypatch):
+    with pytest.raises(UserError, match="write it as user/name"):
+        upload(directory, "tiny")
+    monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
+    with pytest.raises(UserError) as error:
+        upload(directory, REPO)
+    assert "401" in one_line(error)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError) as error:
+        upload(directory, REPO)
+    assert f"the Hub did not take {directory} as {REPO}" in one_line(error)
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(UserError, match="hf auth login"):
+        upload(directory, REPO)
+    assert hub.repos == {}
+
+
+def front_matter(text: str) -> dict:
+    _, front, _ = text.split("---\n", 2)
+    return yaml.safe_load(front)
+
+
+def test_the_card_says_what_the_model_is(directory):
+    text = card(directory, "user/tiny", base_model="apple/OpenLM-160M", license="mit")
+    front = front_matter(text)
+    assert (front["library_name"], front["pipeline_tag"]) == ("mlx", "text-generation")
+    assert (front["base_model"], front["license"]) == ("apple/OpenLM-160M", "mit")
+    assert "mlx" in front["tags"]
+    for words in (
+        "openlm: 2 layers, 16 hidden", f"{MEMORY.bank_parameters:,} parameters", "3 × 2 × 2",
+        f"{MEMORY.fetched_parameters:,}", 'load("user/tiny", lazy=True)', "in 9 files", "static",
+    ):  # fmt: skip
+        assert words in text
+    assert "{" not in text
+    (directory / "hmem.json").unlink()
+    text = card(directory)
+    assert "base_model" not in front_matter(text)
+    assert "memory bank" not in text
+
+
+def test_a_card_that_is_there_is_kept(hub, directory):
+    (directory / "README.md").write_text("# Mine – and mine\n", encoding="utf-8")
+    upload(directory, REPO)
+    text = (directory / "README.md").read_text(encoding="utf-8")
+    assert text.startswith("---\nlibrary_name: mlx\n")
+    assert text.endswith("---\n\n# Mine – and mine\n")
+    upload(directory, REPO)
+    assert (directory / "README.md").read_text(encoding="utf-8") == text
+    (directory / "README.md").write_bytes(b"\xff")
+    with pytest.raises(UserError, match="is not UTF-8"):
+        upload(directory, REPO)

@@ -1,0 +1,177 @@
+"""What memory is meant to compute, computed another way: the references of the parity tests.
+
+FFN memory widens the anchor's own matrices, LoRA memory patches its weights, KV memory is attention
+written out inside the architecture's own attention function.
+"""
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_map
+
+from mlx_hmem.anchors.attach import attach_memory, memory_config
+from mlx_hmem.config import MemoryConfig
+from mlx_hmem.memory import KINDS, Rows, join_blocks
+from tests.helpers.tiny_anchors import (
+    EXPERTS,
+    GATED,
+    HEADS,
+    LAYERS,
+    UNGATED,
+    VOCAB,
+    make_anchor,
+    module_of,
+)
+
+PAIRS = [(name, kind) for name in GATED + UNGATED for kind in KINDS]
+PAIRS += [(name, kind) for name in EXPERTS for kind in ("lora_qk", "lora_vo", "kv")]
+
+
+def config_of(anchor: nn.Module, kind: str, layers: tuple[int, ...] | None = None) -> MemoryConfig:
+    return memory_config(anchor, r=(4, 0, 3), branching=(2, 2, 2), kind=kind, layers=layers)
+
+
+def random_rows(config: MemoryConfig, seed: int, size: float = 0.3) -> Rows:
+    rng = np.random.default_rng(seed)
+    blocks = [
+        mx.array(size * rng.standard_normal(config.block_shape(level), np.float32))
+        for level in (1, 3)
+    ]
+    return join_blocks(blocks, config)
+
+
+def make_ids(seed: int = 3, shape: tuple[int, int] = (2, 9)) -> mx.array:
+    return mx.random.randint(0, VOCAB, shape, key=mx.random.key(seed))
+
+
+def widen(anchor: nn.Module, rows: Rows) -> None:
+    """Puts FFN memory into the anchor's own FFN matrices, bias 0 for the new units."""
+    for index, layer in enumerate(anchor.layers):
+        mlp, *rest = layer.mlp, *rows[0][index]
+        down, inner = rest[-1], rest[:-1]
+        if "gate_up_proj" in mlp:  # one matrix: all gates, then all ups
+            gate, up = mx.split(mlp.gate_up_proj.weight, 2)
+            mlp.gate_up_proj.weight = mx.concatenate([gate, inner[0], up, inner[1]])
+            names = []
+        else:
+            names = [n for n in ("gate_proj", "up_proj", "c_fc") if n in mlp]
+        for linear, added in zip((mlp[n] for n in names), inner, strict=bool(names)):
+            linear.weight = mx.concatenate([linear.weight, added])
+            if "bias" in linear:
+                linear.bias = mx.concatenate([linear.bias, mx.zeros(added.shape[0])])
+        last = mlp["down_proj" if "down_proj" in mlp else "c_proj"]
+        last.weight = mx.concatenate([last.weight, down.T], axis=1)
+
+
+def patched(weight: mx.array, start: int, a: mx.array, b: mx.array) -> mx.array:
+    """``weight`` with 2 · Bᵀ A added to its rows from ``start`` on."""
+    end = start + b.shape[-1]
+    return mx.concatenate([weight[:start], weight[start:end] + 2 * b.T @ a, weight[end:]])
+
+
+def patch_weights(anchor: nn.Module, kind: str, rows: Rows) -> None:
+    """Puts LoRA memory into the anchor's own weights."""
+    for index, layer in enumerate(anchor.layers):
+        g = [group[index] for group in rows]
+        if kind == "lora_ffn":
+            mlp = layer.mlp
+            last = mlp["down_proj" if "down_proj" in mlp else "c_proj"]
+            last.weight = patched(last.weight, 0, g[1][-1], g[0][-1])
+            ups = list(zip(g[0][:-1], g[1][:-1], strict=True))  # gate if there is one, up
+            if "gate_up_proj" in mlp:
+                for place, (a, b) in enumerate(ups):
+                    shared = mlp.gate_up_proj
+                    shared.weight = patched(shared.weight, place * b.shape[-1], a, b)
+            else:
+                names = [n for n in ("gate_proj", "up_proj", "c_fc") if n in mlp]
+                for linear, (a, b) in zip((mlp[n] for n in names), ups, strict=True):
+                    linear.weight = patched(linear.weight, 0, a, b)
+            continue
+        attention = layer["attn" if "attn" in layer else "self_attn"]
+        shared = next((attention[n] for n in ("qkv_proj", "c_attn") if n in attention), None)
+        q, kv = g[1].shape[-1], g[2].shape[-1]
+        if kind == "lora_qk":
+            places = {"q_proj": (0, g[0][0], g[1][0]), "k_proj": (q, g[0][1], g[2][0])}
+        else:
+            places = {"v_proj": (q + kv, g[0][0], g[2][0])}
+            last = attention["c_proj" if "c_proj" in attention else "o_proj"]
+            last.weight = patched(last.weight, 0, g[1][0], g[0][1])
+        for name, (start, a, b) in places.items():
+            linear = shared if shared is not None else attention[name]
+            start = start if shared is not None else 0
+            linear.weight = patched(linear.weight, start, a, b)
+
+
+def write_out_kv(name: str, rows: Rows, replace: Callable[..., None]) -> None:
+    """Adds softmax(q Kᵀ · scale) V in the attention function of the architecture's own module.
+
+    That function sees queries after RoPE, so RoPE must be off. ``replace(module, name, value)``
+    sets an attribute, as pytest's ``monkeypatch.setattr`` does.
+    """
+    code, layer = module_of(name), iter(range(LAYERS * 100))
+    before = code.scaled_dot_product_attention
+
+    def attention(queries, keys, values, cache, scale, mask, **kwargs):  # type: ignore[no-untyped-def]
+        output = before(queries, keys, values, cache=cache, scale=scale, mask=mask, **kwargs)
+        k, v = (
+            part.reshape(part.shape[0], HEADS, -1).transpose(1, 0, 2)
+            for part in rows[0][next(layer) % LAYERS]
+        )
+        weights = mx.softmax(scale * (queries @ k.swapaxes(-1, -2)), axis=-1)
+        return output + weights @ v
+
+    replace(code, "scaled_dot_product_attention", attention)
+
+
+def switch_rope_off(anchor: nn.Module) -> None:
+    for layer in anchor.layers:
+        if "self_attn" in layer:
+            layer.self_attn.rope = lambda x, offset=0: x
+
+
+def apply_reference(
+    anchor: nn.Module, name: str, kind: str, rows: Rows, replace: Callable[..., None]
+) -> None:
+    """Makes ``anchor`` the reference of the same anchor with the memory ``rows`` attached."""
+    if kind == "ffn":
+        widen(anchor, rows)
+    elif kind == "kv":
+        write_out_kv(name, rows, replace)
+    else:
+        patch_weights(anchor, kind, rows)
+
+
+def gradient_errors(name: str, kind: str) -> list[float]:
+    """For each group of rows, |gradient - finite difference| ÷ |finite difference|."""
+    with mx.stream(mx.cpu):  # float64 is there only; RoPE and norms stay near float32
+        anchor, ids = make_anchor(name), make_ids(shape=(1, 5))
+        config = config_of(anchor, kind)
+        anchor.update(tree_map(lambda a: a.astype(mx.float64), anchor.parameters()))
+        slot = attach_memory(anchor, config)
+        rows = tuple(g.astype(mx.float64) for g in random_rows(config, 5, size=0.15))
+        weights = mx.random.normal((1, 5, VOCAB), key=mx.random.key(0))
+
+        def loss(rows: Rows) -> mx.array:
+            with slot.using(rows):
+                return (anchor(ids) * weights).sum()
+
+        def moved(group: int, step: mx.array) -> float:
+            changed = (*rows[:group], rows[group] + step, *rows[group + 1 :])
+            return np.array(loss(changed)).item()
+
+        rng, errors = np.random.default_rng(0), []
+        for group, gradient in enumerate(mx.grad(loss)(rows)):
+            # Near the gradient: across it, rounding would be all that is measured.
+            direction = gradient * mx.array(rng.uniform(0.2, 1.8, gradient.shape), mx.float64)
+            direction = direction / mx.linalg.norm(direction)
+            expected = (gradient * direction).sum().item()
+            h = min(3e-2, 1e-1 / abs(expected))
+            one, two = (
+                moved(group, size * direction) - moved(group, -size * direction)
+                for size in (h, 2 * h)
+            )
+            measured = (8 * one - two) / (12 * h)
+            errors.append(abs(expected - measured) / abs(measured))
+        return errors

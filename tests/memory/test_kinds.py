@@ -1,0 +1,189 @@
+"""Every architecture with every kind of memory: nothing at the start, then what the paper says."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_unflatten
+from mlx_lm.generate import generate_step
+
+from mlx_hmem.anchors.architectures import ARCHITECTURES
+from mlx_hmem.anchors.attach import anchor_sizes, attach_memory
+from mlx_hmem.anchors.load import named_parameters
+from mlx_hmem.config import MemoryConfig
+from mlx_hmem.errors import UserError
+from mlx_hmem.memory import KINDS, FetchedMemory, initial_block, join_blocks, split_block
+from mlx_hmem.model.stream import AnchorWithMemory
+from tests.helpers.references import (
+    PAIRS,
+    apply_reference,
+    config_of,
+    gradient_errors,
+    make_ids,
+    random_rows,
+    switch_rope_off,
+)
+from tests.helpers.tiny_anchors import EXPERTS, GATED, UNGATED, make_anchor
+
+WITHOUT_EXPERTS = [pair for pair in PAIRS if pair[0] not in EXPERTS]
+every_pair = pytest.mark.parametrize(("name", "kind"), PAIRS)
+
+
+@every_pair
+def test_memory_equals_the_patched_anchor_and_keeps_the_names(name, kind, monkeypatch):
+    ids, anchor, other = make_ids(), make_anchor(name), make_anchor(name)
+    if kind == "kv":
+        switch_rope_off(anchor)
+        switch_rope_off(other)
+    names, alone = named_parameters(anchor).keys(), anchor(ids)
+    config = config_of(anchor, kind)
+    slot = attach_memory(anchor, config)
+    assert named_parameters(anchor).keys() == names
+    assert mx.array_equal(anchor(ids), alone)
+    rows = random_rows(config, 0, size=0.15)
+    with slot.using(rows):
+        attached = anchor(ids)
+    assert mx.array_equal(anchor(ids), alone)
+    mx.eval(attached)
+    apply_reference(other, name, kind, rows, monkeypatch.setattr)
+    assert mx.abs(attached - alone).max().item() > 1e-3
+    assert mx.abs(attached - other(ids)).max().item() < 1e-5
+
+
+@every_pair
+def test_starting_values_have_no_effect_at_all_but_are_not_all_zero(name, kind):
+    anchor, ids = make_anchor(name), make_ids()
+    alone, config = anchor(ids), config_of(anchor, kind)
+    slot = attach_memory(anchor, config)
+    blocks = [initial_block(config, r, np.random.default_rng(r)) for r in (4, 3)]
+    assert [b.shape for b in blocks] == [config.block_shape(1), config.block_shape(3)]
+    assert all(np.abs(b).max() > 0.1 for b in blocks)
+    with slot.using(join_blocks([mx.array(b) for b in blocks], config)):
+        assert mx.array_equal(anchor(ids), alone)
+
+
+@every_pair
+def test_a_row_of_a_batch_equals_the_row_alone(name, kind):
+    anchor, ids = make_anchor(name), make_ids(shape=(3, 9))
+    config = config_of(anchor, kind)
+    slot = attach_memory(anchor, config)
+    memories = [random_rows(config, seed, size=0.15) for seed in range(3)]
+    with slot.using(tuple(mx.stack(groups) for groups in zip(*memories, strict=True))):
+        together = anchor(ids)
+    for row, memory in enumerate(memories):
+        with slot.using(memory):
+            alone = anchor(ids[row : row + 1])
+        assert mx.abs(together[row : row + 1] - alone).max().item() < 1e-5
+
+
+# Experts know float32 only; what memory joins there is llama's.
+@pytest.mark.parametrize(("name", "kind"), WITHOUT_EXPERTS)
+def test_gradients_of_the_memory_equal_finite_differences(name, kind):
+    assert max(gradient_errors(name, kind)) < 1e-3
+
+
+@every_pair
+def test_mlx_lm_generates_through_it_as_the_whole_sequence_says(name, kind):
+    anchor = make_anchor(name)
+    config = config_of(anchor, kind)
+    slot, rows = attach_memory(anchor, config), random_rows(config, 7, size=0.6)
+    prompt = make_ids(shape=(1, 6))[0]
+    model = AnchorWithMemory(anchor, slot, rows)
+    tokens = [token for token, _ in generate_step(prompt, model, max_tokens=8)]
+    ids = prompt.tolist()
+    for token in tokens:
+        assert token == mx.argmax(model(mx.array([ids]))[0, -1]).item()
+        ids.append(token)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("kind", ["ffn", "lora_ffn"])
+def test_a_mixture_of_experts_is_named_with_the_kinds_that_fit(name, kind):
+    anchor = make_anchor(name)
+    layer = 1 if name == "qwen3_moe" else 0  # qwen3_moe's layer 0 is an FFN here
+    config = MemoryConfig(**{"intermediate_size": 48} | anchor_sizes(anchor), r=(2,),
+                          branching=(2,), kind=kind)  # fmt: skip
+    with pytest.raises(UserError, match=rf"layer {layer}: .*lora_qk or lora_vo or kv"):
+        attach_memory(anchor, config)
+    if name == "qwen3_moe":  # but its one FFN can be joined
+        attach_memory(anchor, config.placed([0]))
+
+
+def test_every_architecture_of_the_table_is_tried():
+    assert set(ARCHITECTURES) == set(GATED + UNGATED + EXPERTS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_on_some_layers_changes_those_alone(kind):
+    anchor, ids = make_anchor("llama"), make_ids()
+    config = config_of(anchor, kind)
+    slot, rows = attach_memory(anchor, config), random_rows(config, 0)
+    without = tuple(mx.concatenate([0 * g[:1], g[1:]]) for g in rows)
+    if kind == "kv":  # keys alone do nothing
+        without = (mx.concatenate([rows[0][:1] * mx.array([1, 0])[:, None, None], rows[0][1:]]),)
+    with slot.using(without):
+        wanted = anchor(ids)
+    other = make_anchor("llama")
+    last = attach_memory(other, config.placed("last 2"))
+    with last.using(tuple(g[1:] for g in rows)):
+        assert mx.abs(other(ids) - wanted).max().item() < 1e-6
+
+
+def test_blocks_split_and_join_as_fetched_memory_does():
+    config = config_of(make_anchor("llama"), "lora_qk")
+    blocks = [np.arange(np.prod(config.block_shape(n)), dtype=np.float32) for n in (1, 3)]
+    shaped = [
+        mx.array(b.reshape(config.block_shape(n))) for b, n in zip(blocks, (1, 3), strict=True)
+    ]
+    fetched = FetchedMemory((shaped[0], None, shaped[1]), config)
+    for index, (rows, width) in enumerate(config.groups):
+        parts = [split_block(block, config)[index] for block in shaped]
+        assert [p.shape for p in parts] == [(3, rows, 4, width), (3, rows, 3, width)]
+        assert mx.array_equal(fetched.rows[index], mx.concatenate(parts, axis=2))
+    assert sorted(np.concatenate([np.array(g).ravel() for g in fetched.rows])) == sorted(
+        np.concatenate(blocks)
+    )
+
+
+def quantize(anchor: nn.Module, bits: int, mode: str) -> None:
+    def fits(_: str, module: nn.Module) -> bool:
+        return isinstance(module, nn.Linear) and module.weight.shape[-1] % 32 == 0
+
+    nn.quantize(anchor, 32, bits, mode=mode, class_predicate=fits)
+
+
+def dequantize(anchor: nn.Module) -> None:
+    """Puts plain linear modules with the same rounded weights in place of quantised ones."""
+    for path, module in anchor.named_modules():
+        if isinstance(module, nn.QuantizedLinear):
+            weight = mx.dequantize(
+                module.weight, module.scales, module.get("biases"),
+                group_size=module.group_size, bits=module.bits, mode=module.mode,
+            )  # fmt: skip
+            plain = nn.Linear(1, 1, bias="bias" in module)
+            if "bias" in module:
+                plain.bias = module.bias
+            plain.weight = weight.astype(mx.float32)
+            anchor.update_modules(tree_unflatten([(path, plain)]))
+
+
+@pytest.mark.parametrize(("bits", "mode"), [(4, "affine"), (8, "affine"), (4, "mxfp4")])
+@pytest.mark.parametrize(("name", "kind"), WITHOUT_EXPERTS)
+def test_a_quantised_anchor_takes_full_precision_memory(name, kind, bits, mode, monkeypatch):
+    ids, anchor, other = make_ids(), make_anchor(name), make_anchor(name)
+    if kind == "kv":
+        switch_rope_off(anchor)
+        switch_rope_off(other)
+    quantize(anchor, bits, mode)
+    quantize(other, bits, mode)
+    dequantize(other)
+    config = config_of(anchor, kind)
+    slot, rows = attach_memory(anchor, config), random_rows(config, 0, size=0.15)
+    alone = anchor(ids)
+    assert mx.abs(alone - other(ids)).max().item() < 1e-4
+    with slot.using(rows):
+        attached = anchor(ids)
+    mx.eval(attached)
+    apply_reference(other, name, kind, rows, monkeypatch.setattr)
+    assert mx.abs(attached - alone).max().item() > 1e-3
+    assert mx.abs(attached - other(ids)).max().item() < 1e-4

@@ -1,0 +1,308 @@
+"""Models on the Hub: only what is needed comes down, of one revision; nothing broken goes up.
+
+The Hub is a server on this computer (hub_server.py); huggingface_hub itself is the real one.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import huggingface_hub.constants as hub_constants
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_hmem.bank import Bank
+from mlx_hmem.bank.format import PAGE
+from mlx_hmem.errors import UserError
+from mlx_hmem.evaluate.command import main as evaluate
+from mlx_hmem.model.load import load
+from tests.helpers.hub_models import (
+    BASE,
+    FIRST,
+    LAST,
+    REPO,
+    SHARDS,
+    blocks,
+    one_line,
+    other_model,
+    same,
+)
+from tests.helpers.hub_server import Hub
+from tests.helpers.places import ROOT
+
+PROGRAM = ROOT / "generate.py"
+
+
+def test_lazy_load_brings_what_routing_needs_then_only_the_shards_of_a_path(online, directory):
+    model, local = load(REPO, lazy=True), load(directory)
+    sizes = {p.relative_to(directory).as_posix(): p.stat().st_size for p in directory.rglob("*")}
+    assert online.bytes_sent() == sum(sizes[name] for name in BASE)
+    assert set(online.downloads()) == BASE
+
+    assert same(blocks(model, FIRST), blocks(local, FIRST))
+    assert online.bytes_sent() == sum(sizes[name] for name in SHARDS[FIRST])
+    assert sorted(online.downloads()) == sorted(SHARDS[FIRST])
+
+    assert same(blocks(model, (0, 0, 1)), blocks(local, (0, 0, 1)))  # in the same two shards
+    assert online.requests == []
+    blocks(model, (0, 1, 2))  # level 1 is here
+    assert online.downloads() == ["bank/level-3.00001.safetensors"]
+
+    assert model.bank.generic().rows is not None
+    assert online.downloads() == ["bank/generic.safetensors"]
+
+
+def test_a_prompt_is_answered_as_by_the_model_on_disk(online, directory, texts):
+    model, local = load(REPO, lazy=True), load(directory)
+    online.downloads()
+    for prompt in (texts[0][:30], texts[-1][:30]):
+        path = local.retriever.route(prompt)
+        wanted = [p.text for p in local.stream(prompt, max_tokens=8)]
+        assert [p.text for p in model.stream(prompt, max_tokens=8)] == wanted
+        shards = {f"bank/level-{n}.{path[n - 1] // 2:05d}.safetensors" for n in (1, 3)}
+        assert set(online.downloads()) <= shards
+    recall = model.recall(texts[0], blocked=[model.retriever.route(texts[0])[:1]])
+    assert (recall.blocks, online.requests) == ([], [])
+
+
+def test_without_lazy_the_whole_model_comes_and_nothing_else(online, directory):
+    model = load(REPO)
+    bank = {f"bank/{path.name}" for path in (directory / "bank").iterdir()}
+    assert len(bank) == 10
+    assert set(online.downloads()) == BASE | bank
+    blocks(model, LAST)
+    assert online.requests == []
+
+
+def test_an_anchor_alone_is_loaded_lazily_too(online, directory):
+    (directory / "hmem.json").unlink()
+    shutil.rmtree(directory / "bank")
+    shutil.rmtree(directory / "retriever")
+    online.add("user/anchor", directory)
+    assert load("user/anchor", lazy=True).bank is None
+
+
+def test_lazy_changes_nothing_for_a_folder(directory):
+    assert same(blocks(load(directory, lazy=True), LAST), blocks(load(directory), LAST))
+    (directory / "bank" / "level-3.00005.safetensors").unlink()
+    with pytest.raises(UserError, match="lacks a file of level 3"):
+        load(directory, lazy=True)
+
+
+def test_a_repository_that_changes_meanwhile_does_not_mix(online, directory):
+    model = load(REPO, lazy=True)
+    old = blocks(load(directory), LAST)
+    blocks(model, FIRST)
+    other_model(directory)
+    online.add(REPO, directory)
+    assert same(blocks(model, LAST), old)
+    new = load(REPO, lazy=True)
+    assert same(blocks(new, LAST), blocks(load(directory), LAST))
+    assert not np.array_equal(blocks(new, LAST)[0], old[0])
+    assert same(blocks(model, (2, 5, 10)), blocks(model, (2, 5, 10)))
+
+
+@pytest.mark.parametrize("how", ["offline", "no server"])
+def test_without_a_connection_what_is_here_works_and_what_is_not_is_named(
+    online, directory, monkeypatch, how
+):
+    blocks(load(REPO, lazy=True), FIRST)
+    if how == "offline":
+        monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
+    else:
+        monkeypatch.setattr("time.sleep", lambda _: None)  # the library waits before it asks again
+        online.stop()
+    model, local = load(REPO, lazy=True), load(directory)
+    assert same(blocks(model, FIRST), blocks(local, FIRST))
+    with pytest.raises(UserError) as error:
+        blocks(model, LAST)
+    for word in ("bank/level-1.00001.safetensors of user/tiny is not on this computer", "connect"):
+        assert word in one_line(error)
+    assert same(blocks(model, FIRST), blocks(local, FIRST))
+    with pytest.raises(UserError) as error:
+        load("user/other", lazy=True)
+    assert "no model directory user/other, and the Hub does not give it" in one_line(error)
+    if how == "offline":
+        monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
+        assert same(blocks(model, LAST), blocks(local, LAST))
+
+
+def test_many_threads_fetch_a_shard_once(online, directory):
+    model, local = load(REPO, lazy=True), load(directory)
+    wanted = {leaf: blocks(local, (leaf // 4, leaf // 2, leaf)) for leaf in range(12)}
+    online.downloads()
+    wrong: list[int] = []
+    start = threading.Barrier(8)
+
+    def work(seed: int) -> None:
+        start.wait()
+        for leaf in np.random.default_rng(seed).permutation(12).tolist():
+            if not same(blocks(model, (leaf // 4, leaf // 2, leaf)), wanted[leaf]):
+                wrong.append(leaf)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    downloads = online.downloads()
+    assert len(downloads) == len(set(downloads)) == 2 + 6
+
+
+def test_a_bank_asks_once_for_a_shard_whoever_obtains_it(directory, tmp_path):
+    there, here = directory / "bank", tmp_path / "here"
+    here.mkdir()
+    shutil.copy(there / "bank.json", here)
+    asked: list[str] = []
+    start = threading.Barrier(8)
+
+    def obtain(names: Sequence[str]) -> None:
+        asked.extend(names)
+        time.sleep(0.02)  # the others ask meanwhile
+        for name in names:
+            shutil.copy(there / name, here)
+
+    with Bank.open(here, obtain=obtain, cache_bytes=0) as bank:
+        assert asked == []
+
+        def work() -> None:
+            start.wait()
+            for path in (FIRST, LAST):
+                bank.fetch(path)
+
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert sorted(f"bank/{name}" for name in asked) == sorted(SHARDS[FIRST] | SHARDS[LAST])
+    with pytest.raises(UserError, match="the bank is closed"):
+        bank.fetch((1, 2, 4))
+    assert len(asked) == 4
+
+
+def test_who_needs_no_new_shard_does_not_wait_for_a_download(online):
+    model = load(REPO, lazy=True)
+    blocks(model, FIRST)
+    online.hold["bank/level-3.00005.safetensors"] = threading.Event()
+    thread = threading.Thread(target=blocks, args=(model, LAST))
+    thread.start()
+    while not any(r.method == "GET" and "level-3.00005" in r.path for r in online.requests):
+        time.sleep(0.001)
+    try:
+        for _ in range(3):
+            blocks(model, FIRST)
+            assert thread.is_alive()
+    finally:
+        online.hold["bank/level-3.00005.safetensors"].set()
+        thread.join()
+    assert model.bank.fetch(LAST).blocks[0] is not None
+
+
+def test_a_download_that_breaks_off_goes_on_where_it_was(online, directory, monkeypatch):
+    model, name = load(REPO, lazy=True), "bank/level-3.00005.safetensors"
+    monkeypatch.setattr(hub_constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    monkeypatch.setattr("time.sleep", lambda _: None)  # the library waits before it goes on
+    online.cut_once.add(name)
+    online.requests.clear()
+    assert same(blocks(model, LAST), blocks(load(directory), LAST))
+    asked = [r for r in online.requests if r.method == "GET" and r.path.endswith(name)]
+    assert [r.range is None for r in asked] == [True, False]
+    size = (directory / name).stat().st_size
+    assert size <= sum(r.sent for r in asked) < size + 2000
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda data: data[: PAGE + 5] + bytes([data[PAGE + 5] ^ 1]) + data[PAGE + 6 :],
+         "level 3, cluster 10 of the bank is damaged"),
+        (lambda data: data[:-1], "bytes instead of"),
+        (lambda data: b"\xff" * 8 + data[8:], "is not a whole safetensors file"),
+        (lambda _: None, "bank/level-3.00005.safetensors"),
+    ],
+)  # fmt: skip
+def test_a_shard_that_comes_wrong_is_refused(hub, directory, change, words):
+    name = "bank/level-3.00005.safetensors"
+    data = change((directory / name).read_bytes())
+    (directory / name).unlink()
+    if data is not None:
+        (directory / name).write_bytes(data)
+    hub.add(REPO, directory)
+    model = load(REPO, lazy=True)
+    for _ in range(2):
+        with pytest.raises(UserError) as error:
+            blocks(model, (2, 5, 10))
+        assert words in one_line(error)
+    assert len(blocks(model, FIRST)) == 2
+
+
+def test_more_shards_than_may_be_open_are_opened_in_turn(directory, monkeypatch):
+    whole = load(directory)
+    monkeypatch.setattr("mlx_hmem.bank.read.shards.MOST_OPEN", 2)
+    folder = Path("/proc/self/fd")
+    with Bank.open(directory / "bank", cache_bytes=0) as bank:
+        open_files = len(list(folder.iterdir())) if folder.exists() else 0
+        for leaf in [*range(12), *range(12)]:
+            path = (leaf // 4, leaf // 2, leaf)
+            found = [np.array(b) for b in bank.fetch(path).blocks if b is not None]
+            assert same(found, blocks(whole, path))
+        if folder.exists():
+            assert len(list(folder.iterdir())) <= open_files
+        # One that was replaced while it was closed is checked as if it were new.
+        shard = directory / "bank" / "level-3.00000.safetensors"
+        shard.write_bytes(shard.read_bytes()[:-1])
+        with pytest.raises(UserError, match="bytes instead of"):
+            bank.fetch(FIRST)
+
+
+def environment(hub: Hub, tmp_path: Path, **more: str) -> dict[str, str]:
+    return {
+        **os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", **more,
+    }  # fmt: skip
+
+
+def test_generate_fetches_lazily_and_then_needs_no_connection(online, tmp_path):
+    command = [sys.executable, PROGRAM, "--model", REPO, "--lazy", "--json", "--max-tokens", "4"]
+    command += ["--prompt", "The old lighthouse"]
+    run = subprocess.run(
+        command, env=environment(online, tmp_path), capture_output=True, text=True, check=True
+    )
+    found = json.loads(run.stdout)
+    path = found["memory"]["path"]
+    shards = {f"bank/level-{n}.{path[n - 1] // 2:05d}.safetensors" for n in (1, 3)}
+    assert set(online.downloads()) == BASE | shards
+    assert "%" in run.stderr  # the library's bar
+    env = environment(online, tmp_path, HF_HUB_OFFLINE="1")
+    again = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert json.loads(again.stdout)["text"] == found["text"]
+    other = subprocess.run(
+        [*command, "--memory", "generic"], env=env, capture_output=True, text=True
+    )
+    assert (other.returncode, other.stdout) == (2, "")
+    assert other.stderr.startswith("error: bank/generic.safetensors of user/tiny is not on this")
+    assert other.stderr.count("\n") == 1
+
+
+def test_logits_of_a_lazy_model_are_those_of_the_whole(online, directory):
+    ids = mx.array([[1, 2, 3, 4]])
+    lazy, local = load(REPO, lazy=True), load(directory)
+    for path in (FIRST, LAST):
+        assert np.array_equal(np.array(lazy(ids, [path])), np.array(local(ids, [path])))
+
+
+def test_a_score_without_memory_needs_nothing_of_the_bank(online, tmp_path, texts, capsys):
+    held_out = tmp_path / "texts.jsonl"
+    held_out.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:3]))
+    evaluate([REPO, "--lazy", "--memory", "none", "--text", str(held_out), "--json"])
+    assert json.loads(capsys.readouterr().out)["perplexity"][0]["documents"] == 3
+    assert set(online.downloads()) == BASE

@@ -1,0 +1,248 @@
+"""A model directory whose parts do not belong together is refused in one line, never gibberish."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_hmem import load
+from mlx_hmem.anchors.attach import attach_memory, memory_config
+from mlx_hmem.anchors.load import anchor_hash, load_anchor
+from mlx_hmem.config import HmemConfig, MemoryConfig
+from mlx_hmem.errors import UserError
+from mlx_hmem.files import fingerprint
+from mlx_hmem.memory import KINDS
+from mlx_hmem.retriever import ClusterTree, load_encoder
+from mlx_hmem.retriever.encoder import STATIC_FOLDER
+from tests.conftest import MEMORY, edit_json, save_anchor, save_bank
+
+
+def refused(folder: Path, *words: str) -> str:
+    """Loads ``folder``; the error must be one line of three parts that holds ``words``."""
+    with pytest.raises(UserError) as error:
+        load(folder)
+    text = str(error.value)
+    assert "\n" not in text
+    assert len(text) < 1000
+    assert all(part for part in (error.value.what, str(error.value.value), error.value.remedy))
+    for word in words:
+        assert word in text
+    return text
+
+
+def hmem_of(folder: Path) -> HmemConfig:
+    return HmemConfig.from_file(folder / "hmem.json")
+
+
+def replace_tree(folder: Path, tree: ClusterTree, encoder_hash: str) -> None:
+    """Puts in another tree and ties hmem.json and the bank to it."""
+    file = folder / "retriever" / "tree.safetensors"
+    tree.save(file, encoder_hash)
+    hash_ = fingerprint(file)
+    edit_json(folder / "hmem.json", lambda h: h["retriever"].update(tree_hash=hash_))
+    edit_json(folder / "bank" / "bank.json", lambda b: b.update(tree_hash=hash_))
+
+
+def test_an_untouched_copy_loads_and_answers_as_the_original(broken, model, texts):
+    copy = load(str(broken))
+    path = copy.retriever.route(texts[0])
+    ids = mx.array([copy.tokenizer.encode(texts[0])[:20]])
+    assert path == model.retriever.route(texts[0])
+    assert np.array_equal(np.array(copy(ids, [path])), np.array(model(ids, [path])))
+
+
+@pytest.mark.parametrize("layers", ["all", "last 1"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_directory_with_any_kind_of_memory_loads_and_uses_it(broken, kind, layers, texts):
+    anchor, _ = load_anchor(broken)
+    config = memory_config(anchor, MEMORY.r, MEMORY.branching, kind).placed(layers)
+    hmem = hmem_of(broken)
+    save_bank(broken / "bank", config, hmem.anchor_hash, hmem.retriever.tree_hash)
+    (broken / "hmem.json").write_text(replace(hmem, memory=config).to_json())
+    model, slot = load(broken), attach_memory(anchor, config)
+    assert model.bank is not None
+    path = model.retriever.route(texts[0])
+    ids = mx.array([model.tokenizer.encode(texts[0])[:12]])
+    for memory, fetched in (("fetched", model.bank.fetch(path)), ("generic", model.bank.generic())):
+        with slot.using(fetched.rows):
+            wanted = anchor(ids)
+        assert mx.abs(model(ids, [path], memory) - wanted).max().item() < 1e-5
+        assert mx.abs(model(ids, memory="none") - wanted).max().item() > 0.05
+    rows = model(mx.concatenate([ids, ids]), [path, (0, 0, 0)])
+    assert mx.abs(rows[:1] - model(ids, [path])).max().item() < 1e-5
+    pieces = list(model.stream(texts[0][:30], max_tokens=5))
+    assert len(pieces) == 5
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ("hmem.json", "hmem.json is missing"),
+        ("config.json", "no config.json"),
+        ("model.safetensors", "no anchor weights"),
+        ("bank", "bank.json"),
+        ("bank/bank.json", "bank.json"),
+        ("bank/level-1.00000.safetensors", "lacks a file of level 1"),
+        ("bank/generic.safetensors", "lacks a file of level 0"),
+        ("retriever", "tree.safetensors"),
+        ("retriever/tree.safetensors", "tree.safetensors"),
+    ],
+)
+def test_a_missing_part_is_named(broken, part, words):
+    path = broken / part
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    refused(broken, words, str(broken))
+
+
+def test_a_missing_tokenizer_is_named(broken):
+    for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
+        (broken / name).unlink()
+    refused(broken, "no tokenizer", str(broken))
+
+
+def test_an_anchor_without_memory_speaks_alone_and_says_so(broken, model, texts):
+    (broken / "hmem.json").unlink()
+    refused(broken, "hmem.json is missing")  # memory that nothing ties to the anchor
+    shutil.rmtree(broken / "bank")
+    shutil.rmtree(broken / "retriever")
+    alone = load(broken)
+    assert (alone.bank, alone.retriever) == (None, None)
+    prompt = texts[0][:30]
+    tokens = [p.token for p in alone.stream(prompt, max_tokens=9, memory="none")]
+    assert tokens == [p.token for p in model.stream(prompt, max_tokens=9, memory="none")]
+    for mode in ("fetched", "generic"):
+        with pytest.raises(UserError, match="no memory bank"):
+            alone.stream(prompt, memory=mode)
+    with pytest.raises(UserError, match="no memory bank"):
+        alone(mx.zeros((1, 2), mx.int32), [(0, 0, 0)])
+    with pytest.raises(UserError, match="budget is too small"):
+        load(broken, memory_budget=10)
+
+
+def test_the_weights_of_another_anchor_are_refused(broken):
+    save_anchor(broken, seed=1)
+    refused(broken, "the anchor is not the one this memory was made for", "model.safetensors")
+
+
+def test_the_bank_of_another_anchor_is_refused(broken):
+    retriever = hmem_of(broken).retriever
+    save_bank(broken / "bank", MEMORY, "xxh3:another", retriever.tree_hash)
+    refused(broken, "made for another anchor", "xxh3:another", anchor_hash(broken))
+
+
+def test_the_bank_of_another_tree_is_refused(broken):
+    save_bank(broken / "bank", MEMORY, anchor_hash(broken), "xxh3:another")
+    tree_hash = hmem_of(broken).retriever.tree_hash
+    refused(broken, "made for another cluster tree", "xxh3:another", tree_hash)
+
+
+def test_a_bank_of_another_shape_is_refused(broken):
+    config = MemoryConfig(16, 2, (2, 0, 2), MEMORY.branching)
+    hmem = hmem_of(broken)
+    save_bank(broken / "bank", config, hmem.anchor_hash, hmem.retriever.tree_hash)
+    refused(broken, "different memories", "r=(4, 0, 2)", "r=(2, 0, 2)")
+
+
+def test_memory_made_for_a_wider_anchor_is_refused(broken):
+    config = MemoryConfig(24, 3, MEMORY.r, MEMORY.branching)
+    hmem = hmem_of(broken)
+    save_bank(broken / "bank", config, hmem.anchor_hash, hmem.retriever.tree_hash)
+    edit_json(
+        broken / "hmem.json", lambda h: h["memory"].update(hidden_size=24, num_hidden_layers=3)
+    )
+    refused(
+        broken,
+        "another anchor",
+        "memory: num_hidden_layers 3, hidden_size 24",
+        "num_hidden_layers 2",
+    )
+
+
+def test_another_tree_for_the_same_encoder_is_refused(broken, texts):
+    encoder = load_encoder("static")
+    other = ClusterTree.fit(encoder.encode(texts[::2]), branching=MEMORY.branching)
+    other.save(broken / "retriever" / "tree.safetensors", encoder.fingerprint)
+    refused(broken, "the cluster tree is not the one this memory was made for")
+
+
+def test_a_tree_of_another_encoder_is_refused(broken, texts):
+    vectors = load_encoder("static").encode(texts)
+    tree = ClusterTree.fit(vectors, branching=MEMORY.branching)
+    replace_tree(broken, tree, "xxh3:another")
+    refused(broken, "belongs to another encoder than static", "xxh3:another")
+
+
+def test_a_tree_with_other_clusters_than_the_bank_is_refused(broken, texts):
+    encoder = load_encoder("static")
+    tree = ClusterTree.fit(encoder.encode(texts), branching=(2, 2, 2))
+    replace_tree(broken, tree, encoder.fingerprint)
+    refused(broken, "different clusters", "tree (2, 2, 2)", "bank (3, 2, 2)")
+
+
+def test_a_changed_encoder_is_refused_and_its_copy_is_not(broken, model, texts):
+    own = Path(shutil.copytree(STATIC_FOLDER, broken / "retriever" / "encoder"))
+    edit_json(broken / "hmem.json", lambda h: h["retriever"].update(encoder="retriever/encoder"))
+    assert load(broken).retriever.route(texts[0]) == model.retriever.route(texts[0])
+    weights = bytearray((own / "encoder.safetensors").read_bytes())
+    weights[-1000] ^= 1
+    (own / "encoder.safetensors").write_bytes(weights)
+    refused(broken, "the encoder is not the one this memory was routed with", "retriever/encoder")
+    shutil.rmtree(own)
+    refused(broken, "no such encoder", str(own))
+    hash_ = hmem_of(broken).retriever.encoder_hash
+    edit_json(broken / "hmem.json", lambda h: h["retriever"].update(encoder="static"))
+    assert load(broken).retriever.encoder.fingerprint == hash_
+
+
+def test_a_shard_cut_short_is_refused_when_opened(broken):
+    shard = broken / "bank" / "level-3.00000.safetensors"
+    size = shard.stat().st_size
+    with open(shard, "rb+") as file:
+        file.truncate(size - 1)
+    refused(broken, str(shard), f"{size - 1} bytes instead of {size}")
+
+
+def test_a_flipped_bit_in_a_block_is_found_when_the_block_is_used(broken, model, texts):
+    path = model.retriever.route(texts[0])
+    other = next(t for t in texts if model.retriever.route(t)[0] != path[0])
+    stride, shard = 16384, broken / "bank" / "level-1.00000.safetensors"
+    with open(shard, "rb+") as file:
+        file.seek(stride * (1 + path[0]) + 77)
+        byte = file.read(1)[0]
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 4]))
+    damaged = load(broken)
+    assert damaged.recall(other).bytes_read
+    assert damaged.recall(texts[0], memory="generic").bytes_read
+    with pytest.raises(UserError, match=f"level 1, cluster {path[0]} of the bank is damaged"):
+        damaged.recall(texts[0])
+    recall = damaged.recall(texts[0], blocked=[path[:1]])
+    assert (recall.blocks, recall.bytes_read) == ([], 0)
+
+
+@pytest.mark.parametrize("name", ["hmem.json", "bank/bank.json"])
+@pytest.mark.parametrize("version", [2, 0, True, 1.0, "1", None])
+def test_another_format_version_is_refused(broken, name, version):
+    edit_json(broken / name, lambda values: values.update(format_version=version))
+    text = refused(broken, str(broken / name), repr(version), "it reads version 1")
+    assert "update mlx_hmem" in text
+
+
+def test_a_place_that_is_no_model_directory_is_refused(tmp_path, model_folder, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "not a model directory", str(tmp_path / "empty"))
+    refused(tmp_path / "nowhere", "no such model directory", str(tmp_path / "nowhere"))
+    refused(model_folder / "hmem.json", "no such model directory")
+    refused(Path("~nobody-of-this-name/model"), "no such model directory")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    refused(Path("nobody/of-this-name"), "nobody/of-this-name", "the Hub does not give it")
+    refused(Path("nobody!/of this name"), "the Hub does not give it")
+
+
+def test_an_encoder_outside_the_model_is_refused(broken: Path) -> None:
+    edit_json(broken / "hmem.json", lambda v: v["retriever"].update(encoder="../elsewhere"))
+    with pytest.raises(UserError, match="outside the model"):
+        load(broken)

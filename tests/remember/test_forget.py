@@ -1,0 +1,176 @@
+"""A document leaves a memory: its blocks become the bits of blocks that never saw it."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.helpers.places import ROOT
+
+import mlx_hmem  # isort: skip  # noqa: F401  OpenBLAS goes in front before MLX is loaded
+import pytest
+
+from mlx_hmem.anchors.load import load_anchor
+from mlx_hmem.bank.documents import read_documents
+from mlx_hmem.bank.format import Manifest
+from mlx_hmem.bank_tools.command import main as bank
+from mlx_hmem.errors import UserError
+from mlx_hmem.model.load import load
+from tests.helpers.own_documents import remember, sentences, write_documents
+from tests.remember.test_remember import anchor, eager, files_of  # noqa: F401
+from train.data.arrays import save_array
+from train.remember.blocks import Trainer, subtree_folder, subtrees_of
+from train.remember.command import text_of
+from train.remember.export import open_base
+from train.remember.run import Settings, begin_run, documents_of, leaves_of, without
+
+# All is trained, and the new model written but for its last file.
+KILLED = """
+import os, signal
+from train.remember import forget
+forget.write_card = lambda *given: os.kill(os.getpid(), signal.SIGKILL)
+from mlx_hmem.bank_tools.command import main
+main({arguments!r})
+"""
+
+
+@pytest.fixture(scope="module")
+def learned(anchor: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    folder = write_documents(tmp_path_factory.mktemp("documents"), 3)
+    return remember(folder, anchor, tmp_path_factory.mktemp("m") / "model", "--passes", "4")
+
+
+def forget(model: Path, out: Path, *documents: str) -> None:
+    bank(["forget", str(model), *documents, "--out", str(out)])
+
+
+def blocks_of(run: Path) -> dict[str, bytes]:
+    return {f.parent.name: f.read_bytes() for f in run.glob("subtrees/*/blocks.safetensors")}
+
+
+def checksums(model: Path) -> dict[tuple[int, int], str]:
+    manifest = Manifest.from_file(model / "bank" / "bank.json")
+    return {
+        (level.level, shard.first_cluster + i): shard.xxh3[16 * i : 16 * i + 16]
+        for level in manifest.all_levels
+        for shard in level.shards
+        for i in range(shard.num_clusters)
+    }
+
+
+def test_a_forgotten_block_is_bit_equal_to_one_that_never_saw_the_document(
+    learned, tmp_path, capsys
+):
+    before = files_of(learned), files_of(Path(f"{learned}.run"))
+    known = read_documents(learned / "bank")
+    gone = next(d for d in known if d.name == "bread/1.txt")
+    forget(learned, tmp_path / "model", "bread/1.txt")
+    assert (files_of(learned), files_of(Path(f"{learned}.run"))) == before
+    # One that never saw the document: trained from nothing on the others, given the same tree.
+    run, never = Path(f"{learned}.run"), tmp_path / "never"
+    base, settings = open_base(str(learned)), Settings.load(run)
+    others = [d for d in documents_of(run) if d.sha256 != gone.sha256]
+    text, tokenizer = text_of(base, others)
+    begin_run(never, settings, others)
+    whole, _ = text_of(base, documents_of(run))
+    _, paths = without(
+        whole, leaves_of(run, whole, settings, base.encoder, tokenizer), {gone.sha256}
+    )
+    save_array(never / "paths.npy", paths)
+    Trainer(load_anchor(learned)[0], settings).train(never, text, paths)
+    found = blocks_of(Path(f"{tmp_path / 'model'}.run"))
+    assert found == blocks_of(never)
+    assert found.keys() == {str(n) for n in subtrees_of(paths)}
+    # In the bank nothing else has changed, and what it trained has.
+    old, new = checksums(learned), checksums(tmp_path / "model")
+    changed = {key for key in old if old[key] != new[key]}
+    assert changed
+    assert changed >= gone.keys
+    assert {c for level, c in changed if level == 1} == {c for level, c in gone.keys if level == 1}
+    assert [d for d in known if d != gone] == read_documents(tmp_path / "model" / "bank")
+    secret = sentences("bread", 1).split(".")[0].encode()
+    for folder in (tmp_path / "model", Path(f"{tmp_path / 'model'}.run")):
+        assert not any(secret in data for data in files_of(folder).values())
+    assert "still hold the documents: delete them" in capsys.readouterr().out
+
+
+def test_a_forgetting_that_was_killed_goes_on_to_the_same_bytes(learned, tmp_path):
+    forget(learned, tmp_path / "whole" / "model", "bread/1.txt")
+    killed = tmp_path / "killed" / "model"
+    arguments = ["forget", str(learned), "bread/1.txt", "--out", str(killed)]
+    program = KILLED.format(arguments=arguments)
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+    assert not killed.exists()
+    assert len([*killed.parent.iterdir()]) == 2  # the run, and what was half-written
+    done = {f: f.stat().st_mtime_ns for f in tmp_path.glob("killed/model.run/subtrees/*/done.json")}
+    assert done
+    forget(learned, killed, "bread/1.txt")
+    assert all(file.stat().st_mtime_ns == when for file, when in done.items())  # not trained again
+    for folder in ("model", "model.run"):
+        assert files_of(tmp_path / "killed" / folder) == files_of(tmp_path / "whole" / folder)
+    assert sorted(p.name for p in killed.parent.iterdir()) == ["model", "model.run"]
+
+
+def test_the_report_tells_a_document_that_is_known_from_one_that_is_not(learned, tmp_path, capsys):
+    control = write_documents(tmp_path / "control", 1)
+    for file in control.rglob("*.txt"):
+        file.write_text(sentences(file.parent.name, 77))
+    names = ["boats/0.txt", "stars/2.txt"]
+    options = ["--out", str(tmp_path / "model"), "--control", str(control)]
+    bank(["forget", str(learned), *names, *options])
+    report = json.loads((tmp_path / "model.run" / "forgotten.json").read_text())
+    own = report["forgotten"]
+    assert len(own["documents"]) == 2
+    assert len(report["control"]["documents"]) == 3
+    assert own["before"]["loss"] < own["after"]["loss"]
+    assert own["before_less_anchor"]["mean"] < own["after_less_anchor"]["mean"]
+    assert own["before"]["sentences"] > 20
+    assert "forgotten, 2 documents" in capsys.readouterr().out
+    assert load(tmp_path / "model").recall(sentences("boats", 1)).path is not None
+    # And from what is left the next one.
+    forget(tmp_path / "model", tmp_path / "second", "boats/1.txt")
+    assert len(read_documents(tmp_path / "second" / "bank")) == 6
+
+
+def test_a_model_that_had_a_memory_keeps_it_bit_for_bit(model_folder, tmp_path):
+    folder = write_documents(tmp_path / "documents", 2)
+    model = remember(folder, model_folder, tmp_path / "model", "--passes", "1")
+    forget(model, tmp_path / "less", "bread/0.txt")
+    old, new, first = checksums(model_folder), checksums(tmp_path / "less"), checksums(model)
+    assert all(new[key] == value for key, value in old.items())
+    assert new.keys() == first.keys()
+    assert new != first
+
+
+@pytest.mark.parametrize(
+    ("documents", "says"),
+    [
+        (["nowhere.txt"], "the bank knows no such document: nowhere.txt"),
+        (["00000000"], "the bank knows no such document: 00000000"),
+    ],
+)
+def test_a_document_that_was_never_there_is_one_line(learned, tmp_path, documents, says):
+    with pytest.raises(UserError, match=says) as refused:
+        forget(learned, tmp_path / "model", *documents)
+    assert "\n" not in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_of_another_model_is_refused(learned, anchor, tmp_path):  # noqa: F811
+    folder = write_documents(tmp_path / "documents", 1)
+    other = remember(folder, anchor, tmp_path / "other", "--passes", "1")
+    with pytest.raises(UserError, match="this run did not make the model's clusters"):
+        bank(
+            ["forget", str(learned), "bread/1.txt", "--run", f"{other}.run", "--out",
+             str(tmp_path / "model")]
+        )  # fmt: skip
+    with pytest.raises(UserError, match="not the folder of a train remember"):
+        bank(
+            ["forget", str(learned), "bread/1.txt", "--run", str(tmp_path), "--out",
+             str(tmp_path / "model")]
+        )  # fmt: skip
+    shutil.rmtree(subtree_folder(Path(f"{other}.run"), 0))
+    assert not (tmp_path / "model").exists()

@@ -1,0 +1,298 @@
+"""A folder of documents becomes a memory: of its own, or behind the clusters that a model has."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx_hmem  # isort: skip  # noqa: F401  OpenBLAS goes in front before MLX is loaded
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_hmem.bank.documents import read_documents
+from mlx_hmem.errors import UserError
+from mlx_hmem.evaluate import perplexity
+from mlx_hmem.model.load import load
+from tests.helpers.own_documents import TOPICS, remember, sentences, write_documents
+from train.corpus.readers import Faults
+from train.corpus.readers_files import html_text, own_files, read_own
+from train.cost import plan
+from train.remember import plan as remember_plan
+from train.remember.blocks import MOST_PASSES
+from train.remember.text import OwnDocument, hold_out
+from train.remember.text import sentences as spans_of
+from train.step.memories import MemoryTrainee
+
+
+@pytest.fixture(scope="module", autouse=True)
+def eager() -> Iterator[None]:
+    """A learning rate by which the tiny anchor's memory learns within a few passes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(remember_plan, "LEARNING_RATE", 0.05)
+        patch.setattr(plan, "MEASURE_SECONDS", 0.0)
+        yield
+
+
+@pytest.fixture(scope="module")
+def anchor(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model of conftest without its memory."""
+    folder = tmp_path_factory.mktemp("anchor") / "anchor"
+    memory = shutil.ignore_patterns("hmem.json", "bank", "retriever")
+    return Path(shutil.copytree(model_folder, folder, ignore=memory))
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_documents(tmp_path_factory.mktemp("documents"), 3)
+
+
+@pytest.fixture(scope="module")
+def learned(anchor: Path, documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that has learned the documents in a bank of its own; for reading only."""
+    out = tmp_path_factory.mktemp("learned") / "model"
+    return remember(documents, anchor, out, "--passes", "3")
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {
+        str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()
+    }
+
+
+def test_a_model_without_memory_learns_the_documents(learned, anchor, documents):
+    model = load(learned)
+    texts = [file.read_text() for file in sorted(documents.rglob("*.txt"))]
+    before = perplexity(load(anchor), texts, "none", progress=False).per_token
+    after = perplexity(model, texts, "fetched", progress=False).per_token
+    assert after < 0.8 * before
+    # The generic memory of a new bank says nothing: it is the anchor.
+    assert perplexity(model, texts, "generic", progress=False).per_token == pytest.approx(before)
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (learned / name).read_bytes() == (anchor / name).read_bytes()
+
+
+def test_provenance_names_the_documents_and_the_leaves_that_they_route_to(learned, documents):
+    model = load(learned)
+    found = read_documents(learned / "bank", model.bank.config)
+    assert len(found) == 9
+    assert {d.name for d in found} == {f"{t}/{n}.txt" for t in TOPICS for n in range(3)}
+    for document in found:
+        assert document.tokens > 100
+        assert set(document.terms) & {word for words in TOPICS.values() for word in words.split()}
+        text = (documents / document.name).read_text()
+        assert model.retriever.route(text)[0] in {path[0] for path in document.clusters}
+
+
+def test_the_text_lies_in_the_run_and_not_in_the_model(learned):
+    secret = sentences("boats", 2).split(".")[0].encode()
+    assert secret in (Path(f"{learned}.run") / "documents.jsonl").read_bytes()
+    assert not any(secret in data for data in files_of(learned).values())
+
+
+def test_a_model_with_memory_gets_new_clusters_behind_its_own(model_folder, documents, tmp_path):
+    before = files_of(model_folder)
+    out = remember(documents, model_folder, tmp_path / "model", "--passes", "2")
+    assert files_of(model_folder) == before
+    old, new = load(model_folder), load(out)
+    assert new.bank.config.branching[0] > old.bank.config.branching[0]
+    assert new.bank.config.branching[1:] == old.bank.config.branching[1:]
+    assert new.bank.config.r == old.bank.config.r
+    for level in (1, 3):
+        for cluster in range(old.bank.config.num_clusters[level - 1]):
+            (mine,), (theirs,) = (m.bank.blocks([(level, cluster)]) for m in (old, new))
+            assert mx.array_equal(mine, theirs)
+        assert np.array_equal(
+            new.retriever.tree.centroids[level - 1][: old.bank.config.num_clusters[level - 1]],
+            old.retriever.tree.centroids[level - 1],
+        )
+    shard = "bank/level-1.00000.safetensors"
+    assert (out / shard).read_bytes() == before[shard]
+    first = old.bank.config.branching[0]
+    found = read_documents(out / "bank", new.bank.config)
+    assert len(found) == 9
+    assert all(path[0] >= first for document in found for path in document.clusters)
+    texts = [file.read_text() for file in sorted(documents.rglob("*.txt"))]
+    assert sum(new.route(text)[1][0] >= first for text in texts) >= 7  # not to the old ones
+    assert perplexity(new, texts, progress=False).per_token < 0.9 * (
+        perplexity(new, texts, "none", progress=False).per_token
+    )
+    # Once more on top: what is known is not learned again.
+    more = write_documents(tmp_path / "more", 3)
+    with pytest.raises(UserError, match="nothing to remember: 9 known already"):
+        remember(more, out, tmp_path / "third")
+    (more / "new.md").write_text(sentences("boats", 9))
+    third = remember(more, out, tmp_path / "third", "--passes", "1")
+    assert len(read_documents(third / "bank", load(third).bank.config)) == 10
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(anchor, documents, learned, tmp_path, monkeypatch):
+    step, taken = MemoryTrainee.step, []
+
+    def stopped(self: MemoryTrainee, *arguments: Any) -> tuple[float, float]:
+        taken.append(arguments)
+        if len(taken) in (8, 20):
+            raise KeyboardInterrupt
+        return step(self, *arguments)
+
+    monkeypatch.setattr(MemoryTrainee, "step", stopped)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            remember(documents, anchor, tmp_path / "model", "--passes", "3")
+        assert not (tmp_path / "model").exists()
+    remember(documents, anchor, tmp_path / "model", "--passes", "3")
+    assert files_of(tmp_path / "model") == files_of(learned)
+
+
+def test_training_stops_where_held_out_loss_stops_falling_and_keeps_the_best(
+    anchor, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(remember_plan, "LEARNING_RATE", 0.8)  # far too much: it soon gets worse
+    out = remember(write_documents(tmp_path / "few", 1), anchor, tmp_path / "model")
+    found = [json.loads(f.read_text()) for f in tmp_path.glob("model.run/subtrees/*/done.json")]
+    results = [result for result in found if result["held_out_tokens"]]
+    assert results
+    for result in results:
+        a_pass = -(-result["rows"] // 8)
+        assert result["steps"] < a_pass * MOST_PASSES
+        assert result["perplexity"] <= result["perplexity_before"]
+    assert load(out).bank.config.branching
+
+
+def test_a_run_of_other_documents_is_refused(anchor, learned, documents, tmp_path):
+    run = Path(shutil.copytree(f"{learned}.run", tmp_path / "run"))
+    other = write_documents(tmp_path / "other", 2)
+    with pytest.raises(UserError, match="was begun with something else: changed: source"):
+        remember(other, anchor, tmp_path / "model", "--run", str(run))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "says"),
+    [
+        (".hidden.txt", b"text", "a folder without text"),
+        ("picture.png", b"text", "a folder without text"),
+        ("empty.txt", b"", "nothing to remember: 1 passed over"),
+        ("broken.pdf", b"%PDF-1.4 nothing", "nothing to remember: 1 passed over"),
+        ("page.html", b"<script>let a = 1</script>", "nothing to remember: 1 passed over"),
+    ],
+)
+def test_a_folder_without_text_is_one_line_and_leaves_nothing(
+    anchor, tmp_path, name, data, says, capsys
+):
+    if name.endswith("pdf"):
+        pytest.importorskip("pypdf")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / name).write_bytes(data)
+    with pytest.raises(UserError, match=says) as refused:
+        remember(tmp_path / "folder", anchor, tmp_path / "model")
+    assert "\n" not in str(refused.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder"]
+    if "passed over" in says:
+        assert f"passed over {name}" in capsys.readouterr().err
+
+
+def test_text_that_does_not_fit_is_refused_before_anything_is_written(anchor, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with (folder / "huge.jsonl").open("wb") as file:
+        file.truncate(8 << 40)  # a hole
+    with pytest.raises(UserError, match=r"8.8 TB of text are too much .*give --max-bytes \d+"):
+        remember(folder, anchor, tmp_path / "model")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder"]
+
+
+def test_max_bytes_bounds_what_is_read(anchor, documents, tmp_path, capsys):
+    size = len(sentences("boats", 0).encode())
+    out = remember(
+        documents, anchor, tmp_path / "model", "--max-bytes", str(3 * size), "--passes", "1"
+    )
+    assert 1 <= len(read_documents(out / "bank")) <= 3
+    assert "left out by --max-bytes" in capsys.readouterr().out
+
+
+def test_duplicates_are_dropped_and_counted(anchor, tmp_path, capsys):
+    folder = write_documents(tmp_path / "folder", 1)
+    shutil.copyfile(folder / "boats" / "0.txt", folder / "again.txt")
+    out = remember(folder, anchor, tmp_path / "model", "--passes", "1")
+    assert len(read_documents(out / "bank")) == 3
+    assert "3 (1 duplicates)" in capsys.readouterr().out
+
+
+def test_the_run_may_not_lie_in_the_model(anchor, documents, tmp_path):
+    with pytest.raises(UserError, match="the run's folder lies in the model directory"):
+        remember(documents, anchor, tmp_path / "m", "--run", str(tmp_path / "m" / "run"))
+
+
+def test_one_short_document_can_be_remembered(anchor, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.md").write_text("The password of the old harbour is seagull.")
+    model = load(remember(tmp_path / "folder", anchor, tmp_path / "model"))
+    text = "The password of the old harbour is seagull."
+    assert perplexity(model, [text], progress=False).per_token < (
+        perplexity(model, [text], "none", progress=False).per_token
+    )
+
+
+def test_each_kind_of_file_is_read(tmp_path):
+    pypdf = pytest.importorskip("pypdf")
+    (tmp_path / "a.txt").write_text("plain\r\ntext")
+    (tmp_path / "b.MD").write_text("# Title\n\nmarked")
+    (tmp_path / "c.html").write_text(
+        "<html><head><title>Page</title><style>p {}</style></head><body><p>One <b>bold</b>\nword"
+        "&amp;<br>line<script>x()</script></p></body></html>"
+    )
+    (tmp_path / "d.jsonl").write_text(
+        json.dumps({"id": "1", "title": "T", "text": "record"}) + "\nnot json\n"
+    )
+    writer = pypdf.PdfWriter()
+    writer.add_blank_page(72, 72)
+    writer.write(tmp_path / "scan.pdf")
+    (tmp_path / "e.pdf").write_bytes(_pdf("A page of the manual"))
+    faults = Faults()
+    found = dict(read_own(own_files(tmp_path), faults))
+    assert found == {
+        "a.txt": "plain\ntext",
+        "b.MD": "# Title\n\nmarked",
+        "c.html": "Page\n\nOne bold word&\nline",
+        "T": "record",
+        "e.pdf": "A page of the manual",
+    }
+    assert sorted(faults.named) == ["d.jsonl:2: not JSON", "scan.pdf: a PDF without text (a scan?)"]
+
+
+def _pdf(text: str) -> bytes:
+    """A PDF of one page with one line, written out by hand."""
+    stream = f"BT /F1 12 Tf 20 100 Td ({text}) Tj ET".encode()
+    objects = [
+        b"<< /Type /Catalog /Pages 2 0 R >>",
+        b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+        b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 300 200] /Contents 4 0 R /Resources << /Font "
+        b"<< /F1 << /Type /Font /Subtype /Type1 /BaseFont /Helvetica >> >> >> >>",
+        b"<< /Length %d >>\nstream\n%b\nendstream" % (len(stream), stream),
+    ]
+    data, places = b"%PDF-1.4\n", []
+    for number, body in enumerate(objects, 1):
+        places.append(len(data))
+        data += b"%d 0 obj\n%b\nendobj\n" % (number, body)
+    table = b"".join(b"%010d 00000 n \n" % place for place in places)
+    start = len(data)
+    data += b"xref\n0 5\n0000000000 65535 f \n" + table
+    return data + b"trailer << /Size 5 /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF" % start
+
+
+def test_html_keeps_what_stands_between_wrong_tags():
+    assert html_text("a<script>b</p>c</script>d").split() == ["ad"]
+    assert html_text("<nav>menu<script>x</nav>text").strip() == ""  # a script runs to its end
+
+
+def test_held_out_sentences_are_not_trained_on_and_nothing_else_is_lost():
+    document = OwnDocument("0" * 64, "a", sentences("bread", 3) + "\nA last line.")
+    kept, held = hold_out(document)
+    assert held
+    whole = [document.text[a:b].strip() for a, b in spans_of(document.text)]
+    assert sorted(
+        [kept[a:b].strip() for a, b in spans_of(kept)] + [h.text for h in held]
+    ) == sorted(whole)
+    assert kept.startswith(whole[0])
+    assert hold_out(OwnDocument("0" * 64, "a", "Short. Text.")) == ("Short. Text.", [])

@@ -1,0 +1,260 @@
+"""The anchor restates documents as questions and answers, which are learned and forgotten too."""
+
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import mlx_hmem  # isort: skip  # noqa: F401  OpenBLAS goes in front before MLX is loaded
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+
+from mlx_hmem.anchors.load import named_parameters
+from mlx_hmem.anchors.openlm import Model, ModelArgs
+from mlx_hmem.bank.documents import read_documents
+from mlx_hmem.bank_tools.command import main as bank
+from mlx_hmem.errors import UserError
+from mlx_hmem.files import save_safetensors
+from mlx_hmem.model.load import read_tokenizer
+from tests.helpers.own_documents import TOPICS, remember, sentences, write_documents
+from tests.remember.test_remember import eager, files_of  # noqa: F401
+from train.data.tokenizer import EOT_ID, train_tokenizer
+from train.remember import restate
+from train.remember.command import text_of
+from train.remember.export import open_base
+from train.remember.restate import (
+    COPIED,
+    CUT_OFF,
+    JOURNAL,
+    UNLIKE,
+    Writer,
+    judge,
+    passages_of,
+    prompt_of,
+    restated,
+)
+from train.remember.run import documents_of
+from train.remember.text import OwnDocument, hold_out
+
+CONTEXT = 256
+ARGS = ModelArgs(
+    "openlm", hidden_size=32, num_hidden_layers=2, intermediate_size=64, num_attention_heads=2,
+    head_dim=16, vocab_size=600, max_position_embeddings=CONTEXT,
+)  # fmt: skip
+CHAT = "{% for m in messages %}user: {{ m['content'] }}\n{% endfor %}anchor:\n"
+
+
+WORDS = " ".join(TOPICS.values()).split()
+
+
+def pair(word: str) -> str:
+    return f" What is the {word}?\nAnswer: A kind of thing."
+
+
+def save(anchor: nn.Module, folder: Path, template: str | None) -> Path:
+    folder.mkdir()
+    save_safetensors(folder / "model.safetensors", named_parameters(anchor))
+    config = asdict(ARGS) | {"bos_token_id": EOT_ID, "eos_token_id": EOT_ID}
+    (folder / "config.json").write_text(json.dumps(config))
+    texts = [sentences(topic, n) for topic in TOPICS for n in range(3)]
+    texts += [restate.EXAMPLES + pair(word) for word in WORDS] + [restate.ASKED]
+    train_tokenizer(texts, ARGS.vocab_size, folder)
+    if template is not None:
+        file = folder / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": template}))
+    return folder
+
+
+def teach(anchor: nn.Module, folder: Path) -> None:
+    """Has the anchor answer the prompt of this folder's tokenizer with a question and an answer."""
+    tokenizer, rows = read_tokenizer(folder, {}), []
+    chat = tokenizer.has_chat_template
+    for i in range(24):
+        topic = list(TOPICS)[i % 3]
+        passages = list(passages_of(sentences(topic, i % 4), tokenizer, 64))
+        prompt = tokenizer.encode(prompt_of(tokenizer, passages[i % 5]))
+        end = "" if chat else "\n\nText:"
+        said = ("Question:" if chat else "") + pair(WORDS[i % len(WORDS)]) + end
+        ids = tokenizer.encode(said, add_special_tokens=False) + [EOT_ID] * chat
+        rows.append((prompt, ids))
+    longest = max(len(p) + len(ids) for p, ids in rows)
+    tokens = np.zeros((len(rows), longest), np.int32)
+    weights = np.zeros((len(rows), longest - 1), np.float32)
+    for row, (prompt, ids) in enumerate(rows):
+        tokens[row, : len(prompt) + len(ids)] = prompt + ids
+        weights[row, len(prompt) - 1 : len(prompt) + len(ids) - 1] = 1
+
+    def loss(x: mx.array, w: mx.array) -> mx.array:
+        return (nn.losses.cross_entropy(anchor(x[:, :-1]), x[:, 1:]) * w).sum() / w.sum()
+
+    step, adam = nn.value_and_grad(anchor, loss), optim.Adam(1e-2)
+    for i in range(40):
+        own = slice(6 * (i % 4), 6 * (i % 4) + 6)
+        _, gradient = step(mx.array(tokens[own]), mx.array(weights[own]))
+        adam.update(anchor, gradient)
+        mx.eval(anchor.parameters())
+
+
+@pytest.fixture(scope="module", params=["plain", "chat"])
+def anchor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small anchor that has learned to write questions and answers."""
+    folder, template = tmp_path_factory.mktemp("anchor"), CHAT if request.param == "chat" else None
+    mx.random.seed(1)
+    model = Model(ARGS)
+    teach(model, save(model, folder / "before", template))
+    return save(model, folder / "model", template)
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_documents(tmp_path_factory.mktemp("documents"), 1)
+
+
+def learn(anchor: Path, documents: Path, out: Path) -> Path:
+    return remember(documents, anchor, out, "--passes", "1", "--restate", "2")
+
+
+@pytest.fixture(scope="module")
+def learned(anchor: Path, documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that has learned the documents and their restatements; for reading only."""
+    return learn(anchor, documents, tmp_path_factory.mktemp("learned") / "model")
+
+
+def run_of(model: Path) -> Path:
+    return Path(f"{model}.run")
+
+
+def test_restatements_are_further_text_of_their_document(learned):
+    run = run_of(learned)
+    found, known = restated(run), documents_of(run)
+    texts = [text for own in found.values() for text in own]
+    assert texts
+    assert all(re.match(r"Question: .*[?]\nAnswer: .", text) for text in texts)
+    lines = [json.loads(line) for line in (run / JOURNAL).read_text().splitlines()]
+    dropped = sum(sum(line["dropped"].values()) for line in lines)
+    writer = Writer.open(learned, 2, 0)
+    passages = [passage for part in writer.parts(known) for passage in part.passages]
+    assert len(texts) + dropped == 2 * len(passages)
+    base = open_base(str(learned))
+    text, tokenizer = text_of(base, known, found)
+    bare, _ = text_of(base, known)
+    windows = list(text.windows.texts(tokenizer))
+    for number, document in enumerate(known):
+        own = np.flatnonzero(text.added & (text.owner == number))
+        assert [windows[i].strip() for i in own] == found[document.sha256]
+    assert [w for w, added in zip(windows, text.added, strict=True) if not added] == (
+        list(bare.windows.texts(tokenizer))
+    )
+    # A held-out sentence still stands in its own passage, and tokens count the document's alone.
+    assert np.array_equal(text.owner[text.near], bare.owner[bare.near])
+    assert not text.added[text.near].any()
+    paths = np.load(run / "paths.npy")
+    assert len(paths) == len(windows)
+    for number, document in enumerate(read_documents(learned / "bank")):
+        assert document.tokens == bare.tokens_of[number]
+        assert set(document.clusters) == set(map(tuple, paths[text.owner == number].tolist()))
+
+
+def test_the_anchor_is_given_what_is_trained_on_and_no_held_out_sentence(anchor):
+    long = OwnDocument("1" * 64, "long", "A line without an end, " * 150 + "\n\n. \n")
+    known = [OwnDocument("0" * 64, "a", sentences("bread", 3)), long]
+    kept, held = hold_out(known[0])
+    assert held
+    writer = Writer.open(anchor, 20, 0)
+    parts, tokenizer = list(writer.parts(known)), writer.model.tokenizer
+    assert {len(part.passages) for part in parts} == {1}  # of 20 rows
+    first = [part.passages[0] for part in parts if part.sha256 == known[0].sha256]
+    assert len(first) > 2
+    assert " ".join(first) == kept.strip()
+    assert not any(h.text in passage for h in held for passage in first)
+    rest = [part.passages[0] for part in parts if part.sha256 == long.sha256]
+    assert "".join("".join(rest).split()) == "".join(long.text.split())
+    for passage in first + rest:
+        ids = tokenizer.encode(prompt_of(tokenizer, passage))
+        assert len(ids) + writer.most <= CONTEXT
+
+
+@pytest.mark.parametrize("anchor", ["plain"], indirect=True)
+def test_a_stopped_run_goes_on_to_the_same_text_and_the_same_bits(
+    anchor, documents, learned, tmp_path, monkeypatch
+):
+    write, taken = Writer.write, []
+
+    def stopped(self: Writer, *arguments: Any) -> Any:
+        taken.append(arguments)
+        if len(taken) == 3:
+            raise KeyboardInterrupt
+        return write(self, *arguments)
+
+    monkeypatch.setattr(Writer, "write", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        learn(anchor, documents, tmp_path / "model")
+    journal = run_of(tmp_path / "model") / JOURNAL
+    assert len(journal.read_bytes().splitlines()) == 2
+    with journal.open("ab") as file:
+        file.write(b'{"sha256": "half a li')  # as a power cut leaves it
+    with pytest.raises(UserError, match="was begun with something else: changed: restate"):
+        remember(documents, anchor, tmp_path / "model", "--passes", "1")
+    learn(anchor, documents, tmp_path / "model")
+    assert len(taken) == 4
+    assert journal.read_bytes() == (run_of(learned) / JOURNAL).read_bytes()
+    assert files_of(tmp_path / "model") == files_of(learned)
+
+
+@pytest.mark.parametrize("anchor", ["plain"], indirect=True)
+def test_a_forgotten_document_takes_its_restatements_along(learned, tmp_path):
+    run, known = run_of(learned), documents_of(run_of(learned))
+    gone = next(d for d in known if d.name == "bread/0.txt")
+    assert restated(run)[gone.sha256]
+    bank(["forget", str(learned), gone.name, "--out", str(tmp_path / "model")])
+    target = run_of(tmp_path / "model")
+    others = [d for d in known if d != gone]
+    # What is left is what the anchor writes where the document has never been.
+    (tmp_path / "never").mkdir()
+    restate.restate(tmp_path / "never", Writer.open(learned, 2, 0), others)
+    assert (target / JOURNAL).read_bytes() == (tmp_path / "never" / JOURNAL).read_bytes()
+    text, _ = text_of(open_base(str(learned)), others, restated(tmp_path / "never"))
+    assert len(np.load(target / "paths.npy")) == len(text.windows)
+    assert gone.sha256 not in (target / JOURNAL).read_text()
+    assert not any(gone.sha256.encode() in data for data in files_of(tmp_path / "model").values())
+
+
+@pytest.mark.parametrize(
+    ("said", "ended", "wrong"),
+    [
+        ("Question: Who came?\nAnswer: Ann came.", True, ""),
+        ("<think>Question: Eh?\nAnswer: No.</think>\n\n**Question:** Who came?\n\n"
+         "**Answer:** Ann came.\n\nI hope that helps", False, ""),
+        ("Question: Who came?\nAnswer: Ann came.\nQuestion: And", False, ""),
+        ("Question: Who came?\nAnswer: Ann ca", False, CUT_OFF),
+        ("Question: Who came and", False, CUT_OFF),
+        ("", True, UNLIKE),
+        ("Ann came in May.", True, UNLIKE),
+        ("Question: Ann came.\nAnswer: In May.", True, UNLIKE),
+        ("Question: Who came?\nAnswer: ...", True, UNLIKE),
+        ("Question: ?\nAnswer: Ann.", True, UNLIKE),
+        ("Question: Who came?\nAnswer: Who?", True, UNLIKE),
+        ("Question: Was it  MAY?\nAnswer: It was.", True, COPIED),
+        ("Question: What do herons eat?\nAnswer: Ann.", True, COPIED),
+        ("Question: Who came?\nAnswer: Herons eat fish.", True, COPIED),
+        ("Question: When?\nAnswer: In May.", True, COPIED),
+    ],
+)  # fmt: skip
+def test_what_is_no_restatement_is_dropped(said, ended, wrong):
+    passage, known = "Ann came. Was it May?", {"Question: When?\nAnswer: In May."}
+    text, found = judge(said, ended, passage, known)
+    assert found == wrong
+    assert found or text == "Question: Who came?\nAnswer: Ann came."
+
+
+def test_a_context_too_short_is_one_line_and_leaves_nothing(model_folder, documents, tmp_path):
+    with pytest.raises(UserError, match="too short to restate a text: 96 tokens") as refused:
+        learn(model_folder, documents, tmp_path / "model")
+    assert "\n" not in str(refused.value)
+    with pytest.raises(UserError, match="--restate is not 1 or more: 0"):
+        remember(documents, model_folder, tmp_path / "model", "--restate", "0")
+    assert list(tmp_path.iterdir()) == []

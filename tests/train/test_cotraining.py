@@ -1,0 +1,271 @@
+"""Co-training: anchor, memories and generic memory in the same steps, in parts or in one piece."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import mlx_hmem  # isort: skip  # noqa: F401  OpenBLAS goes in front before MLX is loaded
+import mlx.core as mx
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+from mlx.utils import tree_unflatten
+
+from mlx_hmem.anchors.attach import attach_memory
+from mlx_hmem.anchors.load import named_parameters
+from mlx_hmem.anchors.openlm import Model, ModelArgs
+from mlx_hmem.config import MemoryConfig
+from mlx_hmem.errors import UserError
+from mlx_hmem.memory import initial_block, join_blocks
+from train.recipe.recipe import CotrainSection, TrainerConfig
+from train.step.anchor import AnchorTrainee, initialise
+from train.step.gradient import masked_loss, packed_mask
+from train.step.memories import MemoryTrainee, generic_block, generic_path
+from train.store.blocks import BlockStore
+from train.store.checkpoint import Progress
+
+EOT, VOCABULARY, CONTEXT, SEED, ROWS = 0, 32, 10, 3, 24
+ARGS = ModelArgs("openlm", 16, 2, 24, 2, 8, VOCABULARY, tie_word_embeddings=True)
+MEMORY = MemoryConfig(hidden_size=16, num_hidden_layers=2, r=(4, 2), branching=(3, 2))
+TRAINING = TrainerConfig(batch_size=4, weight_decay=0.3, grad_clip=0.5)
+# AdamW makes a whole step of a gradient that is rounding alone, so two orders of summation differ
+# by a share of the rate.
+RATE = 2e-3
+COTRAIN = CotrainSection(learning_rate_scale=0.5, weight_decay=0.1, generic_probability=0.3)
+
+
+def make_model() -> Model:
+    model = Model(ARGS)
+    initialise(model, SEED)
+    return model
+
+
+def sequences() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1, VOCABULARY, (ROWS, CONTEXT + 1)).astype(np.uint16)
+    tokens[1::2, 4] = EOT
+    tokens[2::3, -3:] = EOT
+    leaves = rng.integers(0, 6, ROWS)
+    return tokens, np.stack([leaves // 2, leaves], axis=1)
+
+
+Make = Callable[..., MemoryTrainee]
+
+
+@pytest.fixture
+def make(tmp_path: Path):
+    stores: list[BlockStore] = []
+
+    def trainee(
+        training: TrainerConfig = TRAINING,
+        cotrain: CotrainSection | None = COTRAIN,
+        config: MemoryConfig = MEMORY,
+    ) -> MemoryTrainee:
+        folder = tmp_path / f"store-{len(stores)}"
+        stores.append(BlockStore(folder, config, SEED).__enter__())
+        model, (tokens, paths) = make_model(), sequences()
+        return MemoryTrainee(model, stores[-1], tokens, paths, EOT, training, cotrain)
+
+    yield trainee
+    for store in stores:
+        store.__exit__()
+
+
+def state_of(trainee: MemoryTrainee) -> dict[str, np.ndarray]:
+    """Everything that training changes."""
+    result = {}
+    for level, count in enumerate(MEMORY.num_clusters, 1):
+        parts = trainee.store.gather(level, np.arange(count + 1), count + 1)
+        result |= {f"{level}.{i}": np.array(part) for i, part in enumerate(parts)}
+    assert trainee.anchor is not None
+    return result | {name: np.array(array) for name, array in trainee.anchor.arrays().items()}
+
+
+def assert_close(a: MemoryTrainee, b: MemoryTrainee) -> None:
+    first, second = state_of(a), state_of(b)
+    assert first.keys() == second.keys()
+    for name in first:
+        np.testing.assert_allclose(first[name], second[name], rtol=0, atol=1e-5, err_msg=name)
+
+
+class Dense:
+    """The reference: every block, those of generic memory too, and every weight of the anchor is a
+    parameter with an MLX AdamW of its own; sequence by sequence, no batch."""
+
+    def __init__(self) -> None:
+        self.model = make_model()
+        self.slot = attach_memory(self.model, MEMORY)
+        self.weights: dict[object, mx.array] = dict(named_parameters(self.model))
+        self.names = list(self.weights)
+        for level, count in enumerate(MEMORY.num_clusters, 1):
+            for cluster in range(count + 1):
+                random = np.random.default_rng([SEED, level, cluster])
+                block = initial_block(MEMORY, MEMORY.r[level - 1], random)
+                self.weights[level, cluster] = mx.array(block)
+        self.optimizers = {key: self.optimizer(key) for key in self.weights}
+
+    def optimizer(self, key: object) -> optim.AdamW:
+        decay = 0.3
+        if isinstance(key, str):
+            decay = 0.1 if self.weights[key].ndim > 1 else 0.0
+        return optim.AdamW(1.0, [0.9, 0.95], weight_decay=decay, bias_correction=True)
+
+    def step(self, tokens: np.ndarray, paths: np.ndarray, rate: float) -> float:
+        keys = list(self.weights)
+
+        def loss(weights: list[mx.array]) -> mx.array:
+            found = dict(zip(keys, weights, strict=True))
+            self.model.update(tree_unflatten([(name, found[name]) for name in self.names]))
+            levels = [mx.stack([found[n, int(c)] for c in paths[:, n - 1]]) for n in (1, 2)]
+            batch = mx.array(tokens.astype(np.int32))
+            with self.slot.using(join_blocks(levels, MEMORY)):
+                inputs = batch[:, :-1]
+                logits = self.model(inputs, mask=packed_mask(inputs, EOT))
+                return masked_loss(logits, batch, EOT)
+
+        value, gradients = mx.value_and_grad(loss)(list(self.weights.values()))
+        gradients, _ = optim.clip_grad_norm(gradients, 0.5)
+        chosen = {(n, int(c)) for n in (1, 2) for c in paths[:, n - 1]}
+        for key, gradient in zip(keys, gradients, strict=True):
+            if isinstance(key, str) or key in chosen:
+                self.optimizers[key].learning_rate = rate * (0.5 if isinstance(key, str) else 1)
+                updated = self.optimizers[key].apply_gradients(
+                    {"w": gradient}, {"w": self.weights[key]}
+                )
+                self.weights[key] = updated["w"]
+        return value.item()
+
+
+def test_a_cotrained_step_is_that_of_a_dense_reference(make: Make):
+    trainee, dense = make(), Dense()
+    rng, generic = np.random.default_rng(1), 0
+    for step in range(20):
+        rows, rate = rng.choice(ROWS, 4, replace=False), 0.02 / (1 + step)
+        paths = trainee._paths(rows, step)
+        generic += int((paths == generic_path(MEMORY)).all(axis=1).sum())
+        wanted = dense.step(trainee.tokens[rows], paths, rate)
+        assert trainee.step(rows, rate)[0] == pytest.approx(wanted, rel=1e-5)
+    assert 10 < generic < 40  # of 80
+    state = state_of(trainee)
+    for key, weight in dense.weights.items():
+        name = f"{key[0]}.0" if isinstance(key, tuple) else f"weights.{key}"
+        found = state[name][key[1]] if isinstance(key, tuple) else state[name]
+        np.testing.assert_allclose(found, np.array(weight), rtol=0, atol=1e-5, err_msg=str(key))
+
+
+@pytest.mark.parametrize("part", [1, 2])
+def test_gradients_of_parts_add_up_to_those_of_the_batch(make: Make, part: int):
+    whole, parts = make(), make(replace(TRAINING, micro_batch_size=part))
+    for step in range(5):
+        rows = np.arange(4 * step, 4 * step + 4)
+        assert parts.step(rows, RATE) == pytest.approx(whole.step(rows, RATE), rel=1e-5)
+    assert_close(whole, parts)
+
+
+@pytest.mark.parametrize("cotrain", [None, COTRAIN])
+@pytest.mark.parametrize("kind", ["ffn", "kv"])
+def test_layers_that_are_computed_again_give_the_same_gradient(make: Make, kind, cotrain):
+    config = replace(MEMORY, kind=kind, query_size=16).placed("last 1")
+    again = replace(TRAINING, gradient_checkpointing=True)
+    kept, computed = (make(t, cotrain, config) for t in (TRAINING, again))
+    for step in range(4):
+        rows = np.arange(4 * step, 4 * step + 4)
+        assert computed.step(rows, RATE) == pytest.approx(kept.step(rows, RATE), rel=1e-5)
+    for level, count in enumerate(MEMORY.num_clusters, 1):
+        a, b = (t.store.gather(level, np.arange(count), count)[0] for t in (kept, computed))
+        np.testing.assert_allclose(np.array(a), np.array(b), rtol=0, atol=1e-5)
+
+
+def test_layers_that_are_computed_again_take_less_memory():
+    args = ModelArgs("openlm", 64, 12, 192, 2, 32, VOCABULARY, tie_word_embeddings=True)
+    tokens, peaks = np.full((4, 129), 5, np.uint16), []
+    for again in (False, True):
+        training = replace(TRAINING, gradient_checkpointing=again)
+        model = Model(args)
+        initialise(model, SEED)
+        trainee = AnchorTrainee(model, tokens, EOT, training)
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        trainee.step(np.arange(4), RATE)
+        peaks.append(mx.get_peak_memory() - before)
+        del trainee, model
+    assert peaks[1] < 0.5 * peaks[0]
+
+
+def test_an_anchor_in_parts_is_the_anchor_in_one_piece():
+    tokens, _ = sequences()
+    whole, parts = (
+        AnchorTrainee(make_model(), tokens, EOT, replace(TRAINING, micro_batch_size=size))
+        for size in (None, 2)
+    )
+    for step in range(5):
+        rows = np.arange(4 * step, 4 * step + 4)
+        assert parts.step(rows, RATE) == pytest.approx(whole.step(rows, RATE), rel=1e-5)
+    for name, array in whole.state().items():
+        np.testing.assert_allclose(np.array(array), np.array(parts.state()[name]), atol=1e-5)
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(UserError, match="batch_size is not a multiple"):
+        replace(TRAINING, micro_batch_size=3)
+
+
+def test_generic_memory_stands_in_as_often_as_it_should(make: Make):
+    rows = np.arange(ROWS)
+    for cotrain, low, high in (
+        (None, 0, 0),
+        (CotrainSection(generic_probability=0), 0, 0),
+        (CotrainSection(), 0.2, 0.3),  # 1 / (3 + 1)
+        (CotrainSection(generic_probability=1), 1, 1),
+    ):
+        trainee = make(cotrain=cotrain)
+        paths = np.concatenate([trainee._paths(rows, step) for step in range(100)])
+        generic = (paths == generic_path(MEMORY)).all(axis=1)
+        assert low <= generic.mean() <= high
+        assert (paths[~generic] < MEMORY.num_clusters).all()
+
+
+def test_generic_memory_alone_touches_no_block_of_the_bank(make: Make):
+    trainee = make(cotrain=CotrainSection(generic_probability=1))
+    for step in range(3):
+        trainee.step(np.arange(4 * step, 4 * step + 4), 0.02)
+    state = state_of(trainee)
+    assert state["1.3"].tolist() == [0, 0, 0, 3]
+    assert state["2.3"].tolist() == [0, 0, 0, 0, 0, 0, 3]
+
+
+@pytest.mark.parametrize("kind", ["ffn", "lora_ffn", "kv"])
+def test_the_generic_block_is_the_memory_that_the_anchor_was_trained_with(make: Make, kind: str):
+    config = replace(MEMORY, kind=kind, intermediate_size=24, query_size=16, key_value_size=16)
+    trainee = make(config=config)
+    for step in range(3):
+        trainee.step(np.arange(4 * step, 4 * step + 4), 0.02)
+    trainee.save(Path(), Progress({}))
+    block = mx.array(generic_block(trainee.store))
+    assert block.shape == config.shape_of(sum(config.r))
+    levels = [
+        trainee.store.gather(n, np.array([c]), 1)[0][0]
+        for n, c in enumerate(generic_path(config), 1)
+    ]
+    for group, wanted in zip(
+        join_blocks([block], config), join_blocks(levels, config), strict=True
+    ):
+        assert np.abs(np.array(wanted)).max() > 0
+        assert np.array_equal(np.array(group), np.array(wanted))
+
+
+def test_a_step_that_is_not_finite_leaves_anchor_and_blocks_as_they_were(make: Make):
+    trainee, again = make(), make()
+    for each in (trainee, again):
+        each.step(np.arange(4), 0.02)
+    before = state_of(trainee)
+    tokens = trainee.anchor.weights["model.norm.weight"]
+    trainee.anchor.weights["model.norm.weight"] = tokens * np.inf
+    assert not np.isfinite(trainee.step(np.arange(4), 0.02)[0])
+    trainee.anchor.weights["model.norm.weight"] = tokens
+    trainee.anchor.restore()
+    after = state_of(trainee)
+    for name in before:
+        assert np.array_equal(before[name], after[name]), name
+    again.number += 1  # the step counts
+    assert trainee.step(np.arange(4, 8), 0.02) == again.step(np.arange(4, 8), 0.02)

@@ -1,0 +1,144 @@
+"""Faults that the store of the blocks under training survives: kills, full disks, other writers."""
+
+import itertools
+import random
+import re
+import signal
+import time
+from dataclasses import replace
+
+import mlx_hmem  # isort: skip  # noqa: F401  OpenBLAS goes in front before MLX is loaded
+import numpy as np
+import pytest
+
+from mlx_hmem.errors import UserError
+from tests.helpers.store_worker import PROGRESS, blocks_of, fill, small_store, start, training_run
+from train.store.blocks import BlockStore
+from train.store.records import RecordStore, check_free_space
+
+KILL_SECONDS = 15  # python -m benchmarks.kills has fifty of them
+
+
+def test_a_run_killed_at_random_moments_has_the_losses_of_one_that_was_not(tmp_path):
+    training_run(tmp_path / "whole")
+    folder, rng, kills = tmp_path / "killed", random.Random(0), 0
+    end = time.monotonic() + KILL_SECONDS
+    while time.monotonic() < end:
+        process = start("slow", folder)
+        assert process.stdout is not None
+        process.stdout.readline()  # it has begun
+        time.sleep(rng.random() * 0.5)
+        process.kill()
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+    training_run(folder)
+    print(f"killed {kills} times")
+    assert kills >= 2
+    curves = [(tmp_path / name / "loss.jsonl").read_bytes() for name in ("whole", "killed")]
+    assert curves[0] == curves[1]
+    states = []
+    for name in ("whole", "killed"):
+        with small_store(tmp_path / name / "store", readonly=True) as store:
+            states.append((store.progress(), blocks_of(store)))
+    assert states[0][0] == states[1][0]
+    for level, parts in states[0][1].items():
+        for part, wanted in zip(parts, states[1][1][level], strict=True):
+            assert part.tobytes() == wanted.tobytes()
+
+
+def test_what_was_not_committed_is_gone_and_what_was_is_whole(tmp_path):
+    with small_store(tmp_path) as store:
+        assert store.progress() is None
+        fill(store, 2, [0, 1, 2], 1.0)
+        arrays = {"anchor.norm": np.arange(6.0).reshape(2, 3), "step": np.array(7)}
+        store.commit(PROGRESS, arrays)
+        fill(store, 2, [1, 2, 3], 2.0)
+        for first in (4, 10, 16):  # pushes them out to the disk
+            store.gather(2, np.arange(first, first + 6), 6)
+        assert not store._dirty
+        assert np.all(np.array(store.gather(2, np.array([3]), 1)[0]) == 2)
+    with small_store(tmp_path) as store:
+        assert store.progress() == PROGRESS
+        assert store.num_touched == 3
+        for name, array in store.arrays().items():
+            assert array.dtype == arrays[name].dtype
+            assert np.array_equal(array, arrays[name])
+        weights, _, _, steps = blocks_of(store)[2]
+        assert np.all(weights[:3] == 1)
+        assert steps[:5].tolist() == [1, 1, 1, 0, 0]
+        fill(store, 2, [1, 2, 3], 3.0)
+        store.commit(replace(PROGRESS, step=3))
+    with small_store(tmp_path, readonly=True) as store:
+        assert [float(w.max()) for w in itertools.islice(store.weights(2), 4)] == [1, 3, 3, 3]
+
+
+def re_one_line(pattern: str, text: str) -> bool:
+    return re.match(pattern, text) is not None and len(text.splitlines()) == 1
+
+
+def test_a_second_writer_is_refused_in_one_line_and_a_reader_is_not(tmp_path):
+    with small_store(tmp_path / "store") as store:
+        store.commit(PROGRESS)
+        process = start("open", tmp_path)
+        _, err = process.communicate()
+        assert process.returncode == 2
+        assert re_one_line("error: the training store has a writer already: .*; wait for it", err)
+        reader = start("read", tmp_path)
+        assert reader.communicate()[0].strip() == "2"
+    assert start("open", tmp_path).wait() == 0
+
+
+def overfill(store: BlockStore, how: str) -> None:
+    for first in range(0, 30, 3):
+        fill(store, 2, [first, first + 1, first + 2], 2.0)
+        if how == "prefetch":
+            store.prefetch([(2, (first + n) % 32) for n in range(3, 6)], [])
+    store.commit(PROGRESS)
+
+
+@pytest.mark.parametrize("how", ["commit", "eviction", "prefetch"])
+def test_a_full_store_is_one_line_and_the_last_commit_is_intact(how, tmp_path):
+    """Wherever it fills up: the worker's error is raised to the caller."""
+    cache = 1 << 30 if how == "commit" else 6 * 2308
+    with small_store(tmp_path, map_size=100_000, cache_bytes=cache) as store:
+        fill(store, 2, [0, 1, 2], 1.0)
+        store.commit(PROGRESS)
+        with pytest.raises(UserError, match=r"store .* is full: map size .*commit is intact") as e:
+            overfill(store, how)
+        assert "\n" not in str(e.value)
+    with small_store(tmp_path) as store:
+        assert store.progress() == PROGRESS
+        assert np.all(blocks_of(store)[2][0][:3] == 1)
+
+
+def test_a_file_that_may_not_grow_is_one_line_and_the_last_commit_is_intact(tmp_path):
+    """The system's own refusal of a write, as on a full disk."""
+    with small_store(tmp_path / "store") as store:
+        fill(store, 2, [0, 1, 2], 1.0)
+        store.commit(PROGRESS)
+    process = start("limited", tmp_path)
+    _, err = process.communicate()
+    assert process.returncode == 2
+    assert re_one_line("error: cannot write the training store .*commit is intact", err)
+    with small_store(tmp_path / "store") as store:
+        assert store.progress() == PROGRESS
+        assert np.all(blocks_of(store)[2][0][:3] == 1)
+
+
+def test_a_run_that_cannot_fit_on_the_disk_does_not_begin(tmp_path):
+    with pytest.raises(UserError, match=r"too little disk space .* it may grow by .* are free;"):
+        check_free_space(tmp_path, 1 << 60)
+    check_free_space(tmp_path, 1 << 10)
+
+
+def test_a_record_of_another_size_and_a_missing_store_are_one_line(tmp_path):
+    with RecordStore(tmp_path) as records:
+        records.write([(b"a", np.zeros(3))])
+        with pytest.raises(UserError, match="another size"):
+            records.read(b"a", np.zeros(2))
+        assert not records.read(b"b", np.zeros(2))
+    with pytest.raises(UserError, match="is missing"):
+        RecordStore(tmp_path / "none", readonly=True)
+    (tmp_path / "data.mdb").write_bytes(b"no store" * 2000)
+    with pytest.raises(UserError, match="cannot open the training store"):
+        RecordStore(tmp_path)

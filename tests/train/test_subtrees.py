@@ -1,0 +1,368 @@
+"""A job per subtree of the bank, and their merge: the bits of one job."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tests.helpers.places import ROOT
+
+import mlx_hmem  # isort: skip  # noqa: F401  OpenBLAS goes in front before MLX is loaded
+import numpy as np
+import pytest
+
+from mlx_hmem.anchors.openlm import Model, ModelArgs
+from mlx_hmem.errors import UserError
+from train.data.order import Order
+from train.loop.arms import (
+    arm_order,
+    open_store,
+    run_generic,
+    run_memories,
+    sequences,
+    subtree_order,
+    train_memory,
+)
+from train.parallel.merge import merge_subtrees
+from train.parallel.subtrees import run_subtree, subtree_name
+from train.recipe.recipe import CotrainSection, Recipe, load_recipe
+from train.stages import STAGES, alone, is_done, run_stages
+from train.step.anchor import initialise
+from train.step.memories import MemoryTrainee
+from train.step.start import save_anchor
+from train.store.blocks import BlockStore
+from train.store.records import RecordStore
+
+RECIPE = """
+name: tiny
+seed: 1
+corpus:
+  documents: 0
+  facts:
+    - {kind: invented, topics: 4, entities_per_topic: 4, frequencies: [1, 8], plain_documents: 60}
+tokenizer: {vocab_size: 400}
+windows: {context: 32}
+tree: {branching: [3, 2, 2]}
+anchor:
+  hidden_size: 16
+  num_hidden_layers: 2
+  num_attention_heads: 2
+  head_dim: 8
+  intermediate_size: 32
+  training: {epochs: 0.1, warmup_steps: 1}
+memories:
+  r: [4, 0, 2]
+  group_by_subtree: true
+  training: {epochs: 0.5, learning_rate: 8e-3, warmup_steps: 3, save_every: 4}
+dense: {training: {epochs: 0.1}}
+"""
+
+
+def rows_of(order: Order) -> list[list[int]]:
+    return [order.batch(step).rows.tolist() for step in range(order.num_steps)]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(RECIPE)
+    return load_recipe(path)
+
+
+@pytest.fixture(scope="module")
+def prepared(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run up to the stage before ``memories``."""
+    run = tmp_path_factory.mktemp("prepared") / "run"
+    names = list(STAGES)
+    run_stages(recipe, run, names[: names.index("memories")])
+    return run
+
+
+def copy_of(run: Path, target: Path) -> Path:
+    return Path(shutil.copytree(run, target))
+
+
+@pytest.fixture(scope="module")
+def one(recipe: Recipe, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One job."""
+    run = copy_of(prepared, tmp_path_factory.mktemp("one") / "run")
+    run_stages(recipe, run, ["memories"])
+    return run
+
+
+@pytest.fixture(scope="module")
+def apart(recipe: Recipe, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A job for each subtree, not merged."""
+    run = copy_of(prepared, tmp_path_factory.mktemp("apart") / "run")
+    for subtree in (2, 0, 1):
+        run_subtree(recipe, run, subtree)
+    return run
+
+
+def merge(recipe: Recipe, run: Path, *others: Path) -> None:
+    function: Callable[[Recipe, Path], None] = lambda r, f: merge_subtrees(r, f, list(others))  # noqa: E731
+    run_stages(recipe, run, ["memories"], {"memories": function})
+
+
+def state_of(recipe: Recipe, run: Path, name: str = "memories") -> dict[object, bytes]:
+    """Weights, moments and steps of every touched block, and the place of the run."""
+    with open_store(recipe, run, name, readonly=True) as store:
+        state: dict[object, bytes] = {k: store._record(k).tobytes() for k in store.touched()}
+        progress = store.progress()
+    assert progress is not None
+    identity = json.dumps(progress.identity, sort_keys=True).encode()
+    return state | {"curve": progress.curve_array().tobytes(), "identity": identity}
+
+
+def assert_as_one_job(recipe: Recipe, run: Path, one: Path) -> None:
+    assert is_done(STAGES["memories"], recipe, run)
+    found, wanted = state_of(recipe, run), state_of(recipe, one)
+    assert found.keys() == wanted.keys()
+    for key in wanted:
+        assert found[key] == wanted[key], key
+    curve = Path("memories") / "loss.jsonl"
+    assert (run / curve).read_bytes() == (one / curve).read_bytes()
+
+
+def test_merged_subtrees_are_one_job_bit_for_bit(recipe, apart, one, tmp_path):
+    run = copy_of(apart, tmp_path / "run")
+    merge(recipe, run)
+    assert_as_one_job(recipe, run, one)
+    state = state_of(recipe, one)
+    levels = Counter(key[0] for key in state if isinstance(key, tuple))
+    assert levels == {1: 3, 3: 12}  # r is 0 on level 2
+    steps = [np.frombuffer(state[1, n][-4:], np.int32)[0] for n in range(3)]
+    assert min(steps) > 4  # more than one checkpoint each
+    assert sum(steps) == subtree_order(recipe, sequences(run)[1]).num_steps
+    # Again, and on to the next stage.
+    merge(recipe, run)
+    run_stages(recipe, run, ["generic"])
+
+
+def test_subtrees_of_other_machines_are_merged_from_where_they_lie(recipe, apart, one, tmp_path):
+    run, other = copy_of(apart, tmp_path / "run"), tmp_path / "other"
+    shutil.move(run / subtree_name(1), other / "brought")
+    shutil.move(run / subtree_name(2), other / "run" / subtree_name(2))
+    shutil.copytree(run / subtree_name(0), other / "run" / subtree_name(0))  # there too
+    with pytest.raises(UserError, match="no subtree was trained here") as refused:
+        merge(recipe, run, other)
+    assert "\n" not in str(refused.value)
+    merge(recipe, run, other / "brought", other / "run")
+    assert_as_one_job(recipe, run, one)
+
+
+def test_a_stopped_subtree_goes_on_to_the_same_bits(recipe, prepared, apart, tmp_path, monkeypatch):
+    run, step, taken = copy_of(prepared, tmp_path / "run"), MemoryTrainee.step, []
+
+    def stopped(self: MemoryTrainee, *arguments: Any) -> tuple[float, float]:
+        taken.append(arguments)
+        if len(taken) == 6:
+            raise KeyboardInterrupt
+        return step(self, *arguments)
+
+    monkeypatch.setattr(MemoryTrainee, "step", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run_subtree(recipe, run, 1)
+    unfinished = r"subtrees are not finished: .*subtree-01 at step 4 of \d+;"
+    with pytest.raises(UserError, match=unfinished):
+        merge(recipe, run)
+    assert not is_done(STAGES["memories"], recipe, run)
+    run_subtree(recipe, run, 1)
+    assert state_of(recipe, run, subtree_name(1)) == state_of(recipe, apart, subtree_name(1))
+
+
+def test_a_missing_subtree_is_named(recipe, apart, tmp_path):
+    run = copy_of(apart, tmp_path / "run")
+    for subtree in (0, 2):
+        shutil.rmtree(run / subtree_name(subtree))
+    with pytest.raises(UserError, match="subtrees are missing: 0, 2; train each"):
+        merge(recipe, run)
+    assert not (run / "memories" / "store" / "data.mdb").exists()
+
+
+@pytest.mark.parametrize("what", ["anchor", "training", "seed", "whole"])
+def test_a_subtree_of_another_run_is_refused_by_what_differs(what, recipe, apart, one, tmp_path):
+    run = copy_of(apart, tmp_path / "run")
+    shutil.rmtree(run / subtree_name(2))
+    foreign, training = copy_of(apart, tmp_path / "foreign"), recipe.memories.training
+    shutil.rmtree(foreign / subtree_name(2))
+    other, named = recipe, "stage was memories, is memories/subtree-00"
+    if what == "anchor":
+        config = foreign / "anchor" / "config.json"
+        weights = foreign / "anchor" / "model.safetensors"
+        model = Model(ModelArgs("openlm", 16, 2, 32, 2, 8, 400, tie_word_embeddings=True))
+        initialise(model, 99)
+        save_anchor(model, json.loads(config.read_text()), foreign / "anchor")
+        assert weights.read_bytes() != (run / "anchor" / "model.safetensors").read_bytes()
+        named = r"files\.anchor was xxh3:\w+, is xxh3:\w+"
+    elif what == "training":
+        training = replace(training, weight_decay=0.3)
+        other = replace(recipe, memories=replace(recipe.memories, training=training))
+        named = r"training\.weight_decay was 0\.3, is 0\.05"
+    elif what == "seed":
+        other, named = replace(recipe, seed=2), "seed was 2, is 1"
+    if what == "whole":
+        shutil.copytree(one / "memories", foreign / subtree_name(2))
+    else:
+        train_memory(other, foreign, subtree_name(2), 2)  # not asking for the stages before
+    with pytest.raises(UserError, match=rf"subtree-02 belongs to another run: {named}") as refused:
+        merge(recipe, run, foreign / subtree_name(2))
+    assert "\n" not in str(refused.value)
+    assert not is_done(STAGES["memories"], recipe, run)
+
+
+def killed_merge(recipe: Recipe, run: Path, moment: str) -> None:
+    """A merge that SIGKILL ends when the blocks are written, or when they are live."""
+    commit = RecordStore.commit
+
+    def die(self: RecordStore, values: dict[bytes, bytes]) -> None:
+        assert len(self._staged) == 15
+        if moment == "after":
+            commit(self, values)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    RecordStore.commit = die  # type: ignore[method-assign]
+    merge(recipe, run)
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_killed_merge_leaves_nothing_or_all(moment, recipe, apart, one, tmp_path):
+    run = copy_of(apart, tmp_path / "run")
+    process = multiprocessing.get_context("spawn").Process(
+        target=killed_merge, args=(recipe, run, moment)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert not is_done(STAGES["memories"], recipe, run)
+    if moment == "before":
+        with open_store(recipe, run, "memories", readonly=True) as store:
+            assert store.touched() == []
+            assert store.progress() is None
+    else:
+        assert state_of(recipe, run) == state_of(recipe, one)
+    merge(recipe, run)
+    assert_as_one_job(recipe, run, one)
+
+
+def test_a_merge_does_not_mix_with_an_unfinished_job_nor_one_job_with_subtrees(
+    recipe, apart, one, tmp_path
+):
+    run = copy_of(apart, tmp_path / "run")
+    with pytest.raises(UserError, match=r"trained apart: .*subtree-00, .*train\.merge"):
+        run_memories(recipe, run)
+    with (
+        open_store(recipe, run, "memories") as store,
+        open_store(recipe, one, "memories", readonly=True) as source,
+    ):
+        progress = source.progress()
+        assert progress is not None
+        store.commit(replace(progress, step=3, curve=progress.curve[:3]))
+    with pytest.raises(UserError, match="holds an unfinished training of all subtrees: step 3 of"):
+        merge(recipe, run)
+
+
+def test_two_processes_do_not_train_one_subtree_and_may_train_two(recipe, prepared, tmp_path):
+    run = copy_of(prepared, tmp_path / "run")
+    with alone("training", run / subtree_name(0)):
+        with pytest.raises(UserError, match=r"memories/subtree-00 is running in another process"):
+            run_subtree(recipe, run, 0)
+        run_subtree(recipe, run, 1)
+
+
+def test_a_subtree_asks_for_the_disk_of_its_own_blocks(recipe, prepared, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(BlockStore, "check_disk", lambda self, *sizes: asked.append(sizes[0]))
+    run_subtree(recipe, copy_of(prepared, tmp_path / "run"), 1)
+    assert asked == [{1: 1, 3: 4}]
+
+
+def test_a_subtree_without_sequences_has_nothing_to_train(
+    recipe, prepared, apart, tmp_path, capsys
+):
+    run = copy_of(prepared, tmp_path / "run")
+    paths = np.load(run / "sequences" / "paths.npy")
+    paths[paths[:, 0] == 1] = paths[0] if paths[0, 0] != 1 else paths[paths[:, 0] != 1][0]
+    np.save(run / "sequences" / "paths.npy", paths)
+    for subtree in range(3):
+        run_subtree(recipe, run, subtree)
+    assert "memories/subtree-01: no sequence belongs to it, nothing to train" in (
+        capsys.readouterr().out
+    )
+    merge(recipe, run)
+    with open_store(recipe, run, "memories", readonly=True) as store:
+        assert {cluster for level, cluster in store.touched() if level == 1} == {0, 2}
+
+
+@contextlib.contextmanager
+def refused(what: str) -> Iterator[None]:
+    with pytest.raises(UserError, match=what) as error:
+        yield
+    assert "\n" not in str(error.value)
+
+
+def test_what_cannot_be_trained_by_subtree_is_refused(recipe, prepared):
+    for subtree in (-1, 3):
+        with refused(f"there is no such subtree: {subtree}; use 0 to 2"):
+            run_subtree(recipe, prepared, subtree)
+    plain = replace(recipe, memories=replace(recipe.memories, group_by_subtree=False))
+    with refused("memories.group_by_subtree is false; set it to true"):
+        run_subtree(plain, prepared, 0)
+    cotrain = replace(recipe, memories=replace(recipe.memories, cotrain=CotrainSection()))
+    with refused("subtrees cannot be trained apart with co-training"):
+        run_subtree(cotrain, prepared, 0)
+    with refused("needs a stage that is not done"):
+        run_subtree(recipe, prepared / "none", 0)
+    with refused("group_by_subtree is not true or false"):
+        replace(recipe.memories, group_by_subtree="yes")
+
+
+def test_the_programs_refuse_in_one_line_and_show_their_help(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(RECIPE.replace("subtree: true", "subtree: false"))
+    known = [str(tmp_path / "tiny.yaml"), "--out", str(tmp_path / "run")]
+    for program, more, text in (
+        ("train", ["--subtree", "1"], "--subtree is for one stage: 1; add --only memories"),
+        ("train.parallel.merge", [], "memories.group_by_subtree is false"),
+        ("train.parallel.merge", ["--help"], "folders of runs"),
+    ):
+        command = [sys.executable, "-m", program, *known, *more]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if "--help" in more:
+            assert result.returncode == 0
+            assert text in result.stdout
+            continue
+        assert result.returncode == 2
+        assert text in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+
+
+def test_all_arms_of_a_grouped_run_see_the_same_sequences(recipe, prepared, one, tmp_path):
+    run = copy_of(prepared, tmp_path / "run")
+    paths, training = sequences(run)[1], recipe.memories.training
+    arm, memories = arm_order(recipe, paths, training), subtree_order(recipe, paths)
+    assert rows_of(arm) == rows_of(memories)
+    run_generic(recipe, run)
+    curves = [
+        (r / "loss.jsonl").read_text().splitlines() for r in (one / "memories", run / "generic")
+    ]
+    first, second = (json.loads(curve[0])["loss"] for curve in curves)
+    assert abs(first - second) < 1e-3  # the same first batch, blocks without effect
+    assert len(curves[0]) == len(curves[1]) == memories.num_steps
+
+
+def test_finished_runs_of_ungrouped_recipes_stay_valid_and_grouping_is_noticed(recipe):
+    memories = replace(recipe.memories, group_by_subtree=False)
+    plain = replace(recipe, memories=memories).sections(["memories", "dense"])
+    assert "group_by_subtree" not in plain["memories"]
+    assert "group_by_subtree" not in plain["dense"]
+    grouped = recipe.sections(["memories", "dense"])
+    assert grouped["memories"]["group_by_subtree"] is grouped["dense"]["group_by_subtree"] is True

@@ -1,0 +1,1 @@
+"""Files of many kinds become clean documents, and facts that they state."""

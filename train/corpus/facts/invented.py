@@ -1,0 +1,119 @@
+"""Invented entities with a number and a city each, among topical filler. Needs no data at hand.
+
+Topics ("lighthouse") share the names of their entities ("the Carter lighthouse"), so an answer
+depends on both words. Every sentence carries words of its topic, that a document and a bare prompt
+go to the same clusters. Filler comes from a small grammar over the topic's own nouns, adjectives
+and verbs; plain documents, without facts, are all filler.
+"""
+
+import functools
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mlx_hmem.config import JsonConfig
+from mlx_hmem.errors import UserError
+from mlx_hmem.evaluate import Fact
+
+from .repeat import Subject, check_frequencies, fact_documents
+from .words import CITIES, NAMES, SENTENCES, SLOTS
+
+PLAIN_SENTENCES = (5, 9)  # fewest and most of a plain document
+
+
+class Topic(NamedTuple):
+    """A line of topics.txt: name | phrase before a city | nouns | adjectives | verbs."""
+
+    name: str
+    place: str
+    nouns: list[str]
+    adjectives: list[str]
+    verbs: list[str]
+
+
+def read_topics() -> list[Topic]:
+    lines = (Path(__file__).parent / "topics.txt").read_text(encoding="utf-8").splitlines()
+    fields = [[part.strip() for part in line.split("|")] for line in lines]
+    return [Topic(f[0], f[1], f[2].split(), f[3].split(), f[4].split()) for f in fields]
+
+
+@dataclass(frozen=True)
+class InventedConfig(JsonConfig):
+    topics: int = field(default=24, metadata={"help": "number of topics"})
+    entities_per_topic: int = field(default=20, metadata={"help": "entities of each topic"})
+    frequencies: tuple[int, ...] = field(
+        default=(1, 1, 3, 3, 12, 12, 24, 48, 96, 192),
+        metadata={"help": "how often each fact is stated; the entities of a topic take turns"},
+    )
+    filler_sentences: int = field(default=2, metadata={"help": "sentences beside the two facts"})
+    plain_documents: int = field(default=3000, metadata={"help": "documents without facts"})
+
+    def __post_init__(self) -> None:
+        check_frequencies(self.frequencies)
+        limits = {
+            "topics": (1, len(read_topics())),
+            "entities_per_topic": (1, len(NAMES)),
+            "filler_sentences": (0, 100),
+            "plain_documents": (0, 10_000_000),
+        }
+        for name, (least, most) in limits.items():
+            value = getattr(self, name)
+            if type(value) is not int or not least <= value <= most:
+                raise UserError(
+                    f"`{name}` is not a whole number of {least} to {most}",
+                    repr(value),
+                    "correct corpus.facts in the recipe",
+                )
+        if self.entities_per_topic % len(self.frequencies):
+            raise UserError(
+                "`entities_per_topic` is not a multiple of the number of frequencies",
+                f"{self.entities_per_topic} entities, {len(self.frequencies)} frequencies",
+                "correct corpus.facts in the recipe",
+            )
+
+
+def make_invented(values: dict[str, Any], seed: int) -> tuple[Iterator[dict[str, Any]], list[Fact]]:
+    """Documents and facts, as :func:`train.corpus.facts.make_facts` says."""
+    config = InventedConfig.from_dict(values, "corpus.facts")
+    topics = read_topics()[: config.topics]
+    by_name = {topic.name: topic for topic in topics}
+    rng = random.Random(f"facts {seed}")
+    subjects = [subject for topic in topics for subject in _subjects(topic, config, rng)]
+
+    def filler(subject: Subject, rng: random.Random) -> list[str]:
+        return [sentence(by_name[subject.topic], rng) for _ in range(config.filler_sentences)]
+
+    plain = [
+        functools.partial(_plain_document, topics[i % len(topics)])
+        for i in range(config.plain_documents)
+    ]
+    documents = fact_documents("invented", subjects, seed, filler, plain)
+    return documents, [fact for subject in subjects for fact in subject.facts]
+
+
+def _subjects(topic: Topic, config: InventedConfig, rng: random.Random) -> Iterator[Subject]:
+    names = rng.sample(NAMES, config.entities_per_topic)
+    for i, name in enumerate(names):
+        entity, times = f"{name} {topic.name}", config.frequencies[i % len(config.frequencies)]
+        number, city = str(rng.randrange(100, 1000)), rng.choice(CITIES)
+        prompts = {
+            "number": (f"The {entity} is registered under number", number),
+            "city": (f"The {entity} {topic.place} in", city),
+        }
+        facts = (Fact(p, a, (), times, kind, topic.name) for kind, (p, a) in prompts.items())
+        yield Subject(entity, topic.name, tuple(facts))
+
+
+def sentence(topic: Topic, rng: random.Random) -> str:
+    """A random sentence of filler about ``topic``."""
+    (n, m), (a, b) = rng.sample(topic.nouns, 2), rng.sample(topic.adjectives, 2)
+    v, w = rng.sample(topic.verbs, 2)
+    general = {slot: rng.choice(words) for slot, words in SLOTS.items()}
+    return rng.choice(SENTENCES).format(t=topic.name, n=n, m=m, a=a, b=b, v=v, w=w, **general)
+
+
+def _plain_document(topic: Topic, rng: random.Random) -> tuple[str, str]:
+    count = rng.randint(*PLAIN_SENTENCES)
+    return topic.name, " ".join(sentence(topic, rng) for _ in range(count))

@@ -1,0 +1,157 @@
+"""Reading a person's own files: text, Markdown, HTML, PDF and JSON lines, side by side in a folder.
+
+HTML is read by the standard library: tags go, scripts and styles with them, blocks become lines. A
+PDF gives what text it has; a scan has none and is passed over. pypdf is optional, asked for where a
+PDF lies in the folder.
+"""
+
+import logging
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+from tqdm import tqdm
+
+from mlx_hmem.errors import UserError
+
+from .readers import MAX_LINE, RECORDS, TEXTS, CorpusFile, Document, Faults, Reader, listing
+
+SKIPPED = {"script", "style", "template", "noscript", "svg", "nav"}
+INLINE = {"a", "abbr", "b", "code", "em", "font", "i", "img", "mark", "s", "small", "span",
+          "strong", "sub", "sup", "tt", "u", "wbr"}  # fmt: skip
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\u200e\u200f\ufeff]")
+
+
+def tidy(text: str) -> str:
+    """``text`` without control characters, spaces at line ends and more than one empty line."""
+    text = _CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
+    text = re.sub(r"[^\S\n]+", " ", text)
+    return re.sub(r"\n{3,}", "\n\n", re.sub(r" ?\n ?", "\n", text)).strip()
+
+
+class _Page(HTMLParser):
+    """Collects the text of a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: list[str] = []
+        self.skipping: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in SKIPPED:
+            self.skipping.append(tag)
+        elif tag not in INLINE:
+            self.parts.append("\n")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in SKIPPED:
+            if tag in self.skipping:  # with those left open inside it
+                del self.skipping[self.skipping.index(tag) :]
+        elif tag not in INLINE:
+            self.parts.append("\n")
+
+    def handle_data(self, data: str) -> None:
+        if not self.skipping:
+            self.parts.append(re.sub(r"\s+", " ", data))
+
+
+def html_text(source: str) -> str:
+    """The text of a page."""
+    page = _Page()
+    page.feed(source)
+    page.close()
+    return "".join(page.parts)
+
+
+def _decoded(data: bytes) -> str:
+    """A page's text by its own word for the encoding, else as UTF-8."""
+    found = re.search(rb"charset=[\"']?([\w.:-]+)", data[:2048])
+    name = found.group(1).decode() if found else "utf-8"
+    try:
+        return data.decode(name)
+    except (LookupError, UnicodeDecodeError):
+        raise ValueError(f"not {name}") from None
+
+
+def _read_html(source: CorpusFile, faults: Faults) -> Iterator[Document]:
+    try:
+        if source.path.stat().st_size > MAX_LINE:
+            raise ValueError(f"a page over {MAX_LINE} bytes")
+        text = html_text(_decoded(source.path.read_bytes()))
+    except ValueError as error:
+        faults.add(source.name, str(error))
+        return
+    yield source.name, source.path.stem, text
+
+
+def _pdf_text(path: Path) -> str:
+    try:
+        import pypdf
+    except ImportError:
+        raise UserError(
+            f"reading {path.name} needs the package pypdf",
+            "it is not installed",
+            "pip install 'mlx-hmem[remember]'",
+        ) from None
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # it warns of every odd object
+    try:
+        text = "\n".join(page.extract_text() for page in pypdf.PdfReader(path).pages)
+    except Exception as error:  # a damaged file makes it raise anything
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise ValueError(f"an unreadable PDF ({reason})") from None
+    text = re.sub(r"(\w)-\n(\w)", r"\1\2", text)  # a word cut at a line's end
+    return re.sub(r"(?<=[\w,;])\n(?=\w)", " ", text)
+
+
+def _read_pdf(source: CorpusFile, faults: Faults) -> Iterator[Document]:
+    try:
+        text = _pdf_text(source.path)
+        if not text.strip():
+            raise ValueError("a PDF without text (a scan?)")
+    except UserError:
+        raise
+    except ValueError as error:
+        faults.add(source.name, str(error))
+        return
+    yield source.name, source.path.stem, text
+
+
+READERS: dict[str, Reader] = {
+    **{end: reader for end, reader in RECORDS.items() if end.startswith(".jsonl")},
+    **TEXTS,
+    ".markdown": TEXTS[".md"],
+    ".html": _read_html,
+    ".htm": _read_html,
+    ".xhtml": _read_html,
+    ".pdf": _read_pdf,
+}
+
+
+def _reader(file: CorpusFile) -> Reader | None:
+    name = file.name.lower()
+    return next((reader for end, reader in READERS.items() if name.endswith(end)), None)
+
+
+def own_files(folder: Path) -> list[CorpusFile]:
+    """The files of a folder, and below it, that can be read, by path; hidden ones are not."""
+    if not folder.is_dir():
+        raise UserError("no such folder", folder, "give the folder of your documents")
+    files = [file for file in listing(folder) if _reader(file) is not None]
+    if not files:
+        raise UserError("a folder without text", folder, f"it needs files {' '.join(READERS)}")
+    return files
+
+
+def read_own(files: list[CorpusFile], faults: Faults) -> Iterator[tuple[str, str]]:
+    """(name, tidy text) of each document: a file, or a line of a JSON lines file by its title."""
+    for file in tqdm(files, desc="reading", unit="file", delay=2):
+        reader = _reader(file)
+        assert reader is not None, "own_files has one for each"
+        for identity, title, text in reader(file, faults):
+            text = tidy(text)
+            if text:
+                records = ".jsonl" in file.name.lower()
+                yield (title or f"{file.name}:{identity}") if records else file.name, text
+            else:
+                faults.add(file.name, "no text")

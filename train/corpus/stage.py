@@ -1,0 +1,118 @@
+"""The corpus stage: documents in, a clean, shuffled sample and the facts among them out.
+
+The input may be of any size, and so may the sample (:mod:`train.corpus.sample`).
+"""
+
+import json
+import random
+import shutil
+from array import array
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from mlx_hmem.errors import UserError
+from mlx_hmem.files import atomic_file, write_atomic
+
+from ..ranks import Ranks
+from ..recipe.recipe import Recipe
+from .facts import Fact, make_facts
+from .readers import Faults, corpus_files, read_documents
+from .sample import Sample, hashes, is_held_out, read_shards
+
+
+def _line(record: Any) -> bytes:
+    return (json.dumps(record, ensure_ascii=False) + "\n").encode()
+
+
+def _write_lines(path: Path, lines: Iterable[bytes]) -> None:
+    with atomic_file(path) as file:
+        file.writelines(lines)
+
+
+def read_texts(path: Path) -> Iterator[str]:
+    """The ``text`` of each document of train.jsonl or held_out.jsonl."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)["text"]
+
+
+def run_corpus(
+    recipe: Recipe, folder: Path, corpus: Path | None = None, table: Path | None = None
+) -> None:
+    """Writes ``corpus/``: train.jsonl, held_out.jsonl, facts.jsonl and report.json.
+
+    ``corpus`` is the folder of documents (:mod:`.readers`), ``table`` the file that facts are
+    taken from.
+    """
+    section, out, faults = recipe.corpus, folder / "corpus", Faults()
+    ranks, shards = Ranks(folder), list[Path]()
+    if section.documents != 0:
+        shards = read_shards(corpus_files(corpus), section, out / "shards", ranks)
+    if not ranks.first:
+        return
+    sample = Sample(shards, section, faults)
+    faults.print()
+    if section.documents != 0 and not len(sample.train):
+        counts = ", ".join(f"{count} × {reason}" for reason, count in faults.counts.items())
+        raise UserError("no document is left", counts, "correct the files or the sample")
+    facts, of_facts, plain, held_out = _make_facts(recipe, corpus, table, sample)
+    lines = [_line(document) for document in of_facts]
+    count = len(sample.train)
+    order = array("q", range(count + len(lines)))
+    random.Random(recipe.seed).shuffle(order)
+    documents = tqdm(order, desc="writing", unit=" documents", delay=2)
+    _write_lines(
+        out / "train.jsonl",
+        (sample.line(sample.train[i]) if i < count else lines[i - count] for i in documents),
+    )
+    held_out_lines = [*map(sample.line, sample.held_out), *map(_line, held_out)]
+    _write_lines(out / "held_out.jsonl", held_out_lines)
+    _write_lines(out / "facts.jsonl", (_line(fact.to_dict()) for fact in facts))
+    characters = int(sample.train["characters"].sum()) + sum(len(d["text"]) for d in of_facts)
+    report = {
+        "train_documents": count + plain,
+        "fact_documents": len(of_facts) - plain,
+        "held_out_documents": len(held_out_lines),
+        "facts": sum(fact.times > 0 for fact in facts),
+        "train_characters": characters,
+        "passed_over": dict(faults.counts),
+        "passed_over_first": faults.named,
+    }
+    write_atomic(out / "report.json", json.dumps(report, indent=2) + "\n")
+    shutil.rmtree(out / "shards", ignore_errors=True)
+    print(
+        f"corpus: {count + plain} documents and {len(of_facts) - plain} that state facts to train "
+        f"on, {len(held_out_lines)} held out, {sum(faults.counts.values())} passed over, in {out}"
+    )
+
+
+def _make_facts(
+    recipe: Recipe, corpus: Path | None, table: Path | None, sample: Sample
+) -> tuple[list[Fact], list[dict[str, Any]], int, list[dict[str, Any]]]:
+    """The facts, their documents to train on, how many of these are plain, and those held out."""
+    if not recipe.corpus.facts:
+        return [], [], 0, []
+    # Facts about people come from articles that are not sampled: these would state them once more.
+    sampled = {int(first) for part in (sample.train, sample.held_out) for first in part["first"]}
+    facts, train, held_out, num_plain = list[Fact](), [], [], 0
+    for kind in recipe.corpus.facts:
+        articles = (a for a in _articles(corpus) if hashes(a[0])[0] not in sampled)
+        documents, stated = make_facts(kind, recipe.seed, table, articles)
+        facts += stated
+        for document in documents:
+            # A fact is stated exactly as often as its document: only plain ones are held out.
+            plain = document["id"].startswith("plain-")
+            if plain and is_held_out(document["id"], recipe.corpus.held_out):
+                held_out.append(document)
+            else:
+                train.append(document)
+                num_plain += plain
+    return facts, train, num_plain, held_out
+
+
+def _articles(folder: Path | None) -> Iterator[tuple[str, str, str]]:
+    """All documents of ``folder``; their faults were named when the sample was drawn."""
+    yield from read_documents(corpus_files(folder), Faults())

@@ -1,0 +1,1 @@
+"""Documents become tokens, windows, and the sequences that are trained on."""

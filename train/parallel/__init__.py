@@ -1,0 +1,1 @@
+"""Parts of a tree trained apart, and joined."""

@@ -1,0 +1,272 @@
+"""The recipe of a model: every number that training needs, from one YAML file.
+
+Frozen dataclasses (:mod:`.sections`): unknown keys are refused. Any key can be set anew for a
+run, ``--set memories.training.batch_size=4``, which is how a recipe is scaled to a machine.
+"""
+
+import dataclasses
+import re
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mlx_hmem.anchors.attach import memory_config
+from mlx_hmem.anchors.load import anchor_of_config, read_config
+from mlx_hmem.bank.format import stored_r
+from mlx_hmem.bank.quantization import check_quantization
+from mlx_hmem.config import JsonConfig, MemoryConfig
+from mlx_hmem.errors import ArgumentParser, UserError
+from mlx_hmem.model.find import find_model
+
+from .checks import check_truth, check_whole, help_text
+from .sections import (
+    WATCHED,
+    AnchorSection,
+    CorpusSection,
+    CotrainSection,
+    DenseSection,
+    ExportSection,
+    MemoriesSection,
+    TokenizerSection,
+    TrainerConfig,
+    TreeSection,
+    WindowsSection,
+)
+
+__all__ = [
+    "AnchorSection",
+    "CorpusSection",
+    "CotrainSection",
+    "DenseSection",
+    "ExportSection",
+    "MemoriesSection",
+    "Recipe",
+    "TokenizerSection",
+    "TrainerConfig",
+    "TreeSection",
+    "WindowsSection",
+    "add_recipe_arguments",
+    "load_recipe",
+    "read_yaml",
+]
+
+SET_HELP = "sets a key of the recipe anew: section.key=value, the value in YAML; repeatable"
+
+
+def add_recipe_arguments(parser: ArgumentParser) -> None:
+    """``recipe`` and ``--set``, which every program takes that reads a recipe."""
+    parser.add_argument("recipe", type=Path, help="YAML file, see train/recipes")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=SET_HELP)
+
+
+@dataclass(frozen=True)
+class Recipe(JsonConfig):
+    name: str = field(metadata=help_text("name of the model"))
+    seed: int = field(default=0, metadata=help_text("every random choice follows from it"))
+    corpus: CorpusSection = field(default_factory=CorpusSection)
+    tokenizer: TokenizerSection = field(default_factory=TokenizerSection)
+    windows: WindowsSection = field(default_factory=WindowsSection)
+    tree: TreeSection = field(default_factory=TreeSection)
+    anchor: AnchorSection = field(default_factory=AnchorSection)
+    memories: MemoriesSection = field(default_factory=MemoriesSection)
+    dense: DenseSection | None = field(default_factory=DenseSection)
+    export: ExportSection = field(default_factory=ExportSection)
+    anchor_only: bool = field(
+        default=False, metadata=help_text("trains an anchor and exports it, without a memory")
+    )
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise UserError("name is not a text", repr(self.name), "name the model")
+        check_whole("", "seed", self.seed, 0, 2**32 - 1)
+        check_truth("", "anchor_only", self.anchor_only)
+        if self.anchor.path is not None and self.anchor.config is None:
+            return  # its sizes are not known yet
+        config = self.memory_config  # r, branching and the anchor must fit together
+        cotrains = self.memories.cotrain is not None and not self.anchor_only
+        if self.anchor.path is None and self.anchor.training is None and not cotrains:
+            raise UserError(
+                "nothing trains the anchor",
+                "anchor.training null, memories.cotrain null",
+                "give one of them",
+            )
+        if self.export.quantization is not None:
+            r = stored_r(config)
+            check_quantization(tuple(map(self.export.quantization_of, r)), config, r)
+
+    @property
+    def memory_config(self) -> MemoryConfig:
+        anchor, memories = self.anchor, self.memories
+        if anchor.path is not None:
+            return self._memory_of_model().placed(memories.layers, memories.keep_parameters)
+        heads = anchor.num_attention_heads * anchor.head_dim
+        config = MemoryConfig(
+            hidden_size=anchor.hidden_size,
+            num_hidden_layers=anchor.num_hidden_layers,
+            r=memories.r,
+            branching=self.tree.branching,
+            kind=memories.kind,
+            intermediate_size=anchor.intermediate_size,
+            query_size=heads,
+            key_value_size=heads,
+        )
+        return config.placed(memories.layers, memories.keep_parameters)
+
+    def _memory_of_model(self) -> MemoryConfig:
+        assert self.anchor.config is not None, "load_recipe fills it in"
+        anchor = anchor_of_config(self.anchor.config)  # lazy: no array is made
+        return memory_config(anchor, self.memories.r, self.tree.branching, self.memories.kind)
+
+    def sections(self, names: Iterable[str]) -> dict[str, Any]:
+        """The named parts as JSON values: what a stage's result depends on."""
+        values = self.to_dict()
+        for part in ("anchor", "memories", "dense"):
+            for name in WATCHED if values[part] and values[part]["training"] else ():
+                del values[part]["training"][name]
+        if self.anchor.path is not None:
+            values["tokenizer"] = {"of": self.anchor.path}
+        if self.anchor_only:
+            values["tree"] = values["memories"] = values["dense"] = None
+            return {name: values[name] for name in names}
+        del values["memories"]["cache_bytes"], values["memories"]["cache_level_1"]  # how, not what
+        # Finished runs may not know these yet.
+        if not values["tree"]["prompts"]:
+            del values["tree"]["prompts"]
+        if not values["memories"]["group_by_subtree"]:
+            del values["memories"]["group_by_subtree"]
+        elif values["dense"] is not None:
+            values["dense"]["group_by_subtree"] = True  # it sees the same sequences
+        return {name: values[name] for name in names}
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which ``1e-3`` is a number, as everybody means it."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def _section(cls: type[JsonConfig], values: Any, where: str) -> Any:
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{where} is not a mapping", repr(values)[:80], "write `key: value` lines there"
+        )
+    if odd := [key for key in values if not isinstance(key, str)]:
+        raise UserError(f"a key of {where} is not a word", repr(odd[0]), "write `key: value`")
+    hints = typing.get_type_hints(cls)
+    result = dict(values)
+    for part in dataclasses.fields(cls):  # type: ignore[arg-type]
+        kinds = [hints[part.name], *typing.get_args(hints[part.name])]
+        nested = next((k for k in kinds if isinstance(k, type) and issubclass(k, JsonConfig)), None)
+        if nested is None or part.name not in values:
+            continue
+        if values[part.name] is None and type(None) in kinds:
+            continue
+        result[part.name] = _section(nested, values[part.name], f"{where}, {part.name}")
+    return cls.from_dict(result, where)
+
+
+def read_yaml(path: Path, what: str) -> Any:
+    """The values of a YAML file; ``what`` it is, for the UserError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"no such {what}", path, "give the path of a YAML file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8", error, "save it as UTF-8") from None
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid YAML", error, "correct it") from None
+
+
+def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Reads and checks a recipe; a wrong one raises ``UserError``.
+
+    ``overrides`` are keys set anew, ``section.key=value`` with the value in YAML. If the recipe
+    starts from a model, that model's config is read.
+    """
+    values = read_yaml(path, "recipe")
+    for override in overrides:
+        _set(values, override)
+    recipe: Recipe = _section(Recipe, values, str(path))
+    return recipe if recipe.anchor.path is None else _with_model(recipe, recipe.anchor.path)
+
+
+def _set(values: Any, override: str) -> None:
+    """Sets one key of a recipe that was read, or raises ``UserError``."""
+    name, equals, text = override.partition("=")
+    keys = name.strip().split(".")
+    if not equals or not all(keys):
+        raise UserError("--set without KEY=VALUE", repr(override), "use --set section.key=value")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--set {name}: the value is not YAML", reason, "quote it") from None
+    for key in keys[:-1]:
+        inner = values.get(key) if isinstance(values, dict) else values
+        if inner is None and isinstance(values, dict):
+            inner = values[key] = {}
+        values = inner
+    if not isinstance(values, dict):
+        raise UserError(
+            "--set names a key below a value", repr(name), "name a key of a section of the recipe"
+        )
+    values[keys[-1]] = value
+
+
+def _with_model(recipe: Recipe, path: str) -> Recipe:
+    """The recipe with the config of the model that its anchor starts from."""
+    if recipe.tokenizer.path is not None:
+        raise UserError(
+            "anchor.path and tokenizer.path",
+            f"{path}, {recipe.tokenizer.path}",
+            "leave tokenizer.path out: a model has its own tokenizer",
+        )
+    config = read_config(find_model(path, ["config.json"]))
+    _check_of_model(recipe, config)
+    return dataclasses.replace(recipe, anchor=dataclasses.replace(recipe.anchor, config=config))
+
+
+def _check_of_model(recipe: Recipe, config: dict[str, Any]) -> None:
+    """That the model can be trained as the recipe says."""
+    longest, wanted = config.get("max_position_embeddings"), recipe.windows.of_anchor
+    if longest is not None and wanted > longest:
+        raise UserError(
+            "the sequences are longer than the anchor's context",
+            f"windows {wanted}, {recipe.anchor.path} {longest}",
+            f"use at most {longest}",
+        )
+    memories, cotrains = recipe.memories, recipe.memories.cotrain is not None
+    trainings = {"anchor": recipe.anchor.training}
+    if not recipe.anchor_only:
+        trainings["memories"] = memories.training
+        trainings["dense"] = recipe.dense.training if recipe.dense else None
+    masked = [name for name, t in trainings.items() if t is not None and t.document_mask]
+    if config["model_type"] != "openlm" and masked:
+        raise UserError(
+            "this architecture makes its own attention mask",
+            config["model_type"],
+            f"set {masked[0]}.training.document_mask to false",
+        )
+    trained = [n for n in ("anchor", "dense") if trainings.get(n)]
+    trained += ["memories.cotrain"] if cotrains and not recipe.anchor_only else []
+    if trained and (config.get("quantization") or config.get("quantization_config")):
+        raise UserError(
+            "a quantised anchor cannot be trained",
+            recipe.anchor.path,
+            f"set {' and '.join(t if '.' in t else _training_key(t) for t in trained)} to null",
+        )
+
+
+def _training_key(section: str) -> str:
+    return "anchor.training" if section == "anchor" else section

@@ -1,0 +1,1 @@
+"""One step: what starts, a batch's gradient, the optimiser, what is trained."""

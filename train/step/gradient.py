@@ -1,0 +1,212 @@
+"""The loss of a batch and its gradient: in parts of ``micro_batch_size`` sequences, over all ranks.
+
+The loss is the mean over all counted tokens of the batch, so the parts and the ranks add up to what
+the whole batch would give in one piece. Every rank knows the order of the data: it takes its slice
+of the batch, and gradients are summed over the ranks.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from mlx_hmem.anchors.attach import MemorySlot
+from mlx_hmem.anchors.load import float_dtype
+from mlx_hmem.anchors.openlm import document_mask
+from mlx_hmem.errors import UserError
+from mlx_hmem.memory import join_blocks
+from mlx_hmem.memory.layer import extend
+
+from ..data.windows import counted
+from ..ranks import Ranks
+from ..recipe.recipe import TrainerConfig
+
+# What is trained: "anchor", its weights by name, and "blocks", the unique blocks of each level.
+Weights = dict[str, Any]
+
+
+def masked_loss(logits: mx.array, tokens: mx.array, eot: int) -> mx.array:
+    """Mean next-token cross-entropy in nats of ``tokens`` (batch, time + 1), padding left out."""
+    return summed_loss(logits, tokens, eot) / mx.maximum(counted(tokens, eot).sum(), 1)
+
+
+def summed_loss(logits: mx.array, tokens: mx.array, eot: int) -> mx.array:
+    """:func:`masked_loss` summed over the tokens that count."""
+    logits = logits.astype(mx.float32)
+    picked = mx.take_along_axis(logits, tokens[:, 1:, None], axis=-1).squeeze(-1)
+    losses = mx.logsumexp(logits, axis=-1) - picked
+    return (losses * counted(tokens, eot).astype(mx.float32)).sum()
+
+
+def packed_mask(inputs: mx.array, eot: int) -> mx.array:
+    """Attention mask (batch, 1, time, time) of packed documents, each of which begins with EOT."""
+    return document_mask(mx.cumsum((inputs == eot).astype(mx.int32), axis=1))
+
+
+class BatchGradient:
+    """Computes loss and gradient of ``anchor`` with the memory in ``slot``, if there is one."""
+
+    def __init__(
+        self,
+        anchor: nn.Module,
+        slot: MemorySlot | None,
+        eot: int,
+        training: TrainerConfig,
+        ranks: Ranks,
+    ):
+        self.training, self.eot, self.ranks = training, eot, ranks
+        if training.gradient_checkpointing:
+            recompute_layers(anchor, slot)
+        self.exchanged_bytes = 0  # of one rank, since the beginning
+        self._check_sizes()
+        call: Callable[..., mx.array] = anchor
+        dtype = float_dtype(anchor)
+
+        def logits(inputs: mx.array) -> mx.array:
+            if not training.document_mask:
+                return call(inputs)
+            return call(inputs, mask=packed_mask(inputs, eot))
+
+        def loss(
+            weights: Weights, indices: list[mx.array], batch: mx.array, scale: mx.array
+        ) -> mx.array:
+            if weights["anchor"]:
+                anchor.update(tree_unflatten(list(weights["anchor"].items())))
+            if slot is None:
+                return scale * summed_loss(logits(batch[:, :-1]), batch, eot)
+            # One memory per sequence.
+            blocks = [b[i] for b, i in zip(weights["blocks"], indices, strict=True)]
+            rows = tuple(rows.astype(dtype) for rows in join_blocks(blocks, slot.config))
+            with slot.using(rows):
+                return scale * summed_loss(logits(batch[:, :-1]), batch, eot)
+
+        self._part = mx.compile(mx.value_and_grad(loss))
+
+    def _check_sizes(self) -> None:
+        size, ranks = self.training.batch_size, self.ranks.size
+        part = self.training.micro_batch_size or size // ranks
+        if size % ranks or (size // ranks) % part:
+            raise UserError(
+                "batch_size does not divide into equal parts",
+                f"{size} sequences, {ranks} ranks, micro_batch_size {part}",
+                f"use a multiple of {ranks * part}",
+            )
+        self.num_parts = size // ranks // part
+
+    def __call__(
+        self,
+        weights: Weights,
+        tokens: np.ndarray,
+        indices: Sequence[np.ndarray] = (),
+        num_unique: Sequence[int] = (),
+    ) -> tuple[float, float, Weights]:
+        """Mean loss in nats per token, norm of the gradient before clipping, clipped gradient.
+
+        Args:
+            tokens: the whole batch, (sequences, context + 1).
+            indices: for each level with memory the place of each sequence's block among the unique
+                ones in ``weights["blocks"]``, (sequences,).
+            num_unique: how many of these there are; what follows them is padding.
+        """
+        scale = mx.array(1 / max(1, int(counted(tokens, self.eot).sum())), mx.float32)
+        share = len(tokens) // self.ranks.size
+        first, part_size = self.ranks.rank * share, share // self.num_parts
+        value, gradient = mx.array(0.0), None
+        for start in range(first, first + share, part_size):
+            rows = slice(start, start + part_size)
+            batch = mx.array(tokens[rows].astype(np.int32))
+            places = [mx.array(index[rows].astype(np.int32)) for index in indices]
+            loss, part = self._part(weights, places, batch, scale)
+            value = value + loss
+            gradient = part if gradient is None else tree_map(mx.add, gradient, part)
+            del part  # so that sums and clipping write in place
+            if self.num_parts > 1:
+                mx.eval(value, gradient)  # else all parts would wait in memory
+        assert gradient is not None
+        if self.ranks.size > 1:
+            value, gradient = self._sum_over_ranks(value, gradient, num_unique)
+        gradient, norm = optim.clip_grad_norm(gradient, self.training.grad_clip)
+        mx.eval(value, norm, gradient)
+        return value.item(), norm.item(), gradient  # type: ignore[return-value]
+
+    def _sum_over_ranks(
+        self, value: mx.array, gradient: Weights, num_unique: Sequence[int]
+    ) -> tuple[mx.array, Weights]:
+        """One message for everything: many small ones cost a round trip each."""
+        sizes = [len(blocks) for blocks in gradient["blocks"]]
+        touched = [b[:n] for b, n in zip(gradient["blocks"], num_unique, strict=True)]
+        gradient = {"anchor": gradient["anchor"], "blocks": touched}
+        leaves: Any = tree_flatten(gradient)
+        flat = mx.concatenate([value.reshape(1), *(array.reshape(-1) for _, array in leaves)])
+        mx.eval(flat)  # its memory is let go of before the answer comes
+        flat = self.ranks.sum(flat)
+        self.exchanged_bytes += flat.nbytes
+        ends = np.cumsum([1, *(array.size for _, array in leaves)]).tolist()
+        parts = iter(mx.split(flat, ends[:-1]))
+        value = next(parts).squeeze(0)
+        gradient = tree_map(lambda array: next(parts).reshape(array.shape), gradient)
+        gradient["blocks"] = [
+            mx.pad(blocks, [(0, size - len(blocks)), *[(0, 0)] * (blocks.ndim - 1)])
+            for blocks, size in zip(gradient["blocks"], sizes, strict=True)
+        ]
+        return value, gradient
+
+
+def recompute_layers(anchor: nn.Module, slot: MemorySlot | None) -> None:
+    """Makes the layers of ``anchor`` keep their input only and compute the rest again when the
+    gradient wants it."""
+    places = {} if slot is None else {i: p for p, i in enumerate(slot.config.memory_layers)}
+    for index, layer in enumerate(anchor.layers):
+        extend(layer, partial(_recomputed, layer, slot, places.get(index)))
+
+
+def _recomputed(
+    layer: nn.Module,
+    slot: MemorySlot | None,
+    place: int | None,
+    before: Callable[..., mx.array],
+    x: mx.array,
+    *arguments: Any,
+    **options: Any,
+) -> mx.array:
+    # What a gradient is wanted for must be an argument of the function that is computed again.
+    rows = None if slot is None or place is None else slot.of_layer(place, None)
+    leaves: Any = tree_flatten(layer.trainable_parameters())
+    names, weights = [name for name, _ in leaves], [array for _, array in leaves]
+
+    def call(x: mx.array, *arrays: mx.array) -> mx.array:
+        layer.update(tree_unflatten(list(zip(names, arrays, strict=False))))
+        if slot is None or rows is None:
+            return before(x, *arguments, **options)
+        with slot.using_in_layer(arrays[len(names) :]):
+            return before(x, *arguments, **options)
+
+    return _computed_again(call)(x, *weights, *(rows or ()))
+
+
+def _computed_again(call: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """``mx.checkpoint``, but the layer before waits until all gradients of this one are there. Left
+    to itself MLX may first go down all layers for the gradient of the input and keep what it has
+    computed again in each of them."""
+    function = mx.custom_function(call)
+
+    @function.vjp
+    def gradient(primals: Any, cotangent: mx.array, output: mx.array) -> list[mx.array]:
+        arrays = mx.depends(list(primals), [cotangent])
+        _, gradients = mx.vjp(call, arrays, [cotangent])
+        if len(gradients) > 1:
+            gradients[:1] = mx.depends(gradients[:1], gradients[1:])
+        return gradients
+
+    result: Any = function
+    return result
+
+
+def is_finite(loss: float, norm: float) -> bool:
+    return math.isfinite(loss) and math.isfinite(norm)

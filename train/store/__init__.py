@@ -1,0 +1,1 @@
+"""Where blocks and checkpoints are kept so that a kill costs nothing."""

@@ -1,0 +1,115 @@
+"""How far a run has come, and the checkpoint file of trainees whose whole state fits in memory.
+
+``checkpoint.safetensors`` holds weights, moments, step and loss curve together and is replaced in
+one rename. Trade-off: the whole state is written each time; blocks live in :mod:`.blocks` instead.
+"""
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_hmem.errors import UserError
+from mlx_hmem.files import load_safetensors, read_safetensors_header, save_safetensors
+
+from ..ranks import Ranks
+
+CHECKPOINT = "checkpoint.safetensors"
+
+
+@dataclass
+class Progress:
+    """The place of a run: what it is made from, steps done, and (step, loss, learning rate) of each
+    step that was not skipped."""
+
+    identity: dict[str, Any]
+    step: int = 0
+    curve: list[tuple[int, float, float]] = field(default_factory=list)
+
+    @property
+    def skipped(self) -> int:
+        return self.step - len(self.curve)
+
+    def curve_array(self) -> np.ndarray:
+        """The curve as bytes: MLX has no float64 on every device."""
+        return np.array(self.curve, np.float64).reshape(-1, 3).view(np.uint8)
+
+    @classmethod
+    def load(cls, identity: str, step: int, curve: bytes) -> "Progress":
+        rows = np.frombuffer(curve, np.float64).reshape(-1, 3)
+        points = [(int(s), float(loss), float(rate)) for s, loss, rate in rows]
+        return cls(json.loads(identity), step, points)
+
+
+def check_identity(found: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
+    """Raises UserError that names what differs unless both are the same run."""
+    old, new = _flat(found), _flat(json.loads(json.dumps(wanted)))
+    changed = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
+    if changed:
+        named = [f"{key} was {old.get(key)}, is {new.get(key)}" for key in changed[:4]]
+        more = [f"and {len(changed) - 4} more"] if len(changed) > 4 else []
+        raise UserError(
+            f"{where} belongs to another run",
+            ", ".join(named + more),
+            "use another --out or delete the folder of this stage",
+        )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if value is False or value is None:
+            continue  # a key that a newer version brings and leaves off is as if it were not there
+        result |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return result
+
+
+class CheckpointFile:
+    """A trainee that keeps its state in one file; it brings ``state`` and ``load_state``, and the
+    ranks that train it, all of which have the same state."""
+
+    ranks: Ranks
+
+    def state(self) -> dict[str, mx.array]:
+        raise NotImplementedError
+
+    def load_state(self, state: dict[str, mx.array]) -> None:
+        raise NotImplementedError
+
+    def resume(self, folder: Path, identity: dict[str, Any]) -> Progress:
+        """Loads the state that ``folder`` holds; without one the run is at its beginning. Ranks
+        that lag behind, as a kill can leave them, take over the state of the furthest."""
+        progress = self._load(folder / CHECKPOINT, identity)
+        steps = self.ranks.gather(progress.step)
+        if len(set(steps)) == 1:
+            return progress
+        source = int(np.argmax(steps))
+        self.load_state(self.ranks.share(self.state(), source))
+        points = self.ranks.gather(len(progress.curve))[source]
+        own = progress.curve if self.ranks.rank == source else [(0, 0.0, 0.0)] * points
+        curve = mx.array(replace(progress, curve=own).curve_array())
+        shared = np.array(self.ranks.share({"curve": curve}, source)["curve"])
+        return Progress.load(json.dumps(identity), max(steps), shared.tobytes())
+
+    def _load(self, path: Path, identity: dict[str, Any]) -> Progress:
+        if not path.exists():
+            return Progress(identity)
+        _, metadata = read_safetensors_header(path)
+        found = json.loads(metadata.get("identity", "{}"))
+        # Files of older versions hold a list here.
+        check_identity(found if isinstance(found, dict) else {"run": found}, identity, path)
+        state = load_safetensors(path)
+        curve = np.array(state.pop("curve")).tobytes()
+        self.load_state(state)
+        return Progress.load(metadata["identity"], int(metadata["step"]), curve)
+
+    def save(self, folder: Path, progress: Progress) -> None:
+        metadata = {"step": str(progress.step), "identity": json.dumps(progress.identity)}
+        state = self.state() | {"curve": mx.array(progress.curve_array())}
+        if self.ranks.first:
+            save_safetensors(folder / CHECKPOINT, state, metadata)
+        self.ranks.wait()
