@@ -4,7 +4,7 @@
 
 The paper's OpenLM-160M, frozen, in float32, and its bank of 4.6 billion parameters, of which each
 step trains the blocks of one sequence, another path in each. Settings are those that
-``python -m train --memory-budget`` chooses. The steps run in a process of their own; the kernel
+``mlx_hmem.train --memory-budget`` chooses. The steps run in a process of their own; the kernel
 says what it has held at most, and what an interpreter holds that has imported MLX.
 """
 

@@ -27,7 +27,7 @@ import mlx_hmem  # noqa: F401  (before mlx.core)
 import mlx.core as mx
 from tqdm import tqdm
 
-from convert.__main__ import main as convert
+from convert.command import main as convert
 from convert.destination import RECORD, REPLACED
 from mlx_hmem.anchors.load import load_anchor, named_parameters
 from mlx_hmem.anchors.openlm import Model, ModelArgs
@@ -41,7 +41,7 @@ PROGRAM = """
 import sys
 import mlx_hmem
 import convert.anchors.weights
-from convert.__main__ import main
+from convert.command import main
 from convert.memory.bank import write_tensors_as_bank
 from mlx_hmem.bank.writer import shard_cuts
 from mlx_hmem.errors import run_program

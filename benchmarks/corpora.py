@@ -82,7 +82,7 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("corpus", type=Path, help="folder as for python -m train --corpus")
+    parser.add_argument("corpus", type=Path, help="folder as for mlx_hmem.train --corpus")
     parser.add_argument("--copies", type=int, default=10)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()

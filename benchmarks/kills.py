@@ -1,6 +1,6 @@
 """``python -m benchmarks.kills [--kills N] [--json]``: SIGKILL at random moments of a real run.
 
-``python -m train`` co-trains a tiny anchor and its memories (or trains memories on the frozen one,
+``mlx_hmem.train`` co-trains a tiny anchor and its memories (or trains memories on the frozen one,
 in every second run), is killed, and started again with the same command until it ends. Losses, the
 anchor and every block must then be, byte for byte, those of a run that nobody disturbed.
 """

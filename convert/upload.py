@@ -1,4 +1,4 @@
-"""Puts a model directory on the Hugging Face Hub: ``python -m convert upload DIR USER/NAME``.
+"""Puts a model directory on the Hugging Face Hub: ``mlx_hmem.convert upload DIR USER/NAME``.
 
 Nothing goes up that does not load here: every part is checked against the others and every block of
 the bank against its checksum. The upload is one commit, so whoever loads the model meanwhile gets
@@ -6,7 +6,6 @@ the old one or the new one. Only a bank of very many shards takes more: its shar
 what names them last. An upload that was stopped is run again; what the Hub has is not sent again.
 """
 
-import sys
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from json import dumps
@@ -70,7 +69,7 @@ def upload(directory: Path, repo: str, private: bool = False) -> None:
             "check the token and the connection, and run it again",
         ) from None
     print(f"{directory} is at {place}, commit {commit}")
-    print(f'python generate.py --model {repo} --lazy --prompt "..."')
+    print(f'mlx_hmem.generate --model {repo} --lazy --prompt "..."')
 
 
 def _send(api: Any, directory: Path, repo: str) -> str:
@@ -156,7 +155,7 @@ A language model{what}, in the format of mlx_hmem.
 ## How to use it
 
 ```sh
-python generate.py --model {name} --prompt "..."{lazy}
+mlx_hmem.generate --model {name} --prompt "..."{lazy}
 ```
 
 ```python
@@ -270,10 +269,10 @@ def _front_matter(
     return text + "---\n"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = ArgumentParser(prog="python -m convert upload", description=__doc__)
+def main(words: Sequence[str]) -> None:
+    parser = ArgumentParser(prog="mlx_hmem.convert upload", description=__doc__)
     parser.add_argument("directory", type=Path, help="model directory")
     parser.add_argument("repo", help="where to, as user/name")
     parser.add_argument("--private", action="store_true", help="if the repository is made now")
-    args = parser.parse_args(sys.argv[2:] if arguments is None else arguments)
+    args = parser.parse_args(words)
     upload(args.directory, args.repo, args.private)

@@ -2,10 +2,23 @@
 
 import argparse
 import contextlib
+import difflib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NoReturn
+
+GO_ON = "stopped; the same command goes on where it was"
+# Packages that not everybody needs, by the name that Python imports: the extra that brings each.
+EXTRAS = {
+    "lmdb": "train",
+    "yaml": "train",
+    "pypdf": "remember",
+    "pyarrow": "corpora",
+    "zstandard": "corpora",
+    "matplotlib": "plot",
+    "lm_eval": "harness",
+}
 
 
 class UserError(ValueError):
@@ -28,6 +41,12 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError("wrong command line", message, f"see {self.prog} --help")
 
 
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A remedy for a word that is none of ``known``."""
+    found = difflib.get_close_matches(word, known, 1)
+    return f"did you mean {found[0]}?" if found else f"use one of {', '.join(known)}"
+
+
 def run_program(main: Callable[[], None], stopped: str = "stopped") -> None:
     """Runs a program's ``main``; a wrong input ends in one line and exit status 2, Ctrl-C in 130.
 
@@ -41,6 +60,11 @@ def run_program(main: Callable[[], None], stopped: str = "stopped") -> None:
             sys.stdout.flush()  # a full disk shows here rather than at the interpreter's exit
     except UserError as error:
         _end(2, f"error: {error}")
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        _end(2, f"error: a package is missing: {error.name}; pip install 'mlx-hmem[{extra}]'")
     except BrokenPipeError:
         _end(141)
     except OSError as error:

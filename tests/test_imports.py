@@ -45,6 +45,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
         "parallel": ("stages",),
         "remember": ("stages",),
         "study": ("stages",),
+        "command": ("parallel", "remember", "study"),
     },
     "convert": {
         "destination": (),
@@ -54,6 +55,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
         "quantize": ("destination",),
         "bundle": ("destination",),
         "upload": ("destination",),
+        "command": ("memory", "quantize", "bundle", "upload"),
     },
 }
 FACES = {"__init__", "__main__"}
@@ -106,7 +108,8 @@ def imports(source: str, module: str) -> set[str]:
             text = node.value.partition(":")[0]
             if MODULE.fullmatch(node.value):
                 name = absolute(text.lstrip("."), len(text) - len(text.lstrip(".")))
-                found |= {name} & KNOWN | {as_in_the_checkout(name)} & KNOWN
+                # `mlx_hmem.train` alone is what a program is called.
+                found |= {name, as_in_the_checkout(name)} & KNOWN - set(PARTS)
     return {as_in_the_checkout(name) for name in found}
 
 

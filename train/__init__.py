@@ -1,3 +1,3 @@
-"""Programs that make models: ``python -m train RECIPE.yaml --out FOLDER``."""
+"""Programs that make models: ``mlx_hmem.train RECIPE.yaml --out FOLDER``."""
 
 import mlx_hmem  # noqa: F401  OpenBLAS goes in front before MLX is loaded

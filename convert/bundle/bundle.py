@@ -1,6 +1,6 @@
-"""A folder that a phone can run, with no Python in it: ``python -m convert bundle MODEL OUT``.
+"""A folder that a phone can run, with no Python in it: ``mlx_hmem.convert bundle MODEL OUT``.
 
-Anchor and bank go in as MODEL has them: ``python -m convert quantize`` makes them small before.
+Anchor and bank go in as MODEL has them: ``mlx_hmem.convert quantize`` makes them small before.
 What computes is recorded as MLX functions (``.mlxfn``), which mlx-swift and MLX's C++ import; all
 else an app does itself: docs/bundle.md says how, call for call, and ``run.py`` in the bundle is an
 example. Shards of the bank are linked where the file system can, and copied elsewhere.
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from mlx_hmem.anchors.load import weight_files
 from mlx_hmem.bank.format import GENERIC, MANIFEST
 from mlx_hmem.config import HmemConfig
-from mlx_hmem.errors import ArgumentParser, UserError, run_program
+from mlx_hmem.errors import ArgumentParser, UserError
 from mlx_hmem.files import copy_file, link_or_copy, open_regular, save_safetensors, write_atomic
 from mlx_hmem.model.find import BANK_FOLDER, find_model
 from mlx_hmem.model.load import load
@@ -219,7 +219,7 @@ def plan(folder: Path, context: int | None, prefill: Sequence[int]) -> Bundle:
         raise UserError(
             "a bundle holds one bank and no views",
             f"{beside} banks beside it, {len(model.bank.barred)} clusters barred by default",
-            "bundle what python -m mlx_hmem.bank split makes, or unblock them first",
+            "bundle what mlx_hmem.bank split makes, or unblock them first",
         )
     if model.retriever.encoder.name != "static":
         raise UserError(
@@ -246,8 +246,8 @@ def lengths_option(text: str) -> list[int]:
         ) from None
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = ArgumentParser(prog="python -m convert bundle", description=__doc__)
+def main(words: Sequence[str]) -> None:
+    parser = ArgumentParser(prog="mlx_hmem.convert bundle", description=__doc__)
     parser.add_argument("model", help="model directory or Hub id, quantised or not")
     parser.add_argument("out", type=Path, help="the folder to make")
     parser.add_argument(
@@ -260,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{','.join(map(str, PREFILL))}, those that the context has room for",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
-    args = parser.parse_args(arguments)
+    args = parser.parse_args(words)
     stream()  # begun before any other
     prefill = [] if args.prefill is None else lengths_option(args.prefill)
     bundle = plan(find_model(args.model), args.context, prefill)
@@ -281,7 +281,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "the functions are recorded for the CPU; make the bundle on a Mac for a phone's GPU",
             file=sys.stderr,
         )
-
-
-if __name__ == "__main__":
-    run_program(main)

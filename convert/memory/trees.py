@@ -7,7 +7,6 @@ arrays; neither library is needed, and no pickle is ever read.
 """
 
 import argparse
-import sys
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import IO, Any
 import numpy as np
 
 from mlx_hmem.config import MAX_CLUSTERS, MAX_DEPTH
-from mlx_hmem.errors import ArgumentParser, UserError, run_program
+from mlx_hmem.errors import ArgumentParser, UserError
 from mlx_hmem.files import open_regular, read_safetensors_header
 from mlx_hmem.retriever import ClusterTree, load_encoder
 from mlx_hmem.retriever.tree import LARGEST_ENTRY, check_branching
@@ -281,8 +280,8 @@ def _whole(source: Path, name: str, array: np.ndarray, size: int) -> np.ndarray:
     return flat.astype(np.int64)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = ArgumentParser(prog="python -m convert tree", description=__doc__)
+def main(words: Sequence[str]) -> None:
+    parser = ArgumentParser(prog="mlx_hmem.convert tree", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "source", type=Path, help=".npz, .npy, .safetensors, .pt, or a folder of .npy"
@@ -290,7 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("destination", type=Path, help="the .safetensors file to make")
     parser.add_argument("--encoder", default="minilm", help="minilm, static or a folder")
     parser.add_argument("--overwrite", action="store_true")
-    args = parser.parse_args(list(sys.argv[1:] if arguments is None else arguments))
+    args = parser.parse_args(words)
     if args.destination.exists() and not args.overwrite:
         raise UserError("the destination exists", args.destination, "add --overwrite")
     tree = read_tree(args.source)
@@ -303,7 +302,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     tree.save(args.destination, encoder.fingerprint)
     print(f"{args.destination}: {tree.num_clusters} clusters on the levels, {tree.dim} dimensions")
-
-
-if __name__ == "__main__":
-    run_program(main)

@@ -1,5 +1,5 @@
 """Quantises a model directory, its anchor or its bank or both, into a new one:
-``python -m convert quantize MODEL OUT --anchor-bits 4 --bank-bits 8``.
+``mlx_hmem.convert quantize MODEL OUT --anchor-bits 4 --bank-bits 8``.
 
 The anchor goes through mlx-lm's own quantiser; the bank is streamed block by block, each level in
 its own way if wanted: ``--bank-bits 8 --bank-level 2:mxfp4 --bank-level 1:none``. What no option
@@ -14,7 +14,7 @@ from pathlib import Path
 from mlx_hmem.bank import Quantization, stored_levels
 from mlx_hmem.bank.format import STORED_TYPES
 from mlx_hmem.bank.quantization import MODES
-from mlx_hmem.errors import ArgumentParser, UserError, run_program
+from mlx_hmem.errors import ArgumentParser, UserError
 from mlx_hmem.evaluate import read_texts
 from mlx_hmem.model.find import find_model
 
@@ -72,7 +72,7 @@ def _all_levels(
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="python -m convert quantize", description=__doc__)
+    parser = ArgumentParser(prog="mlx_hmem.convert quantize", description=__doc__)
     parser.add_argument("model", help="model directory or Hub id; without a bank it works too")
     parser.add_argument("out", type=Path, help="the model directory to make")
     for part in ("anchor", "bank"):
@@ -95,8 +95,8 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    args = _parser().parse_args(arguments)
+def main(words: Sequence[str]) -> None:
+    args = _parser().parse_args(words)
     for_anchor = (args.anchor_mode, args.anchor_bits, args.anchor_group_size)
     for_bank = (args.bank_mode, args.bank_bits, args.bank_group_size)
     given = [level_option(text) for text in args.bank_level]
@@ -115,7 +115,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = plan(folder, anchor, levels, args.bank_dtype)
     report = quantize(chosen, args.out, texts, args.overwrite)
     print(json.dumps(report.to_dict()) if args.json else report_table(report))
-
-
-if __name__ == "__main__":
-    run_program(main)

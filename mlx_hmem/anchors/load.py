@@ -93,7 +93,7 @@ def load_anchor(folder: Path, lazy: bool = False) -> tuple[nn.Module, dict[str, 
         raise UserError(
             "config.json keeps RoPE's base where mlx-lm does not look",
             f"rope_parameters in {folder}",
-            "convert the model: python -m convert FOLDER DESTINATION",
+            "convert the model: mlx_hmem.convert FOLDER DESTINATION",
         )
     weight_files(folder)
     try:

@@ -23,7 +23,7 @@ from mlx_hmem.files import strict_json, write_atomic
 VIEWS = "views.json"
 DEFAULT = "default"
 NAME = re.compile(r"[A-Za-z][\w.@-]{0,63}")  # of a view or an added bank; never a number
-REMEDY = "restore the file, or make the view again with python -m mlx_hmem.bank block"
+REMEDY = "restore the file, or make the view again with mlx_hmem.bank block"
 Barred = tuple[str | int, ...]  # the path to a cluster, after the name of its bank if it was added
 Views = Mapping[str, Sequence[Barred]]
 
@@ -92,7 +92,7 @@ def view_called(views: Views, name: str | None) -> Sequence[Barred]:
     if name is None:
         return views.get(DEFAULT, ())
     if name not in views:
-        known = ", ".join(views) or "the model has none; python -m mlx_hmem.bank block makes one"
+        known = ", ".join(views) or "the model has none; mlx_hmem.bank block makes one"
         raise UserError("no such view", name, f"known: {known}" if views else known)
     return views[name]
 

@@ -1,8 +1,6 @@
-"""The commands of ``python -m mlx_hmem.bank``: their arguments, and what they print."""
+"""The commands of ``mlx_hmem.bank``: their arguments, and what they print."""
 
 import argparse
-import importlib
-import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -136,24 +134,9 @@ def export_command(args: argparse.Namespace) -> None:
         print(compare.export(bank, keys, args.out))
 
 
-def forget_command(rest: list[str]) -> None:
-    """Hands over to train.remember.forget, which this package must not know."""
-    try:
-        found = importlib.util.find_spec("train.remember.forget")
-    except ModuleNotFoundError:
-        found = None
-    if found is None:
-        raise UserError(
-            "forgetting trains blocks anew, and the training programs are not here",
-            "no module train.remember.forget",
-            "run python -m mlx_hmem.bank forget from a checkout of the repository",
-        )
-    importlib.import_module("train.remember.forget").main(rest)
-
-
 def parser() -> ArgumentParser:
     top = ArgumentParser(
-        prog="python -m mlx_hmem.bank",
+        prog="mlx_hmem.bank",
         description="Looks into the memory bank of a model, says who may fetch what, and makes "
         "models of parts of others. A CLUSTER is the path to it, as 3 or 3,51; in a bank that was "
         "added, NAME:3,51, and NAME is all of it.",
@@ -197,16 +180,13 @@ def parser() -> ArgumentParser:
     export.add_argument("cluster", nargs="?", metavar="CLUSTER", help="a subtree (default: all)")
     export.add_argument("--level", type=int, help="one level only; 0 is the generic memory")
     export.add_argument("--out", required=True, type=Path, metavar="FILE.safetensors|FILE.npz")
-    commands.add_parser(
-        "forget", add_help=False, help="retrain what a document has trained, without it",
-    )  # fmt: skip
     return top
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    words = list(sys.argv[1:] if argv is None else argv)
+def main(words: Sequence[str]) -> None:
     if words[:1] == ["forget"]:
-        return forget_command(words[1:])
+        raise UserError(
+            "forgetting is a program of its own", "forget", "mlx_hmem.forget DIR DOCUMENT --out NEW"
+        )
     args = parser().parse_args(words)
     args.run(args)
-    return None

@@ -1,6 +1,5 @@
 """Evaluation of a MemoryModel: tasks, perplexity, recall of facts, blocking, routing."""
 
-from mlx_hmem.evaluate.document_index import DocumentIndex
 from mlx_hmem.evaluate.facts import Fact, FactRecall, RecallBucket, format_facts, read_facts, recall
 from mlx_hmem.evaluate.paper.blocking import BlockingRow, blocking
 from mlx_hmem.evaluate.paper.counting import count_names
@@ -8,7 +7,8 @@ from mlx_hmem.evaluate.paper.fact_runs import CountBucket, FactRun, count_bucket
 from mlx_hmem.evaluate.paper.fact_tables import FactTable, atomic_numbers, read_fact_table
 from mlx_hmem.evaluate.paper.routing_quality import RoutingRow, document_rows, fact_rows
 from mlx_hmem.evaluate.perplexity import Perplexity, perplexity
-from mlx_hmem.evaluate.rag import Rag
+from mlx_hmem.evaluate.rag.document_index import DocumentIndex
+from mlx_hmem.evaluate.rag.rag import Rag
 from mlx_hmem.evaluate.tasks.benchmark import (
     Average,
     TaskResult,

@@ -1,4 +1,4 @@
-"""Scores a model directory: ``python -m mlx_hmem.evaluate MODEL_DIR --facts F --text T``.
+"""Scores a model directory: ``mlx_hmem.evaluate MODEL_DIR --facts F --text T``.
 
 Prints a table of recall by how often a fact was stated, or counted in a corpus, of perplexity, and
 with ``--tasks all --data FOLDER`` of accuracy on benchmark tasks, for each kind of memory asked
@@ -6,6 +6,7 @@ for; ``--block-best`` and ``--routing`` look into the memory itself. With ``--js
 object on standard output. Progress goes to standard error.
 """
 
+import importlib
 import json
 import sys
 from argparse import Namespace
@@ -15,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from mlx_hmem.budget.resident import SIZE_HELP, parse_bytes
-from mlx_hmem.errors import ArgumentParser, UserError, run_program
-from mlx_hmem.evaluate.document_index import DocumentIndex
+from mlx_hmem.errors import ArgumentParser, UserError
 from mlx_hmem.evaluate.facts import ROUTES
 from mlx_hmem.evaluate.paper.blocking import blocking, used_clusters
 from mlx_hmem.evaluate.paper.fact_runs import FactRun
 from mlx_hmem.evaluate.paper.fact_sets import FactSet, counted, fact_sets
 from mlx_hmem.evaluate.paper.routing_quality import RoutingRow, document_rows, fact_rows
 from mlx_hmem.evaluate.perplexity import ROUTE_BY, perplexity
-from mlx_hmem.evaluate.rag import Rag, Result, with_flops, with_rag
+from mlx_hmem.evaluate.rag.document_index import DocumentIndex
+from mlx_hmem.evaluate.rag.rag import Rag, Result, with_flops, with_rag
 from mlx_hmem.evaluate.routing import check_levels
 from mlx_hmem.evaluate.tables import (
     blocking_table,
@@ -43,11 +44,16 @@ from mlx_hmem.model.model import MODES, MemoryModel
 from mlx_hmem.retriever import load_encoder
 
 __all__ = ["main", "perplexity_table", "recall_table", "table", "task_table"]
+# Programs of their own, by their first word.
+VERBS = {
+    "index": "mlx_hmem.evaluate.rag.index",
+    "harness": "mlx_hmem.evaluate.tasks.harness",
+}
 Found = tuple[dict[str, Any], list[str]]  # JSON values, tables
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="python -m mlx_hmem.evaluate", description=__doc__)
+    parser = ArgumentParser(prog="mlx_hmem.evaluate", description=__doc__)
     parser.add_argument("model", help="model directory or Hub id")
     parser.add_argument("--memory", default="none,generic,fetched", help="kinds, with commas")
     parser.add_argument(
@@ -130,8 +136,11 @@ def _check(args: Namespace) -> list[str]:
     return modes
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    args = _parser().parse_args(arguments)
+def main(words: Sequence[str]) -> None:
+    if words[:1] and words[0] in VERBS:
+        importlib.import_module(VERBS[words[0]]).main(words[1:])
+        return
+    args = _parser().parse_args(words)
     modes = _check(args)
     tasks = load_tasks(args.tasks, args.data) if args.tasks else []
     sets = fact_sets(args.facts, args.atomic_numbers, args.corpus, args.limit)
@@ -262,7 +271,3 @@ def _score_tasks(
             results.append(replace(scored, memory=label))
     print(f"results of every row: {args.out}", file=sys.stderr)
     return results
-
-
-if __name__ == "__main__":
-    run_program(main, stopped="stopped; it goes on from here with the same command")

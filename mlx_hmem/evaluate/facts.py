@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from mlx_hmem.config import JsonConfig
 from mlx_hmem.errors import UserError
-from mlx_hmem.evaluate.rag import RagSummary, in_json
+from mlx_hmem.evaluate.rag.rag import RagSummary, in_json
 from mlx_hmem.evaluate.routing import route_texts
 from mlx_hmem.evaluate.texts import read_jsonl
 from mlx_hmem.model.model import MemoryModel

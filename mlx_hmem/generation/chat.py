@@ -1,17 +1,25 @@
-"""``generate.py --chat``: a :class:`Conversation` at a terminal, or with lines from a pipe.
+"""``mlx_hmem.chat``: a :class:`Conversation` at a terminal, or with lines from a pipe.
 
 Answers go to standard output, all else to standard error. Without a terminal there is no prompt
 sign, and the answers alone, a line each or more, are what a pipe carries on.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from mlx_hmem.budget.resident import OverBudgetError
-from mlx_hmem.errors import UserError
-from mlx_hmem.generation.conversation import Conversation
+from mlx_hmem.errors import ArgumentParser, UserError
+from mlx_hmem.generation.conversation import MAX_TOKENS, Conversation
+from mlx_hmem.generation.options import (
+    add_options,
+    memory_options,
+    open_model,
+    sampling_options,
+    say,
+)
 
+DESCRIPTION = "A conversation whose memory follows the topic; /help names its commands."
 HELP = """\
 Text is answered; a line that begins with / is a command:
 /memory fetched|generic|none   which memory the next answers use; alone: which it is
@@ -24,23 +32,31 @@ Text is answered; a line that begins with / is a command:
 /quit                          end; so does Ctrl-D. Ctrl-C stops an answer"""
 
 
+def main(words: Sequence[str]) -> None:
+    parser = ArgumentParser(prog="mlx_hmem.chat", description=DESCRIPTION)
+    parser.add_argument(
+        "--max-tokens", type=int, default=MAX_TOKENS, help="of an answer (default: %(default)s)"
+    )
+    add_options(parser)
+    args = parser.parse_args(words)
+    options = memory_options(args) | sampling_options(args)
+    model = open_model(args)
+    chat(Conversation(model, notify=say, max_tokens=args.max_tokens, **options))
+
+
 def chat(conversation: Conversation) -> None:
     """Answers the lines of standard input until it ends or one is ``/quit``."""
     at_terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
     if at_terminal:
         with suppress(ImportError):  # not on every system; input() then has no line editing
             import readline  # noqa: F401
-        _say("/help names the commands")
+        say("/help names the commands")
     try:
         while (line := _next_line(at_terminal)) is not None:
             if line.strip() and not _handle(conversation, line.strip()):
                 break
     finally:
         conversation.stop_prefetch()
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _next_line(at_terminal: bool) -> str | None:
@@ -52,9 +68,9 @@ def _next_line(at_terminal: bool) -> str | None:
             print()
             return None
         except KeyboardInterrupt:
-            _say("\n/quit or Ctrl-D ends")
+            say("\n/quit or Ctrl-D ends")
     if sys.stdin is None:
-        raise UserError("standard input is closed", "--chat", "pipe a text into it")
+        raise UserError("standard input is closed", "mlx_hmem.chat", "pipe a text into it")
     try:
         return sys.stdin.buffer.readline().decode() or None
     except UnicodeDecodeError as error:
@@ -76,7 +92,7 @@ def _handle(conversation: Conversation, line: str) -> bool:
     except OverBudgetError:
         raise  # the system may end the program at any moment
     except UserError as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
     return True
 
 
@@ -90,9 +106,9 @@ def _answer(conversation: Conversation, text: str) -> None:
     except KeyboardInterrupt:
         pieces.close()
         print(flush=True)
-        _say("stopped")
+        say("stopped")
     if conversation.route != before and conversation.recall is not None:
-        _say(_route(conversation))
+        say(_route(conversation))
 
 
 def _route(conversation: Conversation) -> str:
@@ -108,7 +124,7 @@ def _route(conversation: Conversation) -> str:
 def _memory_command(conversation: Conversation, mode: str) -> None:
     if mode:
         conversation.set_memory(mode)
-    _say(f"memory: {conversation.memory}")
+    say(f"memory: {conversation.memory}")
 
 
 def _history_command(conversation: Conversation, state: str) -> None:
@@ -116,23 +132,23 @@ def _history_command(conversation: Conversation, state: str) -> None:
         raise UserError("no such state of the history", state, "use on or off")
     if state:
         conversation.history = state == "on"
-    _say(f"history: {'on' if conversation.history else 'off'}")
+    say(f"history: {'on' if conversation.history else 'off'}")
 
 
 def _route_command(conversation: Conversation, text: str) -> None:
-    _say(str(conversation.path_of(text)) if text else _route(conversation))
+    say(str(conversation.path_of(text)) if text else _route(conversation))
 
 
 def _reset_command(conversation: Conversation, rest: str) -> None:
     conversation.reset()
-    _say("all is forgotten")
+    say("all is forgotten")
 
 
 COMMANDS: dict[str, Callable[[Conversation, str], None]] = {
     "memory": _memory_command,
     "history": _history_command,
     "route": _route_command,
-    "stats": lambda conversation, rest: _say("\n".join(conversation.stats.lines())),
+    "stats": lambda conversation, rest: say("\n".join(conversation.stats.lines())),
     "reset": _reset_command,
-    "help": lambda conversation, rest: _say(HELP),
+    "help": lambda conversation, rest: say(HELP),
 }

@@ -32,7 +32,7 @@ from mlx_hmem.model.model import MemoryModel
 from mlx_hmem.retriever import ClusterTree, Encoder, Retriever, load_encoder
 from mlx_hmem.retriever.encoder import STATIC_FOLDER, find_minilm
 
-DEMO = Path(__file__).parent / "demo"
+DEMO = Path(__file__).parents[1] / "demo"
 
 
 def load(

@@ -342,7 +342,7 @@ def test_the_runner_names_what_is_wrong_in_one_line(made, opened, tmp_path, caps
 
 def test_the_command_line_is_refused_in_one_line(model_folder, made, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["convert", "bundle", str(model_folder), str(made)])
-    from convert.__main__ import main
+    from convert.command import main
 
     with pytest.raises(SystemExit) as end:
         run_program(main)

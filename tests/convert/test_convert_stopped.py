@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from convert.__main__ import main
+from convert.command import main
 from convert.destination import RECORD, REPLACED
 from convert.memory import model as memory
 from convert.quantize import model as quantized_model

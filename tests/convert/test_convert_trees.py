@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from convert.__main__ import main
+from convert.command import main
 from convert.memory.trees import read_tree
 from convert.torch_files.writer import write_torch
 from mlx_hmem.errors import UserError

@@ -7,7 +7,7 @@ import pytest
 
 from mlx_hmem.anchors.load import named_parameters
 from mlx_hmem.errors import UserError
-from mlx_hmem.evaluate.flops import Flops, Work, parameters_per_token, question_work
+from mlx_hmem.evaluate.rag.flops import Flops, Work, parameters_per_token, question_work
 from mlx_hmem.evaluate.scoring import Candidate, score_candidates
 from mlx_hmem.model.model import MemoryModel
 from tests.helpers.tiny_anchors import GATED, UNGATED, make_anchor

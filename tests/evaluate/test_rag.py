@@ -11,13 +11,13 @@ from mlx_hmem.config import HmemConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate import Fact, format_facts
 from mlx_hmem.evaluate.command import main
-from mlx_hmem.evaluate.document_index import TYPES, DocumentIndex, Found
 from mlx_hmem.evaluate.facts import encode_prompts
 from mlx_hmem.evaluate.journal import Journal
-from mlx_hmem.evaluate.paper import index
 from mlx_hmem.evaluate.paper.fact_runs import FactRun
-from mlx_hmem.evaluate.paper.index import build_index
-from mlx_hmem.evaluate.rag import Rag
+from mlx_hmem.evaluate.rag import index
+from mlx_hmem.evaluate.rag.document_index import TYPES, DocumentIndex, Found
+from mlx_hmem.evaluate.rag.index import build_index
+from mlx_hmem.evaluate.rag.rag import Rag
 from mlx_hmem.evaluate.scoring import Candidate
 from mlx_hmem.evaluate.tasks.benchmark import score_task
 from mlx_hmem.evaluate.tasks.few_shot import PromptTokens, build_prompts

@@ -8,8 +8,8 @@ import mlx_hmem  # isort: skip  # noqa: F401  OpenBLAS goes in front before MLX 
 import mlx.core as mx
 import numpy as np
 
-from convert.__main__ import main
 from convert.anchors.openlm_config import inverse_frequencies
+from convert.command import main
 from convert.torch_files.tensors import bits_of
 from convert.torch_files.writer import write_torch
 from mlx_hmem.anchors.load import load_anchor, named_parameters

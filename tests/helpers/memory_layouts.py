@@ -9,7 +9,7 @@ import mlx_hmem  # isort: skip  # noqa: F401  OpenBLAS goes in front before MLX 
 import mlx.core as mx
 import numpy as np
 
-from convert.__main__ import main
+from convert.command import main
 from convert.torch_files.tensors import Checkpoint, bits_of, join, open_safetensors
 from convert.torch_files.writer import write_torch
 from mlx_hmem.anchors.load import load_anchor, named_parameters

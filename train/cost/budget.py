@@ -1,4 +1,4 @@
-"""``python -m train RECIPE --memory-budget 2GB``: settings with which a recipe's stages keep to it.
+"""``mlx_hmem.train RECIPE --memory-budget 2GB``: settings with which a recipe's stages keep to it.
 
 They are settings of the recipe, chosen by arithmetic alone, so the same budget always chooses the
 same: a smaller ``micro_batch_size``, then ``gradient_checkpointing``; what is left of the budget

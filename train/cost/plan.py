@@ -1,4 +1,4 @@
-"""``python -m train plan RECIPE``: what a recipe will make and cost, before anything starts.
+"""``mlx_hmem.train plan RECIPE``: what a recipe will make and cost, before anything starts.
 
 What cannot fit is refused in one line that says what would. Sizes follow from the recipe
 (:mod:`train.cost.costs`, which also says how peak memory is reckoned).
@@ -12,6 +12,7 @@ import json
 import math
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import numpy as np
 
 from mlx_hmem.anchors.openlm import Model
 from mlx_hmem.config import MemoryConfig, read_json
-from mlx_hmem.errors import ArgumentParser, UserError, run_program
+from mlx_hmem.errors import ArgumentParser, UserError
 
 from ..data.arrays import load_mapped
 from ..data.order import num_steps_of
@@ -281,9 +282,9 @@ def time_text(hours: float | None) -> str:
     return f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
 
 
-def main() -> None:
+def main(words: Sequence[str]) -> None:
     parser = ArgumentParser(
-        prog="python -m train plan",
+        prog="mlx_hmem.train plan",
         description="Says what a recipe will make, how much memory and disk it takes and how long "
         "it runs here, beside whatever else runs now. A recipe that cannot fit is refused (exit "
         "status 2). Starts no stage; takes some ten seconds to measure steps.",
@@ -292,12 +293,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder of the run; its corpus gives the tokens")
     parser.add_argument("--tokens", type=int, help="tokens of one pass, where no run knows them")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     if args.tokens is not None and args.tokens < 1:
         raise UserError("--tokens is not 1 or more", args.tokens, "give the tokens of one pass")
     plan = make_plan(load_recipe(args.recipe, args.set), args.out, args.tokens)
     print(json.dumps(asdict(plan), indent=2) if args.json else table(plan))
-
-
-if __name__ == "__main__":
-    run_program(main)

@@ -189,7 +189,7 @@ def run_memories(recipe: Recipe, folder: Path, reporting: Reporting | None = Non
         raise UserError(
             "subtrees of this run are trained apart",
             ", ".join(map(str, apart)),
-            "put them together with python -m train merge, or delete these folders",
+            "put them together with mlx_hmem.train merge, or delete these folders",
         )
     train_memory(recipe, folder, "memories", reporting=reporting)
 

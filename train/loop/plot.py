@@ -1,4 +1,4 @@
-"""``python -m train plot RUN``: a picture of a run: losses, validation, and how blocks are used.
+"""``mlx_hmem.train plot RUN``: a picture of a run: losses, validation, and how blocks are used.
 
 First the anchor's loss, then that of the arms that go on from it, which see the same sequences in
 the same order; each batch pale, a running mean over it. Then the perplexity on held-out windows, if
@@ -9,14 +9,14 @@ it.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mlx_hmem.config import MemoryConfig
-from mlx_hmem.errors import ArgumentParser, UserError, run_program
+from mlx_hmem.errors import ArgumentParser, UserError
 from mlx_hmem.files import atomic_file
 
 from ..data.arrays import load_mapped
@@ -267,20 +267,16 @@ def plot_run(run: Path, target: Path) -> None:
         pyplot.close(figure)
 
 
-def main() -> None:
+def main(words: Sequence[str]) -> None:
     parser = ArgumentParser(
-        prog="python -m train plot",
+        prog="mlx_hmem.train plot",
         description="Draws losses and validation of a run, and how evenly its blocks are used.",
     )
-    parser.add_argument("run", type=Path, help="folder of the run, --out of python -m train")
+    parser.add_argument("run", type=Path, help="folder of the run, --out of mlx_hmem.train")
     parser.add_argument("--out", type=Path, help="the PNG file (default: RUN/plot.png)")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     target = args.out or args.run / "plot.png"
     if target.suffix.lower() != ".png":
         raise UserError("--out is not a PNG file", target, "let its name end in .png")
     plot_run(args.run, target)
     print(f"plot: {target}")
-
-
-if __name__ == "__main__":
-    run_program(main)

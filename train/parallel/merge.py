@@ -1,6 +1,6 @@
-"""``python -m train merge RECIPE --out RUN``: subtrees that were trained apart become one store.
+"""``mlx_hmem.train merge RECIPE --out RUN``: subtrees that were trained apart become one store.
 
-The blocks of every subtree (``python -m train --only memories --subtree N``) are copied into the
+The blocks of every subtree (``mlx_hmem.train --only memories --subtree N``) are copied into the
 store of the stage ``memories``, in one commit, and the stage is done: the same bits as if one job
 had trained them all. The stores of the subtrees stay where they are. Memory is bounded by a
 transaction of the store; the disk has to hold the blocks twice.
@@ -8,13 +8,13 @@ transaction of the store; the disk has to hold the blocks twice.
 
 import functools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
-from mlx_hmem.errors import ArgumentParser, UserError, run_program
+from mlx_hmem.errors import ArgumentParser, UserError
 
 from ..data.order import SubtreeOrder
 from ..loop.arms import SOURCES, made_from, open_store, sequences, subtree_order, train_memory
@@ -86,7 +86,7 @@ def _check_all(order: SubtreeOrder, finished: dict[int, Part], begun: dict[int, 
         raise UserError(
             "subtrees are not finished",
             ", ".join(unfinished),
-            "run python -m train with --only memories --subtree for each of them to its end",
+            "run mlx_hmem.train with --only memories --subtree for each of them to its end",
         )
     if missing:
         raise UserError(
@@ -125,7 +125,7 @@ def merge_subtrees(recipe: Recipe, run: Path, others: list[Path]) -> None:
             raise UserError(
                 f"{store.folder} holds an unfinished training of all subtrees",
                 f"step {progress.step} of {order.num_steps}",
-                f"go on with python -m train, or delete {store.folder} and merge again",
+                f"go on with mlx_hmem.train, or delete {store.folder} and merge again",
             )
         if progress is None:
             _copy(recipe, store, parts)
@@ -149,11 +149,11 @@ def _counted(keys: list[Key], bar: tqdm) -> Iterator[Key]:
         bar.update()
 
 
-def main() -> None:
+def main(words: Sequence[str]) -> None:
     parser = ArgumentParser(
-        prog="python -m train merge",
+        prog="mlx_hmem.train merge",
         description="Puts subtrees that were trained apart together, as if one job had trained "
-        "them; then python -m train goes on with the stages that follow.",
+        "them; then mlx_hmem.train goes on with the stages that follow.",
     )
     add_recipe_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
@@ -161,12 +161,8 @@ def main() -> None:
         "--from", dest="others", type=Path, nargs="+", default=[], metavar="FOLDER",
         help="subtrees from other machines: folders of runs, or memories/subtree-* of them",
     )  # fmt: skip
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     recipe = load_recipe(args.recipe, args.set)
     check_subtrees(recipe)
     merge = functools.partial(merge_subtrees, others=args.others)
     run_stages(recipe, args.out, ["memories"], {"memories": merge})
-
-
-if __name__ == "__main__":
-    run_program(main, "stopped; run the same command again to merge")

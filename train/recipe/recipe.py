@@ -19,7 +19,7 @@ from mlx_hmem.anchors.load import anchor_of_config, read_config
 from mlx_hmem.bank.format import stored_r
 from mlx_hmem.bank.quantization import check_quantization
 from mlx_hmem.config import JsonConfig, MemoryConfig
-from mlx_hmem.errors import ArgumentParser, UserError
+from mlx_hmem.errors import ArgumentParser, UserError, nearest
 from mlx_hmem.model.find import find_model
 
 from .checks import check_truth, check_whole, help_text
@@ -54,12 +54,17 @@ __all__ = [
     "read_yaml",
 ]
 
+SHIPPED = Path(__file__).parents[1] / "recipes"
 SET_HELP = "sets a key of the recipe anew: section.key=value, the value in YAML; repeatable"
 
 
 def add_recipe_arguments(parser: ArgumentParser) -> None:
     """``recipe`` and ``--set``, which every program takes that reads a recipe."""
-    parser.add_argument("recipe", type=Path, help="YAML file, see train/recipes")
+    parser.add_argument(
+        "recipe",
+        type=Path,
+        help="YAML file, or one of the package's: facts.yaml, demo.yaml, paper/a1.yaml, …",
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=SET_HELP)
 
 
@@ -175,11 +180,18 @@ def _section(cls: type[JsonConfig], values: Any, where: str) -> Any:
 
 
 def read_yaml(path: Path, what: str) -> Any:
-    """The values of a YAML file; ``what`` it is, for the UserError."""
+    """The values of a YAML file, or of one that the package brings, such as ``facts.yaml``.
+
+    ``what`` it is, for the UserError.
+    """
+    if not path.exists() and (SHIPPED / path).is_file():
+        path = SHIPPED / path
     try:
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"no such {what}", path, "give the path of a YAML file") from None
+        known = [p.relative_to(SHIPPED).as_posix() for p in sorted(SHIPPED.rglob("*.yaml"))]
+        remedy = f"give the path of a YAML file; {nearest(str(path), known)}"
+        raise UserError(f"no such {what}", path, remedy) from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8", error, "save it as UTF-8") from None
     try:

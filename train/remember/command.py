@@ -1,4 +1,4 @@
-"""``python -m train remember FOLDER --model MODEL --out NEW_DIR``: a model learns your documents.
+"""``mlx_hmem.remember FOLDER --model MODEL --out NEW_DIR``: a model learns your documents.
 
 The anchor stays as it is; the text goes into blocks of memory: into a bank of its own, or, where
 the model has one, into new clusters behind those that are there. See docs/own_documents.md.
@@ -153,9 +153,9 @@ def held_out_line(results: Sequence[dict]) -> str:
     )
 
 
-def main(argv: Sequence[str]) -> None:
+def main(words: Sequence[str]) -> None:
     parser = ArgumentParser(
-        prog="python -m train remember",
+        prog="mlx_hmem.remember",
         description="Teaches a model a folder of text, Markdown, HTML, PDF and JSON lines. Prints "
         "a plan first; stopped, it goes on with the same command.",
     )
@@ -175,7 +175,7 @@ def main(argv: Sequence[str]) -> None:
         "--restate", type=int, metavar="N", help="let the anchor write N questions with answers on "
         "each passage, and learn them too",
     )  # fmt: skip
-    args = parser.parse_args(argv)
+    args = parser.parse_args(words)
     for name in ("max_bytes", "passes", "restate"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is not 1 or more", value, "give a number")

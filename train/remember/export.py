@@ -48,7 +48,7 @@ from .run import Settings
 CARD = """# A model with remembered documents
 
 {anchor} as the anchor, and a memory bank in which {count} documents were remembered with
-`python -m train remember`. `bank/documents.jsonl` names them.
+`mlx_hmem.remember`. `bank/documents.jsonl` names them.
 
 The weights hold what these documents say: pass them on only where you would pass on the documents.
 """

@@ -1,4 +1,4 @@
-"""``python -m mlx_hmem.bank forget MODEL DOCUMENT… --out NEW_DIR``: takes documents out again.
+"""``mlx_hmem.forget MODEL DOCUMENT… --out NEW_DIR``: takes documents out again.
 
 Every cluster of level 1 that a document trained is trained again from its start without it, by the
 same program on the same seed and tree. So its blocks are the bits that they would be had the
@@ -215,19 +215,19 @@ def forget(
     return [*lines, f"{base.folder} and {run} still hold the documents: delete them"]
 
 
-def main(argv: Sequence[str]) -> None:
+def main(words: Sequence[str]) -> None:
     parser = ArgumentParser(
-        prog="python -m mlx_hmem.bank forget",
+        prog="mlx_hmem.forget",
         description="Retrains what a document has trained, without it, and says what is left.",
     )
-    parser.add_argument("model", type=Path, metavar="DIR", help="made by python -m train remember")
+    parser.add_argument("model", type=Path, metavar="DIR", help="made by mlx_hmem.remember")
     parser.add_argument("documents", nargs="+", metavar="DOCUMENT", help="a name or a hash")
     parser.add_argument("--run", type=Path, help="of the remembering (default: DIR.run)")
     parser.add_argument("--out", type=Path, required=True, metavar="NEW_DIR")
     parser.add_argument(
         "--control", type=Path, metavar="FOLDER", help="documents it has never seen, to compare"
     )
-    args = parser.parse_args(argv)
+    args = parser.parse_args(words)
     if args.out.exists():
         raise UserError("the destination exists", args.out, "choose another")
     base = open_base(str(args.model))

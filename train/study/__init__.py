@@ -1,1 +1,1 @@
-"""Several arms and seeds of one recipe, compared: ``python -m train study``."""
+"""Several arms and seeds of one recipe, compared: ``mlx_hmem.train study``."""

@@ -1,4 +1,4 @@
-"""``python -m train.tree.static_encoder CORPUS... --out FOLDER``: distils the static encoder.
+"""``mlx_hmem.train encoder CORPUS... --out FOLDER``: distils the static encoder.
 
 Three steps: texts of varied length and form are drawn from the corpus and encoded by MiniLM, in
 chunks that are kept in ``FOLDER.work`` so that a stopped run goes on; each word piece is encoded
@@ -18,7 +18,7 @@ import numpy as np
 import xxhash
 from tqdm import tqdm
 
-from mlx_hmem.errors import ArgumentParser, UserError, run_program
+from mlx_hmem.errors import ArgumentParser, UserError
 from mlx_hmem.files import atomic_file
 from mlx_hmem.retriever.encoder import find_minilm
 from mlx_hmem.retriever.minilm import MAX_LENGTH, MiniLMEncoder
@@ -221,9 +221,9 @@ def distil(
     )
 
 
-def main() -> None:
+def main(words: Sequence[str]) -> None:
     parser = ArgumentParser(
-        prog="python -m train.tree.static_encoder",
+        prog="mlx_hmem.train encoder",
         description="Distils the static encoder from MiniLM. A stopped run goes on with the same "
         "command; MiniLM's vectors are kept in FOLDER.work.",
     )
@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=RANK, help="numbers per word piece")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     for name in ("documents", "rank", "epochs"):
         most = 384 if name == "rank" else 1 << 30
         if not 1 <= getattr(args, name) <= most:
@@ -250,7 +250,3 @@ def main() -> None:
     )
     size = sum(file.stat().st_size for file in args.out.iterdir())
     print(f"static encoder: {size / 1e6:.1f} MB in {args.out}")
-
-
-if __name__ == "__main__":
-    run_program(main)

@@ -4,7 +4,7 @@ For every prompt the cluster that it is routed to on one level, 1/k of the bank'
 1, 1/k² on level 2, is withheld with everything below. The prompt then fetches the best path that is
 left, as it would from a bank that never had those blocks. The paper (section 6) does not say
 whether its prompts fetch the next best or nothing; nothing, on level 1, is the row of the anchor
-alone. A view of a bank (``python -m mlx_hmem.bank block``) ends the path above what it bars.
+alone. A view of a bank (``mlx_hmem.bank block``) ends the path above what it bars.
 
 Beside it: the same with another cluster of that level, drawn by a seed, whose path stays as it was;
 and of the facts that the whole bank answers, how many each row still answers, for the anchor alone

@@ -26,7 +26,7 @@ from mlx_hmem.evaluate.facts import (
     is_right,
 )
 from mlx_hmem.evaluate.journal import Journal
-from mlx_hmem.evaluate.rag import LONGEST, Rag, RagSummary, with_rag
+from mlx_hmem.evaluate.rag.rag import LONGEST, Rag, RagSummary, with_rag
 from mlx_hmem.evaluate.scoring import Candidate, continue_greedily
 from mlx_hmem.model.model import MemoryModel
 

@@ -11,7 +11,7 @@ from mlx_hmem.evaluate.facts import Fact, FactRecall, read_facts
 from mlx_hmem.evaluate.paper.counting import corpus_files, count_names
 from mlx_hmem.evaluate.paper.fact_runs import count_buckets
 from mlx_hmem.evaluate.paper.fact_tables import atomic_numbers, read_fact_table
-from mlx_hmem.evaluate.rag import in_json
+from mlx_hmem.evaluate.rag.rag import in_json
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from mlx_hmem.anchors.load import anchor_hash
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.journal import Journal
-from mlx_hmem.evaluate.rag import Rag, RagSummary, in_json, with_rag
+from mlx_hmem.evaluate.rag.rag import Rag, RagSummary, in_json, with_rag
 from mlx_hmem.evaluate.routing import route_texts
 from mlx_hmem.evaluate.scoring import (
     TOKENS_PER_BATCH,
@@ -167,7 +167,7 @@ def score_task(
 
     ``withheld`` is a level whose best cluster no row may fetch
     (:mod:`mlx_hmem.evaluate.paper.blocking`).
-    ``rag`` sets a document before each prompt (:mod:`mlx_hmem.evaluate.rag`).
+    ``rag`` sets a document before each prompt (:mod:`mlx_hmem.evaluate.rag.rag`).
 
     ``model_name`` tells models apart (:func:`model_fingerprint`). ``context`` is the longest
     sequence in tokens: the anchor's, at most 2,048, unless given.

@@ -3,13 +3,13 @@
 From Python ``lm_eval.simple_evaluate(model=MemoryLM("MODEL_DIR"), tasks=[...])``; or the harness's
 own command line with this model in it::
 
-    python -m mlx_hmem.evaluate.tasks.harness run --model mlx_hmem \\
-        --model_args model=MODEL_DIR --tasks …
+    mlx_hmem.evaluate harness run --model mlx_hmem --model_args model=MODEL_DIR --tasks …
 
 The harness hands over whole prompts, examples and all, so what is the question is a guess: the
 text behind the last empty line, which is what the harness puts between examples.
 """
 
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import groupby
@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mlx_hmem.errors import UserError, run_program
+from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.routing import route_texts
 from mlx_hmem.evaluate.scoring import (
     TOKENS_PER_BATCH,
@@ -197,7 +197,9 @@ def _generation(options: Any) -> tuple[tuple[str, ...], int]:
     return stops, int(count)
 
 
-if __name__ == "__main__":
+def main(words: Sequence[str]) -> None:
+    """The harness's own command line, which reads ``sys.argv`` itself."""
     from lm_eval.__main__ import cli_evaluate
 
-    run_program(cli_evaluate)
+    sys.argv = ["mlx_hmem.evaluate harness", *words]
+    cli_evaluate()

@@ -1,13 +1,14 @@
-"""``python -m train study STUDY.yaml --out runs/small``: several arms, several seeds, one table.
+"""``mlx_hmem.train study STUDY.yaml --out runs/small``: several arms, several seeds, one table.
 
 Every arm is the study's recipe with a few keys set anew (:mod:`train.study.file`). What arms have
 in common is made once. A stopped study goes on with the same command; the same command in a second
 shell shares the work. At the end ``table.txt``, ``results.json`` and the plots are in the folder.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from mlx_hmem.errors import ArgumentParser, UserError, run_program
+from mlx_hmem.errors import ArgumentParser, UserError
 
 from ..corpus.readers import FOLDER_HELP
 from .file import Study, load_study
@@ -39,21 +40,21 @@ def _arms(text: str | None, study: Study) -> list[str]:
     return parts
 
 
-def main() -> None:
+def main(words: Sequence[str]) -> None:
     parser = ArgumentParser(
-        prog="python -m train study",
+        prog="mlx_hmem.train study",
         description="Makes a recipe in several arms with several seeds, measures them and draws up "
         "tables and plots. Stopped, it goes on with the same command; the same command in a second "
         "shell shares the work.",
     )
-    parser.add_argument("study", type=Path, help="YAML file, see train/recipes/small")
+    parser.add_argument("study", type=Path, help="YAML file, or small/facts.yaml, small/text.yaml")
     parser.add_argument("--out", type=Path, required=True, help="folder of the study")
     parser.add_argument("--corpus", type=Path, help=FOLDER_HELP)
-    parser.add_argument("--facts", type=Path, help="as of python -m train")
+    parser.add_argument("--facts", type=Path, help="as of mlx_hmem.train")
     parser.add_argument("--seeds", help="some of the study's, with commas")
     parser.add_argument("--arms", help="some of the study's, with commas")
     parser.add_argument("--plan", action="store_true", help="say what is to be done, and how long")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     study = load_study(args.study)
     seeds, arms = _seeds(args.seeds, study), _arms(args.arms, study)
     if args.plan:
@@ -65,7 +66,3 @@ def main() -> None:
         print("\n" + write_tables(study, args.out, rows))
         plot_study(study, args.out, rows)
     print(f"study: table.txt, results.json and the plots are in {args.out}")
-
-
-if __name__ == "__main__":
-    run_program(main, "stopped; run the same command again to go on where it was")

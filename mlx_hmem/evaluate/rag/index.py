@@ -1,4 +1,4 @@
-"""Makes an index of documents for ``--rag``: ``python -m mlx_hmem.evaluate.paper.index MODEL --text
+"""Makes an index of documents for ``--rag``: ``mlx_hmem.evaluate index MODEL --text
 CORPUS --out INDEX``.
 
 CORPUS is a file or a folder: ``text`` of each object of ``*.jsonl``, or the articles of ``*.txt``
@@ -19,10 +19,10 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_hmem.config import HmemConfig
-from mlx_hmem.errors import ArgumentParser, UserError, run_program
-from mlx_hmem.evaluate.document_index import MANIFEST, finish
+from mlx_hmem.errors import ArgumentParser, UserError
 from mlx_hmem.evaluate.journal import Journal
 from mlx_hmem.evaluate.paper.counting import RECORDS, corpus_files, records
+from mlx_hmem.evaluate.rag.document_index import MANIFEST, finish
 from mlx_hmem.evaluate.texts import read_articles
 from mlx_hmem.files import sync, sync_folder
 from mlx_hmem.model.find import MODEL_FILES, find_model
@@ -146,15 +146,11 @@ def _append(grown: Mapping[str, BinaryIO], texts: list[str], retriever: Retrieve
         sync(file)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = ArgumentParser(prog="python -m mlx_hmem.evaluate.paper.index", description=__doc__)
+def main(words: Sequence[str]) -> None:
+    parser = ArgumentParser(prog="mlx_hmem.evaluate index", description=__doc__)
     parser.add_argument("model", help="model directory or Hub id")
     parser.add_argument("--text", type=Path, required=True, help="a file or folder of documents")
     parser.add_argument("--out", type=Path, required=True, help="the folder to make")
-    args = parser.parse_args(arguments)
+    args = parser.parse_args(words)
     documents = build_index(args.model, args.text, args.out)
     print(f"index: {documents} documents in {args.out}")
-
-
-if __name__ == "__main__":
-    run_program(main, stopped="stopped; it goes on from here with the same command")

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from mlx_hmem.errors import UserError
-from mlx_hmem.evaluate.document_index import DocumentIndex, Found
-from mlx_hmem.evaluate.flops import Flops, Work, question_work, total
+from mlx_hmem.evaluate.rag.document_index import DocumentIndex, Found
+from mlx_hmem.evaluate.rag.flops import Flops, Work, question_work, total
 from mlx_hmem.evaluate.scoring import Candidate
 from mlx_hmem.model.model import MemoryModel
 

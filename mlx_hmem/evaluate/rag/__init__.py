@@ -1,0 +1,1 @@
+"""Retrieval-augmented generation to compare with: an index, the document found, its cost."""

@@ -1,0 +1,86 @@
+"""A prompt in, text out: ``mlx_hmem.generate --prompt "The atomic number of iron is"``.
+
+The text streams to standard output; the route and the timings go to standard error.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_hmem.errors import ArgumentParser, UserError
+from mlx_hmem.generation.options import (
+    add_options,
+    memory_options,
+    open_model,
+    sampling_options,
+    say,
+)
+from mlx_hmem.model.stream import prompt_ids
+
+
+def main(words: Sequence[str]) -> None:
+    parser = ArgumentParser(
+        prog="mlx_hmem.generate", description="Generates text with a memory fetched for the prompt."
+    )
+    parser.add_argument("--prompt", required=True, help="text to continue, - for standard input")
+    parser.add_argument("--route-text", help="text that chooses the memory, instead of the prompt")
+    parser.add_argument("--max-tokens", type=int, default=100, help="default: %(default)s")
+    add_options(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    args = parser.parse_args(words)
+    prompt = read_prompt(args.prompt)
+    model = open_model(args)
+    start = time.perf_counter()
+    ids = prompt_ids(model.tokenizer, prompt, model.context)
+    text = prompt if args.route_text is None else args.route_text
+    recall = model.recall(text, wait=False, **memory_options(args))
+    pieces, ttft_ms, piece = [], 0.0, None
+    for piece in model.stream_ids(ids, recall, args.max_tokens, **sampling_options(args)):
+        ttft_ms = ttft_ms or (time.perf_counter() - start) * 1e3
+        pieces.append(piece.text)
+        if not args.json:
+            print(piece.text, end="", flush=True)
+    assert piece is not None
+    result: dict[str, Any] = {
+        "text": "".join(pieces),
+        "num_tokens": piece.generation_tokens,
+        "memory": recall.to_dict(),
+        "ttft_ms": round(ttft_ms, 3),
+        "tokens_per_s": round(piece.generation_tps, 1),
+        "peak_memory_bytes": mx.get_peak_memory(),
+    }
+    if args.json:
+        print(json.dumps(result, ensure_ascii=False))
+    else:
+        print()
+        say(summary(result))
+    if recall.damage:
+        say(f"the answer went on {', '.join(recall.damage)}")
+
+
+def read_prompt(prompt: str) -> str:
+    if prompt != "-":
+        return prompt
+    if sys.stdin is None:
+        raise UserError("standard input is closed", "--prompt -", "pipe a text into it")
+    try:
+        return sys.stdin.buffer.read().decode().rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise UserError("standard input is not UTF-8 text", error, "convert it") from None
+
+
+def summary(result: dict[str, Any]) -> str:
+    memory = result["memory"]
+    where = "" if memory["path"] is None else f" {tuple(memory['path'])}"
+    where = f" of bank {memory['bank']},{where}" if "bank" in memory else where
+    sources = ", ".join(f"level {b['level']} {b['source']}" for b in memory["blocks"])
+    return (
+        f"memory: {memory['mode']}{where}{f' ({sources})' if sources else ''}, "
+        f"{memory['bytes_read']:,} bytes read; route {memory['route_ms']:.1f} ms, "
+        f"fetch {memory['fetch_ms']:.1f} ms, first token {result['ttft_ms']:.0f} ms, "
+        f"{result['tokens_per_s']:.0f} tokens/s, peak {result['peak_memory_bytes'] / 1e6:.0f} MB"
+    )

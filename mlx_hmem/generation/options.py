@@ -1,0 +1,118 @@
+"""What ``generate`` and ``chat`` are both asked: which model, which memory, sampling."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from mlx_hmem.bank.views import barred_path
+from mlx_hmem.budget.resident import parse_bytes
+from mlx_hmem.errors import UserError
+from mlx_hmem.model.load import DEMO, load
+from mlx_hmem.model.model import MemoryModel
+
+
+def say(line: str) -> None:
+    """To standard error, all but the answers."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="folder or Hub id (default: the bundled demo model)")
+    parser.add_argument(
+        "--memory",
+        default="fetched",
+        choices=("fetched", "generic", "none"),
+        help="which memory to attach (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--block",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="clusters that may not be fetched, each as its path: 3 or 3,51, after the name of a "
+        "bank that was added: NAME or NAME:3,51",
+    )
+    parser.add_argument(
+        "--view",
+        metavar="NAME",
+        help="fetch no more than this view of the memory allows (default: default, if there is "
+        "one); mlx_hmem.bank block makes views",
+    )
+    parser.add_argument("--temp", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument(
+        "--memory-budget",
+        metavar="BYTES",
+        help="most bytes to take, as 400MB, 1.5GB or plain bytes: resident memory above that of "
+        "Python with nothing but MLX imported. What is chosen for it is said in one line",
+    )
+    parser.add_argument(
+        "--context",
+        type=int,
+        metavar="TOKENS",
+        help="most tokens of prompt and answer together (default: those of the anchor)",
+    )
+    parser.add_argument(
+        "--resident-levels",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="LEVEL",
+        help="levels whose blocks stay in memory once they are read (1 = coarsest)",
+    )
+    parser.add_argument(
+        "--level-folder",
+        nargs="+",
+        default=[],
+        metavar="LEVEL=FOLDER",
+        help="levels of the bank that lie elsewhere, such as on another disk",
+    )
+    parser.add_argument(
+        "--lazy",
+        action="store_true",
+        help="of a Hub id, fetch the parts of the bank only when they are needed",
+    )
+    parser.add_argument(
+        "--strict-memory",
+        action="store_true",
+        help="stop at a block that cannot be read (default: go on without it, and say so)",
+    )
+
+
+def level_folder(text: str) -> tuple[int, Path]:
+    level, equals, folder = text.partition("=")
+    if not (level.isdecimal() and equals and Path(folder).is_dir()):
+        raise UserError(
+            "--level-folder names no folder", repr(text), "write it as 3=/Volumes/DISK/bank"
+        )
+    return int(level), Path(folder)
+
+
+def open_model(args: argparse.Namespace) -> MemoryModel:
+    model = load(
+        DEMO if args.model is None else args.model,
+        memory_budget=None if args.memory_budget is None else parse_bytes(args.memory_budget),
+        context=args.context,
+        lazy=args.lazy,
+        resident_levels=tuple(args.resident_levels),
+        level_folders=dict(level_folder(text) for text in args.level_folder),
+        view=args.view,
+    )
+    if model.plan is not None:
+        say(model.plan.line())
+    return model
+
+
+def memory_options(args: argparse.Namespace) -> dict[str, Any]:
+    """``memory``, ``blocked`` and ``damaged``, as the model takes them."""
+    return {
+        "memory": args.memory,
+        "blocked": [barred_path(text) for text in args.block],
+        "damaged": "stop" if args.strict_memory else "skip",
+    }
+
+
+def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+    return {"temp": args.temp, "top_p": args.top_p, "seed": args.seed}

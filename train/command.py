@@ -1,0 +1,93 @@
+"""``mlx_hmem.train RECIPE.yaml --corpus FOLDER --out runs/NAME``: makes a model from text."""
+
+import argparse
+import functools
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mlx_hmem.budget.resident import SIZE_HELP, parse_bytes
+from mlx_hmem.errors import ArgumentParser, UserError
+
+from .corpus.readers import FOLDER_HELP
+from .corpus.stage import run_corpus
+from .cost.budget import fit, keep_to
+from .loop.log import SERVICES, Reporting
+from .parallel.subtrees import run_subtree
+from .recipe.recipe import add_recipe_arguments, load_recipe
+from .stages import STAGES, run_stages
+
+# Programs of their own, by their first word.
+VERBS = {
+    "plan": (".cost.plan", "what a recipe makes, takes and lasts"),
+    "plot": (".loop.plot", "a picture of a run"),
+    "merge": (".parallel.merge", "puts subtrees that were trained apart together"),
+    "study": (".study.command", "several arms and seeds of a recipe, with tables and plots"),
+    "encoder": (".tree.static_encoder", "distils the static encoder from MiniLM"),
+    "remember": (".remember.command", "mlx_hmem.remember"),
+}
+
+
+def main(words: Sequence[str]) -> None:
+    if words[:1] and words[0] in VERBS:
+        importlib.import_module(VERBS[words[0]][0], __package__).main(words[1:])
+        return
+    parser = ArgumentParser(
+        prog="mlx_hmem.train",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Makes a model with hierarchical memories from text. Finished stages are\n"
+        "skipped, so a stopped run goes on with the same command.",
+        epilog="programs of their own, each with --help:\n"
+        + "\n".join(f"  {verb:<10}{about}" for verb, (_, about) in VERBS.items()),
+    )
+    add_recipe_arguments(parser)
+    parser.add_argument("--corpus", type=Path, help=FOLDER_HELP)
+    parser.add_argument(
+        "--facts", type=Path, help="JSON table of elements, where corpus.facts has that kind"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--only", choices=STAGES, help="run this stage alone")
+    which.add_argument("--until", choices=STAGES, help="stop after this stage")
+    parser.add_argument(
+        "--subtree", type=int, metavar="N", help="with --only memories: train the blocks below "
+        "cluster N of level 1 alone, for mlx_hmem.train merge",
+    )  # fmt: skip
+    parser.add_argument(
+        "--report-to", metavar="SERVICE", help=f"logs trainings there too: {' or '.join(SERVICES)}"
+    )
+    parser.add_argument("--project-name", help="for --report-to (default: the recipe's name)")
+    parser.add_argument(
+        "--memory-budget", metavar="BYTES", help="chooses settings of the recipe with which the "
+        f"stages that train keep to it, {SIZE_HELP}",
+    )  # fmt: skip
+    args = parser.parse_args(words)
+    if args.subtree is not None and args.only != "memories":
+        raise UserError("--subtree is for one stage", args.subtree, "add --only memories")
+
+    names = list(STAGES)
+    if args.only:
+        names = [args.only]
+    elif args.until:
+        names = names[: names.index(args.until) + 1]
+    corpus = functools.partial(run_corpus, corpus=args.corpus, table=args.facts)
+    recipe = load_recipe(args.recipe, args.set)
+    if args.memory_budget is not None:
+        budget = parse_bytes(args.memory_budget)
+        recipe, chosen = fit(recipe, budget, names, args.out)
+        keep_to(budget)
+        print(chosen, file=sys.stderr)
+    functions: dict[str, Callable[..., None]] = {"corpus": corpus}
+    reporting = None
+    if args.report_to is not None:
+        reporting = Reporting(args.report_to, args.project_name or recipe.name)
+    if args.subtree is not None:
+        run_subtree(recipe, args.out, args.subtree, reporting)
+        return
+    if reporting is not None:
+        for name in names:
+            if STAGES[name].trains:
+                function: Callable[..., None] = STAGES[name].load()
+                functions[name] = functools.partial(function, reporting=reporting)
+    run_stages(recipe, args.out, names, functions)
