@@ -26,6 +26,7 @@ VERBS = {
     "study": (".study.command", "several arms and seeds of a recipe, with tables and plots"),
     "encoder": (".tree.static_encoder", "distils the static encoder from MiniLM"),
     "remember": (".remember.command", "mlx_hmem.remember"),
+    "forget": (".remember.forget", "mlx_hmem.forget"),
 }
 
 

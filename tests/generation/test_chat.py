@@ -1,4 +1,4 @@
-"""generate.py --chat: from a pipe, at a terminal, and when Ctrl-C is pressed."""
+"""mlx_hmem.chat: from a pipe, at a terminal, and when Ctrl-C is pressed."""
 
 import contextlib
 import io
@@ -16,14 +16,12 @@ import pytest
 from mlx_hmem import load
 from mlx_hmem.generation.chat import HELP, chat
 from mlx_hmem.generation.conversation import Conversation
-from tests.helpers.places import ROOT
 
-PROGRAM = ROOT / "generate.py"
 PROMPTS = ["The atomic number of iron is", "The band", "The atomic number of copper is"]
 
 
 def command(*args: str | Path) -> list[str]:
-    return [sys.executable, str(PROGRAM), "--chat", *map(str, args)]
+    return [sys.executable, "-m", "mlx_hmem", "chat", *map(str, args)]
 
 
 def piped(*args: str | Path, stdin: str) -> tuple[int, str, str]:

@@ -15,7 +15,6 @@ import pytest
 from mlx_hmem.anchors.load import load_anchor
 from mlx_hmem.bank.documents import read_documents
 from mlx_hmem.bank.format import Manifest
-from mlx_hmem.bank_tools.command import main as bank
 from mlx_hmem.errors import UserError
 from mlx_hmem.model.load import load
 from tests.helpers.own_documents import remember, sentences, write_documents
@@ -24,6 +23,7 @@ from train.data.arrays import save_array
 from train.remember.blocks import Trainer, subtree_folder, subtrees_of
 from train.remember.command import text_of
 from train.remember.export import open_base
+from train.remember.forget import main as forget_program
 from train.remember.run import Settings, begin_run, documents_of, leaves_of, without
 
 # All is trained, and the new model written but for its last file.
@@ -31,8 +31,7 @@ KILLED = """
 import os, signal
 from train.remember import forget
 forget.write_card = lambda *given: os.kill(os.getpid(), signal.SIGKILL)
-from mlx_hmem.bank_tools.command import main
-main({arguments!r})
+forget.main({arguments!r})
 """
 
 
@@ -43,7 +42,7 @@ def learned(anchor: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # 
 
 
 def forget(model: Path, out: Path, *documents: str) -> None:
-    bank(["forget", str(model), *documents, "--out", str(out)])
+    forget_program([str(model), *documents, "--out", str(out)])
 
 
 def blocks_of(run: Path) -> dict[str, bytes]:
@@ -99,7 +98,7 @@ def test_a_forgotten_block_is_bit_equal_to_one_that_never_saw_the_document(
 def test_a_forgetting_that_was_killed_goes_on_to_the_same_bytes(learned, tmp_path):
     forget(learned, tmp_path / "whole" / "model", "bread/1.txt")
     killed = tmp_path / "killed" / "model"
-    arguments = ["forget", str(learned), "bread/1.txt", "--out", str(killed)]
+    arguments = [str(learned), "bread/1.txt", "--out", str(killed)]
     program = KILLED.format(arguments=arguments)
     ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True)
     assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
@@ -120,7 +119,7 @@ def test_the_report_tells_a_document_that_is_known_from_one_that_is_not(learned,
         file.write_text(sentences(file.parent.name, 77))
     names = ["boats/0.txt", "stars/2.txt"]
     options = ["--out", str(tmp_path / "model"), "--control", str(control)]
-    bank(["forget", str(learned), *names, *options])
+    forget_program([str(learned), *names, *options])
     report = json.loads((tmp_path / "model.run" / "forgotten.json").read_text())
     own = report["forgotten"]
     assert len(own["documents"]) == 2
@@ -163,13 +162,13 @@ def test_a_run_of_another_model_is_refused(learned, anchor, tmp_path):  # noqa: 
     folder = write_documents(tmp_path / "documents", 1)
     other = remember(folder, anchor, tmp_path / "other", "--passes", "1")
     with pytest.raises(UserError, match="this run did not make the model's clusters"):
-        bank(
-            ["forget", str(learned), "bread/1.txt", "--run", f"{other}.run", "--out",
+        forget_program(
+            [str(learned), "bread/1.txt", "--run", f"{other}.run", "--out",
              str(tmp_path / "model")]
         )  # fmt: skip
     with pytest.raises(UserError, match="not the folder of a train remember"):
-        bank(
-            ["forget", str(learned), "bread/1.txt", "--run", str(tmp_path), "--out",
+        forget_program(
+            [str(learned), "bread/1.txt", "--run", str(tmp_path), "--out",
              str(tmp_path / "model")]
         )  # fmt: skip
     shutil.rmtree(subtree_folder(Path(f"{other}.run"), 0))

@@ -16,7 +16,6 @@ import pytest
 from mlx_hmem.anchors.load import named_parameters
 from mlx_hmem.anchors.openlm import Model, ModelArgs
 from mlx_hmem.bank.documents import read_documents
-from mlx_hmem.bank_tools.command import main as bank
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import save_safetensors
 from mlx_hmem.model.load import read_tokenizer
@@ -26,6 +25,7 @@ from train.data.tokenizer import EOT_ID, train_tokenizer
 from train.remember import restate
 from train.remember.command import text_of
 from train.remember.export import open_base
+from train.remember.forget import main as forget_program
 from train.remember.restate import (
     COPIED,
     CUT_OFF,
@@ -210,7 +210,7 @@ def test_a_forgotten_document_takes_its_restatements_along(learned, tmp_path):
     run, known = run_of(learned), documents_of(run_of(learned))
     gone = next(d for d in known if d.name == "bread/0.txt")
     assert restated(run)[gone.sha256]
-    bank(["forget", str(learned), gone.name, "--out", str(tmp_path / "model")])
+    forget_program([str(learned), gone.name, "--out", str(tmp_path / "model")])
     target = run_of(tmp_path / "model")
     others = [d for d in known if d != gone]
     # What is left is what the anchor writes where the document has never been.

@@ -188,8 +188,9 @@ MEMORY = ["tree.branching=[2,2,2,2]", "tree.encoder=static", "memories.r=[4,2,1,
 MEMORY += [f"memories.training.{key}" for key in (*SHORT, "learning_rate=1e-2")]
 
 
-def train(name: str, out: Path, *overrides: str, program: str = "train") -> str:
-    command = [sys.executable, "-m", program, str(FOLDER / f"{name}.yaml"), "--out", str(out)]
+def train(name: str, out: Path, *overrides: str, program: tuple[str, ...] = ("train",)) -> str:
+    recipe = str(FOLDER / f"{name}.yaml")
+    command = [sys.executable, "-m", *program, recipe, "--out", str(out)]
     for override in (*SMALL, *overrides):
         command += ["--set", override]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -243,7 +244,7 @@ def test_rows_with_memory_run_from_the_row_they_start_from(tmp_path, a1, name):
 
 def test_a_scaled_recipe_is_planned(tmp_path, a1):
     start = f"anchor.path={a1 / 'model'}"
-    plan = train("a3", tmp_path, start, *MEMORY, program="train.cost.plan")
+    plan = train("a3", tmp_path, start, *MEMORY, program=("train", "plan"))
     assert "15 blocks" not in plan
     assert "14 blocks" in plan
     assert "generic" in plan

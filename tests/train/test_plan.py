@@ -174,7 +174,7 @@ def test_too_little_disk_is_refused_with_the_r_that_would_fit(tmp_path):
 def test_the_program_prints_json_and_refuses_in_one_line(tmp_path):
     recipe = tmp_path / "big.yaml"
     recipe.write_text("name: big\ntree: {branching: [4096, 4096]}\nmemories: {r: [4096, 4096]}\n")
-    command = [sys.executable, "-m", "train.cost.plan", str(recipe), "--json"]
+    command = [sys.executable, "-m", "train", "plan", str(recipe), "--json"]
     refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 2
     assert refused.stdout == ""

@@ -83,7 +83,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, Path, list[st
     """(study, its folder, what each of the two processes said that made it together)."""
     pytest.importorskip("matplotlib", reason="matplotlib, of the extra `plot`, is missing")
     folder = tmp_path_factory.mktemp("study")
-    command = [sys.executable, "-m", "train.study", str(write_study(folder))]
+    command = [sys.executable, "-m", "train", "study", str(write_study(folder))]
     command += ["--out", str(folder / "out")]
     both = [
         subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

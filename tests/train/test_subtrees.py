@@ -258,7 +258,7 @@ def test_a_merge_does_not_mix_with_an_unfinished_job_nor_one_job_with_subtrees(
     recipe, apart, one, tmp_path
 ):
     run = copy_of(apart, tmp_path / "run")
-    with pytest.raises(UserError, match=r"trained apart: .*subtree-00, .*train\.merge"):
+    with pytest.raises(UserError, match=r"trained apart: .*subtree-00, .*train merge"):
         run_memories(recipe, run)
     with (
         open_store(recipe, run, "memories") as store,
@@ -330,11 +330,11 @@ def test_the_programs_refuse_in_one_line_and_show_their_help(tmp_path):
     (tmp_path / "tiny.yaml").write_text(RECIPE.replace("subtree: true", "subtree: false"))
     known = [str(tmp_path / "tiny.yaml"), "--out", str(tmp_path / "run")]
     for program, more, text in (
-        ("train", ["--subtree", "1"], "--subtree is for one stage: 1; add --only memories"),
-        ("train.parallel.merge", [], "memories.group_by_subtree is false"),
-        ("train.parallel.merge", ["--help"], "folders of runs"),
+        (["train"], ["--subtree", "1"], "--subtree is for one stage: 1; add --only memories"),
+        (["train", "merge"], [], "memories.group_by_subtree is false"),
+        (["train", "merge"], ["--help"], "folders of runs"),
     ):
-        command = [sys.executable, "-m", program, *known, *more]
+        command = [sys.executable, "-m", *program, *known, *more]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if "--help" in more:
             assert result.returncode == 0
