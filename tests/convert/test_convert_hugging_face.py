@@ -157,7 +157,7 @@ def torch_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_torch(*arguments: object) -> str:
-    command = [sys.executable, "-m", "tests.torch_models", *map(str, arguments)]
+    command = [sys.executable, "-m", "tests.helpers.torch_models", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout

@@ -247,7 +247,7 @@ def test_logits_equal_pytorchs_own_module(layout, tmp_path):
     if importlib.util.find_spec("torch") is None:
         pytest.skip("PyTorch is not installed: pip install torch")
     folder = Path(shutil.copytree(layout, tmp_path / "torch"))
-    command = [sys.executable, "-m", "tests.torch_memory", str(folder)]
+    command = [sys.executable, "-m", "tests.helpers.torch_memory", str(folder)]
     subprocess.run(command, check=True, cwd=ROOT)
     model = load(convert(folder, tmp_path / "mlx"))
     ids, paths = mx.array(np.load(folder / "ids.npy")), np.load(folder / "paths.npy").tolist()

@@ -1,6 +1,6 @@
 """Run as a program, with PyTorch: an OpenLM with the memory module of docs/pytorch_layout.md.
 
-``python -m tests.torch_memory FOLDER`` makes one with random weights of the sizes that the folder's
+``python -m tests.helpers.torch_memory FOLDER`` makes one with random weights of the sizes that the folder's
 marker tells, saves it as one checkpoint, to which it changes the marker, and saves ids, paths and
 logits beside it. It is a process of its own, since PyTorch and the OpenBLAS that MLX uses do not
 share one.
