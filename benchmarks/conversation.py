@@ -31,11 +31,12 @@ from mlx_lm.models.cache import make_prompt_cache
 from tqdm import tqdm
 
 from benchmarks.common.counting import machine
+from mlx_hmem.config import ClusterPath
 from mlx_hmem.errors import ArgumentParser, UserError, run_program
 from mlx_hmem.evaluate.texts import read_texts
 from mlx_hmem.generation.conversation import MARGIN, WEIGHT, WINDOW, Conversation
 from mlx_hmem.model.load import DEMO, load
-from mlx_hmem.model.model import MemoryModel, Path_
+from mlx_hmem.model.model import MemoryModel
 from mlx_hmem.retriever import ClusterTree, Retriever, load_encoder
 from mlx_hmem.retriever.steady import likely_paths, steady_route
 
@@ -76,7 +77,7 @@ def routes(retriever: Retriever, texts: list[list[str]], setting: tuple[float, i
     vectors = weight * own + (1 - weight) * encoder.encode(said)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     flaps, at_once, correct = [], [], []
-    path: Path_ | None = None
+    path: ClusterPath | None = None
     for number, vector in enumerate(vectors):
         article, turn = divmod(number, TURNS)
         if turn == 0 and article % TOPICS == 0:
@@ -112,7 +113,7 @@ def ahead(retriever: Retriever, texts: list[list[str]], most: int) -> float:
     around = encoder.encode([" ".join(words) for words in _said(texts, WINDOW)])
     vectors = WEIGHT * own + (1 - WEIGHT) * around
     needed = there = 0
-    path: Path_ | None = None
+    path: ClusterPath | None = None
     cache: set[tuple[int, int]] = set()
     for number, vector in enumerate(vectors / np.linalg.norm(vectors, axis=1, keepdims=True)):
         if number % (TOPICS * TURNS) == 0:

@@ -32,7 +32,6 @@ from tqdm import tqdm
 from benchmarks.common.banks import (
     FilePart,
     Key,
-    Path_,
     file_parts,
     keys_of,
     make_bank,
@@ -46,7 +45,7 @@ from benchmarks.common.raw_reads import PLAIN, RawReader
 from benchmarks.common.show import add_outputs, report
 from benchmarks.many_topics import TOPICS, route_times, show_routes, show_walk, walk_in_child
 from mlx_hmem.bank import Bank
-from mlx_hmem.config import MemoryConfig
+from mlx_hmem.config import ClusterPath, MemoryConfig
 from mlx_hmem.errors import ArgumentParser, run_program
 
 REPEATS, NUM_TOPICS = 15, 4
@@ -84,7 +83,7 @@ def at_topic(change: Change) -> Iterator[Bank]:
         yield bank
 
 
-def changes_of_levels(folder: Path, config: MemoryConfig, topic: Path_) -> dict[str, Change]:
+def changes_of_levels(folder: Path, config: MemoryConfig, topic: ClusterPath) -> dict[str, Change]:
     """Changes to ``topic`` from topics that share nothing, level 1, or levels 1 and 2 with it."""
     keys, *others = (
         sorted(keys_of(config, [path]))

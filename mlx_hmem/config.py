@@ -28,6 +28,7 @@ ROWS_OF_KIND: dict[str, dict[str, int]] = {
 }
 MAX_DEPTH = 8
 MAX_CLUSTERS = 1 << 24
+ClusterPath = tuple[int, ...]  # the global cluster index on each level
 
 
 class JsonConfig:
@@ -220,7 +221,7 @@ class MemoryConfig(JsonConfig):
         r = tuple(round(value * factor) for value in self.r)
         return dataclasses.replace(self, layers=chosen, r=r)
 
-    def check_path(self, path: Any, whole: bool = True) -> tuple[int, ...]:
+    def check_path(self, path: Any, whole: bool = True) -> ClusterPath:
         """Returns ``path`` as a tuple of ints, or says why it names no blocks of this bank.
 
         A path that is not ``whole`` may end above the last level: it names one cluster.

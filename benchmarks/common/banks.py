@@ -14,7 +14,7 @@ import numpy as np
 
 from mlx_hmem.anchors.openlm import PRESETS
 from mlx_hmem.bank import Manifest, Quantization, stored_levels, write_bank
-from mlx_hmem.config import MemoryConfig
+from mlx_hmem.config import ClusterPath, MemoryConfig
 
 BRANCHING = (16, 16, 16, 16)
 # r of each level (paper, section 6): 4.6, 12.7 and 21.1 billion parameters.
@@ -26,27 +26,26 @@ R = {
 BITS = (16, 8, 4)
 GROUP = 64  # values that share a scale and a bias
 
-Path_ = tuple[int, ...]
 Key = tuple[int, int]  # (level, cluster)
 
 
-def paper_config(anchor: str, branching: Path_ = BRANCHING) -> MemoryConfig:
+def paper_config(anchor: str, branching: tuple[int, ...] = BRANCHING) -> MemoryConfig:
     args = PRESETS[anchor]
     return MemoryConfig(args.hidden_size, args.num_hidden_layers, R[anchor], branching)
 
 
-def spread_paths(config: MemoryConfig, count: int) -> list[Path_]:
+def spread_paths(config: MemoryConfig, count: int) -> list[ClusterPath]:
     """Paths spread over the bank; as far as there are so many, each in another level-1 cluster."""
     last = config.num_clusters[-1]
     return [path_to(config, last * i // count + i) for i in range(count)]
 
 
-def path_to(config: MemoryConfig, leaf: int) -> Path_:
+def path_to(config: MemoryConfig, leaf: int) -> ClusterPath:
     below = [math.prod(config.branching[i + 1 :]) for i in range(config.num_levels)]
     return tuple(leaf // n for n in below)
 
 
-def sibling(config: MemoryConfig, path: Path_, level: int) -> Path_:
+def sibling(config: MemoryConfig, path: ClusterPath, level: int) -> ClusterPath:
     """A path that differs from ``path`` on ``level`` and all deeper levels, and on none above."""
     below = math.prod(config.branching[level:])
     first = (path[level - 2] if level > 1 else 0) * config.branching[level - 1]
@@ -54,7 +53,7 @@ def sibling(config: MemoryConfig, path: Path_, level: int) -> Path_:
     return path_to(config, cluster * below)
 
 
-def keys_of(config: MemoryConfig, paths: Iterable[Path_]) -> set[Key]:
+def keys_of(config: MemoryConfig, paths: Iterable[ClusterPath]) -> set[Key]:
     """The blocks of some paths."""
     return {(n, i) for path in paths for n, i in enumerate(path, 1) if config.r[n - 1]}
 

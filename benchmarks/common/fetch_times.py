@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.common.banks import FilePart, Path_, file_parts, keys_of
+from benchmarks.common.banks import FilePart, file_parts, keys_of
 from benchmarks.common.counting import (
     CAN_DROP,
     Timed,
@@ -28,6 +28,7 @@ from benchmarks.common.counting import (
 from benchmarks.common.raw_reads import PLAIN, RawReader, Way, fastest_ways
 from mlx_hmem.bank import Bank
 from mlx_hmem.budget.resident import peak_resident_bytes
+from mlx_hmem.config import ClusterPath
 from mlx_hmem.memory import FetchedMemory
 
 HEATS = ("cold", "warm") if CAN_DROP else ("warm",)
@@ -50,7 +51,7 @@ def in_float32(memory: FetchedMemory) -> tuple[mx.array, ...]:
     return rows
 
 
-def parts_of(bank: Bank, folder: Path, path: Path_) -> list[FilePart]:
+def parts_of(bank: Bank, folder: Path, path: ClusterPath) -> list[FilePart]:
     return file_parts(folder, bank.manifest, sorted(keys_of(bank.config, [path])))
 
 
@@ -63,7 +64,7 @@ def make_ready(parts: Sequence[FilePart], heat: str) -> None:
             reader.read()
 
 
-def byte_counts(folder: Path, paths: Sequence[Path_]) -> dict[str, Any]:
+def byte_counts(folder: Path, paths: Sequence[ClusterPath]) -> dict[str, Any]:
     """The bytes that one fetch reads by three counts, and the memory that fetches take. To be run
     first in its process."""
     first = io_counts()
@@ -93,7 +94,7 @@ def byte_counts(folder: Path, paths: Sequence[Path_]) -> dict[str, Any]:
         return result | {"memory_of_fetches": peak_resident_bytes() - start}
 
 
-def fetch_times(folder: Path, paths: Sequence[Path_], repeats: int) -> dict[str, Any]:
+def fetch_times(folder: Path, paths: Sequence[ClusterPath], repeats: int) -> dict[str, Any]:
     """For each heat: the raw ways that were tried in earnest, medians in ms, and the share of the
     blocks' bytes that came from the disk in a fetch (least and most)."""
     with Bank.open(folder) as bank:
@@ -118,7 +119,7 @@ class _Rounds:
         self.found: dict[str, list[Timed]] = defaultdict(list)
         self.count = 0
 
-    def run(self, path: Path_, other: Path_, parts: Sequence[FilePart]) -> None:
+    def run(self, path: ClusterPath, other: ClusterPath, parts: Sequence[FilePart]) -> None:
         contenders: list[Work] = [partial(self._raw, way, parts) for way in self.ways]
         contenders.append(partial(self._fetches, path, other, parts))
         if self.heat == "warm":
@@ -150,7 +151,7 @@ class _Rounds:
         with RawReader(parts, way) as reader:
             self.found[str(way)].append(timed(reader.read))
 
-    def _fetches(self, path: Path_, other: Path_, parts: Sequence[FilePart]) -> None:
+    def _fetches(self, path: ClusterPath, other: ClusterPath, parts: Sequence[FilePart]) -> None:
         works: list[Work] = [
             lambda: here(bank.fetch(path)),  # its checksums are computed
             lambda: here(bank.fetch(path)),  # and known to be right
@@ -162,7 +163,7 @@ class _Rounds:
                 make_ready(parts, self.heat)
                 self.found[name].append(timed(work))
 
-    def _kept(self, path: Path_) -> None:
+    def _kept(self, path: ClusterPath) -> None:
         with Bank.open(self.folder, cache_bytes=1 << 30) as bank:
             bank.fetch(path)
             self.found["kept"].append(timed(lambda: here(bank.fetch(path))))
@@ -175,7 +176,7 @@ class _Rounds:
         self.found["copy_fresh"].append(timed(lambda: np.copyto(np.empty_like(source), source)))
 
 
-def first_of_process(folder: Path, path: Path_, heat: str) -> float:
+def first_of_process(folder: Path, path: ClusterPath, heat: str) -> float:
     """ms of the very first fetch of this process: threads begin and memory is new."""
     with Bank.open(folder) as bank:
         make_ready(parts_of(bank, folder, path), heat)

@@ -11,14 +11,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_hmem.config import JsonConfig, MemoryConfig
+from mlx_hmem.config import ClusterPath, JsonConfig, MemoryConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import open_regular, strict_json, write_atomic
 
 DOCUMENTS = "documents.jsonl"
 MAX_TERMS = 8
 REMEDY = "restore the file, or delete it: the bank works without"
-Path_ = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Document(JsonConfig):
     sha256: str
     name: str
     tokens: int
-    clusters: tuple[Path_, ...]
+    clusters: tuple[ClusterPath, ...]
     terms: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -58,7 +57,7 @@ class Document(JsonConfig):
         return frozenset(key for path in self.clusters for key in enumerate(path, 1))
 
 
-def _paths(values: Any) -> tuple[Path_, ...]:
+def _paths(values: Any) -> tuple[ClusterPath, ...]:
     if isinstance(values, list | tuple) and all(
         isinstance(path, list | tuple) and path and all(type(i) is int and i >= 0 for i in path)
         for path in values

@@ -14,14 +14,13 @@ from mlx_hmem.bank import Bank
 from mlx_hmem.bank.documents import MAX_TERMS, Document, read_documents
 from mlx_hmem.bank.views import Views, read_views
 from mlx_hmem.bank.writer import checksum_of_zeros
-from mlx_hmem.config import HmemConfig
+from mlx_hmem.config import ClusterPath, HmemConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.model.find import BANK_FILES, BANK_FOLDER, BESIDE, MODEL_FILES, find_model
 from mlx_hmem.model.load import added_banks, open_bank, open_tree
 from mlx_hmem.retriever import ClusterTree
 
 Key = tuple[int, int]
-Path_ = tuple[int, ...]
 
 
 class OpenBank(NamedTuple):
@@ -89,7 +88,7 @@ class Contents:
             if key in self.clusters:
                 self.clusters[key].empty = True
 
-    def path_to(self, key: Key) -> Path_:
+    def path_to(self, key: Key) -> ClusterPath:
         """The path that leads to a cluster."""
         level, cluster = key
         path = [cluster]
@@ -97,7 +96,7 @@ class Contents:
             path.append(path[-1] // width)
         return tuple(reversed(path))
 
-    def below(self, path: Path_) -> Iterator[Key]:
+    def below(self, path: ClusterPath) -> Iterator[Key]:
         """The cluster at a path and all under it, level by level."""
         first, last = path[-1], path[-1] + 1
         for level in range(len(path), self.config.num_levels + 1):

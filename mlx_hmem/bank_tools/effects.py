@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from tqdm import tqdm
 
+from mlx_hmem.config import ClusterPath
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.texts import read_texts
 from mlx_hmem.memory import FetchedMemory
@@ -21,7 +22,6 @@ from mlx_hmem.model.model import MemoryModel
 
 LONGEST = 1024  # window, in tokens
 SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".txt.gz")
-Path_ = tuple[int, ...]
 
 
 class Routed(NamedTuple):
@@ -29,7 +29,7 @@ class Routed(NamedTuple):
 
     name: str
     bank: str
-    path: Path_
+    path: ClusterPath
     tokens: int
     without: float  # nats for each token, the anchor alone
     fetched: float
@@ -78,7 +78,7 @@ def measure(model: MemoryModel, texts: Sequence[tuple[str, str]]) -> Effects:
     """The effects of the blocks of a model on texts, each a name and what it says."""
     effects = Effects()
     for name, text in tqdm(texts, desc="effects", unit="text", delay=2):
-        first: tuple[str, Path_] | None = None
+        first: tuple[str, ClusterPath] | None = None
         sums = [0.0, 0.0]
         tokens = 0
         for ids, window in _windows(model, text):
@@ -94,7 +94,7 @@ def measure(model: MemoryModel, texts: Sequence[tuple[str, str]]) -> Effects:
 
 
 def _measure_window(
-    model: MemoryModel, ids: list[int], bank: str, path: Path_, effects: Effects
+    model: MemoryModel, ids: list[int], bank: str, path: ClusterPath, effects: Effects
 ) -> tuple[float, float]:
     """The loss of a window in nats with all its blocks and with none; adds what each saved."""
     source = model.require_banks().bank(bank)

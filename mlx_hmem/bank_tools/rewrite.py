@@ -26,15 +26,13 @@ from mlx_hmem.bank_tools.folders import (
     new_folder,
     write_level_shard,
 )
-from mlx_hmem.config import MemoryConfig
+from mlx_hmem.config import ClusterPath, MemoryConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import fingerprint, link_or_copy, write_atomic
 from mlx_hmem.memory import initial_block
 from mlx_hmem.model.find import BANK_FOLDER, BESIDE
 from mlx_hmem.model.load import check_beside
 from mlx_hmem.retriever import ClusterTree
-
-Path_ = tuple[int, ...]
 
 
 def add(folder: Path, banks: Sequence[OpenBank], other: OpenBank, name: str, out: Path) -> str:
@@ -58,7 +56,7 @@ def add(folder: Path, banks: Sequence[OpenBank], other: OpenBank, name: str, out
     return f"{out} has the bank {name} beside its own{seen}"
 
 
-def split(folder: Path, opened: OpenBank, views: Views, path: Path_, out: Path) -> str:
+def split(folder: Path, opened: OpenBank, views: Views, path: ClusterPath, out: Path) -> str:
     """A model of the anchor in ``folder`` with the subtree at ``path`` alone, numbered anew.
 
     Above the subtree each level has its one cluster and, since a tree has two at least, one that no
@@ -93,7 +91,7 @@ def split(folder: Path, opened: OpenBank, views: Views, path: Path_, out: Path) 
     return f"{out} has the subtree {path} alone, in {count} files; {len(documents)} documents"
 
 
-def clusters_on(config: MemoryConfig, path: Path_, level: int) -> range:
+def clusters_on(config: MemoryConfig, path: ClusterPath, level: int) -> range:
     """The clusters of ``level`` that lie on the path or below it; all of them for (); level 0 is
     the generic memory."""
     if level == GENERIC:
@@ -106,7 +104,9 @@ def clusters_on(config: MemoryConfig, path: Path_, level: int) -> range:
     return range(path[-1] * count, (path[-1] + 1) * count)
 
 
-def _subtree(tree: ClusterTree, config: MemoryConfig, path: Path_, width: Path_) -> ClusterTree:
+def _subtree(
+    tree: ClusterTree, config: MemoryConfig, path: ClusterPath, width: tuple[int, ...]
+) -> ClusterTree:
     """The tree of the subtree; ``config``: that of the whole bank, ``width``: the new branching."""
     total = tree.counts[len(path) - 1][path[-1]]
     centroids, counts = [], []
@@ -121,7 +121,7 @@ def _subtree(tree: ClusterTree, config: MemoryConfig, path: Path_, width: Path_)
 
 
 def _write_subtree(
-    opened: OpenBank, path: Path_, config: MemoryConfig, tree_hash: str, target: Path
+    opened: OpenBank, path: ClusterPath, config: MemoryConfig, tree_hash: str, target: Path
 ) -> Manifest:
     bank, old = opened.bank, opened.bank.manifest
     levels: dict[int, Level] = {GENERIC: old.generic}
@@ -148,7 +148,7 @@ def _write_subtree(
     return write_manifest(target, config, levels, old.dtype, old.quantization, *hashes)
 
 
-def _documents_below(opened: OpenBank, path: Path_) -> Iterator[Document]:
+def _documents_below(opened: OpenBank, path: ClusterPath) -> Iterator[Document]:
     """The documents that trained leaves of the subtree, with those leaves as they are called now;
     of their tokens the share of these leaves."""
     config = opened.bank.config
@@ -163,7 +163,7 @@ def _documents_below(opened: OpenBank, path: Path_) -> Iterator[Document]:
             yield replace(document, clusters=moved, tokens=share)
 
 
-def _views_below(opened: OpenBank, views: Views, path: Path_) -> Views:
+def _views_below(opened: OpenBank, views: Views, path: ClusterPath) -> Views:
     """What each view bars of the subtree, as its clusters are called now."""
     config = opened.bank.config
     starts = [clusters_on(config, path, level)[0] for level in range(1, config.num_levels + 1)]

@@ -6,10 +6,10 @@ from mlx_hmem.bank.views import Views
 from mlx_hmem.bank_tools.access import shown
 from mlx_hmem.bank_tools.contents import Cluster, Contents, Key
 from mlx_hmem.bank_tools.effects import Effects
+from mlx_hmem.config import ClusterPath
 
 MOST_CLUSTERS = 40
 MOST_DOCUMENTS = 40
-Path_ = tuple[int, ...]
 
 
 def table_lines(contents: Sequence[Contents], views: Views, effects: Effects | None) -> list[str]:
@@ -84,7 +84,7 @@ def _cluster_row(contents: Contents, key: Key, effects: Effects | None) -> str:
     return f"{row}{effect}  {words}".rstrip()
 
 
-def cluster_lines(contents: Contents, path: Path_, effects: Effects | None) -> list[str]:
+def cluster_lines(contents: Contents, path: ClusterPath, effects: Effects | None) -> list[str]:
     """One cluster, or a whole bank for (): what lies below it, and its documents."""
     if not path:
         return _bank_lines(contents, effects)

@@ -24,7 +24,7 @@ from typing import Any
 import mlx.core as mx
 from tqdm import tqdm
 
-from mlx_hmem.config import JsonConfig
+from mlx_hmem.config import ClusterPath, JsonConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.rag.rag import RagSummary, in_json
 from mlx_hmem.evaluate.routing import route_texts
@@ -33,7 +33,6 @@ from mlx_hmem.model.model import MemoryModel
 
 EXTRA_TOKENS = 2  # beyond the longest answer: a leading space of its own, the next character
 ROUTES = ("prompt", "statement", "random")
-Path_ = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,7 @@ def recall(
     route: str = "prompt",
     seed: int = 0,
     routed_by: Sequence[str] | None = None,
-    paths: Sequence[Path_] | None = None,
+    paths: Sequence[ClusterPath] | None = None,
     batch_size: int = 64,
     progress: bool = True,
 ) -> FactRecall:
@@ -197,7 +196,7 @@ def continue_prompts(
     facts: Sequence[Fact],
     rows: Sequence[int],
     memory: str,
-    paths: Sequence[Path_] | None,
+    paths: Sequence[ClusterPath] | None,
     batch_size: int = 64,
 ) -> Iterator[list[tuple[int, str]]]:
     """(row, greedy continuation) of those ``rows`` of ``facts``, a batch at a time; ``paths`` are
@@ -236,7 +235,7 @@ def fact_paths(
     seed: int = 0,
     routed_by: Sequence[str] | None = None,
     progress: bool = False,
-) -> list[Path_] | None:
+) -> list[ClusterPath] | None:
     """The cluster path of each fact, routed as :func:`recall` says; None where ``memory`` needs
     none."""
     if route not in ROUTES:
@@ -263,7 +262,7 @@ def _same_length_batches(
 
 
 def _last_logits(
-    model: MemoryModel, paths: list[Path_] | None, memory: str
+    model: MemoryModel, paths: list[ClusterPath] | None, memory: str
 ) -> Callable[[mx.array], mx.array]:
     return lambda tokens: model(tokens, paths=paths, memory=memory)[:, -1]
 

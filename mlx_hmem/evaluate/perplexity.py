@@ -19,6 +19,7 @@ import mlx.nn as nn
 import numpy as np
 from tqdm import tqdm
 
+from mlx_hmem.config import ClusterPath
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.routing import route_texts
 from mlx_hmem.evaluate.scoring import within_plan
@@ -164,7 +165,7 @@ def _batches(windows: list[_Window], tokens_per_batch: int, most_rows: int) -> I
 def _losses(
     model: MemoryModel,
     rows: list[list[int]],
-    paths: list[tuple[int, ...]] | None,
+    paths: list[ClusterPath] | None,
     memory: str,
 ) -> list[float]:
     """Summed cross-entropy, in nats, of each row's tokens after the first."""

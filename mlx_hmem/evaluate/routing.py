@@ -4,10 +4,9 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
+from mlx_hmem.config import ClusterPath
 from mlx_hmem.errors import UserError
 from mlx_hmem.model.model import MemoryModel, check_mode
-
-Path_ = tuple[int, ...]
 
 
 def route_texts(
@@ -16,7 +15,7 @@ def route_texts(
     memory: str,
     progress: bool = False,
     withheld: int = 0,
-) -> list[Path_] | None:
+) -> list[ClusterPath] | None:
     """The cluster path of each text, or None where ``memory`` needs no path.
 
     ``withheld`` is a level whose best cluster, the one that a text is routed to, and all below it
@@ -48,7 +47,7 @@ def withhold(
     level: int,
     others: Sequence[int] | None = None,
     progress: bool = False,
-) -> list[Path_]:
+) -> list[ClusterPath]:
     """The best path of each text that avoids its own best cluster on ``level``; with ``others``,
     a cluster of that level per text, that one instead."""
     assert model.retriever is not None

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_hmem.model.model import MemoryModel, Path_
+from mlx_hmem.config import ClusterPath
+from mlx_hmem.model.model import MemoryModel
 
 TOKENS_PER_BATCH = 4096  # in all rows, padding included
 MEMORY_PER_BATCH = 1 << 30  # bytes of fetched memory in all rows
@@ -57,7 +58,7 @@ def score_candidates(
     model: MemoryModel,
     questions: Sequence[Sequence[Candidate]],
     memory: str,
-    paths: Sequence[Path_] | None = None,
+    paths: Sequence[ClusterPath] | None = None,
     tokens_per_batch: int = TOKENS_PER_BATCH,
 ) -> Iterator[list[tuple[int, list[Score]]]]:
     """Scores the candidates of each question, a batch of questions at a time, longest first.
@@ -127,7 +128,7 @@ def within_plan(model: MemoryModel, memory: str, tokens: int) -> tuple[int, int]
 
 
 def _score(
-    model: MemoryModel, batch: Sequence[_Question], memory: str, paths: Sequence[Path_] | None
+    model: MemoryModel, batch: Sequence[_Question], memory: str, paths: Sequence[ClusterPath] | None
 ) -> list[Score]:
     """The scores of all rows of a batch of questions, in their order."""
     prefixes = [prefix for plan in batch for prefix in plan.prefixes]
@@ -168,7 +169,7 @@ def _compare(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
 
 
 def _read(
-    model: MemoryModel, rows: Sequence[list[int]], memory: str, paths: Sequence[Path_] | None
+    model: MemoryModel, rows: Sequence[list[int]], memory: str, paths: Sequence[ClusterPath] | None
 ) -> list[Any]:
     """A prompt cache that has read ``rows``, padded on the left; empty ones are nothing but that.
 
@@ -192,7 +193,7 @@ def continue_greedily(
     prompts: Sequence[list[int]],
     max_tokens: int,
     memory: str,
-    paths: Sequence[Path_] | None = None,
+    paths: Sequence[ClusterPath] | None = None,
     tokens_per_batch: int = TOKENS_PER_BATCH,
     enough: Callable[[list[int]], bool] = lambda tokens: False,
 ) -> Iterator[list[tuple[int, list[int]]]]:
@@ -216,7 +217,7 @@ def _continue(
     rows: Sequence[list[int]],
     max_tokens: int,
     memory: str,
-    paths: Sequence[Path_] | None,
+    paths: Sequence[ClusterPath] | None,
     enough: Callable[[list[int]], bool],
 ) -> list[list[int]]:
     ends = sorted(model.tokenizer.eos_token_ids)

@@ -20,10 +20,11 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_hmem.bank import Bank
 from mlx_hmem.bank.format import GENERIC
+from mlx_hmem.config import ClusterPath
 from mlx_hmem.errors import UserError
 from mlx_hmem.memory import FetchedMemory, Rows
 from mlx_hmem.model.banks import Banks
-from mlx_hmem.model.model import MemoryModel, Path_, check_mode
+from mlx_hmem.model.model import MemoryModel, check_mode
 from mlx_hmem.model.stream import AnchorWithMemory, prompt_ids
 from mlx_hmem.retriever.texts import check_texts
 
@@ -201,7 +202,7 @@ class Completion(NamedTuple):
 
     text: str
     tokens: list[int]
-    path: Path_ | None
+    path: ClusterPath | None
     finish_reason: str  # "stop" or "length"
     bank: str = ""  # where the path lies
 
@@ -237,7 +238,7 @@ def batch_generate(
         raise UserError("route_texts does not match the prompts", len(texts), f"give {len(ids)}")
     if views is not None and len(views) != len(ids):
         raise UserError("views does not match the prompts", len(views), f"give {len(ids)}")
-    routes: list[tuple[str, Path_ | None]] = [("", None)] * len(ids)
+    routes: list[tuple[str, ClusterPath | None]] = [("", None)] * len(ids)
     anchor: Any = model.with_rows(None)  # all that mlx-lm asks of a model
     caches = None
     if memory != "none":
@@ -263,7 +264,7 @@ def batch_generate(
     ]
 
 
-def _routes(users: Sequence[MemoryModel], texts: list[str]) -> Iterator[tuple[str, Path_]]:
+def _routes(users: Sequence[MemoryModel], texts: list[str]) -> Iterator[tuple[str, ClusterPath]]:
     """The bank and the cluster path of each text, for its user."""
     banks = [user.require_banks() for user in users]
     retriever = banks[0].retriever()

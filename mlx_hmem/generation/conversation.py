@@ -16,10 +16,11 @@ from mlx_lm.generate import GenerationResponse
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
 from mlx_hmem.bank.views import Barred
+from mlx_hmem.config import ClusterPath
 from mlx_hmem.errors import UserError
 from mlx_hmem.generation.prefetch import Prefetch
 from mlx_hmem.generation.session import SessionStats
-from mlx_hmem.model.model import Damaged, MemoryModel, Path_, Recall, check_mode
+from mlx_hmem.model.model import Damaged, MemoryModel, Recall, check_mode
 from mlx_hmem.model.stream import check_options, first_or, prompt_ids, stream_text
 from mlx_hmem.retriever import Retriever
 from mlx_hmem.retriever.steady import likely_paths, steady_route
@@ -98,7 +99,7 @@ class Conversation:
         self.turns: list[Turn] = []
         self.recall: Recall | None = None
         self._before: Recall | None = None  # a recall whose answer has ended
-        self._present: Path_ | None = None  # what the latest fetched memory was routed to,
+        self._present: ClusterPath | None = None  # what the latest fetched memory was routed to,
         self._bank = ""  # and in which bank
         self._cache: list[Any] | None = None  # of the anchor, for the ids in _cached
         self._cached: list[int] = []
@@ -107,7 +108,7 @@ class Conversation:
         self._damage: list[str] = []
 
     @property
-    def route(self) -> Path_ | None:
+    def route(self) -> ClusterPath | None:
         """The cluster path of the latest answer; None without fetched memory."""
         return None if self.recall is None else self.recall.path
 
@@ -152,7 +153,7 @@ class Conversation:
             self.model.require_bank()
         self.memory = memory
 
-    def path_of(self, text: str) -> Path_:
+    def path_of(self, text: str) -> ClusterPath:
         """What ``text`` would be routed to by itself, as the first of a conversation."""
         return self._retriever().route(text)
 

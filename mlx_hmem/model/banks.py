@@ -12,10 +12,9 @@ import numpy as np
 
 from mlx_hmem.bank import Bank
 from mlx_hmem.bank.views import Barred, Views, check_barred, of_bank, view_called
+from mlx_hmem.config import ClusterPath
 from mlx_hmem.errors import UserError
 from mlx_hmem.retriever import ClusterTree, Retriever
-
-Path_ = tuple[int, ...]
 
 
 class Part(NamedTuple):
@@ -60,7 +59,7 @@ class Banks:
             raise UserError("no such bank to fetch from", name, f"known: {known}")
         return self.parts[name].bank
 
-    def blocked_in(self, blocked: Collection[Barred], name: str) -> list[Path_]:
+    def blocked_in(self, blocked: Collection[Barred], name: str) -> list[ClusterPath]:
         """Those of ``blocked`` that lie in this bank; all of level 1 where it is named alone."""
         if not any(isinstance(path, tuple | list) and _is_named(path) for path in blocked):
             return [] if name else list(blocked)  # type: ignore[arg-type]
@@ -70,13 +69,15 @@ class Banks:
             return [(cluster,) for cluster in range(configs[name].num_clusters[0])]
         return paths
 
-    def nearest(self, vector: np.ndarray, blocked: Collection[Barred] = ()) -> tuple[str, Path_]:
+    def nearest(
+        self, vector: np.ndarray, blocked: Collection[Barred] = ()
+    ) -> tuple[str, ClusterPath]:
         """The bank that answers a text with this vector (dim,), and the cluster path in it.
 
         Each bank is judged by its deepest cluster on the route that may be fetched; the first
         answers where two are equal, or where none may be fetched from.
         """
-        found: list[tuple[float, str, Path_]] = []
+        found: list[tuple[float, str, ClusterPath]] = []
         for name, (retriever, bank) in self.parts.items():
             assert retriever is not None
             path = retriever.tree.route(vector)

@@ -11,11 +11,11 @@ from mlx_hmem.bank import Bank
 from mlx_hmem.bank.read.arriving import ArrivingMemory
 from mlx_hmem.bank.read.replacing import ReplacingMemory
 from mlx_hmem.bank.views import Barred
+from mlx_hmem.config import ClusterPath
 from mlx_hmem.errors import UserError
 from mlx_hmem.memory import Rows
 
 MODES = ("fetched", "generic", "none")
-Path_ = tuple[int, ...]
 Damaged = Literal["stop", "skip"]
 Memory = Rows | ArrivingMemory | ReplacingMemory
 
@@ -27,7 +27,7 @@ class Recall:
     each block that was left out, in one line, why."""
 
     mode: str
-    path: Path_ | None = None
+    path: ClusterPath | None = None
     blocks: list[dict[str, Any]] = field(default_factory=list)
     bytes_read: int = 0
     route_ms: float = 0.0
@@ -67,7 +67,7 @@ def check_mode(memory: str) -> str:
 
 def begin(
     bank: Bank,
-    path: Path_,
+    path: ClusterPath,
     barred: frozenset[tuple[int, int]],
     before: Recall | None,
     dtype: mx.Dtype,

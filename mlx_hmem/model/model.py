@@ -19,14 +19,15 @@ from mlx_hmem.bank import Bank
 from mlx_hmem.bank.views import Barred, Views
 from mlx_hmem.budget.plan import BudgetPlan
 from mlx_hmem.budget.resident import Watch
+from mlx_hmem.config import ClusterPath
 from mlx_hmem.errors import UserError
 from mlx_hmem.memory import FetchedMemory, Rows, join_blocks
 from mlx_hmem.model.banks import Banks, Part
-from mlx_hmem.model.fetch import MODES, Damaged, Memory, Path_, Recall, begin, check_mode, damage_of
+from mlx_hmem.model.fetch import MODES, Damaged, Memory, Recall, begin, check_mode, damage_of
 from mlx_hmem.model.stream import AnchorWithMemory, first_or, prompt_ids, stream_text
 from mlx_hmem.retriever import Retriever
 
-__all__ = ["MODES", "Damaged", "MemoryModel", "Path_", "Recall", "check_mode"]
+__all__ = ["MODES", "ClusterPath", "Damaged", "MemoryModel", "Recall", "check_mode"]
 
 
 class MemoryModel:
@@ -94,7 +95,7 @@ class MemoryModel:
     def __call__(
         self,
         ids: mx.array,
-        paths: Sequence[Path_] | None = None,
+        paths: Sequence[ClusterPath] | None = None,
         memory: str = "fetched",
         cache: list[Any] | None = None,
     ) -> mx.array:
@@ -181,7 +182,7 @@ class MemoryModel:
         recall.route_ms = (routed - start) * 1e3
         return recall
 
-    def route(self, text: str, blocked: Collection[Barred] = ()) -> tuple[str, Path_]:
+    def route(self, text: str, blocked: Collection[Barred] = ()) -> tuple[str, ClusterPath]:
         """The bank that answers ``text``, "" the first, and the cluster path in it."""
         banks = self.require_banks()
         retriever = banks.retriever()
@@ -191,7 +192,7 @@ class MemoryModel:
 
     def recall_path(
         self,
-        path: Path_ | None,
+        path: ClusterPath | None,
         blocked: Collection[Barred] = (),
         wait: bool = True,
         damaged: Damaged = "stop",
@@ -252,7 +253,7 @@ class MemoryModel:
             )
         return AnchorWithMemory(self.anchor, self._slot, rows, self._watch)
 
-    def fuse(self, path: Path_ | None = None) -> FusedMemory:
+    def fuse(self, path: ClusterPath | None = None) -> FusedMemory:
         """The memory of ``path``, the generic one without, inside the anchor's own weights.
 
         For one stream through mlx-lm: it costs what its parameters cost. Until it is cleared this
@@ -287,7 +288,7 @@ class MemoryModel:
             return None
         return tuple(group.astype(self._dtype) for group in join_blocks(stacks, config))
 
-    def _rows_of_paths(self, batch: int, paths: Sequence[Path_] | None) -> Rows | None:
+    def _rows_of_paths(self, batch: int, paths: Sequence[ClusterPath] | None) -> Rows | None:
         bank = self.require_bank()
         checked = [bank.config.check_path(path) for path in (() if paths is None else paths)]
         if len(checked) not in (1, batch):

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mlx_hmem.config import ClusterPath
 from mlx_hmem.errors import UserError
 from mlx_hmem.retriever.encoder import Encoder
 from mlx_hmem.retriever.texts import check_texts
@@ -30,7 +31,7 @@ class Retriever:
         self.encoder = encoder
         self.tree = tree
 
-    def route(self, text: str) -> tuple[int, ...]:
+    def route(self, text: str) -> ClusterPath:
         """The cluster path of ``text``: the global cluster index on each level."""
         return self.tree.route(self.vector(text))
 
@@ -42,7 +43,7 @@ class Retriever:
         """As :meth:`vector`, of many, (n, dim)."""
         return self.encoder.encode(self._check(texts), progress=progress)
 
-    def route_many(self, texts: Sequence[str], progress: bool = False) -> list[tuple[int, ...]]:
+    def route_many(self, texts: Sequence[str], progress: bool = False) -> list[ClusterPath]:
         """The cluster path of each text; :class:`UserError` where one is empty.
 
         A text alone and in a batch may round differently in the encoder (about 1e-7), which can

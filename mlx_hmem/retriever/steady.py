@@ -6,11 +6,10 @@ A vector that lies near a boundary would otherwise change sides with every sente
 
 import numpy as np
 
+from mlx_hmem.config import ClusterPath
 from mlx_hmem.errors import UserError
 from mlx_hmem.retriever.kmeans import distances
 from mlx_hmem.retriever.tree import ClusterTree
-
-Path_ = tuple[int, ...]
 
 
 def beyond(tree: ClusterTree, level: int, vector: np.ndarray, present: int) -> np.ndarray:
@@ -27,8 +26,8 @@ def beyond(tree: ClusterTree, level: int, vector: np.ndarray, present: int) -> n
 
 
 def steady_route(
-    tree: ClusterTree, vector: np.ndarray, present: Path_ | None, margin: float
-) -> Path_:
+    tree: ClusterTree, vector: np.ndarray, present: ClusterPath | None, margin: float
+) -> ClusterPath:
     """The cluster path of one vector (dim,), given the path in use.
 
     From the root on, a level keeps its cluster unless ``vector`` lies at least ``margin`` (L2)
@@ -50,7 +49,7 @@ def steady_route(
     return tuple(path)
 
 
-def descend(tree: ClusterTree, vector: np.ndarray, path: Path_) -> Path_:
+def descend(tree: ClusterTree, vector: np.ndarray, path: ClusterPath) -> ClusterPath:
     """The path down to a leaf from where ``path`` ends, as the tree routes."""
     for level in range(len(path), tree.depth):
         children = tree.children(level, path[-1] if path else 0)
@@ -59,7 +58,9 @@ def descend(tree: ClusterTree, vector: np.ndarray, path: Path_) -> Path_:
     return path
 
 
-def likely_paths(tree: ClusterTree, vector: np.ndarray, present: Path_, most: int) -> list[Path_]:
+def likely_paths(
+    tree: ClusterTree, vector: np.ndarray, present: ClusterPath, most: int
+) -> list[ClusterPath]:
     """Up to ``most`` paths that a next vector may take: beyond the boundaries nearest first."""
     others = []
     for level, cluster in enumerate(present):

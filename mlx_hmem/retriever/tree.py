@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
-from mlx_hmem.config import MAX_CLUSTERS, MAX_DEPTH
+from mlx_hmem.config import MAX_CLUSTERS, MAX_DEPTH, ClusterPath
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import Source, load_safetensors, read_safetensors_header, save_safetensors
 from mlx_hmem.retriever.kmeans import CHUNK, distances, kmeans, nearest
@@ -108,9 +108,7 @@ class ClusterTree:
                 members = below
         return cls(widths, centroids, counts, int(seed))
 
-    def route(
-        self, vector: np.ndarray, barred: Collection[tuple[int, int]] = ()
-    ) -> tuple[int, ...]:
+    def route(self, vector: np.ndarray, barred: Collection[tuple[int, int]] = ()) -> ClusterPath:
         """The cluster path of one vector (dim,): the global cluster index on each level.
 
         ``barred`` are clusters, as (level, cluster) with 1 the coarsest level, that the path may
@@ -163,7 +161,7 @@ class ClusterTree:
         k = self.branching[level]
         return cluster * k + np.flatnonzero(self.counts[level][cluster * k : (cluster + 1) * k])
 
-    def leaves(self) -> list[tuple[int, ...]]:
+    def leaves(self) -> list[ClusterPath]:
         """The cluster path of every leaf that has examples."""
         leaves = np.flatnonzero(self.counts[-1])
         below = np.cumprod((1, *self.branching[:0:-1]))[::-1]  # leaves under one cluster

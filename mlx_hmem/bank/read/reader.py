@@ -26,6 +26,7 @@ from mlx_hmem.bank.read.cache import KeptBlocks, Key
 from mlx_hmem.bank.read.shards import Obtain, Shards
 from mlx_hmem.bank.read.sources import BlockRead, Sources
 from mlx_hmem.bank.read.storage import Storage
+from mlx_hmem.config import ClusterPath
 from mlx_hmem.errors import UserError
 from mlx_hmem.memory import FetchedMemory
 
@@ -71,7 +72,7 @@ class Bank:
         cache_bytes: int = CACHE_BYTES,
         level_folders: dict[int, Path] | None = None,
         obtain: Obtain | None = None,
-        blocked: Collection[tuple[int, ...]] = (),
+        blocked: Collection[ClusterPath] = (),
     ) -> "Bank":
         """Opens the bank in ``folder`` and validates it without touching a block.
 
@@ -106,7 +107,7 @@ class Bank:
         bank.barred = barred
         return bank
 
-    def view(self, blocked: Collection[tuple[int, ...]]) -> "Bank":
+    def view(self, blocked: Collection[ClusterPath]) -> "Bank":
         """The same open bank, its files and kept blocks, for someone who may not fetch all of it.
 
         ``blocked``: clusters, each as the path that leads to it, that are barred beside those that
@@ -127,7 +128,7 @@ class Bank:
 
     def fetch(
         self,
-        path: tuple[int, ...],
+        path: ClusterPath,
         blocked: frozenset[Key] = frozenset(),
         damaged: Literal["stop", "skip"] = "stop",
     ) -> FetchedMemory:
@@ -152,7 +153,7 @@ class Bank:
 
     def begin(
         self,
-        path: tuple[int, ...],
+        path: ClusterPath,
         blocked: frozenset[Key] = frozenset(),
         dtype: mx.Dtype = mx.float32,
         above: int = 0,
@@ -274,7 +275,7 @@ class Bank:
     ) -> None:
         self.close()
 
-    def keys_of(self, path: tuple[int, ...], blocked: frozenset[Key]) -> list[Key]:
+    def keys_of(self, path: ClusterPath, blocked: frozenset[Key]) -> list[Key]:
         """(level, cluster) of the blocks of a path, as far down as is not blocked."""
         path = self.config.check_path(path)
         self._check_blocked(blocked)

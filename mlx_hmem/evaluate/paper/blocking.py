@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mlx_hmem.config import ClusterPath
 from mlx_hmem.errors import UserError
-from mlx_hmem.evaluate.facts import Fact, FactRecall, Path_, Proportion
+from mlx_hmem.evaluate.facts import Fact, FactRecall, Proportion
 from mlx_hmem.evaluate.paper.fact_runs import FactRun
 from mlx_hmem.evaluate.routing import check_levels, withhold
 from mlx_hmem.model.model import MemoryModel
@@ -67,7 +68,7 @@ def blocking(run: FactRun, facts: Sequence[Fact], levels: Sequence[int]) -> list
 def _withheld_row(
     run: FactRun,
     facts: Sequence[Fact],
-    paths: list[Path_],
+    paths: list[ClusterPath],
     whole: FactRecall,
     level: int,
     other: bool,
@@ -97,7 +98,9 @@ def used_clusters(model: MemoryModel, level: int) -> int:
     return int((model.retriever.tree.counts[level - 1] > 0).sum())
 
 
-def other_clusters(model: MemoryModel, paths: Sequence[Path_], level: int, seed: int) -> list[int]:
+def other_clusters(
+    model: MemoryModel, paths: Sequence[ClusterPath], level: int, seed: int
+) -> list[int]:
     """For each path a cluster of ``level``, with examples, that it does not take."""
     assert model.retriever is not None
     used = model.retriever.tree.counts[level - 1].nonzero()[0].tolist()

@@ -14,11 +14,11 @@ from typing import Any
 import xxhash
 from tqdm import tqdm
 
+from mlx_hmem.config import ClusterPath
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.facts import (
     Fact,
     FactRecall,
-    Path_,
     Proportion,
     continue_prompts,
     encode_prompts,
@@ -46,14 +46,14 @@ class FactRun:
     progress: bool = True
     batch_size: int = field(default=64, repr=False)
 
-    def paths(self, facts: Sequence[Fact], memory: str = "fetched") -> list[Path_] | None:
+    def paths(self, facts: Sequence[Fact], memory: str = "fetched") -> list[ClusterPath] | None:
         return fact_paths(self.model, facts, memory, self.route, self.seed, None, self.progress)
 
     def recall(
         self,
         facts: Sequence[Fact],
         memory: str,
-        paths: Sequence[Path_] | None = None,
+        paths: Sequence[ClusterPath] | None = None,
         label: str = "",
         rag: Rag | None = None,
     ) -> FactRecall:
@@ -101,7 +101,7 @@ def _with_documents(
     facts: Sequence[Fact],
     rows: Sequence[int],
     memory: str,
-    paths: Sequence[Path_] | None,
+    paths: Sequence[ClusterPath] | None,
 ) -> Iterator[list[dict[str, Any]]]:
     """What is kept of those ``rows`` of ``facts``, a batch at a time."""
     tokenizer = rag.model.tokenizer
