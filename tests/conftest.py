@@ -6,9 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-import mlx_hmem  # noqa: F401  OpenBLAS goes in front before a test loads MLX
-
-# isort: split
 import huggingface_hub.constants as hub_constants
 import mlx.core as mx
 import numpy as np

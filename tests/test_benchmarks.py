@@ -3,7 +3,6 @@
 import json
 from types import SimpleNamespace
 
-import mlx_hmem  # isort: skip  # noqa: F401  OpenBLAS goes in front before MLX is loaded
 import numpy as np
 import pytest
 

@@ -7,7 +7,6 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
-import mlx_hmem  # noqa: F401  (before mlx.core)
 from mlx_hmem.anchors import openlm
 from tests.helpers.places import SHARED
 

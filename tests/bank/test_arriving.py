@@ -6,7 +6,6 @@ import threading
 import weakref
 from pathlib import Path
 
-import mlx_hmem  # isort: skip  # noqa: F401  OpenBLAS goes in front before MLX is loaded
 import mlx.core as mx
 import numpy as np
 import pytest

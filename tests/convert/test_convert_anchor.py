@@ -7,9 +7,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from tests.helpers.places import SHARED
-
-import mlx_hmem  # isort: skip  # noqa: F401  OpenBLAS goes in front before MLX is loaded
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -29,6 +26,7 @@ from tests.helpers.anchor_checkpoints import (
     save_hugging_face,
     save_openlm,
 )
+from tests.helpers.places import SHARED
 
 
 def golden(name: str) -> tuple[Weights, Weights]:

@@ -9,9 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.helpers.places import ROOT
-
-import mlx_hmem  # isort: skip  # noqa: F401  OpenBLAS goes in front before MLX is loaded
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -33,6 +30,7 @@ from tests.helpers.anchor_checkpoints import (
     save_hugging_face,
     save_openlm,
 )
+from tests.helpers.places import ROOT
 from tests.helpers.tiny_anchors import make_anchor
 
 
@@ -146,6 +144,8 @@ def test_the_keys_that_mlx_lm_would_miss_are_written_out(tmp_path):
 
 # PyTorch itself
 
+TORCH_MODELS = ROOT / "tests" / "helpers" / "torch_models.py"
+
 
 @pytest.fixture(scope="module")
 def torch_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -157,8 +157,8 @@ def torch_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_torch(*arguments: object) -> str:
-    command = [sys.executable, "-m", "tests.helpers.torch_models", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    command = [sys.executable, str(TORCH_MODELS), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 

@@ -8,9 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.places import ROOT
-
-import mlx_hmem  # isort: skip  # noqa: F401  OpenBLAS goes in front before MLX is loaded
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -41,6 +38,7 @@ from tests.helpers.memory_layouts import (
     tensors_of,
     with_bank,
 )
+from tests.helpers.places import ROOT
 from tests.helpers.tiny_anchors import LLAMA_LIKE, make_anchor
 
 CASES = [(kind, "float32", None) for kind in MATRICES]
@@ -247,8 +245,8 @@ def test_logits_equal_pytorchs_own_module(layout, tmp_path):
     if importlib.util.find_spec("torch") is None:
         pytest.skip("PyTorch is not installed: pip install torch")
     folder = Path(shutil.copytree(layout, tmp_path / "torch"))
-    command = [sys.executable, "-m", "tests.helpers.torch_memory", str(folder)]
-    subprocess.run(command, check=True, cwd=ROOT)
+    program = ROOT / "tests" / "helpers" / "torch_memory.py"
+    subprocess.run([sys.executable, str(program), str(folder)], check=True)
     model = load(convert(folder, tmp_path / "mlx"))
     ids, paths = mx.array(np.load(folder / "ids.npy")), np.load(folder / "paths.npy").tolist()
     for name, logits in (

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mlx_hmem  # isort: skip  # noqa: F401  OpenBLAS goes in front before MLX is loaded
 import mlx.core as mx
 import numpy as np
 import pytest

@@ -1,6 +1,6 @@
 """What tests of the training store share: a small run, and programs in processes of their own.
 
-``store_worker.py WHAT FOLDER``, started by `start`.
+``python -m tests.helpers.store_worker WHAT FOLDER``, started by `start`.
 """
 
 import json
@@ -11,15 +11,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from tests.helpers.places import ROOT
-
-import mlx_hmem  # isort: skip  # noqa: F401  OpenBLAS goes in front before MLX is loaded
 import mlx.core as mx
 import numpy as np
 
 from mlx_hmem.anchors.openlm import Model, ModelArgs
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import run_program
+from tests.helpers.places import ROOT
 from train.data.order import ShuffledOrder
 from train.loop.loop import train
 from train.recipe.recipe import TrainerConfig
@@ -74,7 +72,7 @@ def fill(store: BlockStore, level: int, clusters: list[int], value: float) -> No
 
 
 def start(what: str, folder: Path, **options: str) -> subprocess.Popen[str]:
-    command = [sys.executable, __file__, what, str(folder)]
+    command = [sys.executable, "-m", "tests.helpers.store_worker", what, str(folder)]
     root = str(ROOT)
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

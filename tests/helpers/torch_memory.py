@@ -1,9 +1,9 @@
 """Run as a program, with PyTorch: an OpenLM with the memory module of docs/pytorch_layout.md.
 
-``python -m tests.helpers.torch_memory FOLDER`` makes one with random weights of the sizes that the folder's
-marker tells, saves it as one checkpoint, to which it changes the marker, and saves ids, paths and
-logits beside it. It is a process of its own, since PyTorch and the OpenBLAS that MLX uses do not
-share one.
+``python tests/helpers/torch_memory.py FOLDER`` makes one with random weights of the sizes that the
+folder's marker tells, saves it as one checkpoint, to which it changes the marker, and saves ids,
+paths and logits beside it. It is a process of its own, outside the package of the tests, since
+PyTorch and the OpenBLAS that MLX uses do not share one.
 """
 
 import json
@@ -15,9 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tests.helpers.places import ROOT
-
-PAGE = ROOT / "docs" / "pytorch_layout.md"
+PAGE = Path(__file__).parents[2] / "docs" / "pytorch_layout.md"
 HIDDEN, INNER, HEADS, DIM, FFN, VOCAB, LAYERS = 16, 16, 2, 8, 32, 400, 2
 
 

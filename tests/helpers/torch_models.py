@@ -1,10 +1,10 @@
 """Run as a program, with PyTorch: tiny random models of transformers, and logits of theirs.
 
-``python -m tests.helpers.torch_models make FOLDER NAME…`` saves each model in ``FOLDER/NAME``, as shards of
-safetensors, and in ``FOLDER/NAME-bin``, as pickles, with ``ids.npy`` and ``logits.npy``; ``… read
-FOLDER…`` loads folders and prints how far their logits lie from ``logits.npy``; ``… hash FILE``
-prints dtype, shape and SHA-256 of each tensor in a checkpoint. It is a process of
-its own, since PyTorch and the OpenBLAS that MLX uses do not share one.
+``python tests/helpers/torch_models.py make FOLDER NAME…`` saves each model in ``FOLDER/NAME``, as
+shards of safetensors, and in ``FOLDER/NAME-bin``, as pickles, with ``ids.npy`` and ``logits.npy``;
+``… read FOLDER…`` loads folders and prints how far their logits lie from ``logits.npy``; ``… hash
+FILE`` prints dtype, shape and SHA-256 of each tensor in a checkpoint. It is a process of its own,
+outside the package of the tests, since PyTorch and the OpenBLAS that MLX uses do not share one.
 """
 
 import hashlib

@@ -7,9 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.helpers.places import ROOT
-
-import mlx_hmem  # isort: skip  # noqa: F401  OpenBLAS goes in front before MLX is loaded
 import pytest
 
 from mlx_hmem.anchors.load import load_anchor
@@ -18,6 +15,7 @@ from mlx_hmem.bank.format import Manifest
 from mlx_hmem.errors import UserError
 from mlx_hmem.model.load import load
 from tests.helpers.own_documents import remember, sentences, write_documents
+from tests.helpers.places import ROOT
 from tests.remember.test_remember import anchor, eager, files_of  # noqa: F401
 from train.data.arrays import save_array
 from train.remember.blocks import Trainer, subtree_folder, subtrees_of

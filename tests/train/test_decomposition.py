@@ -4,7 +4,6 @@ on them learns what the documents alone would teach."""
 from dataclasses import replace
 from pathlib import Path
 
-import mlx_hmem  # isort: skip  # noqa: F401  OpenBLAS goes in front before MLX is loaded
 import mlx.core as mx
 import numpy as np
 import pytest

@@ -5,7 +5,6 @@ import json
 import math
 from dataclasses import replace
 
-import mlx_hmem  # isort: skip  # noqa: F401  OpenBLAS goes in front before MLX is loaded
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim

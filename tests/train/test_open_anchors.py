@@ -6,9 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.places import ROOT
-
-import mlx_hmem  # isort: skip  # noqa: F401  OpenBLAS goes in front before MLX is loaded
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -19,6 +16,7 @@ from mlx_hmem import load
 from mlx_hmem.anchors.load import load_anchor, named_parameters
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import save_safetensors
+from tests.helpers.places import ROOT
 from tests.helpers.tiny_anchors import LLAMA_LIKE, OTHER_KEYS
 from train.corpus.facts import make_facts
 from train.corpus.stage import read_texts

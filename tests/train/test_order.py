@@ -3,7 +3,6 @@
 from collections import Counter
 from typing import Any
 
-import mlx_hmem  # isort: skip  # noqa: F401  OpenBLAS goes in front before MLX is loaded
 import numpy as np
 import pytest
 

@@ -7,15 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.helpers.places import ROOT
-
-import mlx_hmem  # isort: skip  # noqa: F401  OpenBLAS goes in front before MLX is loaded
 import numpy as np
 import pytest
 
 from mlx_hmem import load
 from mlx_hmem.anchors.load import load_anchor, named_parameters
 from mlx_hmem.errors import UserError
+from tests.helpers.places import ROOT
 from train.cost.costs import anchor_parameters, bank_bytes, step_operations
 from train.cost.plan import arms_of, sequences_of
 from train.data.order import SubtreeOrder, num_steps_of

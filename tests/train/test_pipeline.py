@@ -8,9 +8,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from tests.helpers.places import ROOT
-
-import mlx_hmem  # isort: skip  # noqa: F401  OpenBLAS goes in front before MLX is loaded
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -19,6 +16,7 @@ from mlx_hmem import load
 from mlx_hmem.anchors.load import load_anchor, named_parameters
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import fingerprint
+from tests.helpers.places import ROOT
 from train.data.order import num_steps_of
 from train.export import run_export
 from train.loop.arms import trained_blocks, trained_generic

@@ -7,9 +7,6 @@ import subprocess
 import sys
 from dataclasses import replace
 
-from tests.helpers.places import ROOT
-
-import mlx_hmem  # isort: skip  # noqa: F401  OpenBLAS goes in front before MLX is loaded
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -18,6 +15,7 @@ from mlx_hmem.anchors.load import named_parameters
 from mlx_hmem.anchors.openlm import Model
 from mlx_hmem.bank import write_bank
 from mlx_hmem.errors import UserError
+from tests.helpers.places import ROOT
 from train.cost.costs import (
     anchor_parameters,
     bank_bytes,

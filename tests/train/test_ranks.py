@@ -7,15 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.helpers.places import ROOT
-
-import mlx_hmem  # isort: skip  # noqa: F401  OpenBLAS goes in front before MLX is loaded
 import numpy as np
 import pytest
 
 from mlx_hmem.anchors.load import named_parameters
 from mlx_hmem.anchors.openlm import Model
 from tests.helpers import rank_worker
+from tests.helpers.places import ROOT
 from tests.helpers.rank_worker import MEMORY, TRAINING
 from train.data.order import ShuffledOrder
 from train.step.memories import MemoryTrainee

@@ -7,7 +7,6 @@ import signal
 import time
 from dataclasses import replace
 
-import mlx_hmem  # isort: skip  # noqa: F401  OpenBLAS goes in front before MLX is loaded
 import numpy as np
 import pytest
 

@@ -8,9 +8,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from tests.helpers.places import ROOT
-
-import mlx_hmem  # isort: skip  # noqa: F401  OpenBLAS goes in front before MLX is loaded
 import numpy as np
 import pytest
 
@@ -18,6 +15,7 @@ from mlx_hmem import load
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate import Fact, perplexity, read_facts, read_texts, recall
 from mlx_hmem.files import fingerprint
+from tests.helpers.places import ROOT
 from train.recipe.recipe import Recipe
 from train.study.file import Study, Sweep, load_study
 from train.study.results import halves_of, memories_of, read_results, sizes_of

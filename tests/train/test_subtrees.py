@@ -14,14 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.places import ROOT
-
-import mlx_hmem  # isort: skip  # noqa: F401  OpenBLAS goes in front before MLX is loaded
 import numpy as np
 import pytest
 
 from mlx_hmem.anchors.openlm import Model, ModelArgs
 from mlx_hmem.errors import UserError
+from tests.helpers.places import ROOT
 from train.data.order import Order
 from train.loop.arms import (
     arm_order,

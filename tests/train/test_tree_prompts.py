@@ -3,7 +3,6 @@
 from copy import deepcopy
 from dataclasses import replace
 
-import mlx_hmem  # isort: skip  # noqa: F401  OpenBLAS goes in front before MLX is loaded
 import mlx.core as mx
 import numpy as np
 import pytest

@@ -9,9 +9,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from tests.helpers.places import ROOT
-
-import mlx_hmem  # isort: skip  # noqa: F401  OpenBLAS goes in front before MLX is loaded
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -22,6 +19,7 @@ from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate import perplexity, read_texts
 from mlx_hmem.memory import join_blocks
 from mlx_hmem.model.load import load
+from tests.helpers.places import ROOT
 from train.data.order import ShuffledOrder
 from train.data.tokenizer import train_tokenizer
 from train.data.windows import Windows
