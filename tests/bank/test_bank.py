@@ -190,9 +190,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="/pro
 
 
 @needs_proc
-def test_fetch_reads_the_blocks_of_the_path_and_nothing_else(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fetch_reads_the_blocks_of_the_path_and_nothing_else(folder, monkeypatch):
     reads = Reads(monkeypatch)
     with Bank.open(folder) as bank:
         assert reads.calls == []

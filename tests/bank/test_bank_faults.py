@@ -137,9 +137,7 @@ def test_file_that_shrinks_while_open_is_an_error_not_a_crash(folder: Path) -> N
             bank.fetch((1, 3))
 
 
-def test_failing_disk_is_an_error_that_names_the_block(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failing_disk_is_an_error_that_names_the_block(folder, monkeypatch):
     def preadv(*_: object) -> int:
         raise OSError(5, "Input/output error")
 
@@ -224,9 +222,7 @@ PLACES: list[tuple[str | int, ...]] = [
 
 
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: ".".join(map(str, place)))
-def test_wrong_value_anywhere_in_the_manifest_is_refused(
-    folder: Path, place: tuple[str | int, ...]
-) -> None:
+def test_wrong_value_anywhere_in_the_manifest_is_refused(folder, place):
     good = (folder / "bank.json").read_bytes()
     valid: dict[str, list[object]] = {
         "quantization": [None],
@@ -276,9 +272,7 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     insert=st.binary(max_size=4),
     cut=st.integers(0, 4),
 )
-def test_any_damage_is_refused_or_does_not_matter(
-    shared_folder: Path, name: str, at: int, insert: bytes, cut: int
-) -> None:
+def test_any_damage_is_refused_or_does_not_matter(shared_folder, name, at, insert, cut):
     """Whatever happens to a few bytes of any file: the right blocks, or a UserError."""
     path = shared_folder / name
     good = path.read_bytes()

@@ -113,9 +113,7 @@ def test_fetch_is_what_mlx_makes_of_each_matrix(made: Made) -> None:
 
 
 @pytest.mark.parametrize(("mode", "bits", "group_size"), EVERY)
-def test_every_dtype_and_group_size_comes_back(
-    tmp_path: Path, mode: str, bits: int, group_size: int
-) -> None:
+def test_every_dtype_and_group_size_comes_back(tmp_path, mode, bits, group_size):
     config = dataclasses.replace(CONFIG, hidden_size=128)
     how = Quantization(1, mode, bits, group_size)
     for dtype in STORED_TYPES:
@@ -281,9 +279,7 @@ def test_cache_counts_what_is_stored(tmp_path: Path) -> None:
 # does: over the kinds at most 0.018 in 8 bits and 0.35 in 4.
 @pytest.mark.parametrize(("bits", "bound"), [(8, 0.03), (4, 0.5)])
 @pytest.mark.parametrize("kind", ROWS_OF_KIND)
-def test_quantised_memory_on_a_quantised_anchor_says_nearly_the_same(
-    tmp_path: Path, kind: str, bits: int, bound: float
-) -> None:
+def test_quantised_memory_on_a_quantised_anchor_says_nearly_the_same(tmp_path, kind, bits, bound):
     ids, anchor = make_ids(), make_anchor("openlm")
     nn.quantize(anchor, 32, 4)
     config = config_of(anchor, kind)

@@ -95,9 +95,7 @@ def test_any_other_value_of_a_quantisation_is_refused(folder: Path, key: str) ->
         (("memory", "r"), [2, 3]),
     ],
 )
-def test_a_size_that_does_not_follow_is_refused(
-    folder: Path, place: tuple[str | int, ...], value: object
-) -> None:
+def test_a_size_that_does_not_follow_is_refused(folder, place, value):
     change_manifest(folder, place, value)
     refusal(folder)
 
@@ -135,9 +133,7 @@ def set_header(folder: Path, change: Callable[[dict[str, Any]], object]) -> None
         lambda h: h["__metadata__"].update(quantization="affine 8 32 float16"),
     ],
 )
-def test_a_header_that_tells_otherwise_is_refused(
-    folder: Path, change: Callable[[dict[str, Any]], object]
-) -> None:
+def test_a_header_that_tells_otherwise_is_refused(folder, change):
     set_header(folder, change)
     assert SHARDS[1] in refusal(folder)
 
@@ -169,9 +165,7 @@ def test_flipped_bits_and_cut_files_are_refused(folder: Path) -> None:
     insert=st.binary(max_size=4),
     cut=st.integers(0, 4),
 )
-def test_any_damage_is_refused_or_does_not_matter(
-    tmp_path_factory: pytest.TempPathFactory, name: str, at: int, insert: bytes, cut: int
-) -> None:
+def test_any_damage_is_refused_or_does_not_matter(tmp_path_factory, name, at, insert, cut):
     folder = tmp_path_factory.getbasetemp() / "quantised bank"
     how = [Quantization(level, "affine", 4, 32) for level in (1, 2)]
     if not folder.exists():

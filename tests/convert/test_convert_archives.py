@@ -139,9 +139,7 @@ def test_zip64_records_are_read_and_extremes_of_them_refused(tmp_path: Path) -> 
         assert "its zip64 locator points elsewhere" in refusal(path)
 
 
-def test_a_directory_of_too_many_entries_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_directory_of_too_many_entries_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(zips, "MAX_ENTRIES", 3)
     assert "4 entries in a directory" in refusal(write(tmp_path / "x.pt", {"w": tensor()}))
 
@@ -216,9 +214,7 @@ WHOLE = archive(
         st.tuples(st.integers(0, len(WHOLE) - 1), st.integers(1, 255)), min_size=1, max_size=4
     )
 )
-def test_a_flipped_byte_is_refused_or_changes_no_name_and_no_shape(
-    changes: list[tuple[int, int]], tmp_path: Path
-) -> None:
+def test_a_flipped_byte_is_refused_or_changes_no_name_and_no_shape(changes, tmp_path):
     path = tmp_path / "x.pt"
     path.write_bytes(WHOLE)
     want = outline(open_torch([path]))
@@ -243,9 +239,7 @@ def test_a_flipped_byte_is_refused_or_changes_no_name_and_no_shape(
     put=st.binary(min_size=1, max_size=12),
     shuffled=st.lists(st.sampled_from(sorted(pickle_machine.STEPS)), max_size=8),
 )
-def test_a_changed_pickle_gives_tensors_inside_the_file_or_one_line(
-    start: int, put: bytes, shuffled: list[bytes], tmp_path: Path
-) -> None:
+def test_a_changed_pickle_gives_tensors_inside_the_file_or_one_line(start, put, shuffled, tmp_path):
     """The checksum of the changed pickle is right, as an attacker makes it."""
     data = bytearray(parts({"w": tensor(), "n": [1, 2.0, {"a": "b"}]})[0].data)
     data[start : start + len(put)] = put

@@ -76,14 +76,10 @@ def test_what_the_writer_writes_is_read_back(tmp_path: Path) -> None:
 
 
 @settings(
-    max_examples=150,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
-def test_rows_of_any_strides_equal_the_strided_view(
-    data: st.DataObject, small_pieces: None, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_rows_of_any_strides_equal_the_strided_view(data, small_pieces, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "strided"
     if not path.exists():
         path.write_bytes(BYTES.tobytes())

@@ -10,16 +10,8 @@ from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate import read_texts
 from mlx_hmem.evaluate.perplexity import perplexity
 from mlx_hmem.evaluate.scoring import Candidate
-from mlx_hmem.evaluate.tasks.task import (
-    CHOICE,
-    load_tasks,
-)
-from tests.helpers.task_helpers import (
-    SHARED,
-    alone,
-    write_rows,
-    write_tasks,
-)
+from mlx_hmem.evaluate.tasks.task import CHOICE, load_tasks
+from tests.helpers.task_helpers import SHARED, alone, write_rows, write_tasks
 
 
 @pytest.fixture

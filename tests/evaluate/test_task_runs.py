@@ -12,26 +12,11 @@ import pytest
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.command import main
 from mlx_hmem.evaluate.journal import Journal
-from mlx_hmem.evaluate.tasks.benchmark import (
-    TaskResult,
-    averages,
-    model_fingerprint,
-    score_task,
-)
+from mlx_hmem.evaluate.tasks.benchmark import TaskResult, averages, model_fingerprint, score_task
 from mlx_hmem.evaluate.tasks.few_shot import PromptTokens, build_prompts
-from mlx_hmem.evaluate.tasks.task import (
-    CHOICE,
-    LANGUAGE,
-    Task,
-    load_tasks,
-)
+from mlx_hmem.evaluate.tasks.task import CHOICE, LANGUAGE, Task, load_tasks
 from tests.helpers.places import ROOT
-from tests.helpers.task_helpers import (
-    alone,
-    greedy_alone,
-    run_task,
-    write_tasks,
-)
+from tests.helpers.task_helpers import alone, greedy_alone, run_task, write_tasks
 
 
 @pytest.fixture

@@ -7,12 +7,7 @@ import pytest
 from mlx_hmem.evaluate.scoring import Candidate, continue_greedily, score_candidates
 from mlx_hmem.model.model import MemoryModel
 from tests.helpers.bigram import SKY, make_tokenizer
-from tests.helpers.task_helpers import (
-    alone,
-    greedy_alone,
-    leaf_paths,
-    some_questions,
-)
+from tests.helpers.task_helpers import alone, greedy_alone, leaf_paths, some_questions
 from tests.helpers.tiny_anchors import make_anchor
 
 

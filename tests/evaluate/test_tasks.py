@@ -13,9 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.scoring import Score
 from mlx_hmem.evaluate.tasks.answers import is_right, normalise
-from mlx_hmem.evaluate.tasks.benchmark import (
-    judge,
-)
+from mlx_hmem.evaluate.tasks.benchmark import judge
 from mlx_hmem.evaluate.tasks.few_shot import PromptTokens, build_prompts, draw_examples, route_text
 from mlx_hmem.evaluate.tasks.task import (
     CHOICE,
@@ -28,11 +26,7 @@ from mlx_hmem.evaluate.tasks.task import (
 )
 from mlx_hmem.model.model import MemoryModel
 from tests.helpers.bigram import SKY, make_model, make_tokenizer
-from tests.helpers.task_helpers import (
-    SHARED,
-    data_of,
-    run_task,
-)
+from tests.helpers.task_helpers import SHARED, data_of, run_task
 
 # Hand-computed answers of each type. What the chances leave goes evenly to all other words.
 CHANCES = {

@@ -7,9 +7,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_hmem.evaluate.scoring import Candidate
-from mlx_hmem.evaluate.tasks.benchmark import (
-    score_task,
-)
+from mlx_hmem.evaluate.tasks.benchmark import score_task
 from mlx_hmem.evaluate.tasks.task import (
     CHOICE,
     GENERATION,

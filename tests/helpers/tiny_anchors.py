@@ -20,11 +20,7 @@ SIZES: dict[str, Any] = dict(
     max_position_embeddings=CONTEXT,
 )
 LLAMA_LIKE = dict(
-    SIZES,
-    num_key_value_heads=KV_HEADS,
-    rms_norm_eps=1e-5,
-    rope_theta=1e4,
-    tie_word_embeddings=True,
+    SIZES, num_key_value_heads=KV_HEADS, rms_norm_eps=1e-5, rope_theta=1e4, tie_word_embeddings=True
 )
 GATED = ["openlm", "llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3", "granite"]
 GATED += ["gemma3_text", "phi3"]

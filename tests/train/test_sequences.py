@@ -11,13 +11,7 @@ from train.data.sequences import pack_anchor, pack_by_leaf, run_anchor_sequences
 from train.data.tokenizer import EOT_ID, load_tokenizer, train_tokenizer
 from train.data.windows import Windows, cut_windows, load_windows, run_windows
 from train.ranks import Ranks
-from train.recipe.recipe import (
-    CorpusSection,
-    Recipe,
-    TokenizerSection,
-    TreeSection,
-    WindowsSection,
-)
+from train.recipe.recipe import CorpusSection, Recipe, TokenizerSection, TreeSection, WindowsSection
 from train.tree import stage as tree
 from train.tree.stage import distinct, encode_windows
 
