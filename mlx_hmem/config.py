@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -92,20 +92,16 @@ class MemoryConfig(JsonConfig):
     clusters. The sizes are the anchor's; those that the kind does not need may be 0.
     """
 
-    hidden_size: int = field(metadata={"help": "hidden size of the anchor"})
-    num_hidden_layers: int = field(metadata={"help": "layers of the anchor"})
-    r: tuple[int, ...] = field(metadata={"help": "block-size multiplier of each level"})
-    branching: tuple[int, ...] = field(metadata={"help": "children of a cluster on each level"})
-    kind: str = field(default="ffn", metadata={"help": f"one of {', '.join(ROWS_OF_KIND)}"})
-    intermediate_size: int = field(default=0, metadata={"help": "inner FFN width; lora_ffn"})
-    query_size: int = field(default=0, metadata={"help": "heads × head_dim; lora_qk, lora_vo, kv"})
-    key_value_size: int = field(
-        default=0, metadata={"help": "key-value heads × head_dim; lora_qk, lora_vo"}
-    )
-    gated: bool = field(default=True, metadata={"help": "whether the anchor's FFN has a gate"})
-    layers: tuple[int, ...] | None = field(
-        default=None, metadata={"help": "the layers that have memory, counted from 0; null: all"}
-    )
+    hidden_size: int
+    num_hidden_layers: int
+    r: tuple[int, ...]
+    branching: tuple[int, ...]
+    kind: str = "ffn"  # one of ROWS_OF_KIND
+    intermediate_size: int = 0  # inner FFN width; lora_ffn
+    query_size: int = 0  # heads × head_dim; lora_qk, lora_vo, kv
+    key_value_size: int = 0  # key-value heads × head_dim; lora_qk, lora_vo
+    gated: bool = True  # whether the anchor's FFN has a gate
+    layers: tuple[int, ...] | None = None  # those that have memory, counted from 0; None: all
 
     def __post_init__(self) -> None:
         _positive_int("hidden_size", self.hidden_size)
@@ -261,9 +257,9 @@ class MemoryConfig(JsonConfig):
 class RetrieverConfig(JsonConfig):
     """Which encoder turns text into vectors, and by which files it is known."""
 
-    encoder: str = field(metadata={"help": "`minilm`, `static`, or a folder inside the model"})
-    encoder_hash: str = field(metadata={"help": "fingerprint of the encoder's files"})
-    tree_hash: str = field(metadata={"help": "fingerprint of tree.safetensors"})
+    encoder: str  # `minilm`, `static`, or a folder inside the model
+    encoder_hash: str  # fingerprint of the encoder's files
+    tree_hash: str  # and of tree.safetensors
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
