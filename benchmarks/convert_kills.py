@@ -28,11 +28,11 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from convert.command import main as convert
-from convert.destination import RECORD, REPLACED
 from mlx_hmem.anchors.load import load_anchor, named_parameters
 from mlx_hmem.anchors.openlm import Model, ModelArgs
 from mlx_hmem.errors import ArgumentParser, UserError, run_program
 from mlx_hmem.files import save_safetensors
+from mlx_hmem.folders import RECORD, REPLACED
 from mlx_hmem.model.load import DEMO, load
 
 SHARD_BYTES = 512 << 10
@@ -49,7 +49,7 @@ size = int(sys.argv.pop(1))
 convert.anchors.weights.SHARD_BYTES = size
 shard_cuts.__defaults__ = (size,)
 write_tensors_as_bank.__kwdefaults__["shard_bytes"] = size
-run_program(main)
+run_program(lambda: main(sys.argv[1:]))
 """
 NOTES = "bank/notes/"  # of a quantisation that is not at its end
 Files = dict[str, bytes]

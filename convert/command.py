@@ -20,12 +20,12 @@ import mlx_hmem  # noqa: F401  (before mlx.core)
 # isort: split
 from mlx_hmem.anchors.load import read_config
 from mlx_hmem.errors import ArgumentParser, UserError
+from mlx_hmem.folders import identity_of, whole_folder
 from mlx_hmem.model.find import is_repo_name
 
 from .anchors import hugging_face, openlm
 from .anchors.keys import size_of
 from .anchors.weights import DTYPES, Plan
-from .destination import destination, identity_of
 
 KINDS = ("openlm", "huggingface", "hmem-pytorch")
 MARKER = "hmem_pytorch.json"
@@ -103,7 +103,7 @@ def options_of(texts: Sequence[str]) -> dict[str, Any]:
 def convert_anchor(plan: Plan, path: Path, replace: bool, options: dict[str, Any]) -> None:
     """Carries a plan out and says what came of it."""
     identity = identity_of([*plan.sources, *plan.copied], version=VERSION, **options)
-    with destination(path, replace, identity, plan.need_bytes) as part:
+    with whole_folder(path, identity, replace=replace, need_bytes=plan.need_bytes) as part:
         for note in plan.notes:
             print(note, file=sys.stderr)
         plan.write(part)

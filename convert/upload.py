@@ -19,11 +19,10 @@ from mlx_hmem.bank_tools.checks import verify
 from mlx_hmem.config import HmemConfig
 from mlx_hmem.errors import ArgumentParser, UserError
 from mlx_hmem.files import write_atomic
+from mlx_hmem.folders import RECORD
+from mlx_hmem.folders import REPLACED as FORMER
 from mlx_hmem.model.find import BANK_FILES, BANK_FOLDER, MODEL_FILES, is_repo_name
 from mlx_hmem.model.load import load
-
-from .destination import RECORD
-from .destination import REPLACED as FORMER
 
 CARD = "README.md"
 UPLOADED = (*MODEL_FILES, *BANK_FILES, CARD, "LICENSE*", "NOTICE*")

@@ -14,7 +14,7 @@ import pytest
 
 from tests.helpers.places import ROOT
 
-GROUND = ("_blas", "config", "errors", "files")
+GROUND = ("_blas", "config", "errors", "files", "folders")
 ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
     "mlx_hmem": {
         **dict.fromkeys(GROUND, GROUND),
@@ -48,13 +48,12 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
         "command": ("parallel", "remember", "study"),
     },
     "convert": {
-        "destination": (),
         "torch_files": (),
         "anchors": ("torch_files",),
-        "memory": ("anchors", "destination"),
-        "quantize": ("destination",),
-        "bundle": ("destination",),
-        "upload": ("destination",),
+        "memory": ("anchors",),
+        "quantize": (),
+        "bundle": (),
+        "upload": (),
         "command": ("memory", "quantize", "bundle", "upload"),
     },
 }

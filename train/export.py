@@ -7,7 +7,6 @@ them together by their fingerprints.
 import contextlib
 import itertools
 import json
-import os
 import shutil
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -17,7 +16,8 @@ from mlx_hmem.anchors.load import anchor_hash, read_config
 from mlx_hmem.bank import stored_levels, write_bank
 from mlx_hmem.bank.writer import Block
 from mlx_hmem.config import FORMAT_VERSION, HmemConfig, RetrieverConfig
-from mlx_hmem.files import fingerprint, sync_folder, write_atomic
+from mlx_hmem.files import fingerprint, write_atomic
+from mlx_hmem.folders import whole_folder
 from mlx_hmem.retriever import ClusterTree
 from mlx_hmem.retriever.encoder import STATIC_FOLDER
 
@@ -30,18 +30,14 @@ from .step.start import copy_anchor_files
 def run_export(
     recipe: Recipe, folder: Path, trained: Collection[str] = ("memories", "generic")
 ) -> None:
-    """Builds the model directory beside its place and renames it when it is whole. A memory that
-    is not among ``trained`` becomes zeros, which is for a study of the other."""
-    target, part = folder / "model", folder / "model.part"
-    report = folder / "corpus" / "report.json"
-    shutil.rmtree(part, ignore_errors=True)
-    copy_anchor(trained_anchor(recipe, folder), folder / "tokenizer", part)
-    if not recipe.anchor_only:
-        _add_memory(recipe, folder, part, trained)
-    write_atomic(part / "README.md", card(recipe, json.loads(report.read_text()), part))
-    shutil.rmtree(target, ignore_errors=True)
-    os.rename(part, target)
-    sync_folder(folder)
+    """Makes the model directory. A memory that is not among ``trained`` becomes zeros, which is for
+    a study of the other."""
+    target, report = folder / "model", folder / "corpus" / "report.json"
+    with whole_folder(target, replace=True) as part:
+        copy_anchor(trained_anchor(recipe, folder), folder / "tokenizer", part)
+        if not recipe.anchor_only:
+            _add_memory(recipe, folder, part, trained)
+        write_atomic(part / "README.md", card(recipe, json.loads(report.read_text()), part))
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     print(f"export: a model of {size / 1e6:.1f} MB in {target}")
 
@@ -165,7 +161,7 @@ def _stored_as(export: ExportSection) -> str:
 
 def copy_anchor(anchor: Path, tokenizer: Path, target: Path) -> None:
     """An anchor with its tokenizer as a model directory of its own."""
-    target.mkdir(parents=True)
+    target.mkdir(parents=True, exist_ok=True)
     copy_anchor_files(anchor, target)
     for file in tokenizer.iterdir():
         if is_tokenizer_file(file.name):

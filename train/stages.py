@@ -6,20 +6,21 @@ changed under a finished stage is refused rather than mixed with it.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import importlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mlx_hmem.config import read_json
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import link_or_copy, sync_folder, write_atomic
+from mlx_hmem.files import link_or_copy, write_atomic
+from mlx_hmem.folders import locked, whole_folder
 
 from .ranks import Ranks
 from .recipe.recipe import Recipe
@@ -122,13 +123,11 @@ def take_stage(stage: Stage, recipe: Recipe, folder: Path, others: Iterable[Path
     for other in others:
         if identity_made(other / stage.name) != identity(stage, recipe):
             continue
-        target, part = folder / stage.name, folder / f".{stage.name}.part"
-        for old in (part, target):
-            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(folder / stage.name, ignore_errors=True)
+        options: Any = {"copy_function": link_or_copy, "dirs_exist_ok": True}
         locks = shutil.ignore_patterns("lock", "lock.mdb", "writer.lock")
-        shutil.copytree(other / stage.name, part, copy_function=link_or_copy, ignore=locks)
-        os.rename(part, target)
-        sync_folder(folder)
+        with whole_folder(folder / stage.name) as part:
+            shutil.copytree(other / stage.name, part, ignore=locks, **options)
         return True
     return False
 
@@ -156,20 +155,10 @@ def mark_done(stage: Stage, recipe: Recipe, folder: Path) -> None:
     write_atomic(folder / stage.name / "done.json", json.dumps(values, indent=2) + "\n")
 
 
-@contextlib.contextmanager
-def alone(what: str, folder: Path) -> Iterator[None]:
-    """One process that does ``what`` in ``folder``; the lock dies with its process."""
-    os.makedirs(folder, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"{what} is running in another process",
-                folder,
-                "wait for it, or stop it first",
-            ) from None
-        yield
+def alone(what: str, folder: Path) -> AbstractContextManager[Any]:
+    """One process that does ``what`` in ``folder``."""
+    running = f"{what} is running in another process"
+    return locked(folder / "lock", UserError(running, folder, "wait for it, or stop it first"))
 
 
 def check_needs(stage: Stage, recipe: Recipe, folder: Path) -> None:

@@ -25,12 +25,12 @@ from mlx_hmem.bank.format import GENERIC, MANIFEST
 from mlx_hmem.config import HmemConfig
 from mlx_hmem.errors import ArgumentParser, UserError
 from mlx_hmem.files import copy_file, link_or_copy, open_regular, save_safetensors, write_atomic
+from mlx_hmem.folders import RECORD, identity_of, whole_folder
 from mlx_hmem.model.find import BANK_FOLDER, find_model
 from mlx_hmem.model.load import load
 from mlx_hmem.model.model import MemoryModel
 from mlx_hmem.retriever.encoder import STATIC_FOLDER
 
-from ..destination import destination, identity_of
 from .functions import Functions, dtype_and_shape, parts_of
 
 FORMAT_VERSION = 1
@@ -129,9 +129,7 @@ class Bundle:
             "rows": [dtype_and_shape(array) for array in functions.empty_rows(1)],
             "functions": [{"file": f.file, **f.about} for f in functions.all()],
             "files": {
-                name: _known_by(part / name)
-                for name in names
-                if name not in (BUNDLE, "conversion.json")
+                name: _known_by(part / name) for name in names if name not in (BUNDLE, RECORD)
             },
         }
 
@@ -264,7 +262,9 @@ def main(words: Sequence[str]) -> None:
     stream()  # begun before any other
     prefill = [] if args.prefill is None else lengths_option(args.prefill)
     bundle = plan(find_model(args.model), args.context, prefill)
-    with destination(args.out, args.overwrite, bundle.identity, bundle.bytes_needed) as part:
+    with whole_folder(
+        args.out, bundle.identity, replace=args.overwrite, need_bytes=bundle.bytes_needed
+    ) as part:
         bundle.write(part)
     sizes: dict[str, int] = {}
     for file in args.out.rglob("*"):

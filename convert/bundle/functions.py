@@ -7,7 +7,6 @@ the start. A mask made from the offset hides what lies behind it, so a piece may
 end. Traces record the device that they were made on.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from mlx_hmem.bank import Manifest
 from mlx_hmem.bank.format import GENERIC, STORED_TYPES, block_parts, stored_r
 from mlx_hmem.bank.quantization import Part, dequantize_block
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import sync, sync_folder
+from mlx_hmem.files import atomic_file
 from mlx_hmem.memory import Rows, group_shapes, join_blocks
 from mlx_hmem.model.model import MemoryModel
 
@@ -82,18 +81,12 @@ class Function:
         path = folder / self.file
         if path.exists():
             return
-        path.parent.mkdir(exist_ok=True)
-        part = path.with_name(f".{path.name}.part")
         try:
-            mx.export_function(str(part), self.traced, *self.inputs)
+            with atomic_file(path) as part:
+                mx.export_function(part.name, self.traced, *self.inputs)
         except Exception as error:  # whatever an architecture or MLX's serialiser raises
-            part.unlink(missing_ok=True)
             reason = f"{type(error).__name__}: {error}"[:300]
             raise UserError(f"{self.file} cannot be recorded", reason, self.remedy) from None
-        with open(part, "rb") as file:
-            sync(file)
-        os.replace(part, path)
-        sync_folder(path.parent)
 
 
 class Functions:

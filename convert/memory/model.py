@@ -26,12 +26,12 @@ from mlx_hmem.config import (
 )
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import fingerprint, strict_json, write_atomic
+from mlx_hmem.folders import identity_of, whole_folder
 from mlx_hmem.retriever import ClusterTree, Retriever, load_encoder
 
 from ..anchors import hugging_face, openlm
 from ..anchors.openlm_config import read_openlm_config
 from ..anchors.weights import DTYPES, Plan, companions
-from ..destination import destination, identity_of
 from ..torch_files.pickles import open_torch
 from ..torch_files.tensors import join, open_safetensors
 from .bank import bank_bytes, write_bank_as_tables, write_tensors_as_bank
@@ -206,10 +206,10 @@ def from_pytorch(
     sources = [source / MARKER, *opened.files, *anchor.sources, *anchor.copied]
     sources += _files_of(opened.tree_file)
     sources += _files_of(opened.encoder) if isinstance(opened.encoder, Path) else []
-    identity = identity_of(set(sources), to="mlx", version=VERSION, dtype=dtype, set=options)
+    identity = identity_of(sources, to="mlx", version=VERSION, dtype=dtype, set=options)
     small = sum(f.stat().st_size for f in sources[1 + len(opened.files) + len(anchor.sources) :])
     need = anchor.need_bytes + bank_bytes(memory, stored) + 2 * small + (1 << 20)
-    with destination(target, overwrite, identity, need) as part:
+    with whole_folder(target, identity, replace=overwrite, need_bytes=need) as part:
         (part / "bank").mkdir(exist_ok=True)  # first: else the anchor would load alone
         anchor.write(part)
         retriever = _write_retriever(opened, part)
@@ -286,11 +286,11 @@ def to_pytorch(
     shards = [source / "bank" / s.file for level in manifest.all_levels for s in level.shards]
     sources = [source / "hmem.json", source / "bank" / MANIFEST, *shards, tree]
     sources += [*anchor.sources, *anchor.copied, *(_files_of(encoder) if encoder else [])]
-    identity = identity_of(set(sources), to="pytorch", version=VERSION, dtype=dtype)
+    identity = identity_of(sources, to="pytorch", version=VERSION, dtype=dtype)
     need = anchor.need_bytes + bank_bytes(hmem.memory, stored) + tree.stat().st_size
     with (
         Bank.open(source / "bank", cache_bytes=0) as bank,
-        destination(target, overwrite, identity, need) as part,
+        whole_folder(target, identity, replace=overwrite, need_bytes=need) as part,
     ):
         bank.check(hmem.anchor_hash, hmem.retriever.tree_hash)
         (part / "anchor").mkdir(exist_ok=True)

@@ -20,10 +20,10 @@ from mlx_hmem.config import HmemConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate import Perplexity, perplexity
 from mlx_hmem.files import copy_file, write_atomic
+from mlx_hmem.folders import RECORD, REPLACED, identity_of, whole_folder
 from mlx_hmem.model.find import BANK_FOLDER, BESIDE, MODEL_FILES
 from mlx_hmem.model.load import load
 
-from ..destination import RECORD, REPLACED, destination, identity_of
 from .anchor import (
     INDEX,
     AnchorChange,
@@ -59,7 +59,7 @@ class Plan:
             files += [self.folder / BANK_FOLDER / name for name in (MANIFEST, *shards)]
             files.append(self.folder / "hmem.json")
         return identity_of(
-            set(files),
+            files,
             program="quantize",
             mlx=version("mlx"),  # another one may round in another way
             anchor=None if self.anchor is None else self.anchor.options,
@@ -154,7 +154,9 @@ def quantize(chosen: Plan, out: Path, texts: Sequence[str] = (), overwrite: bool
 
     With ``texts``, their perplexity is measured before and after.
     """
-    with destination(out, overwrite, chosen.identity, chosen.bytes_needed) as part:
+    with whole_folder(
+        out, chosen.identity, replace=overwrite, need_bytes=chosen.bytes_needed
+    ) as part:
         before = _scores(chosen.folder, texts)
         if chosen.bank is not None:  # first: else the anchor would load alone
             (part / BANK_FOLDER).mkdir(exist_ok=True)

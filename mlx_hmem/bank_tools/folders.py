@@ -1,46 +1,21 @@
-"""New model directories out of old ones, whole or not there.
+"""New model directories out of old ones.
 
 A file that is the same in both is a hard link where the file system has them, else a copy: files of
 a model are never written into, only replaced, so a link is as good. Shards of a bank that have
 changed are written anew.
 """
 
-import contextlib
-import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mlx_hmem.bank.documents import DOCUMENTS
 from mlx_hmem.bank.format import MANIFEST, Level, Manifest, Shard
 from mlx_hmem.bank.read.blocks import StoredBlock
 from mlx_hmem.bank.writer import Cut, shard_metadata, write_shard
-from mlx_hmem.errors import UserError
-from mlx_hmem.files import link_or_copy, sync_folder
+from mlx_hmem.files import link_or_copy
 from mlx_hmem.model.find import BANK_FOLDER, BESIDE
 
 Block = Callable[[int], list[memoryview] | None]  # of a cluster: the bytes of its parts
-
-
-@contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into that becomes ``path`` when the block ends without an error."""
-    path = Path(os.path.abspath(path))
-    if path.exists() or path.is_symlink():
-        raise UserError("the destination exists", path, "choose another")
-    part = path.with_name(f".{path.name}.part")
-    if part.exists():  # of a run that was killed
-        shutil.rmtree(part)
-    part.mkdir(parents=True)
-    try:
-        yield part
-        for folder in (part, *(f for f in part.rglob("*") if f.is_dir())):
-            sync_folder(folder)
-        os.rename(part, path)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-    sync_folder(path.parent)
 
 
 def link_model(source: Path, target: Path, but: Sequence[str] = ()) -> None:

@@ -23,12 +23,12 @@ from mlx_hmem.bank_tools.folders import (
     bytes_of,
     link_bank,
     link_model,
-    new_folder,
     write_level_shard,
 )
 from mlx_hmem.config import ClusterPath, MemoryConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import fingerprint, link_or_copy, write_atomic
+from mlx_hmem.folders import whole_folder
 from mlx_hmem.memory import initial_block
 from mlx_hmem.model.find import BANK_FOLDER, BESIDE
 from mlx_hmem.model.load import check_beside
@@ -45,7 +45,7 @@ def add(folder: Path, banks: Sequence[OpenBank], other: OpenBank, name: str, out
         raise UserError("a bank of this name is there already", name, "choose another --name")
     check_beside(banks[0].hmem, other.hmem, f"the bank in {other.folder}")
     views = views_of(folder, banks)
-    with new_folder(out) as part:
+    with whole_folder(out) as part:
         link_model(folder, part, but=[f"{BANK_FOLDER}/{VIEWS}"] if views else [])
         link_bank(other.folder, added_folder(part, name))
         if views:
@@ -69,7 +69,7 @@ def split(folder: Path, opened: OpenBank, views: Views, path: ClusterPath, out: 
     old = bank.config
     width = (2,) * len(path) + old.branching[len(path) :]
     config = replace(old, branching=width)
-    with new_folder(out) as part:
+    with whole_folder(out) as part:
         link_model(
             folder,
             part,
@@ -189,7 +189,7 @@ def merge(first: OpenBank, second: OpenBank, out: Path) -> str:
     """
     _check_same(first, second)
     choice = _choose(first.bank, second.bank)
-    with new_folder(out) as part:
+    with whole_folder(out) as part:
         link_model(
             first.folder,
             part,

@@ -6,7 +6,6 @@ once; what a kill left of an unfinished line is dropped.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import xxhash
 
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import sync
+from mlx_hmem.folders import locked
 
 
 class Journal:
@@ -32,14 +32,9 @@ class Journal:
     def open(self) -> Iterator["Journal"]:
         """Reads what is there and holds the file; UserError if another program does, or if what
         it holds is something else."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a+b") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                remedy = "wait for it, or choose another --out"
-                raise UserError("another run writes these results", self.path, remedy) from None
-            self._file = file
+        remedy = "wait for it, or choose another --out"
+        taken = UserError("another run writes these results", self.path, remedy)
+        with locked(self.path, taken) as self._file:
             self._load()
             yield self
 

@@ -339,12 +339,11 @@ def test_the_runner_names_what_is_wrong_in_one_line(made, opened, tmp_path, caps
     assert "of level 1 is damaged" in ends(folder, "x")
 
 
-def test_the_command_line_is_refused_in_one_line(model_folder, made, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["convert", "bundle", str(model_folder), str(made)])
+def test_the_command_line_is_refused_in_one_line(model_folder, made, capsys):
     from convert.command import main
 
     with pytest.raises(SystemExit) as end:
-        run_program(main)
+        run_program(lambda: main(["bundle", str(model_folder), str(made)]))
     out, err = capsys.readouterr()
     assert (end.value.code, out) == (2, "")
     assert err.startswith("error: the destination exists")

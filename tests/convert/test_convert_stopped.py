@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 
 from convert.command import main
-from convert.destination import RECORD, REPLACED
 from convert.memory import model as memory
 from convert.quantize import model as quantized_model
 from convert.quantize.model import plan
 from convert.upload import _uploaded
 from mlx_hmem import load
 from mlx_hmem.errors import UserError, run_program
-from tests.convert.test_convert_destination import ONE, write
+from mlx_hmem.folders import RECORD, REPLACED
 from tests.convert.test_convert_quantize import make
+from tests.test_folders import ONE, write
 
 KINDS = ("from pytorch", "to pytorch", "quantise")
 
@@ -165,7 +165,7 @@ def test_a_conversion_at_its_last_step_is_not_disturbed(tmp_path):
     handle = os.open(out, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     for replace in (False, True):
-        with pytest.raises(UserError, match="another conversion writes here"):
+        with pytest.raises(UserError, match="another program writes here"):
             write(out, ONE, "a", replace=replace)
         assert {f.name for f in out.iterdir()} == {"a", RECORD}
         assert os.listdir(tmp_path) == ["out"]
@@ -182,7 +182,7 @@ def test_a_folder_renamed_before_it_could_be_locked_is_not_written_to(tmp_path, 
         flock(*arguments)
 
     monkeypatch.setattr(fcntl, "flock", after_the_other)
-    with pytest.raises(UserError, match="another conversion writes here"):
+    with pytest.raises(UserError, match="another program writes here"):
         write(out, ONE, "a")
     assert not part.exists()
     assert not os.listdir(out)

@@ -12,7 +12,6 @@ from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate import Fact, format_facts
 from mlx_hmem.evaluate.command import main
 from mlx_hmem.evaluate.facts import encode_prompts
-from mlx_hmem.evaluate.journal import Journal
 from mlx_hmem.evaluate.paper.fact_runs import FactRun
 from mlx_hmem.evaluate.rag import index
 from mlx_hmem.evaluate.rag.document_index import TYPES, DocumentIndex, Found
@@ -100,23 +99,23 @@ def test_an_index_that_was_stopped_goes_on_to_the_same_files(
     corpus, documents, model_folder, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(index, "BATCH", 7)
-    add, vectors, calls, encoded = Journal.add, index.Retriever.vectors, [], []
+    keep, vectors, calls, encoded = index.write_atomic, index.Retriever.vectors, [], []
 
-    def stop_at_sixth(self, rows):
-        calls.append(rows)
+    def stop_at_sixth(path, text):
+        calls.append(text)
         if len(calls) == 6:
             raise KeyboardInterrupt
-        add(self, rows)
+        keep(path, text)
 
     def counting(self, texts, progress=False):
         encoded.extend(texts)
         return vectors(self, texts, progress)
 
-    monkeypatch.setattr(Journal, "add", stop_at_sixth)
+    monkeypatch.setattr(index, "write_atomic", stop_at_sixth)
     with pytest.raises(KeyboardInterrupt):
         build_index(model_folder, corpus, tmp_path / "index", progress=False)
     assert not (tmp_path / "index").exists()
-    monkeypatch.setattr(Journal, "add", add)
+    monkeypatch.setattr(index, "write_atomic", keep)
     monkeypatch.setattr(index.Retriever, "vectors", counting)
     assert build_index(model_folder, corpus, tmp_path / "index", progress=False) == 59
     assert len(encoded) == 59 - 33  # five batches of the first file, the last of them short
@@ -134,11 +133,11 @@ def test_an_index_that_was_stopped_goes_on_to_the_same_files(
 
 
 def test_what_another_corpus_left_is_not_gone_on_with(corpus, model_folder, tmp_path, monkeypatch):
-    def stop(self, rows):
+    def stop(path, text):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(Journal, "add", stop)
+        patched.setattr(index, "write_atomic", stop)
         with pytest.raises(KeyboardInterrupt):
             build_index(model_folder, corpus, tmp_path / "index", progress=False)
     file = write_rows(tmp_path / "one.jsonl", [{"text": "One harbour."}])

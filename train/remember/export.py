@@ -33,10 +33,11 @@ from mlx_hmem.bank.writer import (
     write_manifest,
     write_shard,
 )
-from mlx_hmem.bank_tools.folders import link_model, new_folder
+from mlx_hmem.bank_tools.folders import link_model
 from mlx_hmem.config import FORMAT_VERSION, HmemConfig, MemoryConfig, RetrieverConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import fingerprint, link_or_copy, write_atomic
+from mlx_hmem.folders import whole_folder
 from mlx_hmem.model.find import BANK_FILES, BANK_FOLDER, MODEL_FILES, find_model
 from mlx_hmem.model.load import added_banks, open_encoder, open_tree
 from mlx_hmem.retriever import ClusterTree, Encoder, load_encoder
@@ -153,7 +154,7 @@ def export(
     out: Path,
 ) -> None:
     """Writes the model directory ``out``, whole or not at all."""
-    with new_folder(out) as part:
+    with whole_folder(out) as part:
         changed = ["README.md", "hmem.json", "retriever/tree.safetensors"]
         link_model(base.folder, part, but=[*changed, BANK_FOLDER] if base.hmem else changed)
         tree_file = part / "retriever" / "tree.safetensors"

@@ -31,9 +31,10 @@ from mlx_hmem.bank.writer import (
     write_manifest,
     write_shard,
 )
-from mlx_hmem.bank_tools.folders import bytes_of, link_model, new_folder
+from mlx_hmem.bank_tools.folders import bytes_of, link_model
 from mlx_hmem.errors import ArgumentParser, UserError
 from mlx_hmem.files import link_or_copy, write_atomic
+from mlx_hmem.folders import whole_folder
 from mlx_hmem.model.find import BANK_FOLDER
 from mlx_hmem.model.load import load
 from mlx_hmem.retriever import ClusterTree
@@ -162,7 +163,7 @@ def write_model(
     out: Path,
 ) -> None:
     """The model with the new ``blocks`` in the subtrees ``touched``, whole or not at all."""
-    with Bank.open(base.folder / BANK_FOLDER, cache_bytes=0) as bank, new_folder(out) as part:
+    with Bank.open(base.folder / BANK_FOLDER, cache_bytes=0) as bank, whole_folder(out) as part:
         shards = [s.file for level in bank.manifest.all_levels for s in level.shards]
         changed = [f"{BANK_FOLDER}/{name}" for name in (*shards, MANIFEST, DOCUMENTS)]
         link_model(base.folder, part, but=[*changed, "README.md"])

@@ -16,7 +16,6 @@ freed pages are used again, never given back. Each transaction is synced to the 
 """
 
 import contextlib
-import fcntl
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -27,11 +26,13 @@ import lmdb
 import numpy as np
 
 from mlx_hmem.errors import UserError
+from mlx_hmem.folders import locked
 
 TRANSACTION_BYTES = 64 << 20
 # Pages touched through the map count as resident until it is made anew. A commit touches pages of
 # every block that it replaces: file-backed, so the system can take them back at any time.
 REMAP_BYTES = 8 << 20
+WRITER = "wait for it, or stop it first"
 RESTORE = "delete the folder of this stage and run it again"
 
 
@@ -52,7 +53,10 @@ class RecordStore:
         self._read_bytes = 0
         if readonly and not (folder / "data.mdb").exists():
             raise UserError("a training store is missing", folder, "run the stage that makes it")
-        self._lock = None if readonly else _lock(folder)
+        self._held = contextlib.ExitStack()
+        if not readonly:
+            taken = UserError("the training store has a writer already", folder, WRITER)
+            self._held.enter_context(locked(folder / "writer.lock", taken))
         try:
             self._env = lmdb.open(
                 os.fspath(folder), map_size=map_size, max_dbs=5, readonly=readonly
@@ -62,7 +66,7 @@ class RecordStore:
             databases = [self._env.open_db(name, create=not readonly) for name in names]
             self._records, self._places, self._values, *self._prepared = databases
         except lmdb.Error as error:
-            self._unlock()
+            self._held.close()
             remedy = f"close it elsewhere, or {RESTORE}"
             raise UserError(f"cannot open the training store {folder}", error, remedy) from None
 
@@ -74,12 +78,7 @@ class RecordStore:
 
     def close(self) -> None:
         self._env.close()
-        self._unlock()
-
-    def _unlock(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._held.close()
 
     def value(self, name: bytes) -> bytes | None:
         with self._env.begin(self._values) as transaction:
@@ -240,17 +239,3 @@ def check_free_space(folder: Path, size: int) -> None:
 
 def _key(name: bytes, place: int) -> bytes:
     return name + bytes([place])
-
-
-def _lock(folder: Path) -> int:
-    """The writer's lock on ``folder``; it dies with its process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder / "writer.lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
-        raise UserError(
-            "the training store has a writer already", folder, "wait for it, or stop it first"
-        ) from None
-    return lock

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlx_hmem.errors import ArgumentParser, UserError
+from mlx_hmem.folders import locked
 
 from ..corpus.readers import FOLDER_HELP
 from .file import Study, load_study
 from .plan import print_plan
 from .plot import plot_study
 from .rows import collect
-from .runs import held, make_all
+from .runs import make_all
 from .table import write_tables
 
 
@@ -61,7 +62,8 @@ def main(words: Sequence[str]) -> None:
         print_plan(study, args.out, seeds, arms)
         return
     make_all(study, args.out, seeds, arms, args.corpus, args.facts)
-    with held(args.out / "study.lock", "waiting for another process that writes the tables"):
+    waiting = "waiting for another process that writes the tables"
+    with locked(args.out / "study.lock", wait=waiting):
         rows = collect(study, args.out)
         print("\n" + write_tables(study, args.out, rows))
         plot_study(study, args.out, rows)

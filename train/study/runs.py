@@ -6,14 +6,14 @@ it, as hard links. Several processes with the same command share the work: each 
 other has, and waits for a stage that another is making. The locks die with their process.
 """
 
-import contextlib
-import fcntl
 import functools
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from mlx_hmem.folders import locked
 
 from ..corpus.stage import run_corpus
 from ..recipe.recipe import Recipe
@@ -111,22 +111,6 @@ def figure(run: Run, choose_by: str) -> float:
     return chosen_by(results, choose_by)
 
 
-@contextlib.contextmanager
-def held(path: Path, wait: str | None = None) -> Iterator[bool]:
-    """Whether the lock ``path`` was to be had; with ``wait`` it says that, and waits."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            if wait is None:
-                yield False
-                return
-            print(wait, flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield True
-
-
 def make_run(run: Run, functions: dict[str, Callable[..., None]]) -> None:
     """Makes what is missing of a run, and measures it."""
     recipe, folder = run.recipe, run.folder
@@ -136,7 +120,7 @@ def make_run(run: Run, functions: dict[str, Callable[..., None]]) -> None:
         if is_done(stage, recipe, folder):
             continue
         lock = folder.parent / ".making" / f"{name}-{identity(stage, recipe)[:16]}"
-        with held(lock, f"{name}: another process is making it; waiting"):
+        with locked(lock, wait=f"{name}: another process is making it; waiting"):
             others = {path.parent for path in folder.parent.glob("*/" + name)} - {folder}
             if take_stage(stage, recipe, folder, sorted(others)):
                 taken.append(name)
@@ -166,8 +150,8 @@ def make_all(
         if not todo and everything:
             return
         for run in todo:
-            with held(run.folder / "study.lock") as got:
-                if not got:
+            with locked(run.folder / "study.lock") as got:
+                if got is None:
                     continue
                 state = "done before" if run.is_measured else "begins"
                 print(f"{run.title}: {state}, {len(todo) - 1} more runs", flush=True)

@@ -18,19 +18,20 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from mlx_hmem.config import HmemConfig
+from mlx_hmem.config import HmemConfig, read_json
 from mlx_hmem.errors import ArgumentParser, UserError
-from mlx_hmem.evaluate.journal import Journal
 from mlx_hmem.evaluate.paper.counting import RECORDS, corpus_files, records
 from mlx_hmem.evaluate.rag.document_index import MANIFEST, finish
 from mlx_hmem.evaluate.texts import read_articles
-from mlx_hmem.files import sync, sync_folder
+from mlx_hmem.files import sync, write_atomic
+from mlx_hmem.folders import identity_of, whole_folder
 from mlx_hmem.model.find import MODEL_FILES, find_model
 from mlx_hmem.model.load import open_encoder, open_tree
 from mlx_hmem.retriever import Retriever
 
 BATCH = 1024  # documents
 CHARACTERS = 1 << 24  # or fewer documents, of so many characters
+PROGRESS = "progress.json"  # what the growing files held when a batch was whole
 GROWING = ("vectors.f16", "leaves.i32", "texts.utf8", "ends.i64")
 
 
@@ -46,27 +47,20 @@ def build_index(model: str | Path, corpus: Path, out: Path, progress: bool = Tru
     hmem = HmemConfig.from_file(folder / "hmem.json")
     retriever = Retriever(open_encoder(folder, hmem), open_tree(folder, hmem))
     files = corpus_files(corpus)
-    stats = [(str(file.resolve()), file.stat()) for file in files]
-    identity = {
-        "tree_hash": hmem.retriever.tree_hash,
-        "encoder_hash": hmem.retriever.encoder_hash,
-        "corpus": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
-    }
+    made_of = identity_of(
+        files, tree_hash=hmem.retriever.tree_hash, encoder_hash=hmem.retriever.encoder_hash
+    )
+    corpus_states = [[name, *state] for name, state in made_of.pop("sources").items()]
+    identity = made_of | {"corpus": corpus_states}
     if _is_there(out, identity):
         return os.path.getsize(out / "leaves.i32") // 4
-    part = out.with_name(f"{out.name}.part")
-    with Journal(part, "progress", {"version": 1} | identity).open() as journal:
-        for other in part.glob("progress.*.jsonl"):
-            if other != journal.path:  # of another corpus or tree: what it made begins anew
-                other.unlink()
-        documents = _fill(part, journal, files, retriever, progress)
+    with whole_folder(out, {"version": 1} | identity) as part:
+        documents = _fill(part, files, retriever, progress)
         if not documents:
             shutil.rmtree(part)
             raise UserError("a corpus without text", corpus, "give one that has some")
         finish(part, identity, retriever.encoder.dim, retriever.tree.branching)
-        os.rename(part, out)
-        (out / journal.path.name).unlink()
-        sync_folder(out.parent)
+        (part / PROGRESS).unlink()
     return documents
 
 
@@ -83,31 +77,29 @@ def _is_there(out: Path, identity: dict[str, Any]) -> bool:
     )
 
 
-def _fill(
-    part: Path, journal: Journal, files: Sequence[Path], retriever: Retriever, progress: bool
-) -> int:
-    """Adds all documents behind those that the journal says are there; the number of all."""
-    last = journal.rows[max(journal.rows)] if journal.rows else None
-    file_number, seen = (last["file"], last["seen"]) if last else (0, 0)
-    documents = last["documents"] if last else 0
-    row = max(journal.rows, default=-1)
+def _fill(part: Path, files: Sequence[Path], retriever: Retriever, progress: bool) -> int:
+    """Adds all documents behind those that are there; the number of all."""
+    at: Any = {"file": 0, "seen": 0, "documents": 0, "bytes": dict.fromkeys(GROWING, 0)}
+    if (part / PROGRESS).exists():
+        at = read_json(part / PROGRESS)
+    documents: int = at["documents"]
     with contextlib.ExitStack() as stack:
         grown = {name: stack.enter_context(open(part / name, "ab")) for name in GROWING}
         for name, file in grown.items():
-            file.truncate(last["bytes"][name] if last else 0)
+            file.truncate(at["bytes"][name])
             file.seek(0, os.SEEK_END)
         bar = stack.enter_context(
             tqdm(initial=documents, desc="index", unit="doc", disable=not progress)
         )
-        for number in range(file_number, len(files)):
+        for number in range(at["file"], len(files)):
             bar.set_postfix_str(f"file {number + 1} of {len(files)}")
-            begin = seen if number == file_number else 0
+            begin = at["seen"] if number == at["file"] else 0
             for texts, passed in _batches(_texts(files[number]), begin):
                 _append(grown, texts, retriever)
-                documents, row = documents + len(texts), row + 1
+                documents += len(texts)
                 sizes = {name: file.tell() for name, file in grown.items()}
-                at = {"file": number, "seen": passed, "documents": documents, "bytes": sizes}
-                journal.add([{"row": row} | at])
+                now = {"file": number, "seen": passed, "documents": documents, "bytes": sizes}
+                write_atomic(part / PROGRESS, json.dumps(now))
                 bar.update(len(texts))
     return documents
 

@@ -1,4 +1,4 @@
-"""The folder that a conversion writes: whole or not there, gone on with, never over another's."""
+"""A folder that is made: whole or not there, gone on with, never over another's."""
 
 import fcntl
 import json
@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.convert_kills import cases, run_case
-from convert.destination import RECORD, destination, identity_of
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import write_atomic
+from mlx_hmem.folders import RECORD, identity_of, whole_folder
 
 ONE, TWO = {"sources": {}, "what": 1}, {"sources": {}, "what": 2}
 
@@ -23,7 +23,7 @@ def write(
 ) -> list[str]:
     """Writes files of one letter, skipping those that are there; returns the ones written."""
     written = []
-    with destination(out, replace, identity, 100) as part:
+    with whole_folder(out, identity, replace=replace, need_bytes=100) as part:
         for name in names:
             if name == stop:
                 raise KeyboardInterrupt
@@ -126,7 +126,7 @@ def test_two_conversions_do_not_write_into_one_folder(tmp_path):
     part.mkdir()
     handle = os.open(part, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
-    with pytest.raises(UserError, match="another conversion writes here"):
+    with pytest.raises(UserError, match="another program writes here"):
         write(out, ONE, "a")
     os.close(handle)
     assert write(out, ONE, "a") == ["a"]

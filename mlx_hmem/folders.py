@@ -1,11 +1,10 @@
-"""Where a conversion writes: a folder that appears when it is whole, and not before.
+"""Folders that are whole or not there, and locks that die with their process.
 
-Everything goes into ``NAME.part`` beside the destination, which also says in ``conversion.json``
-what is being converted. Files in it are written atomically, so one that is there is whole: a
-conversion that was stopped goes on behind the last of them, provided that it is the same one (same
-source files, same options); what is left of another one is deleted. At the end the folder is
-renamed and ``conversion.json`` removed; if that last step was cut off, the same command makes up
-for it.
+Everything goes into ``NAME.part`` beside the destination, which also says in ``unfinished.json``
+what it is made of. Files in it are written atomically, so one that is there is whole: a run that
+was stopped goes on behind the last of them, provided that it is the same one (same source files,
+same options); what is left of another one is deleted. At the end the folder is renamed and
+``unfinished.json`` removed; if that last step was cut off, the same command makes up for it.
 """
 
 import contextlib
@@ -15,21 +14,47 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mlx_hmem.config import read_json
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import sync_folder, write_atomic
 
-RECORD = "conversion.json"
+RECORD = "unfinished.json"
 REPLACED = "replaced"  # the folder of before, while the new one takes its place
 # Files of which a folder that may be overwritten has at least one.
 MARKS = ("config.json", "hmem.json", "hmem_pytorch.json", "bundle.json", RECORD)
 
 
+def take_lock(file: BinaryIO | int) -> bool:
+    """Whether an open file, or a folder's handle, could be locked for this process."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def locked(path: Path, taken: UserError | None = None, wait: str = "") -> Iterator[Any]:
+    """The file ``path``, made where it is missing and open at its end, for this process alone.
+
+    Where another one has it: raises ``taken``, or prints ``wait`` and waits, or gives None.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        got = take_lock(file)
+        if not got and taken is not None:
+            raise taken
+        if not got and wait:
+            print(wait, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file if got or wait else None
+
+
 def identity_of(files: Iterable[Path], **options: Any) -> dict[str, Any]:
-    """What a conversion is known by: its source files and its options."""
-    return {"sources": {str(f.resolve()): _state(f) for f in sorted(files)}, **options}
+    """What a folder is made of: source files and options."""
+    return {"sources": {str(f.resolve()): _state(f) for f in sorted(set(files))}, **options}
 
 
 def _state(file: Path) -> list[int]:
@@ -38,24 +63,30 @@ def _state(file: Path) -> list[int]:
 
 
 @contextlib.contextmanager
-def destination(
-    path: Path, replace: bool, identity: dict[str, Any], need_bytes: int
+def whole_folder(
+    path: Path,
+    identity: dict[str, Any] | None = None,
+    *,
+    replace: bool = False,
+    need_bytes: int = 0,
 ) -> Iterator[Path]:
     """A folder to write into that becomes ``path`` only when the block ends without an error.
 
     Args:
         path: the folder to make; its parents are made too.
-        replace: whether a model that lies there may be replaced.
         identity: a JSON object; what an earlier call with an equal one has left is gone on with,
-            so whoever writes skips the files that exist.
+            so whoever writes skips the files that exist. None: each call begins anew, and leaves
+            nothing where it fails.
+        replace: whether a model that lies there may be replaced.
         need_bytes: what will be written, altogether.
 
     Raises UserError if ``path`` exists and may not be replaced, if the disk has too little room, if
-    another conversion is writing there, or if a source changes meanwhile.
+    another program is writing there, or if a source changes meanwhile.
     """
     path = Path(os.path.abspath(path))  # the folder may be named "."
     part = path.with_name(f"{path.name}.part")
-    identity = json.loads(json.dumps(identity))
+    anew = identity is None
+    identity = json.loads(json.dumps(identity or {}))
     renamed = _record(path) == identity and not part.exists()
     if not renamed:
         _check_existing(path, replace, identity)
@@ -65,18 +96,23 @@ def destination(
             if _record(path) != identity:  # whoever was at it has just ended
                 raise UserError("the destination exists", path, "choose another")
             os.rename(path, part)  # only the last step is missing: it is done again
-        if _record(part) != identity:
+        if anew or _record(part) != identity:
             _clear(part, path)
         _check_existing(path, replace, identity)
         _check_room(part, need_bytes)
         write_atomic(part / RECORD, json.dumps(identity, indent=2) + "\n")
-        yield part
-        _check_sources(identity)
+        try:
+            yield part
+            _check_sources(identity)
+        except BaseException:
+            if anew:
+                _clear(part, path)
+            raise
         _finish(part, path)
 
 
 def _record(folder: Path) -> Any:
-    """What ``conversion.json`` in the folder says; None where there is none."""
+    """What ``unfinished.json`` in the folder says; None where there is none."""
     with contextlib.suppress(UserError):
         return read_json(folder / RECORD)
     return None
@@ -98,18 +134,15 @@ def _check_existing(path: Path, replace: bool, identity: dict[str, Any]) -> None
 
 @contextlib.contextmanager
 def _claimed(folder: Path, part: Path) -> Iterator[None]:
-    """Keeps other conversions out of a folder, also when it is renamed; removes an empty one."""
-    other = UserError("another conversion writes here", folder, "wait for it to end")
+    """Keeps other programs out of a folder, also when it is renamed; removes an empty one."""
+    other = UserError("another program writes here", folder, "wait for it to end")
     try:
         handle = os.open(folder, os.O_RDONLY)
     except FileNotFoundError:  # that one has just renamed it
         raise other from None
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise other from None
-        if not _lies_at(handle, folder):  # it was renamed before it could be locked
+        # Or it was renamed before it could be locked.
+        if not take_lock(handle) or not _lies_at(handle, folder):
             raise other
         try:
             yield
@@ -133,12 +166,12 @@ def _check_sources(identity: dict[str, Any]) -> None:
     for name, before in identity.get("sources", {}).items():
         if not os.path.exists(name) or _state(Path(name)) != before:
             raise UserError(
-                "a source changed while it was converted", name, "run the same command again"
+                "a source changed while it was read", name, "run the same command again"
             )
 
 
 def _clear(part: Path, path: Path) -> None:
-    """Empties the folder of what another conversion has left."""
+    """Empties the folder of what another run has left."""
     strays = set(os.listdir(part)) - {f".{RECORD}.part"}
     if strays and _record(part) is None:
         raise UserError("something else lies in the way", part, "move it away")
