@@ -7,10 +7,13 @@ arrays; neither library is needed, and no pickle is ever read.
 """
 
 import argparse
+import contextlib
+import math
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -28,8 +31,16 @@ MAX_DIM = 1 << 16
 LARGE, MOST_RATIO = 1 << 26, 100  # bytes, and compression of more: centroids hardly compress
 FLOATS = {"F32": "<f4", "F64": "<f8", "F16": "<f2", "I64": "<i8", "I32": "<i4"}
 LAYOUT = "store level-1, level-2, … (docs/pytorch_layout.md)"
-Arrays = dict[str, Callable[[], np.ndarray]]  # read when called
-Shapes = dict[str, tuple[int, ...]]
+
+
+class Found(NamedTuple):
+    """An array of a source, read when asked for."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+
+Arrays = dict[str, Found]
 
 
 def read_tree(source: Path, branching: Sequence[int] | None = None) -> ClusterTree:
@@ -50,9 +61,9 @@ def read_tree(source: Path, branching: Sequence[int] | None = None) -> ClusterTr
         tree = ClusterTree.load(source)
         _check_branching(source, tree.branching, branching)
         return tree
-    arrays, shapes = _open(source)
+    arrays = _open(source)
     depth = _depth(source, arrays)
-    sizes = [_clusters(source, level, shapes) for level in range(1, depth + 1)]
+    sizes = [_clusters(source, level, arrays) for level in range(1, depth + 1)]
     found = _branching(source, sizes)
     _check_branching(source, found, branching)
     centroids = [_centroids(source, arrays, level) for level in range(1, depth + 1)]
@@ -80,8 +91,8 @@ def _check_branching(source: Path, found: tuple[int, ...], wanted: Sequence[int]
         )
 
 
-def _open(source: Path) -> tuple[Arrays, Shapes]:
-    """The arrays of a source by name, unread, and their shapes."""
+def _open(source: Path) -> Arrays:
+    """The arrays of a source by name, unread."""
     if not source.exists():
         raise UserError("no such file or folder", source, "give the path of a tree")
     if source.is_dir():
@@ -89,7 +100,7 @@ def _open(source: Path) -> tuple[Arrays, Shapes]:
         if any(file.suffix in PICKLES for file in files):
             source = next(file for file in files if file.suffix in PICKLES)
         else:
-            return _both({file.stem: _npy(file) for file in files if file.suffix == ".npy"})
+            return {file.stem: _npy(file) for file in files if file.suffix == ".npy"}
     if source.suffix in PICKLES:
         raise UserError(
             "a pickle can run code and is not read",
@@ -97,25 +108,16 @@ def _open(source: Path) -> tuple[Arrays, Shapes]:
             "in Python: numpy.savez('tree.npz', **{'level-1': kmeans.cluster_centers_, …})",
         )
     if source.suffix == ".npy":
-        return _both({"level-1": _npy(source)})
+        return {"level-1": _npy(source)}
     if source.suffix == ".npz":
-        return _both(_npz(source))
+        return _npz(source)
     if source.suffix in (".pt", ".pth", ".bin", ".safetensors"):
         opened = open_safetensors if source.suffix == ".safetensors" else open_torch
         tensors = opened([source]).tensors
-        return _both({name: _tensor(tensor) for name, tensor in tensors.items()})
+        return {name: _tensor(tensor) for name, tensor in tensors.items()}
     raise UserError(
         "unknown kind of tree file", source, f"use .npz, .npy or .safetensors; {LAYOUT}"
     )
-
-
-Found = tuple[tuple[int, ...], Callable[[], np.ndarray]]
-
-
-def _both(found: Mapping[str, Found]) -> tuple[Arrays, Shapes]:
-    return {n: read for n, (_, read) in found.items()}, {
-        n: shape for n, (shape, _) in found.items()
-    }
 
 
 def _tensor(tensor: LazyTensor) -> Found:
@@ -126,82 +128,69 @@ def _tensor(tensor: LazyTensor) -> Found:
             raise UserError(f"{tensor.path} holds a type that is none of a tree", tensor.dtype, "")
         return tensor.read().view(FLOATS[tensor.dtype])
 
-    return tensor.shape, read
+    return Found(tensor.shape, read)
 
 
 def _npy(file: Path) -> Found:
     with open_regular(file) as opened:
-        size = file.stat().st_size
-        shape, dtype, start, fortran = _header(opened, file, size)
-
-    def read() -> np.ndarray:
-        order: Any = "F" if fortran else "C"
-        return np.array(np.memmap(file, dtype, "r", start, shape, order))
-
-    return shape, read
+        shape = _checked_shape(opened, file, file.stat().st_size)
+    return Found(shape, lambda: np.load(file, allow_pickle=False))
 
 
 def _npz(file: Path) -> dict[str, Found]:
-    """Reads entry by entry with sizes checked before; numpy.load would trust them."""
+    """Entry by entry, with sizes checked before; ``numpy.load`` would trust them."""
+
+    def reader(name: str) -> Callable[[], np.ndarray]:
+        def read() -> np.ndarray:
+            with _sound(file), np.load(file, allow_pickle=False) as archive:
+                return archive[name]
+
+        return read
+
     result = {}
-    try:
-        with zipfile.ZipFile(file) as archive:
-            for info in archive.infolist():
-                if not info.filename.endswith(".npy"):
-                    raise UserError(f"{file} holds something else", info.filename[:80], LAYOUT)
-                large = info.file_size > LARGE
-                if large and info.file_size > MOST_RATIO * info.compress_size:
-                    raise UserError(f"{file} unpacks to too much", info.file_size, "fetch another")
-                with archive.open(info) as entry:
-                    shape, dtype, start, fortran = _header(entry, file, info.file_size)
-                result[info.filename.removesuffix(".npy")] = (
-                    shape,
-                    _reader(file, info.filename, shape, dtype, start, fortran),
-                )
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, NotImplementedError) as error:
-        raise UserError(f"{file} is no sound .npz file", error, "save it again") from None
+    with _sound(file), zipfile.ZipFile(file) as archive:
+        for info in archive.infolist():
+            if not info.filename.endswith(".npy"):
+                raise UserError(f"{file} holds something else", info.filename[:80], LAYOUT)
+            if info.file_size > max(LARGE, MOST_RATIO * info.compress_size):
+                raise UserError(f"{file} unpacks to too much", info.file_size, "fetch another")
+            with archive.open(info) as entry:
+                shape = _checked_shape(entry, file, info.file_size)
+            name = info.filename.removesuffix(".npy")
+            result[name] = Found(shape, reader(name))
     return result
 
 
-def _reader(
-    file: Path, name: str, shape: tuple[int, ...], dtype: np.dtype, start: int, fortran: bool
-) -> Callable[[], np.ndarray]:
-    def read() -> np.ndarray:
-        size = int(np.prod(shape)) * dtype.itemsize
-        try:
-            with zipfile.ZipFile(file) as archive, archive.open(name) as entry:
-                entry.read(start)
-                data = entry.read(size)
-        except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
-            raise UserError(f"{file} is no sound .npz file", error, "save it again") from None
-        if len(data) != size:
-            raise UserError(f"{file} ends too early", name, "save it again")
-        return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C").copy()
-
-    return read
-
-
-def _header(entry: IO[bytes], file: Path, size: int) -> tuple[tuple[int, ...], np.dtype, int, bool]:
-    """(shape, dtype, bytes of the header, columns first) of an array in NumPy's format."""
+@contextlib.contextmanager
+def _sound(file: Path) -> Iterator[None]:
+    """What NumPy and ``zipfile`` say of a file, in one line."""
     try:
-        version = np.lib.format.read_magic(entry)
+        yield
+    except UserError:
+        raise
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError) as error:
+        what = f"{file} is no sound NumPy file"
+        raise UserError(what, str(error)[:120], "save it again") from None
+
+
+def _checked_shape(entry: IO[bytes], file: Path, size: int) -> tuple[int, ...]:
+    """The shape of an array in NumPy's format that takes ``size`` bytes with its header."""
+    with _sound(file):
         reads: dict[Any, Any] = {
             (1, 0): np.lib.format.read_array_header_1_0,
             (2, 0): np.lib.format.read_array_header_2_0,
         }
-        shape, fortran, dtype = reads[version](entry)
-    except (ValueError, KeyError, EOFError, OSError) as error:
-        raise UserError(
-            f"{file} is no sound NumPy file", str(error)[:120], "save it again"
-        ) from None
+        version = np.lib.format.read_magic(entry)
+        if version not in reads:
+            raise ValueError(f"its version is {version}")
+        shape, _, dtype = reads[version](entry)
     if dtype.hasobject:
         raise UserError("a pickle inside an array can run code", file, "save arrays of numbers")
-    start = entry.tell()
     if dtype.kind not in "fiu" or any(n < 0 for n in shape):
         raise UserError(f"{file} holds no numbers", dtype, LAYOUT)
-    if size != start + int(np.prod(shape, dtype=object)) * dtype.itemsize:
+    if size != entry.tell() + math.prod(shape) * dtype.itemsize:
         raise UserError(f"{file}: shape and bytes do not agree", shape, "save it again")
-    return shape, dtype, start, fortran
+    return shape
 
 
 def _depth(source: Path, arrays: Arrays) -> int:
@@ -215,9 +204,9 @@ def _depth(source: Path, arrays: Arrays) -> int:
     return depth
 
 
-def _clusters(source: Path, level: int, shapes: Shapes) -> int:
-    shape = shapes[f"level-{level}"]
-    count = int(np.prod(shape[:-1], dtype=object)) if len(shape) > 1 else 0
+def _clusters(source: Path, level: int, arrays: Arrays) -> int:
+    shape = arrays[f"level-{level}"].shape
+    count = math.prod(shape[:-1]) if len(shape) > 1 else 0
     if not 1 <= count <= MAX_CLUSTERS or not 1 <= shape[-1] <= MAX_DIM:
         raise UserError(
             f"{source}: centroids have a wrong shape", f"level-{level} {shape}", "(clusters, dim)"
@@ -237,7 +226,7 @@ def _branching(source: Path, sizes: list[int]) -> tuple[int, ...]:
 
 def _centroids(source: Path, arrays: Arrays, level: int) -> np.ndarray:
     """(clusters, dim) float32, NaN where there is none."""
-    array = arrays[f"level-{level}"]()
+    array = arrays[f"level-{level}"].read()
     if array.dtype.kind != "f":
         raise UserError(f"{source}: centroids are no floating-point numbers", array.dtype, "mend")
     with np.errstate(over="ignore"):
@@ -251,7 +240,7 @@ def _counts(
     depth = len(branching)
     leaves = f"counts-{depth}"
     if leaves in arrays:
-        own = _whole(source, leaves, arrays[leaves](), len(centroids[-1]))
+        own = _whole(source, leaves, arrays[leaves].read(), len(centroids[-1]))
     else:
         # A cluster without a centroid takes those below it along.
         used = np.ones(1, bool)
@@ -263,7 +252,7 @@ def _counts(
         counts.insert(0, counts[0].reshape(-1, branching[level]).sum(1))
         name = f"counts-{level}"
         if name in arrays:
-            given = _whole(source, name, arrays[name](), len(counts[0]))
+            given = _whole(source, name, arrays[name].read(), len(counts[0]))
             if (given != counts[0]).any():
                 raise UserError(f"{source}: counts do not add up", name, "leave counts out")
     if not counts[0].any():
