@@ -12,13 +12,13 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from mlx_hmem.config import read_json
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import sync_folder, write_atomic
+from mlx_hmem.files import copy_file, sync, sync_folder, write_atomic
 
 RECORD = "unfinished.json"
 REPLACED = "replaced"  # the folder of before, while the new one takes its place
@@ -50,6 +50,31 @@ def locked(path: Path, taken: UserError | None = None, wait: str = "") -> Iterat
             print(wait, flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield file if got or wait else None
+
+
+def whole_lines(file: BinaryIO) -> list[bytes]:
+    """The lines of a file that grows; what a kill left of an unfinished one is cut off."""
+    file.seek(0)
+    data = file.read()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        file.truncate(whole)
+    return data[:whole].splitlines()
+
+
+def add_lines(file: BinaryIO, lines: Iterable[str]) -> None:
+    """Adds lines at the end of a file that was opened so, and puts them on the disk."""
+    file.write("".join(f"{line}\n" for line in lines).encode())
+    sync(file)
+
+
+def copy_missing(
+    files: Mapping[Any, Path], folder: Path, copy: Callable[[Path, Path], None] = copy_file
+) -> None:
+    """Copies files into a folder, by their names there; one that is there is whole."""
+    for name, source in files.items():
+        if not (folder / name).exists():
+            copy(source, folder / name)
 
 
 def identity_of(files: Iterable[Path], **options: Any) -> dict[str, Any]:

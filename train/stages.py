@@ -105,9 +105,13 @@ def _digest(values: Any) -> str:
     return hashlib.sha256(json.dumps(_given(values), sort_keys=True).encode()).hexdigest()
 
 
+def _made_with(stage: Stage, recipe: Recipe) -> dict[str, Any]:
+    return recipe.sections(sorted(_sections(stage, stages_of(recipe))))
+
+
 def identity(stage: Stage, recipe: Recipe) -> str:
     """What the stage's files follow from: two stages of one identity are the same."""
-    return _digest(recipe.sections(sorted(_sections(stage, stages_of(recipe)))))
+    return _digest(_made_with(stage, recipe))
 
 
 def identity_made(folder: Path) -> str | None:
@@ -137,7 +141,7 @@ def is_done(stage: Stage, recipe: Recipe, folder: Path) -> bool:
     path = folder / stage.name / "done.json"
     if not path.exists():
         return False
-    wanted = recipe.sections(sorted(_sections(stage, stages_of(recipe))))
+    wanted = _made_with(stage, recipe)
     made_with = read_json(path).get("recipe", {})
     if _digest(wanted) == _digest(made_with):
         return True
@@ -150,8 +154,7 @@ def is_done(stage: Stage, recipe: Recipe, folder: Path) -> bool:
 
 
 def mark_done(stage: Stage, recipe: Recipe, folder: Path) -> None:
-    wanted = recipe.sections(sorted(_sections(stage, stages_of(recipe))))
-    values = {"stage": stage.name, "recipe": wanted}
+    values = {"stage": stage.name, "recipe": _made_with(stage, recipe)}
     write_atomic(folder / stage.name / "done.json", json.dumps(values, indent=2) + "\n")
 
 

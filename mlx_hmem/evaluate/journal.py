@@ -7,7 +7,6 @@ once; what a kill left of an unfinished line is dropped.
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,7 @@ from typing import Any
 import xxhash
 
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import sync
-from mlx_hmem.folders import locked
+from mlx_hmem.folders import add_lines, locked, whole_lines
 
 
 class Journal:
@@ -39,14 +37,9 @@ class Journal:
             yield self
 
     def _load(self) -> None:
-        self._file.seek(0)
-        data = self._file.read()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            self._file.truncate(whole)
-        lines = data[:whole].splitlines()
+        lines = whole_lines(self._file)
         if not lines:
-            self._append([self._head])
+            add_lines(self._file, [self._head])
             return
         try:
             if lines[0].decode() != self._head:
@@ -59,10 +52,5 @@ class Journal:
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Appends results, each with its ``row``, and puts them on the disk."""
-        self._append([json.dumps(row, ensure_ascii=False) for row in rows])
+        add_lines(self._file, [json.dumps(row, ensure_ascii=False) for row in rows])
         self.rows |= {row["row"]: row for row in rows}
-
-    def _append(self, lines: list[str]) -> None:
-        self._file.seek(0, os.SEEK_END)
-        self._file.write("".join(line + "\n" for line in lines).encode())
-        sync(self._file)

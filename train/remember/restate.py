@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from mlx_hmem.anchors.load import load_anchor
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import sync, write_atomic
+from mlx_hmem.files import write_atomic
+from mlx_hmem.folders import add_lines, whole_lines
 from mlx_hmem.generation.batch import batch_generate
 from mlx_hmem.model.load import read_tokenizer
 from mlx_hmem.model.model import MemoryModel
@@ -245,10 +246,6 @@ def _lines(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole]
 
 
-def _text(lines: Sequence[dict[str, Any]]) -> str:
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-
-
 def restated(run: Path) -> dict[str, list[str]]:
     """The restatements of each document by its hash, those of a run that made any."""
     found: dict[str, list[str]] = {}
@@ -261,18 +258,19 @@ def restated_without(run: Path, target: Path, gone: Collection[str]) -> None:
     """Takes over to another run what was written of the documents that stay."""
     if (run / JOURNAL).exists():
         left = [line for line in _lines(run) if line["sha256"] not in gone]
-        write_atomic(target / JOURNAL, _text(left))
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in left)
+        write_atomic(target / JOURNAL, text)
 
 
 def restate(run: Path, writer: Writer, documents: Sequence[OwnDocument]) -> str:
     """Writes what the journal has not yet; in words what was kept."""
     lines, known = _lines(run), restated(run)
-    write_atomic(run / JOURNAL, _text(lines))
     done = {(line["sha256"], line["part"]) for line in lines}
     parts = list(writer.parts(documents))
     total = sum(len(part.passages) for part in parts)
     bar = tqdm(total=total, desc="restating", unit="passage", delay=2)
-    with (run / JOURNAL).open("ab") as file, bar:
+    with (run / JOURNAL).open("a+b") as file, bar:
+        whole_lines(file)
         for part in parts:
             if (part.sha256, part.number) not in done:
                 own = known.setdefault(part.sha256, [])
@@ -280,8 +278,7 @@ def restate(run: Path, writer: Writer, documents: Sequence[OwnDocument]) -> str:
                 own += texts
                 line = {"sha256": part.sha256, "part": part.number, "texts": texts}
                 lines.append(line | {"dropped": dict(dropped)})
-                file.write(_text(lines[-1:]).encode())
-                sync(file)
+                add_lines(file, [json.dumps(lines[-1], ensure_ascii=False)])
             bar.update(len(part.passages))
     kept = sum(len(line["texts"]) for line in lines)
     dropped = sum((Counter(line["dropped"]) for line in lines), Counter[str]())
