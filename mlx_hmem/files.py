@@ -15,7 +15,7 @@ import shutil
 import stat
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -132,8 +132,17 @@ def _no_constants(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _whole(value: Any, most: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
+def is_whole(value: Any, most: int = 2**60) -> bool:
+    """Whether a value from a file is a whole number from 0 to ``most``."""
+    return type(value) is int and 0 <= value <= most
+
+
+def is_shape(values: Sequence[Any]) -> bool:
+    """Whether MLX can hold an array of this shape; none of its 64-bit strides overflows, not even
+    beside a dimension of 0."""
+    if len(values) > MAX_RANK or not all(is_whole(n, MAX_DIM) for n in values):
+        return False
+    return math.prod(max(n, 1) for n in values) <= 2**60
 
 
 def _check_tensors(
@@ -161,14 +170,11 @@ def _check_tensor(name: str, entry: Any, base: int, size: int) -> TensorInfo:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
         raise ValueError(f"tensor {name!r} has a dtype MLX does not read: {str(dtype)[:40]!r}")
-    if not isinstance(shape, list) or len(shape) > MAX_RANK:
-        raise ValueError(f"tensor {name!r} has a wrong shape")
-    # The second test keeps MLX's 64-bit strides from overflowing beside a dimension of 0.
-    if not all(_whole(n, MAX_DIM) for n in shape) or math.prod(max(n, 1) for n in shape) > 2**60:
+    if not isinstance(shape, list) or not is_shape(shape):
         raise ValueError(f"tensor {name!r} has a wrong shape")
     if not isinstance(offsets, list) or len(offsets) != 2:
         raise ValueError(f"tensor {name!r} has wrong data_offsets")
-    if not all(_whole(n, size - base) for n in offsets) or offsets[0] > offsets[1]:
+    if not all(is_whole(n, size - base) for n in offsets) or offsets[0] > offsets[1]:
         raise ValueError(f"tensor {name!r} lies outside the file")
     if offsets[1] - offsets[0] != math.prod(shape) * ITEM_SIZES[dtype]:
         raise ValueError(f"tensor {name!r}: its shape and its bytes do not agree")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_hmem.files import MAX_DIM, MAX_RANK
+from mlx_hmem.files import is_shape, is_whole
 
 from .pickle_machine import Function, put
 from .tensors import ITEM_SIZES, LazyTensor, row_major
@@ -79,23 +79,17 @@ class _NumpyType:
             raise ValueError("its pickle has a number in another byte order")
 
 
-def whole(number: Any, most: int = 2**60) -> bool:
-    return type(number) is int and 0 <= number <= most
-
-
 def _tensor(
     storage: Any, offset: Any, shape: Any, strides: Any, dtype: str | None, metadata: Any
 ) -> LazyTensor:
     """The tensor of ``shape`` at element ``offset`` of a storage, if it lies inside."""
-    if type(storage) is not Storage or dtype is None or not whole(offset):
+    if type(storage) is not Storage or dtype is None or not is_whole(offset):
         raise ValueError("its pickle has a tensor without a storage")
     if metadata:
         raise ValueError("its pickle has a conjugated or negated view")
-    if type(shape) is not tuple or type(strides) is not tuple or len(shape) > MAX_RANK:
-        raise ValueError("its pickle has a tensor with a wrong shape")
-    if not all(whole(n, MAX_DIM) for n in shape) or math.prod(max(n, 1) for n in shape) > 2**60:
+    if type(shape) is not tuple or type(strides) is not tuple or not is_shape(shape):
         raise ValueError(f"its pickle has a tensor of the shape {str(shape)[:80]}")
-    if len(strides) != len(shape) or not all(whole(stride) for stride in strides):
+    if len(strides) != len(shape) or not all(is_whole(stride) for stride in strides):
         raise ValueError(f"its pickle has a tensor with the strides {str(strides)[:80]}")
     count, item = math.prod(shape), ITEM_SIZES[dtype]
     if not count:
@@ -156,13 +150,13 @@ def _ordered(pairs: Any = ()) -> _Ordered:
 
 
 def _size(sizes: Any = ()) -> tuple[int, ...]:
-    if type(sizes) not in (list, tuple) or not all(whole(n) for n in sizes):
+    if type(sizes) not in (list, tuple) or not all(is_whole(n) for n in sizes):
         raise ValueError("its pickle has a wrong size")
     return tuple(sizes)
 
 
 def _device(kind: Any, index: Any = None) -> str:
-    if type(kind) is not str or not (index is None or whole(index, 2**16)):
+    if type(kind) is not str or not (index is None or is_whole(index, 2**16)):
         raise ValueError("its pickle has a wrong device")
     return kind if index is None else f"{kind[:80]}:{index}"
 

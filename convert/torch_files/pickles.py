@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import RESTORE, open_regular, read_exactly
+from mlx_hmem.files import RESTORE, is_whole, open_regular, read_exactly
 
-from .names import MAX_SHARING, NAMES, SMALL, Storage, StorageClass, whole
+from .names import MAX_SHARING, NAMES, SMALL, Storage, StorageClass
 from .pickle_machine import MAX_PICKLE, Machine
-from .tensors import ITEM_SIZES, Checkpoint, LazyTensor, join
+from .tensors import ITEM_SIZES, Checkpoint, LazyTensor, join, open_safetensors
 from .zips import Entry, read_directory
 
 SAVE_AGAIN = (
@@ -35,18 +35,24 @@ CONTAINERS = (dict, list, tuple)
 END = object()
 
 
-def open_torch(paths: Sequence[Path], under: str = "state_dict") -> Checkpoint:
+def open_files(paths: Sequence[Path]) -> Checkpoint:
+    """What a checkpoint of safetensors or of ``torch.save`` holds, in one file or several."""
+    opens = [open_safetensors if p.suffix == ".safetensors" else open_torch for p in paths]
+    return join([open_one([path]) for open_one, path in zip(opens, paths, strict=True)])
+
+
+def open_torch(paths: Sequence[Path]) -> Checkpoint:
     """What a checkpoint of ``torch.save`` holds, in one file or several shards.
 
-    The model is looked for under ``under``, then ``state_dict``, ``model``, ``model_state_dict``
-    and ``module``, one inside the other if need be; else the whole file is the model. Dictionaries
-    and lists inside it give names joined with dots. Raises :class:`UserError` for a file that is
-    damaged, of another format, or that could run code.
+    The model is looked for under ``state_dict``, ``model``, ``model_state_dict`` and ``module``,
+    one inside the other if need be; else the whole file is the model. Dictionaries and lists inside
+    it give names joined with dots. Raises :class:`UserError` for a file that is damaged, of another
+    format, or that could run code.
     """
-    return join([_open(Path(path), under) for path in paths])
+    return join([_open(Path(path)) for path in paths])
 
 
-def _open(path: Path, under: str) -> Checkpoint:
+def _open(path: Path) -> Checkpoint:
     with open_regular(path) as file:
         size = file.seek(0, 2)
         file.seek(0)
@@ -58,7 +64,7 @@ def _open(path: Path, under: str) -> Checkpoint:
             pickled = _entry(file, entries["data.pkl"], MAX_PICKLE)
         with _explained(f"{path} is not read", SAVE_AGAIN):
             root = Machine(pickled, NAMES, partial(_storage, path, entries)).run()
-            return _Sorter(under).sort_out(root, size)
+            return _Sorter().sort_out(root, size)
 
 
 @contextlib.contextmanager
@@ -115,7 +121,7 @@ def _storage(path: Path, entries: dict[str, Entry], reference: Any) -> Storage:
     word, kind, key, _, count = reference
     if type(word) is not str or word != "storage" or type(kind) is not StorageClass:
         raise ValueError("its pickle refers to what is no storage")
-    if type(key) is not str or not whole(count):
+    if type(key) is not str or not is_whole(count):
         raise ValueError("its pickle refers to a wrong storage")
     entry = entries.get(f"data/{key}")
     size = count * ITEM_SIZES[kind.dtype or "U8"]
@@ -127,8 +133,7 @@ def _storage(path: Path, entries: dict[str, Entry], reference: Any) -> Storage:
 class _Sorter:
     """Sorts what a pickle holds into the model's tensors, plain values, and the rest."""
 
-    def __init__(self, under: str):
-        self.nests = (under, *NESTS)
+    def __init__(self) -> None:
         self.visits = 0
         self.tensors: dict[str, LazyTensor] = {}
         self.values: dict[str, Any] = {}
@@ -157,7 +162,7 @@ class _Sorter:
         """The key under which the model lies, if it does not begin here."""
         if not isinstance(value, dict):
             return None
-        within = (name for name in self.nests if isinstance(value.get(name), dict))
+        within = (name for name in NESTS if isinstance(value.get(name), dict))
         return next((name for name in within if self.holds_tensor(value[name])), None)
 
     def collect(self, value: Any, name: str, depth: int) -> None:

@@ -89,6 +89,11 @@ class LazyTensor:
                 _read_strided(handle, result.transpose(axes), start, ordered, self.path)
         return result
 
+    def numbers(self) -> np.ndarray:
+        """All of it as numbers of NumPy; bfloat16 becomes float32, and so does float64."""
+        array = numbers_of(self.read(), self.dtype)
+        return np.array(array.astype(mx.float32) if array.dtype == mx.bfloat16 else array)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -150,6 +155,14 @@ def read_bits(bits: np.ndarray, dtype: str) -> mx.array:
     if dtype == "BOOL":  # a byte of a foreign file may be neither 0 nor 1
         return mx.array(bits).astype(mx.bool_)
     return mx.array(bits).view(MLX_TYPES[dtype])
+
+
+def numbers_of(bits: np.ndarray, dtype: str) -> mx.array:
+    """As :func:`read_bits`; float64, which MLX computes with nowhere but on the CPU, is rounded."""
+    if dtype != "F64":
+        return read_bits(bits, dtype)
+    with np.errstate(over="ignore"):
+        return mx.array(bits.view("<f8").astype("<f4"))
 
 
 def bits_of(array: mx.array) -> np.ndarray:

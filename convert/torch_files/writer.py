@@ -19,17 +19,14 @@ import numpy as np
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import atomic_file
 
+from .names import STORAGES
+from .tensors import ITEM_SIZES, row_major
+
 Chunk = memoryview | np.ndarray | bytes
 # Name, dtype as safetensors calls it, shape, and the bytes in row-major order, piece by piece.
 Entry = tuple[str, str, tuple[int, ...], Iterable[Chunk]]
 
-# PyTorch's class of storage and the bytes of an element.
-STORAGES = {
-    "F64": ("DoubleStorage", 8), "F32": ("FloatStorage", 4), "F16": ("HalfStorage", 2),
-    "BF16": ("BFloat16Storage", 2), "I64": ("LongStorage", 8), "I32": ("IntStorage", 4),
-    "I16": ("ShortStorage", 2), "I8": ("CharStorage", 1), "U8": ("ByteStorage", 1),
-    "BOOL": ("BoolStorage", 1),
-}  # fmt: skip
+CLASSES = {dtype: name for name, dtype in STORAGES.items()}  # PyTorch's, of storages
 ALIGNMENT = 64
 
 
@@ -65,13 +62,13 @@ def write_torch(
         root = path.stem
         _add(archive, file, f"{root}/byteorder", [b"little"], 6)
         for index, (name, dtype, shape, chunks) in enumerate(tensors):
-            if dtype not in STORAGES:
+            if dtype not in CLASSES:
                 raise UserError(
                     f"tensor {name!r} has a dtype PyTorch checkpoints do not hold",
                     dtype,
-                    f"use one of {', '.join(STORAGES)}",
+                    f"use one of {', '.join(CLASSES)}",
                 )
-            size = math.prod(shape) * STORAGES[dtype][1]
+            size = math.prod(shape) * ITEM_SIZES[dtype]
             _add(archive, file, f"{root}/data/{index}", chunks, size)
             state[name] = _Tensor(str(index), dtype, tuple(shape))
         state |= {new: state[old] for new, old in (aliases or {}).items()}
@@ -144,12 +141,12 @@ def _int(value: int) -> bytes:
 def _tensor(tensor: _Tensor) -> bytes:
     """``torch._utils._rebuild_tensor_v2(storage, 0, shape, strides, False, OrderedDict())``."""
     count = math.prod(tensor.shape)
-    strides = tuple(math.prod(tensor.shape[i + 1 :]) for i in range(len(tensor.shape)))
+    strides = row_major(tensor.shape)
     storage = (
         b"("
         + _value("storage")
         + b"ctorch\n"
-        + STORAGES[tensor.dtype][0].encode()
+        + CLASSES[tensor.dtype].encode()
         + b"\n"
         + _value(tensor.storage)
         + _value("cpu")
