@@ -28,7 +28,8 @@ import mlx_hmem  # noqa: F401  (before mlx.core)
 import numpy as np
 from tqdm import tqdm
 
-from convert.memory.model import LAYOUT_VERSION, MARKER, Marker, from_pytorch
+from convert.command import main as convert
+from convert.memory.model import LAYOUT_VERSION, MARKER, Marker
 from convert.memory.tensors import matrices, table_name
 from convert.torch_files.writer import Entry, write_torch
 from mlx_hmem.anchors.openlm import PRESETS
@@ -142,7 +143,7 @@ def converted(source: Path, target: Path) -> dict[str, Any]:
 
 def convert_here(source: Path, target: Path) -> dict[str, Any]:
     before, start, cpu = peak_resident_bytes(), time.perf_counter(), os.times()
-    from_pytorch(source, target)
+    convert([str(source), str(target)])
     after = os.times()
     return {
         "convert_s": time.perf_counter() - start,

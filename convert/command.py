@@ -10,6 +10,7 @@ own.
 import argparse
 import importlib
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,11 +22,11 @@ import mlx_hmem  # noqa: F401  (before mlx.core)
 from mlx_hmem.anchors.load import read_config
 from mlx_hmem.errors import ArgumentParser, UserError
 from mlx_hmem.folders import identity_of, whole_folder
-from mlx_hmem.model.find import is_repo_name
+from mlx_hmem.model.find import MODEL_FILES, find_model, is_repo_name
 
 from .anchors import hugging_face, openlm
-from .anchors.keys import size_of
-from .anchors.weights import DTYPES, Plan
+from .anchors.weights import DTYPES, Conversion
+from .torch_files.pickles import open_files
 
 KINDS = ("openlm", "huggingface", "hmem-pytorch")
 MARKER = "hmem_pytorch.json"
@@ -35,6 +36,7 @@ VERBS = {
     "tree": ".memory.trees",
     "upload": ".upload",
 }
+WHOLE = "unquantised"  # what is quantised, within the folder that is made
 VERSION = 1  # of what a conversion writes: another one does not go on with a stopped one
 
 
@@ -49,11 +51,9 @@ def kind_of(source: Path) -> str:
             return "hmem-pytorch"
         if any((source / name).exists() for name in ("bank", "retriever")):
             raise UserError("a model directory without its hmem.json", source, "restore it")
-        if (source / "config.json").is_file():
-            values = read_config_or_none(source)
-            if values is not None:
-                return "anchor" if values["model_type"] == "openlm" else "huggingface"
-    checkpoint = openlm.open_checkpoint(openlm.checkpoint_files(source))
+        if hugging_face.is_hugging_face(source):
+            return "anchor" if read_config(source)["model_type"] == "openlm" else "huggingface"
+    checkpoint = open_files(openlm.checkpoint_files(source))
     if openlm.is_openlm(checkpoint):
         return "openlm"
     names = ", ".join(list(checkpoint.tensors)[:3]) or "none"
@@ -62,28 +62,21 @@ def kind_of(source: Path) -> str:
     )
 
 
-def read_config_or_none(folder: Path) -> dict[str, Any] | None:
-    """The ``config.json`` of an anchor; None for another file of this name, such as OpenLM's."""
-    try:
-        return read_config(folder)
-    except UserError as error:
-        if "model_type" in error.what:
-            return None
-        raise
+def conversion_of(args: argparse.Namespace, source: Path, kind: str) -> Conversion:
+    from .memory.model import from_pytorch, to_pytorch
 
-
-def plan_of(args: argparse.Namespace, kind: str) -> Plan:
-    dtype = DTYPES[args.dtype] if args.dtype else None
     if args.to == "pytorch":
-        name = read_config(args.source)["model_type"]
-        back = openlm.plan_to_torch if name == "openlm" else hugging_face.plan_to_torch
-        return back(args.source, dtype)
+        if kind == "model":
+            return to_pytorch(source, args.dtype)
+        return openlm.into_torch(source, args.dtype).alone
+    if kind in ("anchor", "model"):
+        raise UserError("this is a model of MLX already", source, "add --to pytorch")
+    if kind == "huggingface":
+        return hugging_face.from_torch(source, args.dtype).alone
+    own = (args.config, options_of(args.set), args.tokenizer)
     if kind == "openlm":
-        options = options_of(args.set)
-        return openlm.plan_from_torch(args.source, args.config, options, args.tokenizer, dtype)
-    if kind == "anchor":
-        raise UserError("this is a model of MLX already", args.source, "add --to pytorch")
-    return hugging_face.plan_from_torch(args.source, dtype)
+        return openlm.from_torch(source, args.dtype, *own).alone
+    return from_pytorch(source, args.dtype, *own)
 
 
 def options_of(texts: Sequence[str]) -> dict[str, Any]:
@@ -100,21 +93,38 @@ def options_of(texts: Sequence[str]) -> dict[str, Any]:
     return result
 
 
-def convert_anchor(plan: Plan, path: Path, replace: bool, options: dict[str, Any]) -> None:
-    """Carries a plan out and says what came of it."""
-    identity = identity_of([*plan.sources, *plan.copied], version=VERSION, **options)
-    with whole_folder(path, identity, replace=replace, need_bytes=plan.need_bytes) as part:
-        for note in plan.notes:
+def carry_out(
+    conversion: Conversion, path: Path, replace: bool, quantized: bool, options: dict[str, Any]
+) -> None:
+    """Makes the folder ``path`` and says what came of it; its anchor ``quantized`` or not."""
+    identity = identity_of(conversion.sources, version=VERSION, quantized=quantized, **options)
+    need = conversion.need_bytes * (2 if quantized else 1)
+    with whole_folder(path, identity, replace=replace, need_bytes=need) as part:
+        for note in conversion.notes:
             print(note, file=sys.stderr)
-        plan.write(part)
-    numbers, size = size_of(plan.targets)
-    print(f"{path}: {numbers:,} parameters in {len(plan.targets)} tensors, {size / 1e6:,.1f} MB")
+        if not quantized:
+            conversion.write(part)
+        else:
+            from .quantize.command import quantization_for
+            from .quantize.model import plan, write
+
+            conversion.write(part / WHOLE)
+            report = write(plan(part / WHOLE, quantization_for(0), {}), part)
+            shutil.rmtree(part / WHOLE)
+    print(f"{path}: {conversion.made}")
+    if quantized:
+        print(f"the anchor is quantised: {report.anchor.bits_per_weight:.1f} bits for each weight")
 
 
 def parser() -> ArgumentParser:
     result = ArgumentParser(prog="mlx_hmem.convert", description=__doc__)
-    result.add_argument("source", type=Path, metavar="SOURCE")
-    result.add_argument("destination", type=Path, metavar="DESTINATION", help="the folder to make")
+    result.add_argument("source", nargs="?", metavar="SOURCE")
+    result.add_argument("destination", nargs="?", metavar="DESTINATION", help="the folder to make")
+    result.add_argument("--hf-path", metavar="SOURCE", help="the same; a Hub id, too")
+    result.add_argument("--mlx-path", metavar="DESTINATION", help="the same")
+    result.add_argument(
+        "-q", "--quantize", action="store_true", help="the anchor to 4 bits, in groups of 64"
+    )
     result.add_argument("--from", dest="kind", choices=KINDS, help="what SOURCE is")
     result.add_argument("--to", choices=("mlx", "pytorch"), default="mlx")
     result.add_argument("--config", type=Path, help="OpenLM's config JSON, if not beside SOURCE")
@@ -128,7 +138,7 @@ def parser() -> ArgumentParser:
     return result
 
 
-def check_options(args: argparse.Namespace, kind: str) -> None:
+def check_options(args: argparse.Namespace, source: Path, kind: str) -> None:
     """Refuses options that would do nothing."""
     openlm_only = {"--config": args.config, "--set": args.set, "--tokenizer": args.tokenizer}
     if kind not in ("openlm", "hmem-pytorch") or args.to == "pytorch":
@@ -137,12 +147,27 @@ def check_options(args: argparse.Namespace, kind: str) -> None:
                 raise UserError("this option is for OpenLM checkpoints", name, "leave it out")
     if args.upload and not is_repo_name(args.upload):
         raise UserError("not the name of a repository", args.upload, "write it as user/name")
-    if args.upload and args.to == "pytorch":
-        raise UserError("only MLX models are uploaded", args.upload, "leave --upload out")
+    for name, value in {"--upload": args.upload, "--quantize": args.quantize}.items():
+        if value and args.to == "pytorch":
+            raise UserError("this option is for models of MLX", name, "leave it out")
     if args.to == "pytorch" and kind in ("openlm", "hmem-pytorch"):
-        raise UserError("SOURCE is PyTorch's already", args.source, "leave --to pytorch out")
+        raise UserError("SOURCE is PyTorch's already", source, "leave --to pytorch out")
     if args.tokenizer and not args.tokenizer.is_dir():
         raise UserError("no such folder", args.tokenizer, "give the folder of a tokenizer")
+
+
+def places_of(args: argparse.Namespace) -> tuple[Path, Path]:
+    """Source and destination, in our words or in mlx-lm's."""
+    source, out = args.source or args.hf_path, args.destination or args.mlx_path
+    if bool(args.source) == bool(args.hf_path) or bool(args.destination) == bool(args.mlx_path):
+        raise UserError(
+            "a conversion has one source and one destination",
+            f"{args.source or args.hf_path}, {args.destination or args.mlx_path}",
+            "give SOURCE DESTINATION, or --hf-path and --mlx-path",
+        )
+    if not Path(source).exists() and args.hf_path:
+        source = find_model(source, (*MODEL_FILES, "pytorch_model*.bin", "LICENSE*", "README.md"))
+    return Path(source), Path(out)
 
 
 def main(words: Sequence[str]) -> None:
@@ -150,31 +175,13 @@ def main(words: Sequence[str]) -> None:
         importlib.import_module(VERBS[words[0]], __package__).main(words[1:])
         return
     args = parser().parse_args(words)
-    kind = args.kind or kind_of(args.source)
-    check_options(args, kind)
-    if kind in ("model", "hmem-pytorch"):
-        _convert_memory(args, kind)
-    else:
-        options = {"to": args.to, "dtype": args.dtype, "set": args.set, "kind": kind}
-        convert_anchor(plan_of(args, kind), args.destination, args.overwrite, options)
+    source, out = places_of(args)
+    kind = args.kind or kind_of(source)
+    check_options(args, source, kind)
+    options = {"to": args.to, "dtype": args.dtype, "set": args.set, "kind": kind}
+    conversion = conversion_of(args, source, kind)
+    carry_out(conversion, out, args.overwrite, args.quantize, options)
     if args.upload:
-        main(["upload", str(args.destination), args.upload])
+        from .upload import upload
 
-
-def _convert_memory(args: argparse.Namespace, kind: str) -> None:
-    from .memory import model as memory
-
-    if args.to == "pytorch":
-        memory.to_pytorch(args.source, args.destination, overwrite=args.overwrite, dtype=args.dtype)
-        return
-    if kind == "model":
-        raise UserError("this is a model of MLX already", args.source, "add --to pytorch")
-    memory.from_pytorch(
-        args.source,
-        args.destination,
-        overwrite=args.overwrite,
-        dtype=args.dtype,
-        config=args.config,
-        options=options_of(args.set),
-        tokenizer=args.tokenizer,
-    )
+        upload(out, args.upload)

@@ -12,11 +12,11 @@ from mlx_hmem.anchors.load import anchor_of_config, named_parameters, read_confi
 from mlx_hmem.config import read_json
 from mlx_hmem.errors import UserError
 
-from ..torch_files.pickles import open_torch
-from ..torch_files.tensors import Checkpoint, open_safetensors
+from ..torch_files.pickles import open_files
+from ..torch_files.tensors import open_safetensors
 from . import hugging_face_config
 from .keys import SAME, Drop, Rule, strip, to_mlx, to_torch
-from .weights import Plan, companions, equal_bits
+from .weights import AnchorConversion, companions, equal_bits
 
 _MOE = "model.layers.{i}"
 RULES: dict[str, list[Rule]] = {
@@ -93,25 +93,31 @@ def _whole_set(names: list[str], folder: Path) -> list[str]:
     return names
 
 
-def open_weights(files: list[Path]) -> Checkpoint:
-    return (open_safetensors if files[0].suffix == ".safetensors" else open_torch)(files)
-
-
 def wanted_of(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the parameters of the anchor that a config describes."""
     parameters = named_parameters(anchor_of_config(config))
     return {name: array.shape for name, array in parameters.items()}
 
 
-def plan_from_torch(source: Path, dtype: str | None = None) -> Plan:
+def is_hugging_face(folder: Path) -> bool:
+    """Whether a folder has a ``config.json`` of transformers; OpenLM's may have the same name."""
+    file = folder / "config.json"
+    values = read_json(file) if file.is_file() else None
+    return isinstance(values, dict) and "model_type" in values
+
+
+def from_torch(
+    source: Path, dtype: str | None = None, tokenizer: Path | None = None
+) -> AnchorConversion:
     """A Hugging Face folder as a model directory of mlx-lm.
 
-    ``dtype`` rounds all weights to F32, F16 or BF16; None keeps each tensor's bits.
+    ``dtype`` rounds all weights to float32, float16 or bfloat16; None keeps each tensor's bits.
+    Files of the folder ``tokenizer`` go before those of the source.
     """
     config = read_config(source)
     name = config["model_type"]
     files = weight_files(source)
-    checkpoint = open_weights(files)
+    checkpoint = open_files(files)
     tensors = strip(checkpoint.tensors, PREFIXES.get(name, ()))
     head, embedding = (
         tensors.get(HEAD),
@@ -124,24 +130,22 @@ def plan_from_torch(source: Path, dtype: str | None = None) -> Plan:
     targets, dropped = to_mlx(tensors, RULES.get(name, [SAME]), drops, wanted, dtype)
     notes += dropped + [f"left out {name}: no part of the model" for name in checkpoint.left_out]
     sources = [source / "config.json", *files]
-    return Plan(sources, targets, with_dtype(config, dtype), notes, companions(source))
+    copied = companions(*([tokenizer] if tokenizer else []), source)
+    return AnchorConversion(sources, targets, with_dtype(config, dtype), notes, copied)
 
 
-def plan_to_torch(source: Path, dtype: str | None = None) -> Plan:
+def into_torch(source: Path, dtype: str | None = None) -> AnchorConversion:
     """A model directory of mlx-lm as a Hugging Face folder."""
-    config = read_config(source)
-    if config.get("quantization"):
-        raise UserError("the anchor is quantised", source, "convert the unquantised one")
-    files = weight_files(source)
-    tensors = open_safetensors(files).tensors
-    wanted = wanted_of(config)
-    targets = to_torch(tensors, RULES.get(config["model_type"], [SAME]), wanted, dtype)
+    config, files = read_config(source), weight_files(source)
+    rules = RULES.get(config["model_type"], [SAME])
+    targets = to_torch(open_safetensors(files).tensors, rules, wanted_of(config), dtype)
     sources = [source / "config.json", *files]
-    return Plan(sources, targets, with_dtype(config, dtype), [], companions(source), metadata="pt")
+    return AnchorConversion(
+        sources, targets, with_dtype(config, dtype), [], companions(source), metadata="pt"
+    )
 
 
 def with_dtype(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
     """The config with the dtype that the weights get, under the keys that name it already."""
-    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
     keys = [key for key in ("dtype", "torch_dtype") if key in config]
-    return config | dict.fromkeys(keys, names[dtype]) if dtype else config
+    return config | dict.fromkeys(keys, dtype) if dtype else config

@@ -6,16 +6,15 @@ the rules that fit a name the first counts. A tensor that no rule takes, one tha
 of the wrong shape are errors, listed together in one line.
 """
 
-import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from mlx_hmem.errors import UserError
 
 from ..torch_files.tensors import ITEM_SIZES, LazyTensor, row_major
-from .weights import Target
+from .weights import DTYPES, FLOATS, Target
 
 MOST_NAMES = 6  # of each list in an error
 Shapes = Mapping[str, tuple[int, ...]]
@@ -59,17 +58,26 @@ def fits(pattern: str, name: str) -> dict[str, str] | None:
     return found.groupdict() if found else None
 
 
-def strip(tensors: Mapping[str, LazyTensor], prefixes: Sequence[str]) -> dict[str, LazyTensor]:
-    """Takes wrappers' prefixes off the names, in whatever order and number they come."""
+def short_name(name: str, prefixes: Sequence[str]) -> str:
+    """A name without wrappers' prefixes, in whatever order and number they come."""
+    while prefix := next((p for p in prefixes if name.startswith(p)), ""):
+        name = name.removeprefix(prefix)
+    return name
+
+
+def strip(
+    tensors: Mapping[str, LazyTensor],
+    prefixes: Sequence[str],
+    is_embedding: Callable[[str], bool] = lambda name: False,
+) -> dict[str, LazyTensor]:
+    """Takes wrappers' prefixes off the names, and nn.Embedding's end off those that are of one."""
     result: dict[str, LazyTensor] = {}
     for name, tensor in tensors.items():
-        short = name
-        while prefix := next((p for p in prefixes if short.startswith(p)), ""):
-            short = short.removeprefix(prefix)
+        short = short_name(name, prefixes)
+        if is_embedding(short):
+            short = short.removesuffix(".weight")
         if short in result:
-            raise UserError(
-                "two tensors have one name without their prefixes", short, "rename one of them"
-            )
+            raise UserError("two tensors have one name without prefixes", short, "rename one")
         result[short] = tensor
     return result
 
@@ -94,7 +102,9 @@ def entry_of(tensor: LazyTensor, index: int) -> LazyTensor:
     return replace(one, shape=tensor.shape[1:], strides=strides)
 
 
-class _Problems:
+class Problems:
+    """Names of tensors with which something is wrong, collected so that one line says it all."""
+
     def __init__(self) -> None:
         self.lists: dict[str, list[str]] = {"missing": [], "wrong shape": [], "left over": []}
 
@@ -120,12 +130,12 @@ def to_mlx(
     Args:
         tensors: by PyTorch's names.
         wanted: our names and shapes, all of them.
-        dtype: that of the result, as safetensors calls it; None keeps each tensor's own.
+        dtype: that of the result, as MLX calls it; None keeps each tensor's own.
 
     Returns the targets in the order of ``wanted``, and a line for each kind of dropped tensor.
     Raises UserError with lists of what is missing, of the wrong shape, or left over.
     """
-    problems, targets, used = _Problems(), [], set()
+    problems, targets, used = Problems(), [], set()
     for name, shape in wanted.items():
         rule, part, values = _rule_of(name, rules)
         count = shape[0] if rule.how == "stacked" else 1
@@ -186,14 +196,14 @@ def _target(
 ) -> Target:
     pieces = tuple(pieces)
     own = pieces[0].dtype
-    if own not in ("F64", "F32", "F16", "BF16"):
+    if own not in FLOATS:
         raise UserError(f"{name} holds no floating-point numbers", own, "dequantise the model")
     if dtype is None and own == "F64":
         raise UserError(f"{name} has a type MLX does not have", own, "add --dtype float32")
-    return Target(name, dtype or own, shape, pieces)
+    return Target(name, DTYPES[dtype] if dtype else own, shape, pieces)
 
 
-def _dropped(names: set[str], drops: Sequence[Drop], problems: _Problems) -> list[str]:
+def _dropped(names: set[str], drops: Sequence[Drop], problems: Problems) -> list[str]:
     """What no rule took: a line for each rule of dropping; the rest are problems."""
     notes: dict[Drop, int] = {}
     for name in sorted(names):
@@ -215,7 +225,7 @@ def to_torch(
 
     They must be those of ``wanted``, as there.
     """
-    problems, targets = _Problems(), list[Target]()
+    problems, targets = Problems(), list[Target]()
     problems.lists["missing"] = [name for name in wanted if name not in tensors]
     problems.lists["left over"] = [name for name in tensors if name not in wanted]
     problems.lists["wrong shape"] = [
@@ -240,9 +250,3 @@ def to_torch(
             shape = (sum(p.shape[0] for p in pieces), *tensor.shape[1:]) if tensor.shape else ()
             targets.append(_target(rule.torch.format(**values), shape, pieces, dtype))
     return targets
-
-
-def size_of(targets: Iterable[Target]) -> tuple[int, int]:
-    """(numbers, bytes) of all targets."""
-    targets = list(targets)
-    return sum(math.prod(t.shape) for t in targets), sum(t.nbytes for t in targets)

@@ -5,6 +5,7 @@ looks like, :mod:`convert.anchors.openlm_config` finds out.
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from mlx_hmem.anchors.load import read_config
@@ -12,9 +13,10 @@ from mlx_hmem.anchors.load import weight_files as mlx_weight_files
 from mlx_hmem.anchors.openlm import NAMES, PREFIXES, ModelArgs
 from mlx_hmem.errors import UserError
 
-from ..torch_files.pickles import open_torch
-from ..torch_files.tensors import Checkpoint, LazyTensor, open_safetensors
+from ..torch_files.pickles import open_files
+from ..torch_files.tensors import Checkpoint, open_safetensors
 from ..torch_files.writer import Chunk, write_torch
+from . import hugging_face
 from .hugging_face import wanted_of
 from .keys import Drop, Rule, strip, to_mlx, to_torch
 from .openlm_config import (
@@ -29,7 +31,7 @@ from .openlm_config import (
     model_args,
     read_openlm_config,
 )
-from .weights import Plan, companions, progress
+from .weights import AnchorConversion, companions, progress
 
 RULES = [Rule(name, ours, "parts" if len(ours) > 1 else "same") for name, ours in NAMES.items()]
 
@@ -60,58 +62,47 @@ def _set_of(file: Path) -> str:
     return re.sub(r"-\d+(-of-\d+)?$", r"\1", file.stem) + file.suffix
 
 
-def open_checkpoint(files: list[Path]) -> Checkpoint:
-    return (open_safetensors if files[0].suffix == ".safetensors" else open_torch)(files)
-
-
 def is_openlm(checkpoint: Checkpoint) -> bool:
     return any(name.endswith(EMBEDDING) for name in checkpoint.tensors)
 
 
-def plan_from_torch(
+def from_torch(
     source: Path,
+    dtype: str | None = None,
     config_file: Path | None = None,
     options: Config | None = None,
     tokenizer: Path | None = None,
-    dtype: str | None = None,
-) -> Plan:
+    is_foreign: Callable[[str], bool] = lambda name: False,
+) -> AnchorConversion:
     """An OpenLM checkpoint as a model directory.
 
     Args:
         source: the ``.pt`` file, one shard of several, or their folder.
+        dtype: rounds all weights to float32, float16 or bfloat16; None keeps each tensor's bits.
         config_file: an OpenLM config JSON; default: the one that lies beside the checkpoint.
         options: keys of an OpenLM config that go before the file's.
         tokenizer: the folder of the tokenizer; default: the source's own, if it has one.
-        dtype: rounds all weights to F32, F16 or BF16; None keeps each tensor's bits.
+        is_foreign: names of tensors that are none of the anchor's.
     """
     files = checkpoint_files(source)
     config, file = read_openlm_config(source, config_file, options or {})
-    checkpoint = open_checkpoint(files)
-    plan = plan_of_tensors(checkpoint.tensors, config, dtype)
-    plan.notes.extend(f"left out {name}: no part of the model" for name in checkpoint.left_out)
-    plan.sources.extend([*files, *([file] if file else [])])
-    plan.copied.extend(companions(tokenizer or (source if source.is_dir() else source.parent)))
-    if not any(file.name.startswith("tokenizer") for file in plan.copied):
-        plan.notes.append("no tokenizer beside the checkpoint: put tokenizer.json into the result")
-    return plan
-
-
-def plan_of_tensors(
-    tensors: dict[str, LazyTensor], config: Config, dtype: str | None = None
-) -> Plan:
-    """The anchor that a state dict in OpenLM's names and a config make."""
-    tensors = strip(tensors, PREFIXES)
+    checkpoint = open_files(files)
+    own = {name: tensor for name, tensor in checkpoint.tensors.items() if not is_foreign(name)}
+    tensors = strip(own, PREFIXES)
     args, tied, notes = model_args(tensors, config)
-    wanted = wanted_of(args)
     drops = [Drop(INV_FREQ, "RoPE is computed from its base")]
     if tied:
         drops.append(Drop(HEAD, "equal to the embedding, to which it is tied"))
-    targets, dropped = to_mlx(tensors, RULES, drops, wanted, dtype)
+    targets, dropped = to_mlx(tensors, RULES, drops, wanted_of(args), dtype)
     args |= {key: config[key] for key in IDS if key in config}
-    return Plan([], targets, args, notes + dropped, [])
+    notes += dropped + [f"left out {name}: no part of the model" for name in checkpoint.left_out]
+    copied = companions(tokenizer or (source if source.is_dir() else source.parent))
+    if not any(file.name.startswith("tokenizer") for file in copied):
+        notes.append("no tokenizer beside the checkpoint: put tokenizer.json into the result")
+    return AnchorConversion([*files, *([file] if file else [])], targets, args, notes, copied)
 
 
-class OpenLMPlan(Plan):
+class ToOpenLM(AnchorConversion):
     """The way back: writes one ``model.pt`` instead of safetensors."""
 
     def write(self, part: Path) -> None:
@@ -136,11 +127,14 @@ class OpenLMPlan(Plan):
         ]
 
 
-def plan_to_torch(source: Path, dtype: str | None = None) -> Plan:
-    """A model directory with an OpenLM anchor as ``model.pt`` and ``model.json``, OpenLM's own."""
+def into_torch(source: Path, dtype: str | None = None) -> AnchorConversion:
+    """A model directory as a Hugging Face folder, or with an OpenLM anchor as ``model.pt`` and
+    ``model.json``, OpenLM's own."""
     config = read_config(source)
     if config.get("quantization"):
         raise UserError("the anchor is quantised", source, "convert the unquantised one")
+    if config["model_type"] != "openlm":
+        return hugging_face.into_torch(source, dtype)
     args = ModelArgs.from_dict(config)
     files = mlx_weight_files(source)
     targets = to_torch(open_safetensors(files).tensors, RULES, wanted_of(config), dtype)
@@ -164,4 +158,4 @@ def plan_to_torch(source: Path, dtype: str | None = None) -> Plan:
         "ffn_type": "swiglu_torch",
     } | {key: config[key] for key in IDS if config.get(key) is not None}
     sources = [source / "config.json", *files]
-    return OpenLMPlan(sources, targets, values, [], companions(source), "model.json", "pt")
+    return ToOpenLM(sources, targets, values, [], companions(source), "model.json", "pt")

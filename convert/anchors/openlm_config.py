@@ -217,9 +217,9 @@ def _rope_theta(facts: _Facts, head_dim: int) -> float:
                 f"rope_theta 10000: OpenLM's own, as nothing says it; {SET} rope_theta=…"
             )
         return float(stated or 10_000.0)
-    found = _floats(tensor)
+    found = tensor.numbers().reshape(-1)
     for name, other in facts.tensors.items():
-        if name.endswith("inv_freq") and not np.array_equal(_floats(other), found):
+        if name.endswith("inv_freq") and not np.array_equal(other.numbers().reshape(-1), found):
             raise UserError("layers have different RoPE", name, "such models are not supported")
     tolerance = 1e-2 if tensor.dtype == "BF16" else 2e-3 if tensor.dtype == "F16" else 1e-4
     exact = float(found[1]) ** (-head_dim / 2) if found[1] > 0 else math.nan
@@ -241,13 +241,6 @@ def inverse_frequencies(base: float, head_dim: int) -> np.ndarray:
     """RoPE's ``inv_freq`` as OpenLM computes it, (head_dim / 2,) float32."""
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     return (1.0 / np.float32(base) ** exponents).astype(np.float32)
-
-
-def _floats(tensor: LazyTensor) -> np.ndarray:
-    bits = tensor.read().reshape(-1)
-    if tensor.dtype == "BF16":
-        return (bits.astype(np.uint32) << 16).view(np.float32)
-    return bits.view({"F16": "<f2", "F32": "<f4", "F64": "<f8"}.get(tensor.dtype, "<f4"))
 
 
 def _tied(facts: _Facts) -> bool:

@@ -7,19 +7,20 @@ before it is written, and then in chunks of 32 MiB; only a transposed piece is r
 import json
 import math
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import atomic_file, open_regular, read_exactly, write_atomic
+from mlx_hmem.files import atomic_file, write_atomic
+from mlx_hmem.folders import copy_missing
 
-from ..torch_files.tensors import ITEM_SIZES, MLX_TYPES, LazyTensor, bits_of, read_bits
+from ..torch_files.tensors import ITEM_SIZES, MLX_TYPES, LazyTensor, bits_of, numbers_of
 from ..torch_files.writer import Entry, bytes_of
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -81,11 +82,7 @@ def equal_bits(a: LazyTensor, b: LazyTensor) -> bool:
 
 def cast(bits: np.ndarray, source: LazyTensor, target: Target) -> np.ndarray:
     """Rounds numbers to the target's dtype, to nearest with ties to even."""
-    if source.dtype == "F64":
-        with np.errstate(over="ignore"):
-            wide = mx.array(bits.view("<f8").astype("<f4"))
-    else:
-        wide = read_bits(bits, source.dtype)
+    wide = numbers_of(bits, source.dtype)
     result = wide.astype(MLX_TYPES[target.dtype])
     if mx.any(mx.isinf(result) & mx.isfinite(wide)).item():
         raise UserError(
@@ -155,28 +152,34 @@ def write_shards(folder: Path, targets: Sequence[Target], metadata: dict[str, st
         )
 
 
-def companions(folder: Path) -> list[Path]:
-    """The tokenizer's files, the card and the licence, and others that travel with a model."""
-    return [folder / name for name in COMPANIONS if (folder / name).is_file()]
+def companions(*folders: Path) -> list[Path]:
+    """The tokenizer's files, the card and the licence, and others that travel with a model; of
+    those that several folders have the first one's."""
+    places = ([folder / name for folder in folders] for name in COMPANIONS)
+    found = ([file for file in files if file.is_file()] for files in places)
+    return [files[0] for files in found if files]
 
 
-def copy_files(files: Iterable[Path], folder: Path) -> None:
-    """Copies small files; one that exists is whole."""
-    for file in files:
-        if not (folder / file.name).exists():
-            with open_regular(file) as source:
-                write_atomic(folder / file.name, read_exactly(source, file.stat().st_size, file))
+class Conversion(NamedTuple):
+    """A conversion that has been checked, before anything is written.
 
-
-@dataclass(frozen=True)
-class Plan:
-    """A conversion of an anchor, before anything is written.
-
-    sources: files that it reads. config: of ``config_name``. notes: lines for the user. write:
-    makes the weights in a folder. copied: small files that are taken along.
+    sources: files that it reads. notes: lines for the user. write: makes it in a folder, where it
+    skips what is there. made: what came of it, in words.
     """
 
     sources: list[Path]
+    need_bytes: int
+    notes: list[str]
+    write: Callable[[Path], None]
+    made: str
+
+
+@dataclass(frozen=True)
+class AnchorConversion:
+    """That of an anchor: ``config`` is that of ``config_name``, ``copied`` are small files that are
+    taken along."""
+
+    inputs: list[Path]
     targets: list[Target]
     config: dict[str, Any]
     notes: list[str]
@@ -184,13 +187,24 @@ class Plan:
     config_name: str = "config.json"
     metadata: str = "mlx"  # or "pt"
 
+    @property
+    def sources(self) -> list[Path]:
+        return [*self.inputs, *self.copied]
+
+    @property
+    def alone(self) -> Conversion:
+        size = sum(target.nbytes for target in self.targets)
+        numbers = sum(math.prod(target.shape) for target in self.targets)
+        made = f"{numbers:,} parameters in {len(self.targets)} tensors, {size / 1e6:,.1f} MB"
+        return Conversion(self.sources, self.need_bytes, self.notes, self.write, made)
+
     def write(self, part: Path) -> None:
         """Writes the anchor into a folder; the config comes last, so none loads before its time."""
         write_shards(part, self.targets, {"format": self.metadata})
         self.write_rest(part)
 
     def write_rest(self, part: Path) -> None:
-        copy_files(self.copied, part)
+        copy_missing({file.name: file for file in self.copied}, part)
         write_atomic(part / self.config_name, json.dumps(self.config, indent=2) + "\n")
 
     @property

@@ -24,8 +24,8 @@ from mlx_hmem.anchors.load import weight_files
 from mlx_hmem.bank.format import GENERIC, MANIFEST
 from mlx_hmem.config import HmemConfig
 from mlx_hmem.errors import ArgumentParser, UserError
-from mlx_hmem.files import copy_file, link_or_copy, open_regular, save_safetensors, write_atomic
-from mlx_hmem.folders import RECORD, identity_of, whole_folder
+from mlx_hmem.files import link_or_copy, open_regular, save_safetensors, write_atomic
+from mlx_hmem.folders import RECORD, copy_missing, identity_of, whole_folder
 from mlx_hmem.model.find import BANK_FOLDER, find_model
 from mlx_hmem.model.load import load
 from mlx_hmem.model.model import MemoryModel
@@ -103,12 +103,8 @@ class Bundle:
         check_functions(self.functions, part)
         if not (part / ANCHOR).exists():
             save_safetensors(part / ANCHOR, self.functions.weights)
-        for name, source in self.shards.items():
-            if not (part / name).exists():
-                link_or_copy(source, part / name)
-        for name, source in self.copied.items():
-            if not (part / name).exists():
-                copy_file(source, part / name)
+        copy_missing(self.shards, part, link_or_copy)
+        copy_missing(self.copied, part)
         write_atomic(part / BUNDLE, json.dumps(self.manifest(part), indent=1) + "\n")
 
     def manifest(self, part: Path) -> dict[str, Any]:

@@ -7,18 +7,19 @@ that they are finite is checked as they pass, while they are in the processor's 
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import mlx.core as mx
 import numpy as np
 
+from mlx_hmem.anchors.openlm import PREFIXES
 from mlx_hmem.bank.format import GENERIC, STORED_TYPES, num_blocks, stored_r
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
 
-from ..torch_files.tensors import BITS, ITEM_SIZES, LazyTensor, bits_of, read_bits
+from ..anchors.keys import Problems, strip
+from ..torch_files.tensors import BITS, ITEM_SIZES, LazyTensor, bits_of, numbers_of
 
 # The matrices of a kind, for each group of equally wide rows in the order of a block. A LoRA pair
 # of projection p is p_a (r, inputs) and p_b (r, outputs).
@@ -32,9 +33,7 @@ MATRICES = {
 # By safetensors' names: bits whose number, without its sign, is not finite from there on.
 INFINITY = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
 DTYPES = {stored.tag: name for name, stored in STORED_TYPES.items()}
-PREFIXES = ("module.", "_orig_mod.", "model.")
 MEMORY_NAME = re.compile(r"(layers\.\d+\.)?memory\.")
-MOST_NAMES = 3  # of each list in an error
 
 
 class Matrix(NamedTuple):
@@ -58,17 +57,7 @@ def matrices(config: MemoryConfig, r: int) -> list[Matrix]:
 
 def short_names(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     """Tensors by their names without the prefixes of wrappers and without nn.Embedding's end."""
-    result: dict[str, LazyTensor] = {}
-    for name, tensor in tensors.items():
-        short = name
-        while prefix := next((p for p in PREFIXES if short.startswith(p)), ""):
-            short = short.removeprefix(prefix)
-        if is_memory(short):
-            short = short.removesuffix(".weight")
-        if short in result:
-            raise UserError("two tensors have one name without prefixes", short, "rename one")
-        result[short] = tensor
-    return result
+    return strip(tensors, PREFIXES, is_memory)
 
 
 def is_memory(name: str) -> bool:
@@ -145,12 +134,7 @@ class LevelTensors:
 def finite_bits(bits: np.ndarray, dtype: str, wanted: str, name: str) -> np.ndarray:
     """The bits in dtype ``wanted``, rounded to nearest if that is another one; all finite."""
     if dtype != wanted:
-        if dtype == "F64":
-            with np.errstate(over="ignore"):
-                wide = mx.array(bits.view("<f8").astype("<f4"))
-        else:
-            wide = read_bits(bits, dtype)
-        bits = bits_of(wide.astype(STORED_TYPES[DTYPES[wanted]].dtype))
+        bits = bits_of(numbers_of(bits, dtype).astype(STORED_TYPES[DTYPES[wanted]].dtype))
     # A sign bit makes a negative number the greater one unsigned and the lesser one signed.
     limit, sign = INFINITY[wanted], 1 << (8 * bits.itemsize - 1)
     if bits.max() >= limit | sign or bits.view(f"<i{bits.itemsize}").max() >= limit:
@@ -160,31 +144,6 @@ def finite_bits(bits: np.ndarray, dtype: str, wanted: str, name: str) -> np.ndar
             "use --dtype bfloat16 or float32, or mend the checkpoint",
         )
     return bits
-
-
-class Problems:
-    """What is wrong with a set of tensors, collected so that one line says it all."""
-
-    def __init__(self) -> None:
-        self.missing: list[str] = []
-        self.wrong: list[str] = []
-
-    def check(self, left_over: Sequence[str]) -> None:
-        texts = []
-        for what, names in (
-            ("missing", self.missing),
-            ("of a wrong shape or dtype", self.wrong),
-            ("left over", left_over),
-        ):
-            if names:
-                more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-                texts.append(f"{what}: {', '.join(names[:MOST_NAMES])}{more}")
-        if texts:
-            raise UserError(
-                "the tensors of the memory do not fit its config",
-                "; ".join(texts),
-                "correct the config or the names (docs/pytorch_layout.md)",
-            )
 
 
 def find_levels(
@@ -204,7 +163,11 @@ def find_levels(
             continue
         by_block = any(name.startswith("memory.") for name in present)
         levels[level] = _find_level(tensors, config, level, r, by_block, problems, used)
-    problems.check([name for name in tensors if name not in used])
+    problems.lists["left over"] = [name for name in tensors if name not in used]
+    problems.check(
+        "the tensors of the memory do not fit its config",
+        "correct the config or the names (docs/pytorch_layout.md)",
+    )
     return levels
 
 
@@ -230,10 +193,12 @@ def _find_level(
             used.add(name)
             shape = (count, r, matrix.width)
             if name not in tensors:
-                problems.missing.append(name)
+                problems.lists["missing"].append(name)
             elif (tensor := fitted(tensors[name], shape)) is None:
                 found = tensors[name]
-                problems.wrong.append(f"{name} is {found.dtype} {found.shape}, not {shape}")
+                problems.lists["wrong shape"].append(
+                    f"{name} is {found.dtype} {found.shape}, not {shape}"
+                )
             else:
                 row.append(tensor)
         rows.append(row)

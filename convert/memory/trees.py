@@ -23,13 +23,11 @@ from mlx_hmem.files import open_regular, read_safetensors_header
 from mlx_hmem.retriever import ClusterTree, load_encoder
 from mlx_hmem.retriever.tree import LARGEST_ENTRY, check_branching
 
-from ..torch_files.pickles import open_torch
-from ..torch_files.tensors import LazyTensor, open_safetensors
+from ..torch_files.pickles import open_files
 
 PICKLES = (".pkl", ".pickle", ".joblib", ".sav")
 MAX_DIM = 1 << 16
 LARGE, MOST_RATIO = 1 << 26, 100  # bytes, and compression of more: centroids hardly compress
-FLOATS = {"F32": "<f4", "F64": "<f8", "F16": "<f2", "I64": "<i8", "I32": "<i4"}
 LAYOUT = "store level-1, level-2, … (docs/pytorch_layout.md)"
 
 
@@ -112,23 +110,11 @@ def _open(source: Path) -> Arrays:
     if source.suffix == ".npz":
         return _npz(source)
     if source.suffix in (".pt", ".pth", ".bin", ".safetensors"):
-        opened = open_safetensors if source.suffix == ".safetensors" else open_torch
-        tensors = opened([source]).tensors
-        return {name: _tensor(tensor) for name, tensor in tensors.items()}
+        tensors = open_files([source]).tensors
+        return {name: Found(tensor.shape, tensor.numbers) for name, tensor in tensors.items()}
     raise UserError(
         "unknown kind of tree file", source, f"use .npz, .npy or .safetensors; {LAYOUT}"
     )
-
-
-def _tensor(tensor: LazyTensor) -> Found:
-    def read() -> np.ndarray:
-        if tensor.dtype == "BF16":
-            return (tensor.read().astype("<u4") << 16).view("<f4")
-        if tensor.dtype not in FLOATS:
-            raise UserError(f"{tensor.path} holds a type that is none of a tree", tensor.dtype, "")
-        return tensor.read().view(FLOATS[tensor.dtype])
-
-    return Found(tensor.shape, read)
 
 
 def _npy(file: Path) -> Found:

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from mlx_hmem.anchors.load import anchor_hash, load_anchor, weight_files
-from mlx_hmem.bank import Bank, Manifest, Quantization
+from mlx_hmem.bank import Manifest, Quantization
 from mlx_hmem.bank.documents import DOCUMENTS
 from mlx_hmem.bank.format import MANIFEST
 from mlx_hmem.config import HmemConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate import Perplexity, perplexity
-from mlx_hmem.files import copy_file, write_atomic
-from mlx_hmem.folders import RECORD, REPLACED, identity_of, whole_folder
+from mlx_hmem.files import write_atomic
+from mlx_hmem.folders import RECORD, REPLACED, copy_missing, identity_of, whole_folder
 from mlx_hmem.model.find import BANK_FOLDER, BESIDE, MODEL_FILES
-from mlx_hmem.model.load import load
+from mlx_hmem.model.load import load, open_bank
 
 from .anchor import (
     INDEX,
@@ -138,14 +138,7 @@ def _checked_bank(folder: Path, hmem: HmemConfig) -> Manifest:
         raise UserError(
             "the anchor is not the one this memory was made for", folder, "restore the anchor"
         )
-    with Bank.open(folder / BANK_FOLDER, cache_bytes=0) as bank:
-        bank.check(anchor_hash=hmem.anchor_hash, tree_hash=hmem.retriever.tree_hash)
-        if bank.config != hmem.memory:
-            raise UserError(
-                "hmem.json and bank/bank.json describe different memories",
-                f"{hmem.memory} and {bank.config}",
-                "restore the bank that belongs to this model",
-            )
+    with open_bank(folder, hmem, None, "", cache_bytes=0) as bank:
         return bank.manifest
 
 
@@ -154,31 +147,33 @@ def quantize(chosen: Plan, out: Path, texts: Sequence[str] = (), overwrite: bool
 
     With ``texts``, their perplexity is measured before and after.
     """
-    with whole_folder(
-        out, chosen.identity, replace=overwrite, need_bytes=chosen.bytes_needed
-    ) as part:
-        before = _scores(chosen.folder, texts)
-        if chosen.bank is not None:  # first: else the anchor would load alone
-            (part / BANK_FOLDER).mkdir(exist_ok=True)
-        for file in chosen.files:
-            if not (part / file).exists():
-                copy_file(chosen.folder / file, part / file)
-        if chosen.anchor is not None:
-            anchor = save_quantized_anchor(chosen.folder, part, chosen.anchor)
-        else:
-            size = weight_bytes(chosen.folder)
-            anchor = AnchorChange(None, size, size, None, ())
-        dtype, levels = None, []
-        bank_folder = part / BANK_FOLDER
-        if chosen.bank is not None and chosen.hmem is not None:
-            hash_ = anchor_hash(part)
-            dtype = chosen.bank.dtype
-            levels = change_bank(chosen.folder / BANK_FOLDER, bank_folder, chosen.bank, hash_)
-            write_atomic(part / "hmem.json", replace(chosen.hmem, anchor_hash=hash_).to_json())
-        load_anchor(part, lazy=True)  # config and weights go together
-        scores = zip(before, _scores(part, texts), strict=True)
-        forget_notes(bank_folder)
-    return Report(out, anchor, dtype, tuple(levels), tuple(scores))
+    need = chosen.bytes_needed
+    with whole_folder(out, chosen.identity, replace=overwrite, need_bytes=need) as part:
+        return replace(write(chosen, part, texts), model=out)
+
+
+def write(chosen: Plan, part: Path, texts: Sequence[str] = ()) -> Report:
+    """Writes what a plan says into the folder ``part``."""
+    before = _scores(chosen.folder, texts)
+    if chosen.bank is not None:  # first: else the anchor would load alone
+        (part / BANK_FOLDER).mkdir(exist_ok=True)
+    copy_missing({file: chosen.folder / file for file in chosen.files}, part)
+    if chosen.anchor is not None:
+        anchor = save_quantized_anchor(chosen.folder, part, chosen.anchor)
+    else:
+        size = weight_bytes(chosen.folder)
+        anchor = AnchorChange(None, size, size, None, ())
+    dtype, levels = None, []
+    bank_folder = part / BANK_FOLDER
+    if chosen.bank is not None and chosen.hmem is not None:
+        hash_ = anchor_hash(part)
+        dtype = chosen.bank.dtype
+        levels = change_bank(chosen.folder / BANK_FOLDER, bank_folder, chosen.bank, hash_)
+        write_atomic(part / "hmem.json", replace(chosen.hmem, anchor_hash=hash_).to_json())
+    load_anchor(part, lazy=True)  # config and weights go together
+    scores = zip(before, _scores(part, texts), strict=True)
+    forget_notes(bank_folder)
+    return Report(part, anchor, dtype, tuple(levels), tuple(scores))
 
 
 def _scores(folder: Path, texts: Sequence[str]) -> list[Perplexity]:

@@ -12,8 +12,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from convert.anchors.openlm import open_checkpoint
 from convert.memory.tensors import MATRICES, find_levels
+from convert.torch_files.pickles import open_files
 from convert.torch_files.tensors import LazyTensor, bits_of
 from convert.torch_files.writer import write_torch
 from mlx_hmem import load
@@ -162,7 +162,7 @@ def test_every_way_to_store_a_memory_gives_the_same_bank(
 
 
 def test_anchor_and_memory_may_be_one_checkpoint(model_folder, torch_folder, tmp_path):
-    whole = open_checkpoint([torch_folder / "anchor" / "model.pt"]).tensors
+    whole = open_files([torch_folder / "anchor" / "model.pt"]).tensors
     anchor = {name: tensor.read().view("<f4") for name, tensor in whole.items()}
     everything = {f"model.{n}": a for n, a in (anchor | tensors_of(torch_folder)).items()}
     (torch_folder / "anchor" / "model.pt").unlink()
@@ -228,7 +228,7 @@ def numpy_logits(weights: Tensors, tensors: Tensors, ids: np.ndarray, path: Any)
 
 def test_logits_equal_plain_matrices_in_numpy(layout, tmp_path):
     model = load(convert(layout, tmp_path / "mlx"))
-    whole = open_checkpoint([layout / "anchor" / "model.pt"]).tensors
+    whole = open_files([layout / "anchor" / "model.pt"]).tensors
     weights = {name: tensor.read().view("<f4") for name, tensor in whole.items()}
     tensors = tensors_of(layout)
     fetched = np.array(model(IDS, paths=PATHS))

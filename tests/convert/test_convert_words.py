@@ -1,0 +1,74 @@
+"""``--hf-path``, ``--mlx-path`` and ``-q``: mlx-lm's words for what the other options do."""
+
+from pathlib import Path
+
+import pytest
+
+from convert.command import main
+from convert.quantize import model as quantized_model
+from mlx_hmem import load
+from mlx_hmem.errors import UserError
+from tests.convert.test_convert_quantize import make
+from tests.convert.test_convert_stopped import bytes_of
+
+
+@pytest.fixture(scope="module")
+def wide_layout(model_folder, tmp_path_factory) -> Path:
+    """A model that can be quantised, in PyTorch's layout; for reading only."""
+    folder = tmp_path_factory.mktemp("words")
+    main([str(make(model_folder, folder / "mlx")), str(folder / "torch"), "--to", "pytorch"])
+    return folder / "torch"
+
+
+def words(source: Path | str, out: Path, *more: str) -> list[str]:
+    return ["--hf-path", str(source), "--mlx-path", str(out), *more]
+
+
+@pytest.mark.parametrize("part", ["anchor", "whole"])
+def test_they_do_what_the_other_options_do(wide_layout, tmp_path, part, monkeypatch):
+    source = wide_layout / "anchor" if part == "anchor" else wide_layout
+    plain, quantized = tmp_path / "plain", tmp_path / "quantized"
+    main([str(source), str(plain)])
+    main(["quantize", str(plain), str(quantized), "--anchor-bits", "4"])
+    main(words(source, tmp_path / "a"))
+    assert bytes_of(tmp_path / "a") == bytes_of(plain)
+
+    save = quantized_model.save_quantized_anchor
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quantized_model, "save_quantized_anchor", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        main(words(source, tmp_path / "b", "-q"))
+    assert not (tmp_path / "b").exists()
+    with pytest.raises(UserError):
+        load(tmp_path / "b.part")
+    monkeypatch.setattr(quantized_model, "save_quantized_anchor", save)
+    main([str(source), str(tmp_path / "b"), "-q"])  # in either form it goes on
+    assert bytes_of(tmp_path / "b") == bytes_of(quantized)
+    assert not (tmp_path / "b.part").exists()
+    load(tmp_path / "b")
+
+
+def test_a_model_of_the_hub_is_fetched(online, tmp_path):
+    with pytest.raises(UserError, match="this is a model of MLX already"):
+        main(words("user/tiny", tmp_path / "out"))
+    assert "config.json" in online.downloads()
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ([], "one source and one destination"),
+        (["--hf-path", "a"], "one source and one destination"),
+        (["a", "b", "--hf-path", "c"], "one source and one destination"),
+        (["--hf-path", "none/of that", "--mlx-path", "b"], "the Hub does not give it"),
+        (["--hf-path", "none", "--mlx-path", "b"], "give a folder or a Hub id"),
+        (["LAYOUT", "b", "--to", "pytorch", "-q"], "--quantize; leave it out"),
+    ],
+)
+def test_a_wrong_choice_of_words_is_one_line(wide_layout, given, says, hub):
+    with pytest.raises(UserError, match=says) as error:
+        main([str(wide_layout) if word == "LAYOUT" else word for word in given])
+    assert "\n" not in str(error.value)
