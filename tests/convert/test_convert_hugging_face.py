@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,7 @@ from tests.helpers.anchor_checkpoints import (
     save_openlm,
 )
 from tests.helpers.places import ROOT
+from tests.helpers.programs import refused
 from tests.helpers.tiny_anchors import make_anchor
 
 
@@ -122,10 +124,8 @@ def test_a_hugging_face_config_that_does_not_fit_is_one_line(tmp_path, change, w
     source = save_hugging_face(tmp_path / "source", "llama", mx.float32)
     values = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(values | change))
-    with pytest.raises(UserError) as error:
+    with refused(re.escape(words)):
         convert(source, tmp_path / "out")
-    assert words in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 def test_the_keys_that_mlx_lm_would_miss_are_written_out(tmp_path):

@@ -25,6 +25,7 @@ from tests.helpers.memory_layouts import (
     store,
     tensors_of,
 )
+from tests.helpers.programs import refused
 
 
 def without(name: str) -> Callable[[Path], None]:
@@ -99,9 +100,8 @@ FAULTS = {
 def test_what_is_wrong_is_said_in_one_line(torch_folder, tmp_path, fault):
     damage, words = FAULTS[fault]
     damage(torch_folder)
-    with pytest.raises(UserError, match=words) as error:
+    with refused(words) as error:
         convert(torch_folder, tmp_path / "mlx")
-    assert "\n" not in str(error.value)
     assert error.value.remedy
     assert not (tmp_path / "mlx").exists()
 

@@ -3,8 +3,6 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,7 +23,7 @@ from tests.convert.test_convert_quantize import (
     make,
     weights_of,
 )
-from tests.helpers.places import ROOT
+from tests.helpers.programs import process
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +51,10 @@ def test_a_run_killed_at_any_file_ends_as_one_that_was_not(wide, tmp_path):
     options = [*ANCHOR_OPTIONS, *MIXED_OPTIONS]
     main([str(wide), str(tmp_path / "whole"), *options])
     out, part = tmp_path / "out", tmp_path / "out.part"
-    command = [sys.executable, "-c", KILLED]
     stages, kept = set(), {}
-    for moment in (1, 8, 8, 8, 8):  # files, counted from where the run before was killed
-        run = subprocess.run([*command, str(moment), str(wide), str(out), *options], cwd=ROOT)
-        assert run.returncode == -signal.SIGKILL
+    for moment in (1, 16, 16):  # files, counted from where the run before was killed
+        killed = process("-c", KILLED, moment, wide, out, *options)
+        assert killed.status == -signal.SIGKILL
         assert not out.exists()
         files = {str(f.relative_to(part)) for f in part.rglob("*.safetensors")}
         assert kept.items() <= {n: (part / n).stat().st_ino for n in kept}.items()
@@ -112,13 +109,8 @@ def test_what_is_quantised_already_is_refused_by_name(wide, tmp_path):
     main([str(wide), str(tmp_path / "one"), *ANCHOR_OPTIONS, *MIXED_OPTIONS])
     out = tmp_path / "two"
     refused([tmp_path / "one", out, "--anchor-bits", 8], "anchor is quantised already", "affine")
-    refused(
-        [tmp_path / "one", out, "--bank-bits", 8],
-        "generic memory",
-        "already",
-        "affine 8 bits",
-        "0:none",
-    )
+    words = ["generic memory", "already", "affine 8 bits", "0:none"]
+    refused([tmp_path / "one", out, "--bank-bits", 8], *words)
     refused([tmp_path / "one", out, "--bank-level", "1:mxfp8"], "level 1", "already", "mxfp4")
     refused([tmp_path / "one", out, "--bank-dtype", "bfloat16"], "keeps its dtype")
     assert not out.exists()

@@ -4,8 +4,6 @@ import gzip
 import itertools
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +26,7 @@ from mlx_hmem.evaluate.perplexity import first_sentence
 from mlx_hmem.files import save_safetensors
 from mlx_hmem.model.model import MemoryModel
 from mlx_hmem.retriever import ClusterTree, Retriever
-from tests.helpers.places import ROOT
+from tests.helpers.programs import run
 from train.corpus.facts import make_facts
 from train.data.tokenizer import train_tokenizer
 
@@ -364,11 +362,6 @@ def test_the_command_prints_what_the_functions_find(folder, dense, files, capsys
      ["--block-best", "1", "--route", "random"], ["--encoder", "static"]],
 )  # fmt: skip
 def test_a_wrong_command_ends_in_one_line_and_status_2(folder, files, change):
-    command = [sys.executable, "-m", "mlx_hmem.evaluate", str(folder), *files, *change]
-    root = ROOT
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: ")
-    assert "Traceback" not in done.stderr
+    said = run(main, folder, *files, *change)
+    assert said[:2] == (2, "")
+    assert said.err.strip().splitlines()[-1].startswith("error: ")

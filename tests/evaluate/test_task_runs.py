@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,7 @@ from mlx_hmem.evaluate.journal import Journal
 from mlx_hmem.evaluate.tasks.benchmark import TaskResult, averages, model_fingerprint, score_task
 from mlx_hmem.evaluate.tasks.few_shot import PromptTokens, build_prompts
 from mlx_hmem.evaluate.tasks.task import CHOICE, LANGUAGE, Task, load_tasks
-from tests.helpers.places import ROOT
+from tests.helpers.programs import assert_refused, process
 from tests.helpers.task_helpers import alone, greedy_alone, run_task, write_tasks
 
 
@@ -239,9 +237,5 @@ def test_all_tasks_of_a_folder_without_any_names_the_folder(model_folder, tmp_pa
 
 def test_a_broken_row_ends_the_command_with_one_line_and_status_2(model_folder, folder):
     (folder / "choice.jsonl").write_text('{"query": "a"}\n')
-    command = [sys.executable, "-m", "mlx_hmem.evaluate", str(model_folder), "--tasks", "choice"]
-    command += ["--data", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert len(done.stderr.splitlines()) == 1
-    assert "choice.jsonl, line 1 has no `choices`" in done.stderr
+    command = ["-m", "mlx_hmem.evaluate", model_folder, "--tasks", "choice", "--data", folder]
+    assert_refused(process(*command), "choice.jsonl, line 1 has no `choices`")

@@ -9,32 +9,36 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from mlx_hmem import load
-from mlx_hmem.generation.chat import HELP, chat
+from mlx_hmem.generation.chat import HELP, chat, main
 from mlx_hmem.generation.conversation import Conversation
+from tests.helpers.places import ROOT
+from tests.helpers.programs import Said, assert_refused, process, run
 
 PROMPTS = ["The atomic number of iron is", "The band", "The atomic number of copper is"]
 
 
-def command(*args: str | Path) -> list[str]:
-    return [sys.executable, "-m", "mlx_hmem", "chat", *map(str, args)]
+COMMAND = ["-m", "mlx_hmem", "chat", "--max-tokens", "8"]
 
 
-def piped(*args: str | Path, stdin: str) -> tuple[int, str, str]:
-    """The demo model, in a process of its own."""
-    result = subprocess.run(
-        command("--max-tokens", "8", *args), input=stdin.encode(), capture_output=True, timeout=100
-    )
-    return result.returncode, result.stdout.decode(), result.stderr.decode()
+@pytest.fixture
+def piped(monkeypatch):
+    """A chat in this process, with the demo model unless told otherwise."""
+
+    def piped(*args: object, stdin: str | bytes) -> Said:
+        lines = stdin if isinstance(stdin, bytes) else stdin.encode()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), "utf-8"))
+        return run(main, "--max-tokens", 8, *args)
+
+    return piped
 
 
 def test_a_pipe_carries_the_answers_alone_and_they_are_the_models():
     model = load()
-    status, out, err = piped(stdin="\n".join(PROMPTS) + "\n")
+    status, out, err = process(*COMMAND, input="\n".join(PROMPTS) + "\n")
     paths = [model.retriever.route(prompt) for prompt in PROMPTS]
     expected = ["".join(p.text for p in model.stream(t, max_tokens=8)) for t in PROMPTS]
     assert (status, out) == (0, "".join(text + "\n" for text in expected))
@@ -42,7 +46,7 @@ def test_a_pipe_carries_the_answers_alone_and_they_are_the_models():
     assert re.fullmatch(r"(memory: fetched \(\d+, \d+\) \([^\n]+\)\n)+", err)
 
 
-def test_commands_from_a_pipe():
+def test_commands_from_a_pipe(piped):
     model = load()
     lines = [
         "/stats", "/route", PROMPTS[0], PROMPTS[0], "", "/route", "/route The band", "/stats",
@@ -96,7 +100,7 @@ def test_commands_from_a_pipe():
     ]
 
 
-def test_a_turn_that_cannot_be_answered_is_one_line_and_the_chat_goes_on():
+def test_a_turn_that_cannot_be_answered_is_one_line_and_the_chat_goes_on(piped):
     status, out, err = piped(stdin=f"{'word ' * 400}\n{PROMPTS[0]}\n")
     assert (status, out.count("\n")) == (0, 1)
     first = err.splitlines()[0]
@@ -106,20 +110,17 @@ def test_a_turn_that_cannot_be_answered_is_one_line_and_the_chat_goes_on():
 @pytest.mark.parametrize(
     ("args", "stdin", "words"),
     [
-        (["--temp", "-1"], b"", b"temp is negative"),
-        (["--max-tokens", "0"], b"", b"max_tokens is not positive"),
-        (["--block", "99"], b"", b"no such cluster on level 1"),
-        ([], b"caf\xe9\n", b"standard input is not UTF-8"),
+        (["--temp", "-1"], b"", "temp is negative"),
+        (["--max-tokens", "0"], b"", "max_tokens is not positive"),
+        (["--block", "99"], b"", "no such cluster on level 1"),
+        ([], b"caf\xe9\n", "standard input is not UTF-8"),
     ],
 )
-def test_what_is_wrong_from_the_start_is_one_line_and_status_2(args, stdin, words):
-    result = subprocess.run(command(*args), input=stdin, capture_output=True, timeout=100)
-    assert (result.returncode, result.stdout) == (2, b"")
-    assert re.fullmatch(rb"error: [^\n]+\n", result.stderr)
-    assert words in result.stderr
+def test_what_is_wrong_from_the_start_is_one_line_and_status_2(piped, args, stdin, words):
+    assert_refused(piped(*args, stdin=stdin), words)
 
 
-def test_a_damaged_block_is_said_in_one_line_and_strictly_it_is_an_error(broken):
+def test_a_damaged_block_is_said_in_one_line_and_strictly_it_is_an_error(broken, piped):
     shard = broken / "bank" / "level-3.00000.safetensors"
     raw = bytearray(shard.read_bytes())
     for start in range(16384, len(raw), 16384):
@@ -191,7 +192,7 @@ def test_at_a_terminal_there_is_a_prompt_and_ctrl_d_ends_it():
     terminal = Terminal(ours)
     environment = os.environ | {"TERM": "dumb"}
     process = subprocess.Popen(
-        command("--max-tokens", "8"), stdin=theirs, stdout=theirs, stderr=theirs,
+        [sys.executable, *COMMAND], cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs,
         env=environment, start_new_session=True,
         # A shell's background job ignores it, and so would whatever it starts.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),

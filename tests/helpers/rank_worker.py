@@ -1,4 +1,4 @@
-"""One rank of test_ranks.py, started by ``mlx.launch``: trains, and leaves what it has."""
+"""One rank of test_ranks.py, run as a program: trains, and leaves what it has."""
 
 import json
 import os
@@ -6,7 +6,6 @@ import signal
 import sys
 from pathlib import Path
 
-import mlx_hmem  # isort: skip  # noqa: F401  OpenBLAS goes in front before MLX is loaded
 import numpy as np
 
 from mlx_hmem.anchors.openlm import Model, ModelArgs

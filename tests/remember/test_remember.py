@@ -15,6 +15,7 @@ from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate import perplexity
 from mlx_hmem.model.load import load
 from tests.helpers.own_documents import TOPICS, remember, sentences, write_documents
+from tests.helpers.programs import refused
 from train.corpus.readers import Faults
 from train.corpus.readers_files import html_text, own_files, read_own
 from train.cost import plan
@@ -183,9 +184,8 @@ def test_a_folder_without_text_is_one_line_and_leaves_nothing(
         pytest.importorskip("pypdf")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / name).write_bytes(data)
-    with pytest.raises(UserError, match=says) as refused:
+    with refused(says):
         remember(tmp_path / "folder", anchor, tmp_path / "model")
-    assert "\n" not in str(refused.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder"]
     if "passed over" in says:
         assert f"passed over {name}" in capsys.readouterr().err

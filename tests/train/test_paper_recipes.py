@@ -3,8 +3,6 @@
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,8 @@ from mlx_hmem import load
 from mlx_hmem.anchors.load import load_anchor, named_parameters
 from mlx_hmem.errors import UserError
 from tests.helpers.places import ROOT
+from tests.helpers.programs import run
+from train.command import main
 from train.cost.costs import anchor_parameters, bank_bytes, step_operations
 from train.cost.plan import arms_of, sequences_of
 from train.data.order import SubtreeOrder, num_steps_of
@@ -186,23 +186,20 @@ MEMORY = ["tree.branching=[2,2,2,2]", "tree.encoder=static", "memories.r=[4,2,1,
 MEMORY += [f"memories.training.{key}" for key in (*SHORT, "learning_rate=1e-2")]
 
 
-def train(name: str, out: Path, *overrides: str, program: tuple[str, ...] = ("train",)) -> str:
-    recipe = str(FOLDER / f"{name}.yaml")
-    command = [sys.executable, "-m", *program, recipe, "--out", str(out)]
-    for override in (*SMALL, *overrides):
-        command += ["--set", override]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
-    return result.stdout
+def train(name: str, out: Path, *overrides: str, verb: tuple[str, ...] = ()) -> str:
+    settings = [word for override in (*SMALL, *overrides) for word in ("--set", override)]
+    said = run(main, *verb, FOLDER / f"{name}.yaml", "--out", out, *settings)
+    assert said.status == 0, said.err[-2000:]
+    return said.out
 
 
 @pytest.fixture(scope="module")
 def a1(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("a1")
+    out = tmp_path_factory.mktemp("a1")
     short = [f"anchor.training.{key}" for key in SHORT]
-    output = train("a1", run, *SIZES, *short, "windows.anchor_context=128")
+    output = train("a1", out, *SIZES, *short, "windows.anchor_context=128")
     assert "memories: the recipe trains an anchor alone" in output
-    return run
+    return out
 
 
 def test_an_anchor_alone_ends_in_a_model_directory(a1):
@@ -242,7 +239,7 @@ def test_rows_with_memory_run_from_the_row_they_start_from(tmp_path, a1, name):
 
 def test_a_scaled_recipe_is_planned(tmp_path, a1):
     start = f"anchor.path={a1 / 'model'}"
-    plan = train("a3", tmp_path, start, *MEMORY, program=("train", "plan"))
+    plan = train("a3", tmp_path, start, *MEMORY, verb=("plan",))
     assert "15 blocks" not in plan
     assert "14 blocks" in plan
     assert "generic" in plan

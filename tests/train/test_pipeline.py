@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +14,9 @@ from mlx_hmem import load
 from mlx_hmem.anchors.load import load_anchor, named_parameters
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import fingerprint
-from tests.helpers.places import ROOT
+from tests.helpers.programs import process
+from tests.helpers.programs import run as program
+from train.command import main
 from train.data.order import num_steps_of
 from train.export import run_export
 from train.loop.arms import trained_blocks, trained_generic
@@ -60,19 +60,14 @@ dense:
 """
 
 
-def program(recipe: Path, out: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "train", str(recipe), "--out", str(out)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     """(recipe, run folder, standard output) of a whole run."""
     folder = tmp_path_factory.mktemp("pipeline")
     (folder / "tiny.yaml").write_text(RECIPE)
-    result = program(folder / "tiny.yaml", folder / "run")
-    assert result.returncode == 0, result.stderr[-2000:]
-    return folder / "tiny.yaml", folder / "run", result.stdout
+    said = process("-m", "train", folder / "tiny.yaml", "--out", folder / "run")
+    assert said.status == 0, said.err[-2000:]
+    return folder / "tiny.yaml", folder / "run", said.out
 
 
 def recipe_of(made: tuple[Path, Path, str]) -> Recipe:
@@ -156,9 +151,9 @@ def test_a_second_run_skips_everything(made):
     recipe, run, _ = made
     files = [p for p in run.glob("**/*") if p.is_file() and p.name not in ("lock", "lock.mdb")]
     before = fingerprint(*files)
-    again = program(recipe, run)
-    assert again.returncode == 0
-    lines = again.stdout.splitlines()
+    again = program(main, recipe, "--out", run)
+    assert again.status == 0
+    lines = again.out.splitlines()
     assert [line.split(":")[0] for line in lines] == list(STAGES)
     assert all("done before" in line for line in lines)
     assert fingerprint(*files) == before
@@ -174,10 +169,9 @@ def test_a_changed_recipe_is_refused_by_the_name_of_what_changed(made):
         with pytest.raises(UserError, match=rf"made with another recipe: changed: {named};"):
             run_stages(changed, run, list(STAGES))
     recipe.with_name("other.yaml").write_text(RECIPE.replace("context: 64", "context: 32"))
-    refused = program(recipe.with_name("other.yaml"), run)
-    assert refused.returncode == 2
-    assert "Traceback" not in refused.stderr
-    assert re.match("error: stage windows .*changed: windows;", refused.stderr.splitlines()[-1])
+    refused = program(main, recipe.with_name("other.yaml"), "--out", run)
+    assert refused.status == 2
+    assert re.match("error: stage windows .*changed: windows;", refused.err.splitlines()[-1])
 
 
 def test_a_quantised_export_answers_as_quantised_blocks_do(made, tmp_path):

@@ -3,8 +3,6 @@
 import gc
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import mlx.core as mx
@@ -15,7 +13,8 @@ from mlx_hmem.anchors.load import named_parameters
 from mlx_hmem.anchors.openlm import Model
 from mlx_hmem.bank import write_bank
 from mlx_hmem.errors import UserError
-from tests.helpers.places import ROOT
+from tests.helpers.programs import assert_refused, run
+from train.command import main
 from train.cost.costs import (
     anchor_parameters,
     bank_bytes,
@@ -172,18 +171,11 @@ def test_too_little_disk_is_refused_with_the_r_that_would_fit(tmp_path):
 def test_the_program_prints_json_and_refuses_in_one_line(tmp_path):
     recipe = tmp_path / "big.yaml"
     recipe.write_text("name: big\ntree: {branching: [4096, 4096]}\nmemories: {r: [4096, 4096]}\n")
-    command = [sys.executable, "-m", "train", "plan", str(recipe), "--json"]
-    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert refused.returncode == 2
-    assert refused.stdout == ""
-    assert len(refused.stderr.splitlines()) == 1
-    assert "does not fit on the disk" in refused.stderr
+    assert_refused(run(main, "plan", recipe, "--json"), "does not fit on the disk")
     recipe.write_text(
         "name: small\nwindows: {context: 32}\ndense: null\n"
         "anchor: {hidden_size: 32, num_hidden_layers: 1, intermediate_size: 32}\n"
     )
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    plan = json.loads(result.stdout)
+    plan = json.loads(run(main, "plan", recipe, "--json").out)
     assert plan["stages"][0]["steps"] is None
     assert plan["bank_blocks"] == 80

@@ -1,10 +1,12 @@
 """Several ranks over loopback do what one does with the whole batch, and survive a kill."""
 
 import json
+import os
 import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,6 @@ from train.data.order import ShuffledOrder
 from train.step.memories import MemoryTrainee
 from train.store.blocks import BlockStore
 
-LAUNCH = Path(sys.executable).with_name("mlx.launch")
 STATES = {"anchor": rank_worker.anchor_state, "memories": rank_worker.cotrained_state}
 
 
@@ -29,18 +30,37 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def launch(kind: str, out: Path, *killed: int, ranks: int = 2) -> subprocess.CompletedProcess[str]:
-    """Runs the worker on so many ranks. The launcher's own exit status says nothing."""
+def launch(kind: str, out: Path, *killed: int, ranks: int = 2) -> str:
+    """Runs the worker on so many ranks; returns what they say. One that fails ends the others.
+
+    As ``mlx.launch`` does, which test_shards.py tries, but for its loop that never sleeps.
+    """
     out.mkdir(exist_ok=True)
-    command = [str(LAUNCH), "-n", str(ranks), "--backend", "ring", "-p", str(free_port())]
-    command += ["--env", f"PYTHONPATH={ROOT}", "--python", sys.executable]
-    command += [
-        str(ROOT / "tests" / "helpers" / "rank_worker.py"),
-        kind,
-        str(out),
-        *map(str, killed),
-    ]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    (out / "hosts").write_text(json.dumps([[f"127.0.0.1:{free_port()}"] for _ in range(ranks)]))
+    command = [sys.executable, "-m", "tests.helpers.rank_worker", kind, str(out)]
+    with (out / "said").open("w+") as said:
+        processes = [
+            subprocess.Popen(
+                [*command, *map(str, killed)], cwd=ROOT, stderr=said,
+                env={**os.environ, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(out / "hosts")},
+            )
+            for rank in range(ranks)
+        ]  # fmt: skip
+        while any(process.poll() is None for process in processes):
+            if any(process.poll() for process in processes):
+                for process in processes:
+                    process.kill()
+            time.sleep(0.05)
+        said.seek(0)
+        return said.read()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """What two ranks leave that train the memories."""
+    out = tmp_path_factory.mktemp("whole")
+    launch("memories", out)
+    return out
 
 
 def states(out: Path, ranks: int = 2) -> list[dict[str, np.ndarray]]:
@@ -60,18 +80,18 @@ def assert_equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
 
 
 @pytest.mark.parametrize("kind", STATES)
-def test_two_ranks_are_one_rank_with_the_whole_batch(kind, tmp_path):
-    result = launch(kind, tmp_path / "two")
-    assert "rank-1.npz" in {path.name for path in (tmp_path / "two").iterdir()}, result.stderr
+def test_two_ranks_are_one_rank_with_the_whole_batch(kind, whole, tmp_path):
+    if kind == "anchor":
+        whole = tmp_path / "two"
+        launch(kind, whole)
     (tmp_path / "one").mkdir()
-    two, (one, exchanged) = states(tmp_path / "two"), STATES[kind](tmp_path / "one")
+    two, (one, exchanged) = states(whole), STATES[kind](tmp_path / "one")
     assert_equal(two[0], two[1])
     assert_close(two[0], one)
     assert exchanged == 0
 
 
-def test_a_step_exchanges_the_anchor_and_the_blocks_it_touches(tmp_path):
-    launch("memories", tmp_path)
+def test_a_step_exchanges_the_anchor_and_the_blocks_it_touches(whole, tmp_path):
     anchor = sum(array.size for array in named_parameters(Model(rank_worker.ARGS)).values())
     tokens, paths = rank_worker.sequences()
     order = ShuffledOrder(len(tokens), TRAINING, rank_worker.SEED)
@@ -85,24 +105,23 @@ def test_a_step_exchanges_the_anchor_and_the_blocks_it_touches(tmp_path):
             sizes = [np.prod(MEMORY.block_shape(level)) for level in (1, 2)]
             wanted += 4 * (1 + anchor + int(np.dot(touched, sizes)))
     for rank in (0, 1):
-        assert json.loads((tmp_path / f"rank-{rank}.json").read_text()) == wanted
+        assert json.loads((whole / f"rank-{rank}.json").read_text()) == wanted
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_killed_between_the_phases_of_a_commit_goes_on_with_the_others(rank, tmp_path):
-    launch("memories", tmp_path / "whole")
+def test_a_rank_killed_between_the_phases_of_a_commit_goes_on_with_the_others(
+    rank, whole, tmp_path
+):
     launch("memories", tmp_path / "killed", rank, 2)
     assert not (tmp_path / "killed" / f"rank-{rank}.npz").exists()
     launch("memories", tmp_path / "killed")
-    assert_equal(states(tmp_path / "killed")[rank], states(tmp_path / "whole")[rank])
+    assert_equal(states(tmp_path / "killed")[rank], states(whole)[rank])
 
 
-def test_ranks_at_different_steps_of_different_runs_are_refused(tmp_path):
-    launch("memories", tmp_path)
-    shutil.rmtree(tmp_path / "store-rank-1")
-    (tmp_path / "rank-1.npz").unlink()
-    result = launch("memories", tmp_path)
-    assert "ranks do not continue the same run: their steps are [8, 0]" in result.stderr
+def test_ranks_at_different_steps_of_different_runs_are_refused(whole, tmp_path):
+    shutil.copytree(whole / "store", tmp_path / "store")  # rank 0's
+    said = launch("memories", tmp_path)
+    assert "ranks do not continue the same run: their steps are [8, 0]" in said
     assert not (tmp_path / "rank-1.npz").exists()
 
 

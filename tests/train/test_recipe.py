@@ -1,7 +1,6 @@
 import fcntl
 import json
-import subprocess
-import sys
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,8 @@ import pytest
 
 from mlx_hmem.errors import UserError
 from tests.helpers.places import ROOT
+from tests.helpers.programs import assert_refused, refused, run
+from train.command import main
 from train.recipe.recipe import Recipe, TokenizerSection, load_recipe
 from train.stages import STAGES, run_stages
 
@@ -81,10 +82,8 @@ def test_given_keys_win_and_all_others_have_defaults(tmp_path):
     ],
 )
 def test_a_wrong_recipe_is_one_line_that_names_the_key(tmp_path, text, named):
-    with pytest.raises(UserError) as error:
+    with refused(re.escape(named)):
         load_text(tmp_path, text)
-    assert named in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 def load_set(
@@ -139,10 +138,8 @@ def test_any_key_can_be_set_anew_and_the_last_one_counts(tmp_path):
     ],
 )
 def test_a_key_that_cannot_be_set_is_one_line(tmp_path, override, named):
-    with pytest.raises(UserError) as error:
+    with refused(re.escape(named)):
         load_set(tmp_path, override)
-    assert named in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 def test_a_key_set_on_the_command_line_is_part_of_the_recipe(tmp_path):
@@ -260,10 +257,6 @@ windows: {context: 32}
 
 
 def test_the_program_goes_from_text_to_sequences_and_bad_input_is_one_line(tmp_path):
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "train", *arguments]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
     recipe, corpus, out = tmp_path / "tiny.yaml", tmp_path / "corpus", tmp_path / "out"
     recipe.write_text(TINY)
     corpus.mkdir()
@@ -272,14 +265,10 @@ def test_the_program_goes_from_text_to_sequences_and_bad_input_is_one_line(tmp_p
         for i in range(60)
     ]
     (corpus / "a.jsonl").write_text("".join(json.dumps(d) + "\n" for d in documents))
-    arguments = [str(recipe), "--corpus", str(corpus), "--out", str(out)]
-    first = run(*arguments, "--until", "anchor-sequences")
-    assert first.returncode == 0, first.stderr
-    assert first.stdout.splitlines()[-1].startswith("anchor-sequences: ")
-    assert str(out / "anchor-sequences") in first.stdout
-    again = run(*arguments, "--until", "anchor-sequences")
-    assert again.stdout.count("done before") == 4
-    wrong = run(str(tmp_path / "none.yaml"), "--out", str(out))
-    assert wrong.returncode == 2
-    assert wrong.stderr.startswith("error: no such recipe")
-    assert len(wrong.stderr.splitlines()) == 1
+    arguments = [recipe, "--corpus", corpus, "--out", out, "--until", "anchor-sequences"]
+    first = run(main, *arguments)
+    assert first.status == 0, first.err
+    assert first.out.splitlines()[-1].startswith("anchor-sequences: ")
+    assert str(out / "anchor-sequences") in first.out
+    assert run(main, *arguments).out.count("done before") == 4
+    assert_refused(run(main, tmp_path / "none.yaml", "--out", out), "error: no such recipe")

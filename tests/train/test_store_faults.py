@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 
 from mlx_hmem.errors import UserError
+from tests.helpers.programs import refused
 from tests.helpers.store_worker import PROGRESS, blocks_of, fill, small_store, start, training_run
 from train.store.blocks import BlockStore
 from train.store.records import RecordStore, check_free_space
 
-KILL_SECONDS = 15  # python -m benchmarks.kills has fifty of them
+KILLS = 6  # python -m benchmarks.kills has fifty of them
 
 
 def test_a_run_killed_at_random_moments_has_the_losses_of_one_that_was_not(tmp_path):
     training_run(tmp_path / "whole")
     folder, rng, kills = tmp_path / "killed", random.Random(0), 0
-    end = time.monotonic() + KILL_SECONDS
-    while time.monotonic() < end:
+    for _ in range(KILLS):
         process = start("slow", folder)
         assert process.stdout is not None
         process.stdout.readline()  # it has begun
@@ -102,9 +102,8 @@ def test_a_full_store_is_one_line_and_the_last_commit_is_intact(how, tmp_path):
     with small_store(tmp_path, map_size=100_000, cache_bytes=cache) as store:
         fill(store, 2, [0, 1, 2], 1.0)
         store.commit(PROGRESS)
-        with pytest.raises(UserError, match=r"store .* is full: map size .*commit is intact") as e:
+        with refused(r"store .* is full: map size .*commit is intact"):
             overfill(store, how)
-        assert "\n" not in str(e.value)
     with small_store(tmp_path) as store:
         assert store.progress() == PROGRESS
         assert np.all(blocks_of(store)[2][0][:3] == 1)

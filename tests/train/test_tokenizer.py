@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.tokenizer_utils import TokenizerWrapper, load
 
-from mlx_hmem.errors import UserError
+from tests.helpers.programs import refused
 from train.data.tokenizer import EOT, EOT_ID, train_tokenizer
 
 VARIED = [
@@ -127,7 +127,6 @@ def test_training_gives_the_same_bytes_again(folder, tmp_path):
 
 
 def test_too_large_a_vocabulary_for_the_text_is_one_line(tmp_path):
-    with pytest.raises(UserError, match="vocab_size") as error:
+    with refused("vocab_size"):
         train_tokenizer(["la la to"], 5000, tmp_path)
-    assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())

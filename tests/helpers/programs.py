@@ -1,0 +1,57 @@
+"""Programs, in a process of their own or in this one, and what they and the library refuse."""
+
+import contextlib
+import io
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import pytest
+
+from mlx_hmem.errors import UserError, run_program
+from tests.helpers.places import ROOT
+
+
+class Said(NamedTuple):
+    """How a program ended, and what it wrote."""
+
+    status: int
+    out: str
+    err: str
+
+
+def process(*words: object, **options: object) -> Said:
+    """``python WORDS…`` in the repository, in a process of its own."""
+    command = [sys.executable, *map(str, words)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
+    return Said(done.returncode, done.stdout, done.stderr)
+
+
+def run(main: Callable[[Sequence[str]], None], *words: object) -> Said:
+    """A program's ``main`` in this process, as its face runs it."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            run_program(lambda: main([*map(str, words)]))
+        except SystemExit as end:
+            status = int(end.code or 0)
+    return Said(status, out.getvalue(), err.getvalue())
+
+
+def assert_refused(said: Said, *words: str) -> None:
+    """Status 2 and one line of three parts that holds ``words``; nothing else is said."""
+    assert said[:2] == (2, "")
+    assert re.fullmatch(r"error: [^\n]+: [^\n]*; [^\n]+\n", said.err)
+    for word in words:
+        assert word in said.err
+
+
+@contextlib.contextmanager
+def refused(pattern: str) -> Iterator[pytest.ExceptionInfo[UserError]]:
+    """What is done in it ends in a UserError: one line with a remedy, in which ``pattern`` is."""
+    with pytest.raises(UserError, match=pattern) as error:
+        yield error
+    assert "\n" not in str(error.value)
+    assert error.value.remedy
