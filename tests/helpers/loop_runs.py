@@ -13,6 +13,7 @@ import numpy as np
 from mlx_hmem.anchors.openlm import Model, ModelArgs
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.files import load_safetensors, read_safetensors_header
+from tests.helpers.stores import assert_same, store_state
 from train.data.order import ShuffledOrder
 from train.loop.loop import train
 from train.recipe.recipe import CotrainSection, TrainerConfig
@@ -118,16 +119,8 @@ def checkpoint(folder: Path) -> dict[str, np.ndarray]:
     if (folder / CHECKPOINT).exists():
         arrays = load_safetensors(folder / CHECKPOINT)
         return {name: np.array(array) for name, array in arrays.items()}
-    result = {}
     with BlockStore(folder / "store", MEMORY, SEED, readonly=True) as store:
-        for level, count in enumerate(MEMORY.num_clusters, 1):
-            parts = store.gather(level, np.arange(count + 1), count + 1)  # with the generic one
-            names = ("weights", "first", "second", "steps")
-            result |= {f"{level}.{n}": np.array(p) for n, p in zip(names, parts, strict=True)}
-        result |= store.arrays()
-        progress = store.progress()
-    assert progress is not None
-    return result | {"curve": progress.curve_array()}
+        return store_state(store) | {"curve": store.progress().curve_array()}
 
 
 def saved(folder: Path, kind: str) -> Progress:
@@ -152,10 +145,6 @@ def logged(folder: Path) -> list[dict[str, Any]]:
 
 def assert_equal_runs(a: Path, b: Path) -> None:
     """Weights, moments, steps, loss curve and log, bit for bit."""
-    first, second = checkpoint(a), checkpoint(b)
-    assert first.keys() == second.keys()
-    for name in first:
-        assert first[name].dtype == second[name].dtype, name
-        assert first[name].tobytes() == second[name].tobytes(), name
+    assert_same(checkpoint(a), checkpoint(b))
     assert (a / "loss.jsonl").read_bytes() == (b / "loss.jsonl").read_bytes()
     assert logged(a) == logged(b)

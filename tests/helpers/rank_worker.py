@@ -10,6 +10,7 @@ import numpy as np
 
 from mlx_hmem.anchors.openlm import Model, ModelArgs
 from mlx_hmem.config import MemoryConfig
+from tests.helpers.stores import EOT, store_state
 from train.data.order import ShuffledOrder
 from train.loop.loop import train
 from train.ranks import Ranks
@@ -19,7 +20,7 @@ from train.step.memories import MemoryTrainee
 from train.store.blocks import BlockStore
 from train.store.records import RecordStore
 
-EOT, SEED, ROWS = 0, 3, 24
+SEED, ROWS = 3, 24
 ARGS = ModelArgs("openlm", 16, 2, 24, 2, 8, 32, tie_word_embeddings=True)
 MEMORY = MemoryConfig(hidden_size=16, num_hidden_layers=2, r=(4, 2), branching=(3, 2))
 COTRAIN = CotrainSection(learning_rate_scale=0.5, generic_probability=0.3)
@@ -27,6 +28,12 @@ COTRAIN = CotrainSection(learning_rate_scale=0.5, generic_probability=0.3)
 TRAINING = TrainerConfig(
     epochs=2, batch_size=6, learning_rate=2e-3, warmup_steps=2, save_every=3, grad_clip=0.5
 )
+
+
+def make_model() -> Model:
+    model = Model(ARGS)
+    initialise(model, SEED)
+    return model
 
 
 def sequences() -> tuple[np.ndarray, np.ndarray]:
@@ -40,8 +47,7 @@ def sequences() -> tuple[np.ndarray, np.ndarray]:
 
 def anchor_state(folder: Path) -> tuple[dict[str, np.ndarray], int]:
     tokens, _ = sequences()
-    model, ranks = Model(ARGS), Ranks(folder)
-    initialise(model, SEED)
+    model, ranks = make_model(), Ranks(folder)
     trainee = AnchorTrainee(model, tokens, EOT, TRAINING, ranks)
     train(trainee, ShuffledOrder(ROWS, TRAINING, SEED), TRAINING, folder, "anchor")
     state = {name: np.array(array) for name, array in trainee.state().items()}
@@ -50,17 +56,12 @@ def anchor_state(folder: Path) -> tuple[dict[str, np.ndarray], int]:
 
 def cotrained_state(folder: Path) -> tuple[dict[str, np.ndarray], int]:
     tokens, paths = sequences()
-    model, ranks = Model(ARGS), Ranks(folder)
-    initialise(model, SEED)
+    model, ranks = make_model(), Ranks(folder)
     own = "store" if ranks.first else f"store-rank-{ranks.rank}"
     with BlockStore(folder / own, MEMORY, SEED) as store:
         trainee = MemoryTrainee(model, store, tokens, paths, EOT, TRAINING, COTRAIN, ranks)
         train(trainee, ShuffledOrder(ROWS, TRAINING, SEED), TRAINING, folder, "memories")
-        result = dict(store.arrays())
-        for level, count in enumerate(MEMORY.num_clusters, 1):
-            parts = store.gather(level, np.arange(count + 1), count + 1)
-            result |= {f"{level}.{i}": np.array(part) for i, part in enumerate(parts)}
-    return result, trainee.gradient.exchanged_bytes
+        return store_state(store), trainee.gradient.exchanged_bytes
 
 
 def die_in_commit(number: int) -> None:

@@ -14,9 +14,10 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_hmem.anchors.openlm import Model, ModelArgs
+from mlx_hmem.anchors.openlm import Model
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import run_program
+from tests.helpers.loop_runs import ARGS, CONTEXT, EOT, SEED, VOCABULARY, make_model
 from tests.helpers.places import ROOT
 from train.data.order import ShuffledOrder
 from train.loop.loop import train
@@ -27,8 +28,6 @@ from train.store.blocks import BlockStore
 from train.store.checkpoint import Progress
 from train.store.records import RecordStore
 
-EOT, VOCABULARY, CONTEXT, SEED = 0, 48, 12, 5
-ARGS = ModelArgs("openlm", 16, 2, 24, 2, 8, VOCABULARY, tie_word_embeddings=True)
 MEMORY = MemoryConfig(hidden_size=16, num_hidden_layers=2, r=(3, 2), branching=(4, 8))
 RUN = TrainerConfig(epochs=20, batch_size=4, learning_rate=1e-2, warmup_steps=2, save_every=7)
 PROGRESS = Progress({"a": 1}, 2, [(0, 1.5, 0.25), (1, 1.25, 0.5)])
@@ -39,12 +38,6 @@ def sequences(rows: int, config: MemoryConfig = MEMORY) -> tuple[np.ndarray, np.
     tokens = rng.integers(1, VOCABULARY, (rows, CONTEXT + 1)).astype(np.uint16)
     leaves = rng.integers(0, config.num_clusters[-1], rows)
     return tokens, np.stack([leaves // config.branching[-1], leaves], axis=1)
-
-
-def make_model(args: ModelArgs = ARGS) -> Model:
-    model = Model(args)
-    initialise(model, SEED)
-    return model
 
 
 def small_store(folder: Path, **options: int) -> BlockStore:
@@ -98,12 +91,13 @@ def run_slowly(folder: Path) -> None:
 
 def measure_resident(folder: Path) -> None:
     """Trains on a bank that does not fit the cache; prints peak memory and step time."""
-    args = replace(ARGS, hidden_size=128)
+    model = Model(replace(ARGS, hidden_size=128))
+    initialise(model, SEED)
     config = MemoryConfig(128, 2, (64, 64), (4, int(os.environ["BRANCHING"])))
     tokens, paths = sequences(960, config)
     training = TrainerConfig(epochs=1, batch_size=8, save_every=5)
     with BlockStore(folder, config, SEED, cache_bytes=32 << 20) as store:
-        trainee = MemoryTrainee(make_model(args), store, tokens, paths, EOT, training)
+        trainee = MemoryTrainee(model, store, tokens, paths, EOT, training)
         begin = time.perf_counter()
         train(trainee, ShuffledOrder(len(tokens), training, SEED), training, folder, "memory")
         seconds = (time.perf_counter() - begin) / 120

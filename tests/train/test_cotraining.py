@@ -5,47 +5,26 @@ from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.optimizers as optim
 import numpy as np
 import pytest
-from mlx.utils import tree_unflatten
 
-from mlx_hmem.anchors.attach import attach_memory
-from mlx_hmem.anchors.load import named_parameters
 from mlx_hmem.anchors.openlm import Model, ModelArgs
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
-from mlx_hmem.memory import initial_block, join_blocks
+from mlx_hmem.memory import join_blocks
+from tests.helpers.rank_worker import MEMORY, ROWS, SEED, make_model, sequences
+from tests.helpers.stores import EOT, Dense, assert_close, store_state
 from train.recipe.recipe import CotrainSection, TrainerConfig
 from train.step.anchor import AnchorTrainee, initialise
-from train.step.gradient import masked_loss, packed_mask
 from train.step.memories import MemoryTrainee, generic_block, generic_path
 from train.store.blocks import BlockStore
 from train.store.checkpoint import Progress
 
-EOT, VOCABULARY, CONTEXT, SEED, ROWS = 0, 32, 10, 3, 24
-ARGS = ModelArgs("openlm", 16, 2, 24, 2, 8, VOCABULARY, tie_word_embeddings=True)
-MEMORY = MemoryConfig(hidden_size=16, num_hidden_layers=2, r=(4, 2), branching=(3, 2))
 TRAINING = TrainerConfig(batch_size=4, weight_decay=0.3, grad_clip=0.5)
 # AdamW makes a whole step of a gradient that is rounding alone, so two orders of summation differ
 # by a share of the rate.
 RATE = 2e-3
 COTRAIN = CotrainSection(learning_rate_scale=0.5, weight_decay=0.1, generic_probability=0.3)
-
-
-def make_model() -> Model:
-    model = Model(ARGS)
-    initialise(model, SEED)
-    return model
-
-
-def sequences() -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(1, VOCABULARY, (ROWS, CONTEXT + 1)).astype(np.uint16)
-    tokens[1::2, 4] = EOT
-    tokens[2::3, -3:] = EOT
-    leaves = rng.integers(0, 6, ROWS)
-    return tokens, np.stack([leaves // 2, leaves], axis=1)
 
 
 Make = Callable[..., MemoryTrainee]
@@ -72,71 +51,12 @@ def make(tmp_path: Path):
 
 def state_of(trainee: MemoryTrainee) -> dict[str, np.ndarray]:
     """Everything that training changes."""
-    result = {}
-    for level, count in enumerate(MEMORY.num_clusters, 1):
-        parts = trainee.store.gather(level, np.arange(count + 1), count + 1)
-        result |= {f"{level}.{i}": np.array(part) for i, part in enumerate(parts)}
-    assert trainee.anchor is not None
-    return result | {name: np.array(array) for name, array in trainee.anchor.arrays().items()}
-
-
-def assert_close(a: MemoryTrainee, b: MemoryTrainee) -> None:
-    first, second = state_of(a), state_of(b)
-    assert first.keys() == second.keys()
-    for name in first:
-        np.testing.assert_allclose(first[name], second[name], rtol=0, atol=1e-5, err_msg=name)
-
-
-class Dense:
-    """The reference: every block, those of generic memory too, and every weight of the anchor is a
-    parameter with an MLX AdamW of its own; sequence by sequence, no batch."""
-
-    def __init__(self) -> None:
-        self.model = make_model()
-        self.slot = attach_memory(self.model, MEMORY)
-        self.weights: dict[object, mx.array] = dict(named_parameters(self.model))
-        self.names = list(self.weights)
-        for level, count in enumerate(MEMORY.num_clusters, 1):
-            for cluster in range(count + 1):
-                random = np.random.default_rng([SEED, level, cluster])
-                block = initial_block(MEMORY, MEMORY.r[level - 1], random)
-                self.weights[level, cluster] = mx.array(block)
-        self.optimizers = {key: self.optimizer(key) for key in self.weights}
-
-    def optimizer(self, key: object) -> optim.AdamW:
-        decay = 0.3
-        if isinstance(key, str):
-            decay = 0.1 if self.weights[key].ndim > 1 else 0.0
-        return optim.AdamW(1.0, [0.9, 0.95], weight_decay=decay, bias_correction=True)
-
-    def step(self, tokens: np.ndarray, paths: np.ndarray, rate: float) -> float:
-        keys = list(self.weights)
-
-        def loss(weights: list[mx.array]) -> mx.array:
-            found = dict(zip(keys, weights, strict=True))
-            self.model.update(tree_unflatten([(name, found[name]) for name in self.names]))
-            levels = [mx.stack([found[n, int(c)] for c in paths[:, n - 1]]) for n in (1, 2)]
-            batch = mx.array(tokens.astype(np.int32))
-            with self.slot.using(join_blocks(levels, MEMORY)):
-                inputs = batch[:, :-1]
-                logits = self.model(inputs, mask=packed_mask(inputs, EOT))
-                return masked_loss(logits, batch, EOT)
-
-        value, gradients = mx.value_and_grad(loss)(list(self.weights.values()))
-        gradients, _ = optim.clip_grad_norm(gradients, 0.5)
-        chosen = {(n, int(c)) for n in (1, 2) for c in paths[:, n - 1]}
-        for key, gradient in zip(keys, gradients, strict=True):
-            if isinstance(key, str) or key in chosen:
-                self.optimizers[key].learning_rate = rate * (0.5 if isinstance(key, str) else 1)
-                updated = self.optimizers[key].apply_gradients(
-                    {"w": gradient}, {"w": self.weights[key]}
-                )
-                self.weights[key] = updated["w"]
-        return value.item()
+    anchor = {name: np.array(array) for name, array in trainee.anchor.arrays().items()}
+    return store_state(trainee.store) | anchor
 
 
 def test_a_cotrained_step_is_that_of_a_dense_reference(make: Make):
-    trainee, dense = make(), Dense()
+    trainee, dense = make(), Dense(make_model(), MEMORY, SEED, clip=0.5, scale=0.5)
     rng, generic = np.random.default_rng(1), 0
     for step in range(20):
         rows, rate = rng.choice(ROWS, 4, replace=False), 0.02 / (1 + step)
@@ -145,11 +65,7 @@ def test_a_cotrained_step_is_that_of_a_dense_reference(make: Make):
         wanted = dense.step(trainee.tokens[rows], paths, rate)
         assert trainee.step(rows, rate)[0] == pytest.approx(wanted, rel=1e-5)
     assert 10 < generic < 40  # of 80
-    state = state_of(trainee)
-    for key, weight in dense.weights.items():
-        name = f"{key[0]}.0" if isinstance(key, tuple) else f"weights.{key}"
-        found = state[name][key[1]] if isinstance(key, tuple) else state[name]
-        np.testing.assert_allclose(found, np.array(weight), rtol=0, atol=1e-5, err_msg=str(key))
+    dense.assert_close(state_of(trainee))
 
 
 @pytest.mark.parametrize("part", [1, 2])
@@ -158,7 +74,7 @@ def test_gradients_of_parts_add_up_to_those_of_the_batch(make: Make, part: int):
     for step in range(5):
         rows = np.arange(4 * step, 4 * step + 4)
         assert parts.step(rows, RATE) == pytest.approx(whole.step(rows, RATE), rel=1e-5)
-    assert_close(whole, parts)
+    assert_close(state_of(whole), state_of(parts))
 
 
 @pytest.mark.parametrize("cotrain", [None, COTRAIN])
@@ -176,7 +92,7 @@ def test_layers_that_are_computed_again_give_the_same_gradient(make: Make, kind,
 
 
 def test_layers_that_are_computed_again_take_less_memory():
-    args = ModelArgs("openlm", 64, 12, 192, 2, 32, VOCABULARY, tie_word_embeddings=True)
+    args = ModelArgs("openlm", 64, 12, 192, 2, 32, 32, tie_word_embeddings=True)
     tokens, peaks = np.full((4, 129), 5, np.uint16), []
     for again in (False, True):
         training = replace(TRAINING, gradient_checkpointing=again)
@@ -229,8 +145,8 @@ def test_generic_memory_alone_touches_no_block_of_the_bank(make: Make):
     for step in range(3):
         trainee.step(np.arange(4 * step, 4 * step + 4), 0.02)
     state = state_of(trainee)
-    assert state["1.3"].tolist() == [0, 0, 0, 3]
-    assert state["2.3"].tolist() == [0, 0, 0, 0, 0, 0, 3]
+    assert state["1.steps"].tolist() == [0, 0, 0, 3]
+    assert state["2.steps"].tolist() == [0, 0, 0, 0, 0, 0, 3]
 
 
 @pytest.mark.parametrize("kind", ["ffn", "lora_ffn", "kv"])

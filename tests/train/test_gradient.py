@@ -6,18 +6,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_hmem.anchors.openlm import Model, ModelArgs
-from train.step.anchor import initialise
+from mlx_hmem.anchors.openlm import Model
+from tests.helpers.loop_runs import EOT, VOCABULARY, make_model
 from train.step.gradient import masked_loss, packed_mask
-
-EOT, VOCABULARY, SEED = 0, 48, 5
-ARGS = ModelArgs("openlm", 16, 2, 24, 2, 8, VOCABULARY, tie_word_embeddings=True)
-
-
-def make_model() -> Model:
-    model = Model(ARGS)
-    initialise(model, SEED)
-    return model
 
 
 def loss_of(model: Model, row: list[int]) -> float:

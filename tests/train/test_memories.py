@@ -13,28 +13,22 @@ import pytest
 
 from mlx_hmem.anchors.attach import attach_memory, memory_config
 from mlx_hmem.anchors.load import named_parameters
-from mlx_hmem.anchors.openlm import Model, ModelArgs
+from mlx_hmem.anchors.openlm import Model
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.memory import KINDS
+from tests.helpers.rank_worker import SEED, make_model
+from tests.helpers.stores import EOT
 from train.recipe.recipe import TrainerConfig
 from train.step.adamw import adamw, bias_corrections
-from train.step.anchor import initialise
 from train.step.gradient import masked_loss, packed_mask
 from train.step.memories import MemoryTrainee, generic_config
 from train.store.blocks import BlockStore
 
-EOT, VOCABULARY, CONTEXT, SEED = 0, 32, 10, 3
-ARGS = ModelArgs("openlm", 16, 2, 24, 2, 8, VOCABULARY, tie_word_embeddings=True)
+VOCABULARY, CONTEXT = 32, 10
 TABLE = MemoryConfig(hidden_size=8, num_hidden_layers=2, r=(4,), branching=(3,))
 MEMORY = MemoryConfig(hidden_size=16, num_hidden_layers=2, r=(4, 0, 2), branching=(2, 2, 2))
 BETAS = (0.9, 0.95)
 OPEN: dict[str, Any] = {}
-
-
-def make_model() -> Model:
-    model = Model(ARGS)
-    initialise(model, SEED)
-    return model
 
 
 def path_of(leaf: int) -> list[int]:

@@ -17,6 +17,7 @@ from mlx_hmem.anchors.openlm import Model
 from tests.helpers import rank_worker
 from tests.helpers.places import ROOT
 from tests.helpers.rank_worker import MEMORY, TRAINING
+from tests.helpers.stores import assert_close, assert_same
 from train.data.order import ShuffledOrder
 from train.step.memories import MemoryTrainee
 from train.store.blocks import BlockStore
@@ -67,18 +68,6 @@ def states(out: Path, ranks: int = 2) -> list[dict[str, np.ndarray]]:
     return [dict(np.load(out / f"rank-{rank}.npz")) for rank in range(ranks)]
 
 
-def assert_close(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        np.testing.assert_allclose(a[name], b[name], rtol=0, atol=1e-5, err_msg=name)
-
-
-def assert_equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        assert a[name].tobytes() == b[name].tobytes(), name
-
-
 @pytest.mark.parametrize("kind", STATES)
 def test_two_ranks_are_one_rank_with_the_whole_batch(kind, whole, tmp_path):
     if kind == "anchor":
@@ -86,7 +75,7 @@ def test_two_ranks_are_one_rank_with_the_whole_batch(kind, whole, tmp_path):
         launch(kind, whole)
     (tmp_path / "one").mkdir()
     two, (one, exchanged) = states(whole), STATES[kind](tmp_path / "one")
-    assert_equal(two[0], two[1])
+    assert_same(two[0], two[1])
     assert_close(two[0], one)
     assert exchanged == 0
 
@@ -115,7 +104,7 @@ def test_a_rank_killed_between_the_phases_of_a_commit_goes_on_with_the_others(
     launch("memories", tmp_path / "killed", rank, 2)
     assert not (tmp_path / "killed" / f"rank-{rank}.npz").exists()
     launch("memories", tmp_path / "killed")
-    assert_equal(states(tmp_path / "killed")[rank], states(whole)[rank])
+    assert_same(states(tmp_path / "killed")[rank], states(whole)[rank])
 
 
 def test_ranks_at_different_steps_of_different_runs_are_refused(whole, tmp_path):
@@ -129,9 +118,9 @@ def test_a_machine_without_a_checkpoint_takes_over_that_of_the_other(tmp_path):
     """It was killed before it wrote its own."""
     launch("apart", tmp_path)
     whole = states(tmp_path)
-    assert_equal(whole[0], whole[1])
+    assert_same(whole[0], whole[1])
     shutil.rmtree(tmp_path / "machine-1")
     for rank in (0, 1):
         (tmp_path / f"rank-{rank}.npz").unlink()
     launch("apart", tmp_path)
-    assert_equal(states(tmp_path)[1], whole[0])
+    assert_same(states(tmp_path)[1], whole[0])

@@ -5,85 +5,49 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import mlx.core as mx
-import mlx.optimizers as optim
 import numpy as np
 import pytest
 
-from mlx_hmem.anchors.attach import attach_memory
 from mlx_hmem.config import MemoryConfig
-from mlx_hmem.memory import initial_block, join_blocks
+from mlx_hmem.memory import initial_block
 from tests.helpers.store_worker import (
     EOT,
     MEMORY,
     PROGRESS,
     RUN,
     SEED,
-    blocks_of,
     make_model,
     sequences,
     small_store,
     start,
 )
+from tests.helpers.stores import Dense, assert_same, store_state
 from train.data.order import ShuffledOrder
 from train.loop.loop import train
 from train.recipe.recipe import TrainerConfig
-from train.step.gradient import masked_loss, packed_mask
 from train.step.memories import MemoryTrainee
 from train.store.blocks import BlockStore
 
 
 def test_a_sparse_step_equals_a_dense_one_in_which_every_block_is_a_parameter(tmp_path):
-    """The reference holds all blocks as one array and takes only the rows of touched blocks from
-    MLX's AdamW, each block counting its own steps."""
+    """Of the reference only the touched blocks are updated, each counting its own steps."""
     tokens, paths = sequences(30)
     config = TrainerConfig(weight_decay=0.3, grad_clip=1e9, batch_size=4)
-    model = make_model()
-    slot = attach_memory(model, MEMORY)
-    bank = {
-        (level, cluster): mx.array(
-            initial_block(
-                MEMORY, MEMORY.r[level - 1], np.random.default_rng([SEED, level, cluster])
-            )
-        )
-        for level, count in enumerate(MEMORY.num_clusters, 1)
-        for cluster in range(count)
-    }
-    optimizers = {
-        key: optim.AdamW(1.0, [0.9, 0.95], weight_decay=0.3, bias_correction=True) for key in bank
-    }
-
-    def loss(weights: list[mx.array], keys: list[tuple[int, int]], rows: np.ndarray) -> mx.array:
-        by_key = dict(zip(keys, weights, strict=True))
-        batch = mx.array(tokens[rows].astype(np.int32))
-        levels = [mx.stack([by_key[n, int(c)] for c in paths[rows, n - 1]]) for n in (1, 2)]
-        with slot.using(join_blocks(levels, MEMORY)):
-            inputs = batch[:, :-1]
-            return masked_loss(model(inputs, mask=packed_mask(inputs, EOT)), batch, EOT)
-
-    rng, touched = np.random.default_rng(1), set()
+    dense, rng = Dense(make_model(), MEMORY, SEED, clip=1e9), np.random.default_rng(1)
     with small_store(tmp_path) as store:
         trainee = MemoryTrainee(make_model(), store, tokens, paths, EOT, config)
         batches = [rng.choice(30, 4, replace=False) for _ in range(21)]
         for step, (rows, next_rows) in enumerate(itertools.pairwise(batches)):
             rate = 0.02 / (1 + step)
-            keys = list(bank)
-            value, gradients = mx.value_and_grad(loss)(list(bank.values()), keys, rows)
-            found, _ = trainee.step(rows, rate, next_rows)
-            assert found == pytest.approx(value.item(), rel=1e-5)
-            chosen = {(n, int(c)) for n in (1, 2) for c in paths[rows, n - 1]}
-            touched |= chosen
-            for key, gradient in zip(keys, gradients, strict=True):
-                assert (key in chosen) == bool(mx.any(gradient != 0))
-                if key in chosen:
-                    optimizers[key].learning_rate = rate
-                    bank |= optimizers[key].apply_gradients({key: gradient}, {key: bank[key]})
-        found = blocks_of(store)
-        assert 6 < len(touched) < len(bank)  # more than the cache holds, not all
-        for (level, cluster), wanted in bank.items():
-            block = found[level][0][cluster]
-            np.testing.assert_allclose(block, np.array(wanted), rtol=0, atol=1e-5)
-            assert ((level, cluster) in touched) == (found[level][3][cluster] > 0)
+            wanted = dense.step(tokens[rows], paths[rows], rate)
+            assert trainee.step(rows, rate, next_rows)[0] == pytest.approx(wanted, rel=1e-5)
+        state = store_state(store)
+    dense.assert_close(state)
+    chosen = paths[np.concatenate(batches[:-1])]
+    touched = {(n, c) for n in (1, 2) for c in chosen[:, n - 1].tolist()}
+    assert 6 < len(touched) < len(dense.weights) - 2  # more than the cache holds, not all
+    for level, cluster in dense.weights:
+        assert ((level, cluster) in touched) == (state[f"{level}.steps"][cluster] > 0)
 
 
 def test_a_cache_of_six_blocks_and_one_of_all_train_to_the_same_bits(tmp_path):
@@ -95,12 +59,10 @@ def test_a_cache_of_six_blocks_and_one_of_all_train_to_the_same_bits(tmp_path):
             curve = train(
                 trainee, ShuffledOrder(60, RUN, SEED), RUN, tmp_path / str(cache), "memory"
             ).curve
-            results.append((curve, blocks_of(store)))
-    for curve, blocks in results[1:]:
+            results.append((curve, store_state(store)))
+    for curve, state in results[1:]:
         assert curve == results[0][0]
-        for level, parts in blocks.items():
-            for part, wanted in zip(parts, results[0][1][level], strict=True):
-                assert part.tobytes() == wanted.tobytes()
+        assert_same(state, results[0][1])
 
 
 def resident(folder: Path, branching: str) -> dict[str, float]:

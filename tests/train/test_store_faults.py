@@ -13,6 +13,7 @@ import pytest
 from mlx_hmem.errors import UserError
 from tests.helpers.programs import refused
 from tests.helpers.store_worker import PROGRESS, blocks_of, fill, small_store, start, training_run
+from tests.helpers.stores import assert_same, store_state
 from train.store.blocks import BlockStore
 from train.store.records import RecordStore, check_free_space
 
@@ -35,14 +36,12 @@ def test_a_run_killed_at_random_moments_has_the_losses_of_one_that_was_not(tmp_p
     assert kills >= 2
     curves = [(tmp_path / name / "loss.jsonl").read_bytes() for name in ("whole", "killed")]
     assert curves[0] == curves[1]
-    states = []
-    for name in ("whole", "killed"):
-        with small_store(tmp_path / name / "store", readonly=True) as store:
-            states.append((store.progress(), blocks_of(store)))
-    assert states[0][0] == states[1][0]
-    for level, parts in states[0][1].items():
-        for part, wanted in zip(parts, states[1][1][level], strict=True):
-            assert part.tobytes() == wanted.tobytes()
+    with (
+        small_store(tmp_path / "whole" / "store", readonly=True) as whole,
+        small_store(folder / "store", readonly=True) as killed,
+    ):
+        assert whole.progress() == killed.progress()
+        assert_same(store_state(whole), store_state(killed))
 
 
 def test_what_was_not_committed_is_gone_and_what_was_is_whole(tmp_path):

@@ -13,13 +13,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_hmem.anchors.openlm import Model, ModelArgs
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate import perplexity, read_texts
 from mlx_hmem.memory import join_blocks
 from mlx_hmem.model.load import load
+from tests.helpers.loop_runs import CONTEXT, EOT, KINDS, SEED, VOCABULARY, make_model
 from tests.helpers.places import ROOT
+from tests.helpers.stores import store_state
 from train.data.order import ShuffledOrder
 from train.data.tokenizer import train_tokenizer
 from train.data.windows import Windows
@@ -28,17 +29,15 @@ from train.loop.loop import train
 from train.loop.validation import TrainedMemory, Validation, choose, held_out_windows
 from train.recipe.recipe import CotrainSection, TrainerConfig, load_recipe
 from train.stages import STAGES, is_done, run_stages
-from train.step.anchor import AnchorTrainee, initialise
+from train.step.anchor import AnchorTrainee
 from train.step.memories import MemoryTrainee, generic_path
 from train.store.blocks import BlockStore
 
-EOT, VOCABULARY, CONTEXT, ROWS, SEED = 0, 48, 12, 20, 5
-ARGS = ModelArgs("openlm", 16, 2, 24, 2, 8, VOCABULARY, tie_word_embeddings=True)
+ROWS = 20
 MEMORY = MemoryConfig(hidden_size=16, num_hidden_layers=2, r=(3, 0, 2), branching=(2, 2, 3))
 CONFIG = TrainerConfig(epochs=3, batch_size=3, learning_rate=1e-2, warmup_steps=2, save_every=5)
 WATCHED = replace(CONFIG, validate_every=2)
 COTRAIN = CotrainSection(generic_probability=0.4)
-KINDS = ["anchor", "memory", "cotrain"]
 
 
 def leaf_paths(count: int, seed: int) -> np.ndarray:
@@ -57,12 +56,6 @@ def held_out(begin: tuple[int, ...] = (EOT,)) -> Windows:
     rng = np.random.default_rng(1)
     rows = [[*begin, *rng.integers(1, VOCABULARY, n)] for n in (3, 11, 7, 1, 11, 5, 2)]
     return Windows(np.concatenate(rows), np.cumsum([0, *map(len, rows)]), begin)
-
-
-def make_model() -> Model:
-    model = Model(ARGS)
-    initialise(model, SEED)
-    return model
 
 
 @contextlib.contextmanager
@@ -89,10 +82,7 @@ def saved(kind: str, folder: Path) -> dict[str, bytes]:
         files = ["checkpoint.safetensors", "loss.jsonl"]
         return {name: (folder / name).read_bytes() for name in files}
     with BlockStore(folder / "store", MEMORY, SEED, readonly=True) as store:
-        result = {name: array.tobytes() for name, array in store.arrays().items()}
-        for level, count in enumerate(MEMORY.num_clusters, 1):
-            parts = store.gather(level, np.arange(count + 1), count + 1)
-            result |= {f"{level}.{i}": np.array(part).tobytes() for i, part in enumerate(parts)}
+        result = {name: array.tobytes() for name, array in store_state(store).items()}
     return result | {"loss": (folder / "loss.jsonl").read_bytes()}
 
 
