@@ -23,7 +23,7 @@ from benchmarks.budget import bare
 from benchmarks.common.counting import machine, median
 from mlx_hmem.budget.resident import parse_bytes, peak_resident_bytes
 from mlx_hmem.errors import ArgumentParser, run_program
-from train.cost.budget import fit, keep_to, within_budget
+from train.cost.budget import fit, keep_to
 from train.recipe.recipe import (
     AnchorSection,
     MemoriesSection,
@@ -53,7 +53,7 @@ def train_here(budget: int, context: int, steps: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         recipe, line = fit(recipe, budget, ["memories"], folder)
-        keep_to(budget)
+        check = keep_to(budget)
         memories, config = recipe.memories, recipe.memory_config
         rng, count = np.random.default_rng(0), memories.training.batch_size * (steps + 1)
         tokens = rng.integers(1, RECIPE.tokenizer.vocab_size, (count, context + 1))
@@ -69,7 +69,7 @@ def train_here(budget: int, context: int, steps: int) -> dict[str, Any]:
             for step in range(steps):
                 start = time.perf_counter()
                 trainee.step(np.array([step]), 1e-4, np.array([step + 1]))
-                within_budget()
+                check()
                 times.append(time.perf_counter() - start)
             trainee.save(folder, Progress({}, steps))
             blocks = store.num_touched

@@ -4,7 +4,8 @@ import argparse
 import functools
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from mlx_hmem.budget.resident import SIZE_HELP, parse_bytes
@@ -13,7 +14,7 @@ from mlx_hmem.errors import ArgumentParser, UserError
 from .corpus.readers import FOLDER_HELP
 from .corpus.stage import run_corpus
 from .cost.budget import fit, keep_to
-from .loop.log import SERVICES, Reporting
+from .loop.log import SERVICES, UNWATCHED, Reporting, Watching
 from .parallel.subtrees import run_subtree
 from .recipe.recipe import add_recipe_arguments, load_recipe
 from .stages import STAGES, run_stages
@@ -74,21 +75,16 @@ def main(words: Sequence[str]) -> None:
         names = names[: names.index(args.until) + 1]
     corpus = functools.partial(run_corpus, corpus=args.corpus, table=args.facts)
     recipe = load_recipe(args.recipe, args.set)
+    watching = UNWATCHED
     if args.memory_budget is not None:
         budget = parse_bytes(args.memory_budget)
         recipe, chosen = fit(recipe, budget, names, args.out)
-        keep_to(budget)
+        watching = Watching(check=keep_to(budget))
         print(chosen, file=sys.stderr)
-    functions: dict[str, Callable[..., None]] = {"corpus": corpus}
-    reporting = None
     if args.report_to is not None:
         reporting = Reporting(args.report_to, args.project_name or recipe.name)
+        watching = replace(watching, reporting=reporting)
     if args.subtree is not None:
-        run_subtree(recipe, args.out, args.subtree, reporting)
+        run_subtree(recipe, args.out, args.subtree, watching)
         return
-    if reporting is not None:
-        for name in names:
-            if STAGES[name].trains:
-                function: Callable[..., None] = STAGES[name].load()
-                functions[name] = functools.partial(function, reporting=reporting)
-    run_stages(recipe, args.out, names, functions)
+    run_stages(recipe, args.out, names, {"corpus": corpus}, watching)

@@ -8,8 +8,9 @@ first of them there reads and writes what they share, the others wait.
 import contextlib
 import hashlib
 import socket
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import mlx.core as mx
 import numpy as np
@@ -20,17 +21,28 @@ from mlx_hmem.files import atomic_file
 PIECE = 1 << 24  # bytes of a file that travel at once
 
 
+@dataclass(frozen=True)
 class Ranks:
-    """This process among those that train the run in ``folder``."""
+    """This process among those that train a run; alone unless it has met others.
 
-    def __init__(self, folder: Path, group: mx.distributed.Group | None = None):
-        self.group = group or mx.distributed.init()
-        self.rank, self.size = self.group.rank(), self.group.size()
+    ``first`` of those ``on_this_machine``, which share the folder of the run."""
+
+    group: mx.distributed.Group | None = None
+    rank: int = 0
+    size: int = 1
+    first: bool = True
+    on_this_machine: int = 1
+
+    @classmethod
+    def meet(cls, folder: Path) -> Self:
+        """Among all that were started to train the run in ``folder``, once they have come."""
+        group = mx.distributed.init()
+        ranks = cls(group, group.rank(), group.size())
         place = f"{socket.gethostname()} {folder.resolve()}".encode()
         number = int.from_bytes(hashlib.sha256(place).digest()[:3], "big")
-        numbers = self.gather(number)
-        self.first = numbers.index(number) == self.rank
-        self.on_this_machine = numbers.count(number)
+        numbers = ranks.gather(number)
+        first = numbers.index(number) == ranks.rank
+        return replace(ranks, first=first, on_this_machine=numbers.count(number))
 
     def gather(self, number: int) -> list[int]:
         """The numbers, up to 2**31, that the ranks came with, once all have come."""
@@ -60,6 +72,8 @@ class Ranks:
 
     def share_file(self, path: Path, source: int) -> None:
         """Puts the file of rank ``source`` where machines lack it."""
+        if self.size == 1:
+            return
         size = path.stat().st_size if self.rank == source else 0
         pieces = self.gather(size // PIECE)[source] * [PIECE] + [self.gather(size % PIECE)[source]]
         file: Any = contextlib.nullcontext()
@@ -83,3 +97,6 @@ class Ranks:
             own = array if self.rank == source else mx.zeros_like(array)
             result[name] = self.sum(own)
         return result
+
+
+ALONE = Ranks()

@@ -22,15 +22,17 @@ from mlx_hmem.errors import UserError
 from mlx_hmem.files import link_or_copy, write_atomic
 from mlx_hmem.folders import locked, whole_folder
 
+from .loop.log import UNWATCHED, Watching
 from .ranks import Ranks
 from .recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class Stage:
-    """``function`` is `module:name` with the signature ``(recipe, folder) -> None``; the module is
-    imported when the stage runs. ``needs`` are the stages whose files it reads. One that
-    ``trains``, or is ``shared`` out in shards, is run by all ranks together."""
+    """``function`` is `module:name`; the module is imported when the stage runs. It is called with
+    the recipe and the folder of the run. ``needs`` are the stages whose files it reads. One that
+    ``trains``, or is ``shared`` out in shards, is run by all ranks together and is handed them; one
+    that trains also what looks on."""
 
     name: str
     function: str
@@ -43,10 +45,10 @@ class Stage:
     def together(self) -> bool:
         return self.trains or self.shared
 
-    def load(self) -> Callable[[Recipe, Path], None]:
+    def load(self) -> Callable[..., None]:
         path, name = self.function.split(":")
         module = importlib.import_module(path, __package__)
-        function: Callable[[Recipe, Path], None] = getattr(module, name)
+        function: Callable[..., None] = getattr(module, name)
         return function
 
 
@@ -180,7 +182,8 @@ def run_stages(
     recipe: Recipe,
     folder: Path,
     names: list[str],
-    functions: dict[str, Callable[[Recipe, Path], None]] | None = None,
+    functions: dict[str, Callable[..., None]] | None = None,
+    watching: Watching = UNWATCHED,
 ) -> None:
     """Runs the named stages in order, skipping those that are done.
 
@@ -188,7 +191,7 @@ def run_stages(
     is shared out.
     ``functions`` stand in for the stages' own; ``__main__`` binds the corpus folder that way.
     """
-    ranks = Ranks(folder)
+    ranks = Ranks.meet(folder)
     stages = stages_of(recipe)
     for name in names:
         if name not in stages:
@@ -209,12 +212,13 @@ def run_stages(
             )
         check_needs(stage, recipe, folder)
         function = (functions or {}).get(name) or stage.load()
+        company = ((ranks,) if stage.together else ()) + ((watching,) if stage.trains else ())
         os.makedirs(folder / name, exist_ok=True)
         if ranks.first and not done[ranks.rank]:
             with alone(f"stage {name}", folder / name):
-                function(recipe, folder)
+                function(recipe, folder, *company)
                 mark_done(stage, recipe, folder)
         elif stage.together:
             with contextlib.redirect_stdout(None):
-                function(recipe, folder)
+                function(recipe, folder, *company)
         ranks.wait()

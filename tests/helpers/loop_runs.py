@@ -73,6 +73,7 @@ class Ended:
         self.trainee, self.left, self.end = trainee, steps, end
         self.resume, self.save = trainee.resume, trainee.save
         self.tokens, self.sizes = trainee.tokens, trainee.sizes
+        self.ranks = trainee.ranks
 
     def step(self, rows: np.ndarray, rate: float, next_rows: np.ndarray) -> tuple[float, float]:
         if self.left == 0:

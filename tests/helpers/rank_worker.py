@@ -47,7 +47,7 @@ def sequences() -> tuple[np.ndarray, np.ndarray]:
 
 def anchor_state(folder: Path) -> tuple[dict[str, np.ndarray], int]:
     tokens, _ = sequences()
-    model, ranks = make_model(), Ranks(folder)
+    model, ranks = make_model(), Ranks.meet(folder)
     trainee = AnchorTrainee(model, tokens, EOT, TRAINING, ranks)
     train(trainee, ShuffledOrder(ROWS, TRAINING, SEED), TRAINING, folder, "anchor")
     state = {name: np.array(array) for name, array in trainee.state().items()}
@@ -56,7 +56,7 @@ def anchor_state(folder: Path) -> tuple[dict[str, np.ndarray], int]:
 
 def cotrained_state(folder: Path) -> tuple[dict[str, np.ndarray], int]:
     tokens, paths = sequences()
-    model, ranks = make_model(), Ranks(folder)
+    model, ranks = make_model(), Ranks.meet(folder)
     own = "store" if ranks.first else f"store-rank-{ranks.rank}"
     with BlockStore(folder / own, MEMORY, SEED) as store:
         trainee = MemoryTrainee(model, store, tokens, paths, EOT, TRAINING, COTRAIN, ranks)
@@ -79,7 +79,7 @@ def die_in_commit(number: int) -> None:
 
 if __name__ == "__main__":
     kind, out, killed = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
-    rank = Ranks(out).rank
+    rank = Ranks.meet(out).rank
     folder = out / f"machine-{rank}" if kind == "apart" else out  # as if on two machines
     if killed and rank == int(killed[0]):
         die_in_commit(int(killed[1]))

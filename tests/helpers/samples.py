@@ -6,7 +6,7 @@ from pathlib import Path
 
 from train.corpus.readers import CorpusFile, Faults
 from train.corpus.sample import Sample, read_shards
-from train.ranks import Ranks
+from train.ranks import ALONE
 from train.recipe.recipe import CorpusSection
 
 Documents = list[dict[str, str]]
@@ -17,7 +17,7 @@ def sample_documents(
 ) -> tuple[Documents, Documents]:
     """Documents (id, title, text) to train on and those held out."""
     with tempfile.TemporaryDirectory() as folder:
-        shards = read_shards(files, section, Path(folder), Ranks(Path(folder)))
+        shards = read_shards(files, section, Path(folder), ALONE)
         sample = Sample(shards, section, faults)
         train, held_out = (
             [json.loads(sample.line(entry)) for entry in part]

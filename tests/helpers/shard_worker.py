@@ -32,7 +32,7 @@ def squares(folder: Path, numbers: list[int], seconds: float, **options: Any) ->
     shards = [Shard((number, seconds), 1) for number in numbers]
     files = make_shards(
         folder / "shards",
-        Ranks(folder),
+        Ranks.meet(folder),
         square,
         shards,
         numbers,

@@ -134,7 +134,7 @@ def test_the_stage_writes_plain_and_fact_documents_and_keeps_facts_exact(tmp_pat
     write(source / "a.jsonl.gz", [document(i) for i in range(200)])
     facts = ({"kind": "invented", "frequencies": [2, 4]},)
     recipe = Recipe(name="t", corpus=CorpusSection(documents=150, held_out=0.2, facts=facts))
-    run_corpus(recipe, tmp_path / "run", source)
+    run_corpus(recipe, tmp_path / "run", corpus=source)
     out = tmp_path / "run" / "corpus"
     texts = list(read_texts(out / "train.jsonl"))
     held_out = [json.loads(line) for line in (out / "held_out.jsonl").open()]
@@ -148,7 +148,7 @@ def test_the_stage_writes_plain_and_fact_documents_and_keeps_facts_exact(tmp_pat
         statement = f"{fact['prompt']} {fact['answer']}."
         assert sum(text.count(statement) for text in texts) == fact["times"]
     first = (out / "train.jsonl").read_bytes()
-    run_corpus(recipe, tmp_path / "again", source)
+    run_corpus(recipe, tmp_path / "again", corpus=source)
     assert (tmp_path / "again" / "corpus" / "train.jsonl").read_bytes() == first
 
 
@@ -168,7 +168,7 @@ def test_shards_do_not_change_the_corpus(tmp_path, monkeypatch, documents):
     recipe = Recipe(name="t", corpus=section)
     for size in (1 << 20, 2000):
         monkeypatch.setattr("train.corpus.sample.SHARD_BYTES", size)
-        run_corpus(recipe, tmp_path / str(size), source)
+        run_corpus(recipe, tmp_path / str(size), corpus=source)
     one, many = (tmp_path / str(size) / "corpus" for size in (1 << 20, 2000))
     for name in ("train.jsonl", "held_out.jsonl", "report.json"):
         assert (one / name).read_bytes() == (many / name).read_bytes()
@@ -187,7 +187,7 @@ def test_people_come_from_articles_that_are_not_sampled_and_ids_stay_apart(tmp_p
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(person) for person in people))
     facts = ({"kind": "people", "people": 30, "frequencies": [2]}, {"kind": "invented"})
     section = CorpusSection(documents=30, held_out=0.2, facts=facts)
-    run_corpus(Recipe(name="t", corpus=section), tmp_path, tmp_path)
+    run_corpus(Recipe(name="t", corpus=section), tmp_path, corpus=tmp_path)
     out = tmp_path / "corpus"
     documents = [
         json.loads(line)
@@ -206,8 +206,8 @@ def test_no_corpus_no_files_and_nothing_left_are_one_line(tmp_path):
     with pytest.raises(UserError, match="--corpus"):
         run_corpus(recipe, tmp_path)
     with pytest.raises(UserError, match=r"no \*.jsonl"):
-        run_corpus(recipe, tmp_path, tmp_path)
+        run_corpus(recipe, tmp_path, corpus=tmp_path)
     (tmp_path / "a.jsonl").write_text("nothing\n")
     with pytest.raises(UserError, match=r"no document is left: 1 × [^{]*; correct"):
-        run_corpus(recipe, tmp_path, tmp_path)
+        run_corpus(recipe, tmp_path, corpus=tmp_path)
     assert not (tmp_path / "corpus" / "train.jsonl").exists()

@@ -21,7 +21,7 @@ from train.data.tokenizer import load_tokenizer, train_tokenizer
 from train.data.windows import Windows
 from train.loop.arms import anchor_sequences
 from train.loop.loop import train
-from train.ranks import Ranks
+from train.ranks import ALONE
 from train.recipe.recipe import Recipe, TrainerConfig, WindowsSection
 from train.step.anchor import AnchorTrainee, initialise
 from train.step.gradient import BatchGradient, masked_loss
@@ -160,7 +160,7 @@ def test_the_loss_of_a_piece_is_that_of_the_documents_same_tokens_alone():
 
     wanted, weights = sorted(map(loss, tails.values())), named_parameters(model)
     gradient = BatchGradient(
-        model, None, EOT, TrainerConfig(batch_size=1, document_mask=False), Ranks(Path())
+        model, None, EOT, TrainerConfig(batch_size=1, document_mask=False), ALONE
     )
     found = [
         gradient({"anchor": weights, "blocks": []}, buckets[np.array([i])])[0]

@@ -29,7 +29,7 @@ from tests.helpers.loop_runs import (
     sequences,
     trainee_of,
 )
-from train.data.order import ShuffledOrder, num_steps_of
+from train.data.order import ShuffledOrder
 from train.loop.loop import train
 from train.step.memories import MemoryTrainee
 from train.store.blocks import BlockStore
@@ -53,7 +53,7 @@ def test_a_stopped_run_that_goes_on_equals_an_uninterrupted_one(kind, whole, tmp
             train(Ended(trainee, steps, interrupt), order(), CONFIG, tmp_path, kind)
         assert (tmp_path / "loss.jsonl").exists() == (done is not None)
         assert done is None or saved(tmp_path, kind).step == done
-    assert run(kind, tmp_path).step == num_steps_of(ROWS, CONFIG) == 13
+    assert run(kind, tmp_path).step == CONFIG.num_steps(ROWS) == 13
     assert_equal_runs(tmp_path, whole[kind])
 
 

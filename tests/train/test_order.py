@@ -9,7 +9,7 @@ import pytest
 from mlx_hmem.anchors.openlm import Model, ModelArgs
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
-from train.data.order import OneSchedule, Order, ShuffledOrder, SubtreeOrder, num_steps_of
+from train.data.order import OneSchedule, Order, ShuffledOrder, SubtreeOrder
 from train.loop.loop import train
 from train.recipe.recipe import TrainerConfig
 from train.step.anchor import initialise
@@ -46,8 +46,8 @@ def test_an_epoch_is_a_permutation_that_follows_from_the_seed():
 
 
 def test_the_number_of_steps_counts_whole_batches():
-    assert num_steps_of(10, TrainerConfig(epochs=1.5, batch_size=4)) == 3
-    assert num_steps_of(1, TrainerConfig(epochs=0.1, batch_size=4)) == 1
+    assert TrainerConfig(epochs=1.5, batch_size=4).num_steps(10) == 3
+    assert TrainerConfig(epochs=0.1, batch_size=4).num_steps(1) == 1
 
 
 def test_nothing_to_train_on_is_one_line():
@@ -120,7 +120,7 @@ def test_nothing_to_train_on_is_refused():
 
 
 def test_a_grouped_run_has_about_as_many_steps_as_a_shuffled_one():
-    steps = num_steps_of(len(CLUSTERS), TRAINING)
+    steps = TRAINING.num_steps(len(CLUSTERS))
     assert abs(order_of().num_steps - steps) <= 4
 
 

@@ -16,7 +16,7 @@ from tests.helpers.programs import run
 from train.command import main
 from train.cost.costs import anchor_parameters, bank_bytes, step_operations
 from train.cost.plan import arms_of, sequences_of
-from train.data.order import SubtreeOrder, num_steps_of
+from train.data.order import SubtreeOrder
 from train.recipe.recipe import Recipe, TrainerConfig, load_recipe
 from train.step.memories import generic_config
 from train.step.start import model_args
@@ -101,7 +101,7 @@ def test_training_is_the_papers(tmp_path, name):
         context = recipe.windows.of_anchor if arm == "anchor" else recipe.windows.context
         assert context == (8192 if arm == "anchor" else 2048)
         assert t.batch_size * context == (2**20 if arm == "anchor" else 2**21)
-        assert num_steps_of(1000, t) * t.batch_size * context == tokens
+        assert t.num_steps(1000) * t.batch_size * context == tokens
         assert (t.beta1, t.beta2, t.grad_clip, t.warmup_steps) == (0.9, 0.95, 1.0, 10_000)
         assert t.document_mask == (name not in CONFIGS)
         rates = (t.learning_rate, t.final_learning_rate, t.weight_decay)
@@ -159,7 +159,7 @@ def test_a_kind_of_memory_needs_the_sizes_of_a_models_own_heads(tmp_path):
 
 def test_steps_stand_for_epochs_and_are_shared_out_to_subtrees():
     training = TrainerConfig(steps=100, epochs=3, batch_size=4)
-    assert num_steps_of(7, training) == 100
+    assert training.num_steps(7) == 100
     clusters = np.repeat([0, 1, 2], [10, 30, 60])
     order = SubtreeOrder(clusters, training, seed=0)
     assert order.steps_of == {0: 10, 1: 30, 2: 60}

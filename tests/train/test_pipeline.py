@@ -17,7 +17,6 @@ from mlx_hmem.files import fingerprint
 from tests.helpers.programs import process
 from tests.helpers.programs import run as program
 from train.command import main
-from train.data.order import num_steps_of
 from train.export import run_export
 from train.loop.arms import trained_blocks, trained_generic
 from train.recipe.recipe import (
@@ -113,7 +112,7 @@ def test_losses_fall_and_memory_begins_where_the_anchor_ended(made):
     starts = [losses[name][0] for name in ("memories", "generic", "dense")]
     assert np.ptp(starts) < 1e-3
     rows = len(np.load(run / "sequences" / "tokens.npy"))
-    assert len(losses["memories"]) == num_steps_of(rows, recipe_of(made).memories.training)
+    assert len(losses["memories"]) == recipe_of(made).memories.training.num_steps(rows)
 
 
 def test_the_model_loads_and_generates_with_every_memory(made):

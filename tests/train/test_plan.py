@@ -24,7 +24,6 @@ from train.cost.costs import (
     step_operations,
 )
 from train.cost.plan import make_plan, sequences_of, table, trainee_of
-from train.data.order import num_steps_of
 from train.recipe.recipe import (
     AnchorSection,
     CotrainSection,
@@ -137,7 +136,7 @@ def test_the_plan_of_a_recipe_that_fits_has_every_stage_and_real_times(tmp_path)
     for stage in plan.stages:
         assert stage.seconds_per_step > 0
         assert stage.hours == pytest.approx(stage.steps * stage.seconds_per_step / 3600)
-    assert plan.stages[0].steps == num_steps_of(1000, TINY.anchor.training) == 500
+    assert plan.stages[0].steps == TINY.anchor.training.num_steps(1000) == 500
     assert plan.training_state_bytes == 12 * plan.bank_parameters
     text = table(plan)
     assert "9 blocks" in text

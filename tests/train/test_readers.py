@@ -154,7 +154,9 @@ def test_a_file_name_that_is_not_utf8_is_a_fault_not_a_crash(tmp_path):
     (tmp_path / "a.txt").write_text("A text.")
     with open(os.fsencode(tmp_path) + b"/b\xff.txt", "w") as file:
         file.write("B text.")
-    run_corpus(Recipe(name="t", corpus=CorpusSection(held_out=0)), tmp_path / "run", tmp_path)
+    run_corpus(
+        Recipe(name="t", corpus=CorpusSection(held_out=0)), tmp_path / "run", corpus=tmp_path
+    )
     report = json.loads((tmp_path / "run" / "corpus" / "report.json").read_text())
     assert report["train_documents"] == 1
     assert report["passed_over_first"] == ["b?.txt: not UTF-8"]

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -181,11 +182,11 @@ def test_a_recipe_of_an_anchor_alone_has_no_stages_of_memory(tmp_path):
     assert made[7:] == ["tree"]
 
 
-def recorder(made: list[str]) -> dict[str, Callable[[Recipe, Path], None]]:
+def recorder(made: list[str]) -> dict[str, Callable[..., None]]:
     """A function for each stage that notes its call and leaves a file."""
 
-    def stage(name: str) -> Callable[[Recipe, Path], None]:
-        def run(recipe: Recipe, folder: Path) -> None:
+    def stage(name: str) -> Callable[..., None]:
+        def run(recipe: Recipe, folder: Path, *company: Any) -> None:
             made.append(name)
             (folder / name / "made").write_text(recipe.name)
 
@@ -201,7 +202,7 @@ def test_finished_stages_are_skipped_and_a_stopped_run_goes_on(tmp_path):
     made: list[str] = []
     functions = recorder(made)
 
-    def stopped(recipe: Recipe, folder: Path) -> None:
+    def stopped(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -10,7 +10,7 @@ from train.corpus.stage import read_texts, run_corpus
 from train.data.sequences import pack_anchor, pack_by_leaf, run_anchor_sequences
 from train.data.tokenizer import EOT_ID, load_tokenizer, train_tokenizer
 from train.data.windows import Windows, cut_windows, load_windows, run_windows
-from train.ranks import Ranks
+from train.ranks import ALONE
 from train.recipe.recipe import CorpusSection, Recipe, TokenizerSection, TreeSection, WindowsSection
 from train.tree import stage as tree
 from train.tree.stage import distinct, encode_windows
@@ -191,10 +191,10 @@ def test_encoding_goes_on_where_it_was_stopped(run, windows, stage):
     stopping, rest = LetterEncoder(most_calls=2), LetterEncoder()
     stage.setattr(tree, "load_encoder", lambda name: stopping)
     with pytest.raises(KeyboardInterrupt):
-        encode_windows(run, "letters", Ranks(run))
+        encode_windows(run, "letters", ALONE)
     tree._encoder.cache_clear()
     stage.setattr(tree, "load_encoder", lambda name: rest)
-    vectors, fingerprint = encode_windows(run, "letters", Ranks(run))
+    vectors, fingerprint = encode_windows(run, "letters", ALONE)
     assert 1000 - rest.calls_left == -(-len(windows) // 50) - 2
     whole = LetterEncoder().encode(list(windows.texts(load_tokenizer(run))))
     assert np.array_equal(vectors, whole.astype(np.float16))
@@ -207,7 +207,7 @@ def test_vectors_of_another_encoder_are_not_gone_on_with(run, stage):
         encoder.fingerprint = name
         tree._encoder.cache_clear()
         stage.setattr(tree, "load_encoder", lambda _, encoder=encoder: encoder)
-        encode_windows(run, name, Ranks(run))
+        encode_windows(run, name, ALONE)
         assert encoder.calls_left < 1000
 
 

@@ -1,12 +1,12 @@
 """A job per subtree of the bank, and their merge: the bits of one job."""
 
+import functools
 import json
 import multiprocessing
 import os
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,7 @@ def apart(recipe: Recipe, prepared: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 def merge(recipe: Recipe, run: Path, *others: Path) -> None:
-    function: Callable[[Recipe, Path], None] = lambda r, f: merge_subtrees(r, f, list(others))  # noqa: E731
+    function = functools.partial(merge_subtrees, others=list(others))
     run_stages(recipe, run, ["memories"], {"memories": function})
 
 
@@ -209,7 +209,7 @@ def test_a_subtree_of_another_run_is_refused_by_what_differs(what, recipe, apart
     if what == "whole":
         shutil.copytree(one / "memories", foreign / subtree_name(2))
     else:
-        train_memory(other, foreign, subtree_name(2), 2)  # not asking for the stages before
+        train_memory(other, foreign, subtree_name(2), subtree=2)  # not asking for the stages before
     with refused(rf"subtree-02 belongs to another run: {named}"):
         merge(recipe, run, foreign / subtree_name(2))
     assert not is_done(STAGES["memories"], recipe, run)

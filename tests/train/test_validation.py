@@ -247,11 +247,11 @@ REPORTED = """
 import sys
 from pathlib import Path
 import tests.train.test_validation as t
-from train.loop.log import Reporting
+from train.loop.log import Reporting, Watching
 with t.made("cotrain", Path(sys.argv[1])) as (trainee, validation):
     order = t.ShuffledOrder(t.ROWS, t.WATCHED, t.SEED)
     t.train(trainee, order, t.WATCHED, Path(sys.argv[1]), "memories", None, validation,
-            Reporting("wandb", "tiny"))
+            Watching(Reporting("wandb", "tiny")))
 """
 
 

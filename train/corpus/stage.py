@@ -16,7 +16,7 @@ from tqdm import tqdm
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import atomic_file, write_atomic
 
-from ..ranks import Ranks
+from ..ranks import ALONE, Ranks
 from ..recipe.recipe import Recipe
 from .facts import Fact, make_facts
 from .readers import Faults, corpus_files, read_documents
@@ -40,7 +40,11 @@ def read_texts(path: Path) -> Iterator[str]:
 
 
 def run_corpus(
-    recipe: Recipe, folder: Path, corpus: Path | None = None, table: Path | None = None
+    recipe: Recipe,
+    folder: Path,
+    ranks: Ranks = ALONE,
+    corpus: Path | None = None,
+    table: Path | None = None,
 ) -> None:
     """Writes ``corpus/``: train.jsonl, held_out.jsonl, facts.jsonl and report.json.
 
@@ -48,7 +52,7 @@ def run_corpus(
     taken from.
     """
     section, out, faults = recipe.corpus, folder / "corpus", Faults()
-    ranks, shards = Ranks(folder), list[Path]()
+    shards = list[Path]()
     if section.documents != 0:
         shards = read_shards(corpus_files(corpus), section, out / "shards", ranks)
     if not ranks.first:

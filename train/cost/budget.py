@@ -46,7 +46,6 @@ from .costs import anchor_parameters, anchor_sizes_of, peak_memory
 BUFFERS = 32 << 20  # bytes that MLX may keep of freed buffers
 MARGIN = 64_000_000
 MOST_CACHE = 1 << 30
-_watch: Watch | None = None  # of this process
 
 
 @dataclass(frozen=True)
@@ -70,20 +69,14 @@ class Fit:
         return f"{self.stage} {bytes_text(self.peak)} ({', '.join(chosen)})"
 
 
-def within_budget() -> None:
-    """Called after each step: raises OverBudgetError if the process has outgrown its budget."""
-    if _watch is not None:
-        _watch()
-
-
-def keep_to(budget: int) -> None:
-    """Sets the limits of MLX and of the allocator, and watches this process from now on."""
-    global _watch
+def keep_to(budget: int) -> Watch:
+    """Sets the limits of MLX and of the allocator. What comes back is to be called after each step:
+    it raises OverBudgetError if the process has outgrown its budget."""
     give_back_freed()
     mx.set_cache_limit(BUFFERS)
     mx.set_memory_limit(budget)
     remedy = "give a larger one; the run goes on from its last checkpoint"
-    _watch = Watch(budget, resident_bytes() - IMPORTS, trim, remedy)
+    return Watch(budget, resident_bytes() - IMPORTS, trim, remedy)
 
 
 def fit(recipe: Recipe, budget: int, stages: Iterable[str], folder: Path) -> tuple[Recipe, str]:

@@ -23,7 +23,6 @@ from mlx_hmem.config import MemoryConfig, read_json
 from mlx_hmem.errors import ArgumentParser, UserError
 
 from ..data.arrays import load_mapped
-from ..data.order import num_steps_of
 from ..data.tokenizer import EOT_ID
 from ..recipe.recipe import Recipe, TrainerConfig, WindowsSection, add_recipe_arguments, load_recipe
 from ..step.anchor import AnchorTrainee, initialise
@@ -206,7 +205,7 @@ def make_plan(recipe: Recipe, out: Path | None = None, tokens: int | None = None
             timed[key] = seconds_per_step(own, memory, training, peak)
         seconds, how = timed[key]
         rows = first if name == "anchor" else others
-        steps = num_steps_of(rows, training) if rows else training.steps
+        steps = training.num_steps(rows) if rows else training.steps
         stages.append(
             StagePlan(
                 stage=name,

@@ -19,8 +19,9 @@ import numpy as np
 from mlx_hmem.files import atomic_file
 
 from ..corpus.shards import Advance
+from ..padding import counted
 from .arrays import load_mapped, save_pieces
-from .windows import Part, Windows, counted, cut_part
+from .windows import Extract, Windows, cut_part
 
 SMALLEST = 32  # tokens
 ROWS = 1 << 14  # looked at together
@@ -101,7 +102,7 @@ class Buckets:
         return cls({n: load_mapped(folder / f"tokens-{n}.npy") for n in lengths(context)})
 
 
-def decompose_shard(path: Path, part: Part, advance: Advance) -> None:
+def decompose_shard(path: Path, part: Extract, advance: Advance) -> None:
     """Writes the pieces of a part of a run's documents, an array for each length, as .npz."""
     pieces = decompose(cut_part(part._replace(context=WHOLE), advance), part.context)
     with atomic_file(path) as file:

@@ -61,7 +61,7 @@ class ShuffledOrder:
     def __init__(self, num_sequences: int, training: TrainerConfig, seed: int):
         _check_some(num_sequences)
         self.num_sequences, self.batch_size, self.seed = num_sequences, training.batch_size, seed
-        self.num_steps = num_steps_of(num_sequences, training)
+        self.num_steps = training.num_steps(num_sequences)
         self._stream = Stream(num_sequences, seed)
 
     @property
@@ -98,7 +98,7 @@ class SubtreeOrder:
         _check_some(len(self._rows))
         self._streams = {c: Stream(len(rows), seed, c) for c, rows in self._rows.items()}
         self.steps_of = {
-            c: num_steps_of(len(rows), training, len(clusters)) for c, rows in self._rows.items()
+            c: training.num_steps(len(rows), len(clusters)) for c, rows in self._rows.items()
         }
         self.num_steps = sum(self.steps_of.values())
         self._mixed = _mix(self.steps_of, seed)
@@ -140,7 +140,7 @@ class BucketOrder:
         longest, tokens = max(counts), [length * n for length, n in self.counts.items()]
         _check_some(sum(tokens))
         self.batch_sizes = [training.batch_size * longest // length for length in self.counts]
-        self.num_steps = num_steps_of(sum(tokens) // longest, training)
+        self.num_steps = training.num_steps(sum(tokens) // longest)
         # The largest remainders are rounded up, so that the steps of all are as many as wanted.
         shares = np.array(tokens) * (self.num_steps / sum(tokens))
         steps = np.floor(shares).astype(np.int64)
@@ -193,10 +193,3 @@ def _mix(steps_of: dict[int, int], seed: int) -> np.ndarray:
 def _check_some(number: int) -> None:
     if number < 1:
         raise UserError("there is nothing to train on", "0 sequences", "use a larger corpus")
-
-
-def num_steps_of(num_sequences: int, training: TrainerConfig, of: int | None = None) -> int:
-    """Steps of a training on all sequences, or on ``num_sequences`` ``of`` all."""
-    if training.steps is not None:
-        return max(1, round(training.steps * num_sequences / (of or num_sequences)))
-    return max(1, int(training.epochs * num_sequences) // training.batch_size)

@@ -16,14 +16,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ..ranks import Ranks
+from ..padding import counted
+from ..ranks import ALONE, Ranks
 from ..recipe.recipe import Recipe
 from .arrays import load_mapped, new_array, save_array
 from .buckets import decompose_shard, join_pieces
 from .tokenizer import begin_of
 from .windows import (
     Windows,
-    counted,
     cut_shard,
     join_windows,
     load_windows,
@@ -106,11 +106,11 @@ def pack_by_leaf(
     return rows, paths[first[of_group]].astype(np.int32)
 
 
-def run_anchor_sequences(recipe: Recipe, folder: Path) -> None:
+def run_anchor_sequences(recipe: Recipe, folder: Path, ranks: Ranks = ALONE) -> None:
     """Writes ``anchor-sequences/tokens.npy``, (n, context + 1). A longer context than that of the
     memories, or fewer facts, need windows of their own. Decomposed: ``tokens-LENGTH.npy`` for each
     length."""
-    out, context, ranks = folder / "anchor-sequences", recipe.windows.of_anchor, Ranks(folder)
+    out, context = folder / "anchor-sequences", recipe.windows.of_anchor
     files, shards, times = list[Path](), out / "shards", recipe.corpus.anchor_times or 1
     if recipe.windows.decompose or times > 1 or context != recipe.windows.context:
         work = decompose_shard if recipe.windows.decompose else cut_shard

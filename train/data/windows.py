@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,19 +18,13 @@ from mlx_hmem.errors import UserError
 from mlx_hmem.files import atomic_file, fingerprint
 
 from ..corpus.shards import Advance, Shard, Work, make_shards
-from ..ranks import Ranks
+from ..ranks import ALONE, Ranks
 from ..recipe.recipe import Recipe
 from .arrays import load_mapped, save_array, save_pieces
 from .taken_tokenizer import taken_facts
 from .tokenizer import EOT_ID, RunTokenizer, begin_of, load_tokenizer
 
 SHARD_BYTES = 32 << 20  # of text
-
-
-def counted(tokens: Any, eot: int) -> Any:
-    """Which targets of the sequences ``tokens`` (n, time + 1) count in the loss, (n, time): all but
-    padding, an EOT that follows an EOT. Of NumPy's or MLX's arrays, whichever it is given."""
-    return (tokens[:, :-1] != eot) | (tokens[:, 1:] != eot)
 
 
 @dataclass(frozen=True)
@@ -113,7 +107,7 @@ def texts_between(
                 yield document["text"]
 
 
-class Part(NamedTuple):
+class Extract(NamedTuple):
     """Documents to cut: those of a run that begin within ``start`` and ``end`` of train.jsonl,
     without those that state facts fewer than ``times`` times."""
 
@@ -124,7 +118,7 @@ class Part(NamedTuple):
     times: int
 
 
-def cut_part(part: Part, advance: Advance) -> Windows:
+def cut_part(part: Extract, advance: Advance) -> Windows:
     """The windows of a part of the run's documents."""
     run, context, start, end, times = part
     texts = texts_between(run / "corpus" / "train.jsonl", start, end, advance, times)
@@ -133,7 +127,7 @@ def cut_part(part: Part, advance: Advance) -> Windows:
     return cut_windows(texts, load_tokenizer(run), context, begin_of(run), vocab_size)
 
 
-def cut_shard(path: Path, part: Part, advance: Advance) -> None:
+def cut_shard(path: Path, part: Extract, advance: Advance) -> None:
     """Writes tokens and offsets of :func:`cut_part` as a .npz file."""
     windows = cut_part(part, advance)
     with atomic_file(path) as file:
@@ -151,7 +145,9 @@ def shard_documents(
     size = source.stat().st_size
     starts = range(0, max(1, size), SHARD_BYTES)
     ends = [min(start + SHARD_BYTES, size) for start in starts]
-    parts = [Part(run, context, start, end, times) for start, end in zip(starts, ends, strict=True)]
+    parts = [
+        Extract(run, context, start, end, times) for start, end in zip(starts, ends, strict=True)
+    ]
     shards = [Shard(part, part.end - part.start) for part in parts]
     identity = {
         "bytes": size,
@@ -181,9 +177,9 @@ def load_windows(folder: Path) -> Windows:
     return Windows.load(folder / "windows", begin_of(folder))
 
 
-def run_windows(recipe: Recipe, folder: Path) -> None:
+def run_windows(recipe: Recipe, folder: Path, ranks: Ranks = ALONE) -> None:
     """Writes ``windows/``: tokens.npy and offsets.npy of the documents to train on."""
-    out, context, ranks = folder / "windows", recipe.windows.context, Ranks(folder)
+    out, context = folder / "windows", recipe.windows.context
     files = shard_documents(folder, context, cut_shard, out / "shards", ranks, "windows")
     if not ranks.first:
         return

@@ -20,13 +20,13 @@ from ..data.arrays import load_mapped
 from ..data.buckets import Buckets
 from ..data.order import BucketOrder, OneSchedule, Order, ShuffledOrder, SubtreeOrder
 from ..data.tokenizer import eot_of
-from ..ranks import Ranks
+from ..ranks import ALONE, Ranks
 from ..recipe.recipe import Recipe, TrainerConfig
 from ..step.anchor import AnchorTrainee
 from ..step.memories import MemoryTrainee, generic_block, generic_config
 from ..step.start import save_anchor, starting_anchor, take_anchor, trainable_anchor
 from ..store.blocks import BlockStore
-from .log import Reporting
+from .log import UNWATCHED, Watching
 from .loop import train
 from .validation import validation_of_anchor, validation_of_memory
 
@@ -51,33 +51,37 @@ def _train_all_weights(
     training: TrainerConfig,
     folder: Path,
     context: int,
-    reporting: Reporting | None,
+    ranks: Ranks,
+    watching: Watching,
     *sources: str,
 ) -> None:
     """Trains ``model`` and leaves it in ``folder``."""
     files = made_from(folder.parent, *sources)
     validate = validation_of_anchor(folder.parent, training, context, model)
-    ranks = Ranks(folder.parent)
     trainee = AnchorTrainee(model, tokens, eot_of(folder.parent), training, ranks)
-    train(trainee, order, training, folder, folder.name, files, validate, reporting)
+    train(trainee, order, training, folder, folder.name, files, validate, watching)
     if ranks.first:
         save_anchor(model, config, folder)
 
 
-def run_anchor(recipe: Recipe, folder: Path, reporting: Reporting | None = None) -> None:
+def run_anchor(
+    recipe: Recipe, folder: Path, ranks: Ranks = ALONE, watching: Watching = UNWATCHED
+) -> None:
     training, out = recipe.anchor.training, folder / "anchor"
     if recipe.anchor.path is not None and training is None:
-        if Ranks(folder).first:
+        if ranks.first:
             take_anchor(recipe.anchor.path, out)
         return
-    model, config = starting_anchor(recipe, folder)
+    model, config = starting_anchor(recipe, eot_of(folder))
     if training is None:
-        if Ranks(folder).first:
+        if ranks.first:
             save_anchor(model, config, out)
         return
     tokens, order = anchor_sequences(recipe, folder, training)
     context = recipe.windows.of_anchor
-    _train_all_weights(model, config, tokens, order, training, out, context, reporting, "tokenizer")
+    _train_all_weights(
+        model, config, tokens, order, training, out, context, ranks, watching, "tokenizer"
+    )
 
 
 def anchor_sequences(
@@ -92,7 +96,9 @@ def anchor_sequences(
     return tokens, ShuffledOrder(len(tokens), training, recipe.seed)
 
 
-def run_dense(recipe: Recipe, folder: Path, reporting: Reporting | None = None) -> None:
+def run_dense(
+    recipe: Recipe, folder: Path, ranks: Ranks = ALONE, watching: Watching = UNWATCHED
+) -> None:
     if recipe.dense is None:
         print("dense: the recipe has none")
         return
@@ -101,7 +107,9 @@ def run_dense(recipe: Recipe, folder: Path, reporting: Reporting | None = None) 
     tokens, paths = sequences(folder)
     order = arm_order(recipe, paths, training)
     out, context = folder / "dense", recipe.windows.context
-    _train_all_weights(model, config, tokens, order, training, out, context, reporting, *SOURCES)
+    _train_all_weights(
+        model, config, tokens, order, training, out, context, ranks, watching, *SOURCES
+    )
 
 
 def sequences(folder: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -155,8 +163,9 @@ def train_memory(
     recipe: Recipe,
     folder: Path,
     name: str,
+    ranks: Ranks = ALONE,
+    watching: Watching = UNWATCHED,
     subtree: int | None = None,
-    reporting: Reporting | None = None,
 ) -> None:
     """Trains the arm ``name`` in its folder of the run, or its part for a cluster of level 1."""
     training, cotrain = recipe.memories.training, recipe.memories.cotrain
@@ -170,7 +179,6 @@ def train_memory(
         paths = np.zeros((len(tokens), 1), np.int32)
     else:
         order = _memories_order(recipe, paths, subtree)
-    ranks = Ranks(folder)
     own = "store" if ranks.first else f"store-rank-{ranks.rank}"
     with open_store(recipe, folder, name, own=own) as store:
         trainee = MemoryTrainee(
@@ -178,27 +186,31 @@ def train_memory(
         )
         sources = made_from(folder, *SOURCES)
         validate = validation_of_memory(folder, recipe, name, anchor, trainee)
-        train(trainee, order, training, folder / name, name, sources, validate, reporting)
+        train(trainee, order, training, folder / name, name, sources, validate, watching)
         if cotrain is not None and ranks.first:
             save_anchor(anchor, read_config(folder / "anchor"), folder / name)
         print(f"{name}: {store.num_touched} blocks trained, in {folder / name}")
 
 
-def run_memories(recipe: Recipe, folder: Path, reporting: Reporting | None = None) -> None:
+def run_memories(
+    recipe: Recipe, folder: Path, ranks: Ranks = ALONE, watching: Watching = UNWATCHED
+) -> None:
     if apart := sorted((folder / "memories").glob("subtree-*")):
         raise UserError(
             "subtrees of this run are trained apart",
             ", ".join(map(str, apart)),
             "put them together with mlx_hmem.train merge, or delete these folders",
         )
-    train_memory(recipe, folder, "memories", reporting=reporting)
+    train_memory(recipe, folder, "memories", ranks, watching)
 
 
-def run_generic(recipe: Recipe, folder: Path, reporting: Reporting | None = None) -> None:
+def run_generic(
+    recipe: Recipe, folder: Path, ranks: Ranks = ALONE, watching: Watching = UNWATCHED
+) -> None:
     if recipe.memories.cotrain is not None:
         print("generic: trained along with the memories")
         return
-    train_memory(recipe, folder, "generic", reporting=reporting)
+    train_memory(recipe, folder, "generic", ranks, watching)
 
 
 def trained_blocks(recipe: Recipe, folder: Path) -> BlockStore:

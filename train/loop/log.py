@@ -21,6 +21,7 @@ import json
 import math
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -84,6 +85,18 @@ class Reporting:
     def end(self) -> None:
         for name in self.services:
             importlib.import_module(name).finish()
+
+
+@dataclass(frozen=True)
+class Watching:
+    """What looks on while a stage trains: where else its log goes, and what is called after each
+    step, which may end the run."""
+
+    reporting: Reporting | None = None
+    check: Callable[[], object] = bool
+
+
+UNWATCHED = Watching()
 
 
 class Log:

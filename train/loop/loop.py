@@ -13,14 +13,12 @@ from typing import Any
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import write_atomic
 
-from ..cost.budget import within_budget
 from ..data.order import Batch, Order
-from ..ranks import Ranks
 from ..recipe.recipe import TrainerConfig
 from ..step.gradient import is_finite
 from ..step.trainee import Trainee
 from ..store.checkpoint import Progress
-from .log import Log, Reporting
+from .log import UNWATCHED, Log, Watching
 
 MOST_SKIPPED = 10
 
@@ -62,7 +60,7 @@ def train(
     name: str,
     made_from: dict[str, str] | None = None,
     validate: Callable[[], dict[str, float]] | None = None,
-    reporting: Reporting | None = None,
+    watching: Watching = UNWATCHED,
 ) -> Progress:
     """Runs or resumes a training to its end.
 
@@ -77,19 +75,19 @@ def train(
     """
     identity = identity_of(name, order, config, trainee.sizes, made_from)
     folder.mkdir(parents=True, exist_ok=True)
-    ranks = Ranks(folder)
-    progress = trainee.resume(folder, identity)
+    ranks, progress = trainee.ranks, trainee.resume(folder, identity)
     if progress.step and ranks.first:
         _write_curve(folder, progress)
     batch, num_steps = order.batch(progress.step), order.num_steps
     tokens_per_step = config.batch_size * (trainee.tokens.shape[1] - 1)
     shown = ranks.rank == 0
-    with Log(folder, progress, num_steps, tokens_per_step, shown, reporting) as log:
+    with Log(folder, progress, num_steps, tokens_per_step, shown, watching.reporting) as log:
         if shown and validate is not None and progress.step == 0:
             log.validated(validate())
         while progress.step < num_steps:
             following = order.batch(progress.step + 1)
             _one_step(trainee, batch, following, progress, config)
+            watching.check()
             batch, ended = following, progress.step == num_steps
             saves = ended or progress.step % config.save_every == 0
             # Before the checkpoint: all that was shown up to it is there if the run goes on.
@@ -114,7 +112,6 @@ def _one_step(
 ) -> None:
     rate = learning_rate_at(batch.step, batch.num_steps, config)
     loss, norm = trainee.step(batch.rows, rate, following.rows)
-    within_budget()
     if is_finite(loss, norm):
         progress.curve.append((progress.step, loss, rate))
     elif progress.skipped + 1 >= MOST_SKIPPED:

@@ -18,7 +18,9 @@ from mlx_hmem.errors import ArgumentParser, UserError
 
 from ..data.order import SubtreeOrder
 from ..loop.arms import SOURCES, made_from, open_store, sequences, subtree_order, train_memory
+from ..loop.log import Watching
 from ..loop.loop import identity_of
+from ..ranks import Ranks
 from ..recipe.recipe import Recipe, add_recipe_arguments, load_recipe
 from ..stages import run_stages
 from ..store.blocks import BlockStore, Key
@@ -27,7 +29,7 @@ from ..store.records import check_free_space
 from .subtrees import check_subtrees, subtree_name
 
 
-class Part(NamedTuple):
+class TrainedSubtree(NamedTuple):
     """The finished store of a subtree."""
 
     folder: Path
@@ -53,14 +55,16 @@ def subtree_folders(folders: list[Path], run: Path) -> list[Path]:
     return [folder for folder in found if (folder / "store" / "data.mdb").exists()]
 
 
-def read_parts(recipe: Recipe, run: Path, order: SubtreeOrder, others: list[Path]) -> list[Part]:
+def read_parts(
+    recipe: Recipe, run: Path, order: SubtreeOrder, others: list[Path]
+) -> list[TrainedSubtree]:
     """The finished subtree of every level-1 cluster that has sequences, by cluster. Raises
     UserError if one is of another run, not finished, or missing."""
     whole = identity_of(
         "memories", order, recipe.memories.training, recipe.memory_config.to_dict(),
         made_from(run, *SOURCES),
     )  # fmt: skip
-    finished: dict[int, Part] = {}
+    finished: dict[int, TrainedSubtree] = {}
     begun: dict[int, str] = {}
     for folder in subtree_folders(others, run):
         with _open(recipe, folder) as store:
@@ -75,12 +79,14 @@ def read_parts(recipe: Recipe, run: Path, order: SubtreeOrder, others: list[Path
             if progress.step < num_steps:
                 begun[subtree] = f"{folder} at step {progress.step} of {num_steps}"
             elif subtree not in finished:
-                finished[subtree] = Part(folder, progress, store.touched())
+                finished[subtree] = TrainedSubtree(folder, progress, store.touched())
     _check_all(order, finished, begun)
     return [finished[subtree] for subtree in order.steps_of]
 
 
-def _check_all(order: SubtreeOrder, finished: dict[int, Part], begun: dict[int, str]) -> None:
+def _check_all(
+    order: SubtreeOrder, finished: dict[int, TrainedSubtree], begun: dict[int, str]
+) -> None:
     missing = [subtree for subtree in order.steps_of if subtree not in finished]
     if unfinished := [begun[subtree] for subtree in missing if subtree in begun]:
         raise UserError(
@@ -100,7 +106,7 @@ def _open(recipe: Recipe, folder: Path) -> BlockStore:
     return open_store(recipe, folder.parent, folder.name, readonly=True)
 
 
-def merged_progress(order: SubtreeOrder, parts: list[Part]) -> Progress:
+def merged_progress(order: SubtreeOrder, parts: list[TrainedSubtree]) -> Progress:
     """That of the one job: the curves of the subtrees, in its order."""
     identity = parts[0].progress.identity | {"stage": "memories", "subtree": None}
     curves = {
@@ -115,7 +121,9 @@ def merged_progress(order: SubtreeOrder, parts: list[Part]) -> Progress:
     return Progress(identity, order.num_steps, curve)
 
 
-def merge_subtrees(recipe: Recipe, run: Path, others: list[Path]) -> None:
+def merge_subtrees(
+    recipe: Recipe, run: Path, ranks: Ranks, watching: Watching, others: list[Path]
+) -> None:
     """Fills the store of the stage ``memories`` and ends the stage."""
     order = subtree_order(recipe, sequences(run)[1])
     parts = read_parts(recipe, run, order, others)
@@ -130,11 +138,11 @@ def merge_subtrees(recipe: Recipe, run: Path, others: list[Path]) -> None:
         if progress is None:
             _copy(recipe, store, parts)
             store.commit(merged_progress(order, parts))
-    train_memory(recipe, run, "memories")  # finds nothing left to train
+    train_memory(recipe, run, "memories", ranks, watching)  # finds nothing left to train
     print(f"merge: {len(parts)} subtrees, {sum(len(p.keys) for p in parts)} blocks, in {run}")
 
 
-def _copy(recipe: Recipe, store: BlockStore, parts: list[Part]) -> None:
+def _copy(recipe: Recipe, store: BlockStore, parts: list[TrainedSubtree]) -> None:
     counts = Counter(level for part in parts for level, _ in part.keys)
     check_free_space(store.folder, sum(n * store.record_bytes(i) for i, n in counts.items()))
     with tqdm(total=counts.total(), desc="merge", unit="block") as bar:

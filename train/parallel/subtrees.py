@@ -13,7 +13,7 @@ import numpy as np
 from mlx_hmem.errors import UserError
 
 from ..loop.arms import sequences, train_memory
-from ..loop.log import Reporting
+from ..loop.log import UNWATCHED, Watching
 from ..ranks import Ranks
 from ..recipe.recipe import Recipe
 from ..stages import STAGES, alone, check_needs, is_done
@@ -44,18 +44,19 @@ def check_subtrees(recipe: Recipe) -> None:
         )
 
 
-def run_subtree(
-    recipe: Recipe, folder: Path, subtree: int, reporting: Reporting | None = None
-) -> None:
+def run_subtree(recipe: Recipe, folder: Path, subtree: int, watching: Watching = UNWATCHED) -> None:
     """Trains the blocks below cluster ``subtree`` of level 1 into a store of their own."""
     check_subtrees(recipe)
     if not 0 <= subtree < recipe.tree.branching[0]:
         raise UserError(
             "there is no such subtree", subtree, f"use 0 to {recipe.tree.branching[0] - 1}"
         )
-    if (size := Ranks(folder).size) > 1:
+    ranks = Ranks.meet(folder)
+    if ranks.size > 1:
         raise UserError(
-            "a subtree is trained by one process", f"{size} ranks", "start it without mlx.launch"
+            "a subtree is trained by one process",
+            f"{ranks.size} ranks",
+            "start it without mlx.launch",
         )
     stage = STAGES["memories"]
     if is_done(stage, recipe, folder):
@@ -67,4 +68,4 @@ def run_subtree(
         print(f"{name}: no sequence belongs to it, nothing to train")
         return
     with alone(f"training of {name}", folder / name):
-        train_memory(recipe, folder, name, subtree, reporting)
+        train_memory(recipe, folder, name, ranks, watching, subtree)

@@ -166,6 +166,12 @@ class TrainerConfig(JsonConfig):
         default=64, metadata=help_text("held-out windows that a validation reads, at most")
     )
 
+    def num_steps(self, num_sequences: int, of: int | None = None) -> int:
+        """Steps on all sequences, or on ``num_sequences`` ``of`` all."""
+        if self.steps is not None:
+            return max(1, round(self.steps * num_sequences / (of or num_sequences)))
+        return max(1, int(self.epochs * num_sequences) // self.batch_size)
+
     def numbers(self) -> dict[str, Any]:
         """What the trained weights follow from."""
         return {name: value for name, value in self.to_dict().items() if name not in WATCHED}

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -13,12 +12,12 @@ from mlx.utils import tree_unflatten
 from mlx_hmem.anchors.load import named_parameters
 from mlx_hmem.anchors.openlm import Model
 
-from ..data.buckets import Buckets
-from ..ranks import Ranks
+from ..ranks import ALONE, Ranks
 from ..recipe.recipe import TrainerConfig
 from ..store.checkpoint import CheckpointFile
 from .adamw import AnchorWeights
 from .gradient import BatchGradient, is_finite
+from .trainee import Sequences
 
 
 def initialise(model: Model, seed: int) -> None:
@@ -41,20 +40,20 @@ def initialise(model: Model, seed: int) -> None:
 
 
 class AnchorTrainee(CheckpointFile):
-    """All weights of an anchor, trained on ``tokens`` (sequences, context + 1). Those of buckets
-    hold one document each and need no mask but the causal one."""
+    """All weights of an anchor, trained on ``tokens`` (sequences, context + 1). Those of several
+    lengths hold one document each and need no mask but the causal one."""
 
     def __init__(
         self,
         model: nn.Module,
-        tokens: np.ndarray | Buckets,
+        tokens: Sequences,
         eot: int,
         training: TrainerConfig,
-        ranks: Ranks | None = None,
+        ranks: Ranks = ALONE,
     ):
-        self.model, self.tokens, self.ranks = model, tokens, ranks or Ranks(Path())
+        self.model, self.tokens, self.ranks = model, tokens, ranks
         self.weights = AnchorWeights(model, training, training.weight_decay)
-        if isinstance(tokens, Buckets):
+        if not isinstance(tokens, np.ndarray):
             training = replace(training, document_mask=False)
         self.gradient = BatchGradient(model, None, eot, training, self.ranks)
 

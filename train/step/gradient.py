@@ -23,7 +23,7 @@ from mlx_hmem.errors import UserError
 from mlx_hmem.memory import join_blocks
 from mlx_hmem.memory.layer import extend
 
-from ..data.windows import counted
+from ..padding import counted
 from ..ranks import Ranks
 from ..recipe.recipe import TrainerConfig
 

@@ -22,8 +22,7 @@ from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.memory import join_blocks, whole_block
 
-from ..data.order import num_steps_of
-from ..ranks import Ranks
+from ..ranks import ALONE, Ranks
 from ..recipe.recipe import CotrainSection, TrainerConfig
 from ..store.blocks import BlockStore
 from ..store.checkpoint import Progress, check_identity
@@ -50,11 +49,11 @@ class MemoryTrainee:
         eot: int,
         training: TrainerConfig,
         cotrain: CotrainSection | None = None,
-        ranks: Ranks | None = None,
+        ranks: Ranks = ALONE,
         subtree: int | None = None,
     ):
         self.store, self.tokens, self.paths, self.training = store, tokens, paths, training
-        self.cotrain, self.ranks, self.subtree = cotrain, ranks or Ranks(Path()), subtree
+        self.cotrain, self.ranks, self.subtree = cotrain, ranks, subtree
         self.number = 0  # of the step to come
         config = store.config
         self.levels = [level for level in range(1, config.num_levels + 1) if config.r[level - 1]]
@@ -173,7 +172,7 @@ class MemoryTrainee:
         paths = self.paths
         if self.subtree is not None:
             paths = paths[paths[:, 0] == self.subtree]
-        most = num_steps_of(len(paths), self.training) * self.training.batch_size
+        most = self.training.num_steps(len(paths)) * self.training.batch_size
         a_commit = self.training.save_every * self.training.batch_size
         extra = 0 if self.cotrain is None else 1  # generic memory
         touched = {n: min(most, len(np.unique(paths[:, n - 1])) + extra) for n in self.levels}

@@ -16,7 +16,6 @@ from mlx_hmem.anchors.openlm import Model, ModelArgs
 from mlx_hmem.files import save_safetensors, write_atomic
 from mlx_hmem.model.find import find_model
 
-from ..data.tokenizer import eot_of
 from ..recipe.recipe import Recipe
 from .anchor import initialise
 
@@ -46,12 +45,13 @@ def anchor_shape(recipe: Recipe) -> nn.Module:
     return Model(model_args(recipe))
 
 
-def starting_anchor(recipe: Recipe, run: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """The anchor before its own training, and its config, for the stage ``anchor``."""
+def starting_anchor(recipe: Recipe, eot: int) -> tuple[nn.Module, dict[str, Any]]:
+    """The anchor before its own training, and its config, for the stage ``anchor``; ``eot`` is the
+    end of text of the run's tokenizer."""
     if recipe.anchor.path is not None:
         assert recipe.anchor.config is not None
         return trainable_anchor(find_model(recipe.anchor.path, MODEL_FILES)), recipe.anchor.config
-    model, eot = Model(model_args(recipe)), eot_of(run)
+    model = Model(model_args(recipe))
     initialise(model, recipe.seed)
     return model, asdict(model.args) | {"bos_token_id": eot, "eos_token_id": eot}
 

@@ -5,15 +5,28 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..data.buckets import Buckets
+from ..ranks import Ranks
 from ..store.checkpoint import Progress
+
+
+class Sequences(Protocol):
+    """Sequences of tokens by number: an array, or buckets of several lengths, the longest first."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(sequences, longest + 1)."""
+
+    def __getitem__(self, rows: np.ndarray, /) -> np.ndarray:
+        """The sequences numbered ``rows``, which are of one length."""
 
 
 class Trainee(Protocol):
     """What a training stage brings: a step on some sequences, and where its state is kept."""
 
+    ranks: Ranks
+
     @property
-    def tokens(self) -> np.ndarray | Buckets:
+    def tokens(self) -> Sequences:
         """All sequences, (n, context + 1)."""
 
     @property

@@ -14,7 +14,6 @@ from mlx_hmem.evaluate.command import table
 
 from ..cost.costs import anchor_sizes_of, check_memory
 from ..cost.plan import arms_of, seconds_per_step, sequences_of
-from ..data.order import num_steps_of
 from ..recipe.recipe import Recipe, TrainerConfig
 from ..stages import identity, identity_made, stages_of
 from .file import Study
@@ -96,4 +95,4 @@ def _minutes(run: Run, name: str, timed: dict[Any, float]) -> float:
     if sizes not in timed:
         peak = check_memory(recipe, name, memory is not None, training)
         timed[sizes] = seconds_per_step(recipe, memory, training, peak)[0]
-    return num_steps_of(rows, training) * timed[sizes] / 60
+    return training.num_steps(rows) * timed[sizes] / 60

@@ -20,7 +20,7 @@ from ..corpus.shards import Advance, Shard, make_shards
 from ..data.arrays import load_mapped, save_array, save_pieces
 from ..data.tokenizer import load_tokenizer
 from ..data.windows import load_windows
-from ..ranks import Ranks
+from ..ranks import ALONE, Ranks
 from ..recipe.recipe import Recipe
 from .prompts import move_to_prompts
 
@@ -129,9 +129,9 @@ def _moved(
     )
 
 
-def run_tree(recipe: Recipe, folder: Path) -> None:
+def run_tree(recipe: Recipe, folder: Path, ranks: Ranks = ALONE) -> None:
     """Writes ``tree/``: vectors.npy, tree.safetensors and paths.npy (windows, depth) int32."""
-    out, branching, ranks = folder / "tree", recipe.tree.branching, Ranks(folder)
+    out, branching = folder / "tree", recipe.tree.branching
     vectors, encoder_hash = encode_windows(folder, recipe.tree.encoder, ranks)
     if len(vectors) < np.prod(branching):
         raise UserError(
