@@ -41,7 +41,8 @@ def main(words: Sequence[str]) -> None:
     args = parser.parse_args(words)
     options = memory_options(args) | sampling_options(args)
     model = open_model(args)
-    chat(Conversation(model, notify=say, max_tokens=args.max_tokens, **options))
+    options |= {"max_tokens": args.max_tokens, "system": args.system_prompt}
+    chat(Conversation(model, notify=say, **options))
 
 
 def chat(conversation: Conversation) -> None:

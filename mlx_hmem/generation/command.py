@@ -19,14 +19,24 @@ from mlx_hmem.generation.options import (
     sampling_options,
     say,
 )
-from mlx_hmem.model.stream import prompt_ids
+from mlx_hmem.generation.template import chat_ids, check_system
+from mlx_hmem.model.model import MemoryModel
+from mlx_hmem.model.stream import check_length, prompt_ids
 
 
 def main(words: Sequence[str]) -> None:
     parser = ArgumentParser(
         prog="mlx_hmem.generate", description="Generates text with a memory fetched for the prompt."
     )
-    parser.add_argument("--prompt", required=True, help="text to continue, - for standard input")
+    parser.add_argument(
+        "--prompt",
+        required=True,
+        help="a question to a model with a chat template, to others a text to continue; - for "
+        "standard input",
+    )
+    parser.add_argument(
+        "--raw", action="store_true", help="continue the prompt as it is, without a chat template"
+    )
     parser.add_argument("--route-text", help="text that chooses the memory, instead of the prompt")
     parser.add_argument("--max-tokens", type=int, default=100, help="default: %(default)s")
     add_options(parser)
@@ -35,7 +45,7 @@ def main(words: Sequence[str]) -> None:
     prompt = read_prompt(args.prompt)
     model = open_model(args)
     start = time.perf_counter()
-    ids = prompt_ids(model.tokenizer, prompt, model.context)
+    ids = ids_of(model, prompt, args.system_prompt, args.raw)
     text = prompt if args.route_text is None else args.route_text
     recall = model.recall(text, wait=False, **memory_options(args))
     pieces, ttft_ms, piece = [], 0.0, None
@@ -60,6 +70,22 @@ def main(words: Sequence[str]) -> None:
         say(summary(result))
     if recall.damage:
         say(f"the answer went on {', '.join(recall.damage)}")
+
+
+def ids_of(model: MemoryModel, prompt: str, system: str | None, raw: bool) -> list[int]:
+    """The ids of the prompt, in the chat template where the model has one and ``raw`` is not set.
+
+    Raises UserError: the prompt is empty, too long or no text, the template fails, or nothing has a
+    place for the system prompt.
+    """
+    if raw and system is not None:
+        raise UserError("--raw takes no system prompt", repr(system)[:40], "leave one of them out")
+    tokenizer = model.tokenizer
+    check_system(tokenizer, system)
+    ids = prompt_ids(tokenizer, prompt, model.context)
+    if raw or not tokenizer.has_chat_template:
+        return ids
+    return check_length(chat_ids(tokenizer, system, [], prompt), model.context)
 
 
 def read_prompt(prompt: str) -> str:

@@ -17,11 +17,11 @@ from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_p
 
 from mlx_hmem.bank.views import Barred
 from mlx_hmem.config import ClusterPath
-from mlx_hmem.errors import UserError
 from mlx_hmem.generation.prefetch import Prefetch
 from mlx_hmem.generation.session import SessionStats
+from mlx_hmem.generation.template import chat_ids, check_system
 from mlx_hmem.model.model import Damaged, MemoryModel, Recall, check_mode
-from mlx_hmem.model.stream import check_options, first_or, prompt_ids, stream_text
+from mlx_hmem.model.stream import check_length, check_options, first_or, prompt_ids, stream_text
 from mlx_hmem.retriever import Retriever
 from mlx_hmem.retriever.steady import likely_paths, steady_route
 
@@ -66,6 +66,7 @@ class Conversation:
         *,
         memory: str = "fetched",
         history: bool | None = None,
+        system: str | None = None,
         blocked: Collection[Barred] = (),
         max_tokens: int = MAX_TOKENS,
         damaged: Damaged = "skip",
@@ -74,17 +75,19 @@ class Conversation:
         notify: Callable[[str], None] = lambda line: None,
         **options: Any,
     ):
-        """``history``: None for that of the tokenizer, see above. ``damaged``: whether an answer
-        goes on without a block that cannot be read, or ends in a UserError. ``prefetch``: read
-        blocks that may be asked for next between the turns. ``notify`` is told, in a line, what
-        else one should know. ``blocked`` and ``options`` are
-        those of :meth:`MemoryModel.stream`."""
+        """``history``: None for that of the tokenizer, see above. ``system``: how a model with a
+        chat template is to behave. ``damaged``: whether an answer goes on without a block that
+        cannot be read, or ends in a UserError. ``prefetch``: read blocks that may be asked for next
+        between the turns. ``notify`` is told, in a line, what else one should know. ``blocked`` and
+        ``options`` are those of :meth:`MemoryModel.stream`."""
         check_options(max_tokens, **options)
+        check_system(model.tokenizer, system)
         has_memory = check_mode(memory) != "none"
         config = model.require_bank().config if has_memory else None
         own = model.require_banks().blocked_in(blocked, "") if has_memory else []
         self._barred = frozenset() if config is None else config.check_blocked(own)
         self.model, self.memory, self.blocked = model, memory, blocked
+        self.system = system
         self.history = model.tokenizer.has_chat_template if history is None else history
         self.max_tokens, self.damaged, self.margin = max_tokens, damaged, margin
         self._notify, self._options = notify, options
@@ -183,23 +186,13 @@ class Conversation:
                 self._notify(
                     f"the context of {context} tokens is full; the oldest turns are forgotten"
                 )
-        if len(ids) >= context:
-            raise UserError(
-                "the text is longer than the context",
-                f"{len(ids)} tokens",
-                f"shorten it to less than {context} tokens",
-            )
-        return ids
+        return check_length(ids, context)
 
     def _ids(self, turn: Turn) -> list[int]:
         tokenizer, turns = self.model.tokenizer, self.turns if self.history else []
         if tokenizer.has_chat_template:
-            messages = []
-            for each in turns:
-                messages.append({"role": "user", "content": each.text})
-                messages.append({"role": "assistant", "content": each.answer})
-            messages.append({"role": "user", "content": turn.text})
-            return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+            before = [(each.text, each.answer) for each in turns]
+            return chat_ids(tokenizer, self.system, before, turn.text)
         ids: list[int] = []
         for each in [*turns, turn]:
             # An id that both ends a text and begins one stands between two of them once.

@@ -20,6 +20,11 @@ def say(line: str) -> None:
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="folder or Hub id (default: the bundled demo model)")
     parser.add_argument(
+        "--system-prompt",
+        metavar="TEXT",
+        help="how the model is to behave; for models with a chat template",
+    )
+    parser.add_argument(
         "--memory",
         default="fetched",
         choices=("fetched", "generic", "none"),

@@ -1,5 +1,6 @@
 """``load(path)`` → :class:`MemoryModel`, from a model directory whose parts belong together."""
 
+import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -207,18 +208,31 @@ class _Limits(NamedTuple):
 
 
 def read_tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerWrapper:
-    """The tokenizer of a model directory; ``config`` names the ids that end a text."""
+    """The tokenizer of a model directory, which knows the ids that end a text."""
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
         raise UserError("no tokenizer", folder, "add tokenizer.json or tokenizer.model")
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # it warns that it does not know model_type openlm
     try:
-        return load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
+        return load_tokenizer(folder, eos_token_ids=_ends(folder, config))
     except Exception as error:  # transformers raises whatever its parsers raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"the tokenizer in {folder} cannot be read", reason, "restore it") from None
     finally:
         transformers_logging.set_verbosity(verbosity)
+
+
+def _ends(folder: Path, config: dict[str, Any]) -> list[int] | None:
+    """The ids that end a text: those of ``config.json``, and of ``generation_config.json``, where
+    many an instruct anchor has the end of a turn."""
+    file, found = folder / "generation_config.json", [config]
+    if file.exists():
+        found.append(json.loads(file.read_text(encoding="utf-8")))
+    ids: list[int] = []
+    for each in found:
+        own = each.get("eos_token_id")
+        ids += own if isinstance(own, list) else [] if own is None else [own]
+    return ids or None
 
 
 def _retriever(folder: Path, hmem: HmemConfig, encoder: Encoder | None = None) -> Retriever:

@@ -57,13 +57,18 @@ def prompt_ids(tokenizer: TokenizerWrapper, prompt: str, context: int | None) ->
         raise UserError("the prompt is not UTF-8 text", error, "convert it") from None
     bos = tokenizer.bos_token
     ids = tokenizer.encode(prompt, add_special_tokens=bos is None or not prompt.startswith(bos))
+    return check_length(list(ids), context)
+
+
+def check_length(ids: list[int], context: int | None) -> list[int]:
+    """``ids``, if they leave room for one more token in ``context``."""
     if context is not None and len(ids) >= context:
         raise UserError(
             "the prompt is longer than the context",
             f"{len(ids)} tokens",
             f"shorten it to less than {context} tokens",
         )
-    return list(ids)
+    return ids
 
 
 def stream_text(
