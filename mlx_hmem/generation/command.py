@@ -30,6 +30,7 @@ def main(words: Sequence[str]) -> None:
     )
     parser.add_argument(
         "--prompt",
+        "-p",
         required=True,
         help="a question to a model with a chat template, to others a text to continue; - for "
         "standard input",

@@ -18,19 +18,37 @@ def say(line: str) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="folder or Hub id (default: the bundled demo model)")
+    parser.add_argument("--model", "-m", help="folder or Hub id (default: the bundled demo model)")
     parser.add_argument(
         "--system-prompt",
         metavar="TEXT",
         help="how the model is to behave; for models with a chat template",
     )
-    parser.add_argument(
+    sampling = parser.add_argument_group("sampling (greedy without --temp)")
+    sampling.add_argument(
+        "--temp", type=float, default=0.0, help="0 is greedy (default), 1 as trained"
+    )
+    sampling.add_argument(
+        "--top-p", type=float, default=1.0, help="from the likeliest tokens of this probability"
+    )
+    sampling.add_argument(
+        "--top-k", type=int, default=0, metavar="N", help="from the N likeliest tokens; 0 is all"
+    )
+    sampling.add_argument(
+        "--min-p",
+        type=float,
+        default=0.0,
+        help="from the tokens that are this likely, as a part of the likeliest",
+    )
+    sampling.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    memory = parser.add_argument_group("memory")
+    memory.add_argument(
         "--memory",
         default="fetched",
         choices=("fetched", "generic", "none"),
         help="which memory to attach (default: %(default)s)",
     )
-    parser.add_argument(
+    memory.add_argument(
         "--block",
         nargs="+",
         default=[],
@@ -38,28 +56,31 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="clusters that may not be fetched, each as its path: 3 or 3,51, after the name of a "
         "bank that was added: NAME or NAME:3,51",
     )
-    parser.add_argument(
+    memory.add_argument(
         "--view",
         metavar="NAME",
         help="fetch no more than this view of the memory allows (default: default, if there is "
         "one); mlx_hmem.bank block makes views",
     )
-    parser.add_argument("--temp", type=float, default=0.0, help="0 is greedy (default)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument(
+    memory.add_argument(
+        "--strict-memory",
+        action="store_true",
+        help="stop at a block that cannot be read (default: go on without it, and say so)",
+    )
+    machine = parser.add_argument_group("memory and disk of this machine")
+    machine.add_argument(
         "--memory-budget",
         metavar="BYTES",
         help="most bytes to take, as 400MB, 1.5GB or plain bytes: resident memory above that of "
         "Python with nothing but MLX imported. What is chosen for it is said in one line",
     )
-    parser.add_argument(
+    machine.add_argument(
         "--context",
         type=int,
         metavar="TOKENS",
         help="most tokens of prompt and answer together (default: those of the anchor)",
     )
-    parser.add_argument(
+    machine.add_argument(
         "--resident-levels",
         type=int,
         nargs="+",
@@ -67,22 +88,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="LEVEL",
         help="levels whose blocks stay in memory once they are read (1 = coarsest)",
     )
-    parser.add_argument(
+    machine.add_argument(
         "--level-folder",
         nargs="+",
         default=[],
         metavar="LEVEL=FOLDER",
         help="levels of the bank that lie elsewhere, such as on another disk",
     )
-    parser.add_argument(
+    machine.add_argument(
         "--lazy",
         action="store_true",
         help="of a Hub id, fetch the parts of the bank only when they are needed",
-    )
-    parser.add_argument(
-        "--strict-memory",
-        action="store_true",
-        help="stop at a block that cannot be read (default: go on without it, and say so)",
     )
 
 
@@ -120,4 +136,4 @@ def memory_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
-    return {"temp": args.temp, "top_p": args.top_p, "seed": args.seed}
+    return {name: getattr(args, name) for name in ("temp", "top_p", "top_k", "min_p", "seed")}

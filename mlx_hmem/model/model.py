@@ -125,7 +125,7 @@ class MemoryModel:
         """Pieces of text that continue ``prompt``, each with ``.text`` (mlx-lm's responses).
 
         The memory is routed by ``route_text``, by the prompt itself if that is None. ``options``:
-        ``temp``, ``top_p``, ``seed``, and those of mlx-lm's ``generate_step``.
+        ``temp``, ``top_p``, ``top_k``, ``min_p``, ``seed``, those of mlx-lm's ``generate_step``.
         """
         ids = prompt_ids(self.tokenizer, prompt, self.context)
         recall = self.recall(prompt if route_text is None else route_text, memory, blocked)

@@ -78,17 +78,21 @@ def stream_text(
     max_tokens: int,
     temp: float = 0.0,
     top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
     seed: int | None = None,
     **options: Any,
 ) -> Iterator[GenerationResponse]:
     """mlx-lm's pieces of text as they come; greedy at ``temp`` 0.
 
-    ``options`` go to mlx-lm's ``generate_step`` (``prompt_cache``, ``kv_bits``, ...).
+    ``top_k`` and ``min_p`` 0 leave all tokens to ``top_p``. ``options`` go to mlx-lm's
+    ``generate_step`` (``prompt_cache``, ``kv_bits``, ...).
     """
-    check_options(max_tokens, temp, top_p, seed)
+    check_options(max_tokens, temp, top_p, top_k, min_p, seed)
     if seed is not None:
         mx.random.seed(seed)
-    sampler = make_sampler(temp=temp, top_p=top_p)
+    top_k = top_k if top_k < len(tokenizer) else 0  # mlx-lm refuses more than there are
+    sampler = make_sampler(temp=temp, top_p=top_p, top_k=top_k, min_p=min_p)
     anchor: Any = model  # not an nn.Module, but all that mlx-lm asks of one
     return stream_generate(
         anchor, tokenizer, ids, max_tokens=max_tokens, sampler=sampler, **options
@@ -99,6 +103,8 @@ def check_options(
     max_tokens: int,
     temp: float = 0.0,
     top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
     seed: int | None = None,
     **options: Any,
 ) -> None:
@@ -109,6 +115,10 @@ def check_options(
         raise UserError("temp is negative", temp, "use 0 for greedy, 0.7 for variety")
     if not 0 < top_p <= 1:
         raise UserError("top_p is out of range", top_p, "use a number above 0 and up to 1")
+    if top_k < 0:
+        raise UserError("top_k is negative", top_k, "use 0 for all tokens, or a number of them")
+    if not 0 <= min_p <= 1:
+        raise UserError("min_p is out of range", min_p, "use a number from 0 to 1")
     if seed is not None and not 0 <= seed < 1 << 64:
         raise UserError("seed is out of range", seed, "use a whole number of 0 or more")
 

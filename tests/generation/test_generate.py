@@ -121,6 +121,21 @@ def test_the_same_seed_gives_the_same_text(ask):
     assert first == again != other
 
 
+def test_of_few_tokens_the_likeliest_is_drawn_and_more_than_all_are_all(ask):
+    def draw(*args):
+        return answer(ask("--json", "--temp", 1, "--seed", 3, *args))["text"]
+
+    greedy = answer(ask("--json"))["text"]
+    assert draw("--top-k", 1) == draw("--min-p", 1) == greedy
+    assert draw("--top-k", 10**6) == draw() != greedy
+
+
+def test_short_names_of_options(run, ask, model_folder):
+    text = answer(ask("--json"))["text"]
+    args = ("-m", model_folder, "-p", PROMPT, "--max-tokens", 8, "--json")
+    assert answer(run(*args))["text"] == text
+
+
 WRONG_ARGUMENTS = {
     "an unknown option": (["--speed", "9"], "unrecognized arguments: --speed 9"),
     "an unknown memory": (["--memory", "all"], "'all'"),
@@ -128,6 +143,10 @@ WRONG_ARGUMENTS = {
     "a temperature that is no number": (["--temp", "nan"], "temp"),
     "top-p above 1": (["--top-p", "2"], "top_p is out of range: 2.0"),
     "top-p of 0": (["--top-p", "0"], "top_p is out of range"),
+    "top-k below 0": (["--top-k", "-1"], "top_k is negative: -1"),
+    "top-k in parts": (["--top-k", "0.5"], "'0.5'"),
+    "min-p above 1": (["--min-p", "1.5"], "min_p is out of range: 1.5"),
+    "min-p that is no number": (["--min-p", "nan"], "min_p is out of range"),
     "no tokens": (["--max-tokens", "0"], "max_tokens is not positive: 0"),
     "tokens in words": (["--max-tokens", "many"], "'many'"),
     "a seed below 0": (["--seed", "-1"], "seed is out of range: -1"),
