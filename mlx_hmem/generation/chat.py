@@ -11,12 +11,14 @@ from contextlib import suppress
 from mlx_hmem.budget.resident import OverBudgetError
 from mlx_hmem.errors import ArgumentParser, UserError
 from mlx_hmem.generation.conversation import MAX_TOKENS, Conversation
+from mlx_hmem.generation.ending import said_of
 from mlx_hmem.generation.options import (
     add_options,
     memory_options,
     open_model,
     sampling_options,
     say,
+    stops_of,
 )
 
 DESCRIPTION = "A conversation whose memory follows the topic; /help names its commands."
@@ -29,7 +31,7 @@ Text is answered; a line that begins with / is a command:
 /stats                         times, where each level came from, memory
 /reset                         forget what was said
 /help                          this
-/quit                          end; so does Ctrl-D. Ctrl-C stops an answer"""
+/quit                          end; so do q and Ctrl-D. Ctrl-C stops an answer"""
 
 
 def main(words: Sequence[str]) -> None:
@@ -41,7 +43,7 @@ def main(words: Sequence[str]) -> None:
     args = parser.parse_args(words)
     options = memory_options(args) | sampling_options(args)
     model = open_model(args)
-    options |= {"max_tokens": args.max_tokens, "system": args.system_prompt}
+    options |= {"max_tokens": args.max_tokens, "system": args.system_prompt, "stop": stops_of(args)}
     chat(Conversation(model, notify=say, **options))
 
 
@@ -51,7 +53,7 @@ def chat(conversation: Conversation) -> None:
     if at_terminal:
         with suppress(ImportError):  # not on every system; input() then has no line editing
             import readline  # noqa: F401
-        say("/help names the commands")
+        say("/help names the commands, q ends")
     try:
         while (line := _next_line(at_terminal)) is not None:
             if line.strip() and not _handle(conversation, line.strip()):
@@ -81,6 +83,8 @@ def _next_line(at_terminal: bool) -> str | None:
 def _handle(conversation: Conversation, line: str) -> bool:
     """Answers a text or obeys a command; False where that is to end."""
     try:
+        if line == "q":  # as in mlx-lm's chat
+            return False
         if not line.startswith("/"):
             _answer(conversation, line)
             return True
@@ -99,11 +103,14 @@ def _handle(conversation: Conversation, line: str) -> bool:
 
 def _answer(conversation: Conversation, text: str) -> None:
     before = conversation.route
-    pieces = conversation.say(text)
+    pieces, piece = conversation.say(text), None
     try:
         for piece in pieces:
             print(piece.text, end="", flush=True)
         print(flush=True)
+        assert piece is not None
+        if note := said_of(conversation.turns[-1].answer, piece, conversation.max_tokens):
+            say(note)
     except KeyboardInterrupt:
         pieces.close()
         print(flush=True)

@@ -12,12 +12,14 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_hmem.errors import ArgumentParser, UserError
+from mlx_hmem.generation.ending import check_stops, said_of, until
 from mlx_hmem.generation.options import (
     add_options,
     memory_options,
     open_model,
     sampling_options,
     say,
+    stops_of,
 )
 from mlx_hmem.generation.template import chat_ids, check_system
 from mlx_hmem.model.model import MemoryModel
@@ -43,14 +45,15 @@ def main(words: Sequence[str]) -> None:
     add_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
     args = parser.parse_args(words)
-    prompt = read_prompt(args.prompt)
+    prompt, stops = read_prompt(args.prompt), check_stops(stops_of(args))
     model = open_model(args)
     start = time.perf_counter()
     ids = ids_of(model, prompt, args.system_prompt, args.raw)
     text = prompt if args.route_text is None else args.route_text
     recall = model.recall(text, wait=False, **memory_options(args))
+    stream = model.stream_ids(ids, recall, args.max_tokens, **sampling_options(args))
     pieces, ttft_ms, piece = [], 0.0, None
-    for piece in model.stream_ids(ids, recall, args.max_tokens, **sampling_options(args)):
+    for piece in until(stream, stops):
         ttft_ms = ttft_ms or (time.perf_counter() - start) * 1e3
         pieces.append(piece.text)
         if not args.json:
@@ -63,12 +66,15 @@ def main(words: Sequence[str]) -> None:
         "ttft_ms": round(ttft_ms, 3),
         "tokens_per_s": round(piece.generation_tps, 1),
         "peak_memory_bytes": mx.get_peak_memory(),
+        "finish_reason": piece.finish_reason,
     }
     if args.json:
         print(json.dumps(result, ensure_ascii=False))
     else:
         print()
         say(summary(result))
+    if note := said_of(result["text"], piece, args.max_tokens):
+        say(note)
     if recall.damage:
         say(f"the answer went on {', '.join(recall.damage)}")
 

@@ -7,7 +7,7 @@ one they cost a pass over the history and predict no better (docs/chat.md).
 """
 
 import time
-from collections.abc import Callable, Collection, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_p
 
 from mlx_hmem.bank.views import Barred
 from mlx_hmem.config import ClusterPath
+from mlx_hmem.generation.ending import check_stops, ids_said, until
 from mlx_hmem.generation.prefetch import Prefetch
 from mlx_hmem.generation.session import SessionStats
 from mlx_hmem.generation.template import chat_ids, check_system
@@ -69,6 +70,7 @@ class Conversation:
         system: str | None = None,
         blocked: Collection[Barred] = (),
         max_tokens: int = MAX_TOKENS,
+        stop: Sequence[str] = (),
         damaged: Damaged = "skip",
         margin: float = MARGIN,
         prefetch: bool = True,
@@ -76,10 +78,11 @@ class Conversation:
         **options: Any,
     ):
         """``history``: None for that of the tokenizer, see above. ``system``: how a model with a
-        chat template is to behave. ``damaged``: whether an answer goes on without a block that
-        cannot be read, or ends in a UserError. ``prefetch``: read blocks that may be asked for next
-        between the turns. ``notify`` is told, in a line, what else one should know. ``blocked`` and
-        ``options`` are those of :meth:`MemoryModel.stream`."""
+        chat template is to behave. ``stop``: texts before which an answer ends. ``damaged``:
+        whether an answer goes on without a block that cannot be read, or ends in a UserError.
+        ``prefetch``: read blocks that may be asked for next between the turns. ``notify`` is told,
+        in a line, what else one should know. ``blocked`` and ``options`` are those of
+        :meth:`MemoryModel.stream`."""
         check_options(max_tokens, **options)
         check_system(model.tokenizer, system)
         has_memory = check_mode(memory) != "none"
@@ -87,7 +90,7 @@ class Conversation:
         own = model.require_banks().blocked_in(blocked, "") if has_memory else []
         self._barred = frozenset() if config is None else config.check_blocked(own)
         self.model, self.memory, self.blocked = model, memory, blocked
-        self.system = system
+        self.system, self.stop = system, check_stops(stop)
         self.history = model.tokenizer.has_chat_template if history is None else history
         self.max_tokens, self.damaged, self.margin = max_tokens, damaged, margin
         self._notify, self._options = notify, options
@@ -132,7 +135,7 @@ class Conversation:
         number, cache = self._latest, self._take_cache(ids)
         last, pieces, tokens, ttft_ms = None, [], [], 0.0
         try:
-            for piece in self._stream(ids, recall, cache):
+            for piece in until(self._stream(ids, recall, cache), self.stop):
                 if last is None:
                     ttft_ms = (time.perf_counter() - start) * 1e3
                     self._say_damage(recall)
@@ -142,7 +145,8 @@ class Conversation:
                 yield piece
         finally:
             if last is not None:
-                turn.answer, turn.answer_ids = "".join(pieces), tuple(tokens)
+                turn.answer = "".join(pieces)
+                turn.answer_ids = ids_said(self.model.tokenizer, turn.answer, tokens, last)
                 self.stats.add(recall, ttft_ms, last)
                 if number == self._latest:  # else another answer has begun meanwhile
                     self.turns.append(turn)

@@ -24,6 +24,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="how the model is to behave; for models with a chat template",
     )
+    parser.add_argument(
+        "--stop",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="an answer ends before the first of these; \\n is a new line",
+    )
     sampling = parser.add_argument_group("sampling (greedy without --temp)")
     sampling.add_argument(
         "--temp", type=float, default=0.0, help="0 is greedy (default), 1 as trained"
@@ -133,6 +140,11 @@ def memory_options(args: argparse.Namespace) -> dict[str, Any]:
         "blocked": [barred_path(text) for text in args.block],
         "damaged": "stop" if args.strict_memory else "skip",
     }
+
+
+def stops_of(args: argparse.Namespace) -> list[str]:
+    """The stop texts; a shell makes it hard to write a new line."""
+    return [text.replace("\\n", "\n") for text in args.stop]
 
 
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -46,6 +46,7 @@ def test_json_has_the_promised_keys_and_true_values(ask, model):
     found = answer(ask("--json"))
     assert list(found) == [
         "text", "num_tokens", "memory", "ttft_ms", "tokens_per_s", "peak_memory_bytes",
+        "finish_reason",
     ]  # fmt: skip
     memory = found["memory"]
     assert list(memory) == ["mode", "path", "blocks", "bytes_read", "route_ms", "fetch_ms"]
