@@ -20,7 +20,7 @@ import mlx_hmem  # noqa: F401  (before mlx.core)
 
 # isort: split
 from mlx_hmem.anchors.load import read_config
-from mlx_hmem.errors import ArgumentParser, UserError
+from mlx_hmem.errors import ArgumentParser, UserError, verb_of
 from mlx_hmem.folders import identity_of, whole_folder
 from mlx_hmem.model.find import MODEL_FILES, find_model, is_repo_name
 
@@ -171,8 +171,8 @@ def places_of(args: argparse.Namespace) -> tuple[Path, Path]:
 
 
 def main(words: Sequence[str]) -> None:
-    if words[:1] and words[0] in VERBS:
-        importlib.import_module(VERBS[words[0]], __package__).main(words[1:])
+    if verb := verb_of(words, VERBS):
+        importlib.import_module(VERBS[verb], __package__).main(words[1:])
         return
     args = parser().parse_args(words)
     source, out = places_of(args)

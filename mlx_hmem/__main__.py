@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from mlx_hmem.errors import GO_ON, UserError, nearest, run_program
+from mlx_hmem.errors import GO_ON, UserError, nearest, run_program, version
 
 
 class Program(NamedTuple):
@@ -30,7 +30,7 @@ PROGRAMS = {
 }
 HELP = "\n".join(
     [
-        "usage: mlx_hmem NAME …    or mlx_hmem.NAME …; NAME --help says more",
+        "usage: mlx_hmem NAME …    or mlx_hmem.NAME …; NAME --help says more, --version which",
         "",
         *(f"  {name:<10}{program.about}" for name, program in PROGRAMS.items()),
     ]
@@ -49,9 +49,7 @@ def main() -> None:
     if name in ("-h", "--help"):
         print(HELP)
     elif name == "--version":
-        from importlib.metadata import version
-
-        print(version("mlx-hmem"))
+        print(version())
     elif name in PROGRAMS:
         run_program(functools.partial(run, name, words), PROGRAMS[name].stopped)
     else:

@@ -3,10 +3,13 @@
 import argparse
 import contextlib
 import difflib
+import itertools
 import os
+import re
 import sys
-from collections.abc import Callable, Iterable
-from typing import NoReturn
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
 
 GO_ON = "stopped; the same command goes on where it was"
 # Packages that not everybody needs, by the name that Python imports: the extra that brings each.
@@ -35,16 +38,71 @@ class UserError(ValueError):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """A wrong command line is a :class:`UserError` like every other wrong input."""
+    """A wrong command line is a :class:`UserError` like every other wrong input.
+
+    Of a description the paragraphs stay apart, and lines that begin with a space stay as they are.
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__(**{"formatter_class": _Help} | options)
+        self.add_argument("--version", action=_Version, nargs=0, help=argparse.SUPPRESS)
 
     def error(self, message: str) -> NoReturn:
-        raise UserError("wrong command line", message, f"see {self.prog} --help")
+        remedy = f"see {self.prog} --help"
+        if unknown := re.match(r"unrecognized arguments: (--[\w-]+)", message):
+            for option in difflib.get_close_matches(unknown[1], self._option_string_actions, 1):
+                remedy = f"did you mean {option}? {remedy}"
+        raise UserError("wrong command line", message, remedy)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            what = "/".join(action.option_strings) or action.dest
+            raise UserError(f"no such {what}", repr(value), nearest(str(value), action.choices))
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+class _Help(argparse.HelpFormatter):
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines: list[str] = []
+        for stays, part in itertools.groupby(text.splitlines(), lambda s: not s[:1].strip()):
+            given = list(part)
+            lines += given if stays else textwrap.wrap(" ".join(given), width)
+        return "\n".join(lines)
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *given: Any) -> None:
+        print(version())
+        parser.exit()
+
+
+def version() -> str:
+    """Of the package, as it is installed."""
+    from importlib import metadata  # slow, and seldom asked for
+
+    try:
+        return metadata.version("mlx-hmem")
+    except metadata.PackageNotFoundError:
+        return "unknown: mlx-hmem is not installed here"
+
+
+def nearest(word: str, known: Iterable[Any]) -> str:
     """A remedy for a word that is none of ``known``."""
-    found = difflib.get_close_matches(word, known, 1)
-    return f"did you mean {found[0]}?" if found else f"use one of {', '.join(known)}"
+    names = [str(each) for each in known]
+    found = difflib.get_close_matches(word, names, 1)
+    return f"did you mean {found[0]}?" if found else f"use one of {', '.join(names)}"
+
+
+def verb_of(words: Sequence[str], verbs: Iterable[str]) -> str | None:
+    """The first word, if it is one of ``verbs``: a program of its own within a program.
+
+    Raises UserError: it is no file, and one of them but for a slip.
+    """
+    word, verbs = words[0] if words else "", [*verbs]
+    if word in verbs:
+        return word
+    if (close := difflib.get_close_matches(word, verbs, 1, 0.7)) and not os.path.exists(word):
+        raise UserError("no such file or program", word, f"did you mean {close[0]}?")
+    return None
 
 
 def run_program(main: Callable[[], None], stopped: str = "stopped") -> None:

@@ -1,6 +1,5 @@
 """``mlx_hmem.train RECIPE.yaml --corpus FOLDER --out runs/NAME``: makes a model from text."""
 
-import argparse
 import functools
 import importlib
 import sys
@@ -9,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mlx_hmem.budget.resident import SIZE_HELP, parse_bytes
-from mlx_hmem.errors import ArgumentParser, UserError
+from mlx_hmem.errors import ArgumentParser, UserError, verb_of
 
 from .corpus.readers import FOLDER_HELP
 from .corpus.stage import run_corpus
@@ -32,13 +31,12 @@ VERBS = {
 
 
 def main(words: Sequence[str]) -> None:
-    if words[:1] and words[0] in VERBS:
-        importlib.import_module(VERBS[words[0]][0], __package__).main(words[1:])
+    if verb := verb_of(words, VERBS):
+        importlib.import_module(VERBS[verb][0], __package__).main(words[1:])
         return
     parser = ArgumentParser(
         prog="mlx_hmem.train",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Makes a model with hierarchical memories from text. Finished stages are\n"
+        description="Makes a model with hierarchical memories from text. Finished stages are "
         "skipped, so a stopped run goes on with the same command.",
         epilog="programs of their own, each with --help:\n"
         + "\n".join(f"  {verb:<10}{about}" for verb, (_, about) in VERBS.items()),

@@ -6,7 +6,6 @@ scikit-learn's ``KMeans.cluster_centers_`` and the ``centroids`` of FAISS's ``Km
 arrays; neither library is needed, and no pickle is ever read.
 """
 
-import argparse
 import contextlib
 import math
 import zipfile
@@ -257,7 +256,6 @@ def _whole(source: Path, name: str, array: np.ndarray, size: int) -> np.ndarray:
 
 def main(words: Sequence[str]) -> None:
     parser = ArgumentParser(prog="mlx_hmem.convert tree", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "source", type=Path, help=".npz, .npy, .safetensors, .pt, or a folder of .npy"
     )

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_hmem.budget.resident import SIZE_HELP, parse_bytes
-from mlx_hmem.errors import ArgumentParser, UserError
+from mlx_hmem.errors import ArgumentParser, UserError, verb_of
 from mlx_hmem.evaluate.facts import ROUTES
 from mlx_hmem.evaluate.paper.blocking import blocking, used_clusters
 from mlx_hmem.evaluate.paper.fact_runs import FactRun
@@ -137,8 +137,8 @@ def _check(args: Namespace) -> list[str]:
 
 
 def main(words: Sequence[str]) -> None:
-    if words[:1] and words[0] in VERBS:
-        importlib.import_module(VERBS[words[0]]).main(words[1:])
+    if verb := verb_of(words, VERBS):
+        importlib.import_module(VERBS[verb]).main(words[1:])
         return
     args = _parser().parse_args(words)
     modes = _check(args)

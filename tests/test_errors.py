@@ -1,0 +1,53 @@
+"""What every program shares: wrong command lines, missing packages, help, the version."""
+
+import re
+from importlib import metadata
+
+import pytest
+
+from mlx_hmem.errors import ArgumentParser, UserError, verb_of
+from tests.helpers.programs import assert_refused, process
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        (["generat"], "no such program: generat; did you mean generate?"),
+        (["train", "plann"], "no such file or program: plann; did you mean plan?"),
+        (["convert", "quantise"], "no such file or program: quantise; did you mean quantize?"),
+        (["evaluate", "indx"], "no such file or program: indx; did you mean index?"),
+        (["bank", "verfy", "DIR"], "no such command: 'verfy'; did you mean verify?"),
+        (["generate", "-p", "a", "--memory", "fetchd"], "'fetchd'; did you mean fetched?"),
+        (
+            ["generate", "-p", "a", "--tmp", "1"],
+            "did you mean --temp? see mlx_hmem.generate",
+        ),
+    ],
+)
+def test_a_word_with_a_slip_names_the_nearest(words, remedy):
+    said = process("-m", "mlx_hmem", *words)
+    assert_refused(said)
+    assert remedy in said.err
+
+
+def test_what_is_there_is_no_slip(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bundel").mkdir()
+    assert verb_of(["bundle", "more"], ["bundle"]) == "bundle"
+    assert verb_of(["bundel"], ["bundle"]) is None
+    assert verb_of(["facts.yaml"], ["bundle"]) is None
+    assert verb_of([], ["bundle"]) is None
+    with pytest.raises(UserError, match="did you mean bundle"):
+        verb_of(["bundl"], ["bundle"])
+
+
+def test_every_program_says_its_version():
+    for words in ([], ["generate"], ["bank", "verify"]):
+        said = process("-m", "mlx_hmem", *words, "--version")
+        assert said == (0, metadata.version("mlx-hmem") + "\n", "")
+
+
+def test_a_description_keeps_its_paragraphs_and_lists():
+    parser = ArgumentParser(prog="x", description=f"{'word ' * 30}\nend.\n\nA list:\n  a  b\n  c")
+    text = parser.format_help()
+    assert re.search(r"word\nword.* end\.\n\nA list:\n  a  b\n  c\n\noptions", text, re.DOTALL)
