@@ -16,6 +16,7 @@ from mlx_hmem.errors import UserError
 from mlx_hmem.files import fingerprint
 from tests.helpers.programs import process
 from tests.helpers.programs import run as program
+from tests.helpers.recipes import write_recipe
 from train.command import main
 from train.export import run_export
 from train.loop.arms import trained_blocks, trained_generic
@@ -29,44 +30,15 @@ from train.recipe.recipe import (
 )
 from train.stages import STAGES, run_stages
 
-RECIPE = """
-name: tiny
-seed: 1
-corpus:
-  documents: 0
-  held_out: 0.2
-  facts:
-    - kind: invented
-      topics: 4
-      entities_per_topic: 4
-      frequencies: [1, 8]
-      plain_documents: 80
-tokenizer: {vocab_size: 400}
-windows: {context: 64}
-tree: {branching: [2, 2]}
-anchor:
-  hidden_size: 16
-  num_hidden_layers: 2
-  num_attention_heads: 2
-  head_dim: 8
-  intermediate_size: 32
-  training: {epochs: 2, warmup_steps: 5, save_every: 10}
-memories:
-  r: [4, 2]
-  training: {epochs: 2, learning_rate: 8e-3, warmup_steps: 5, save_every: 10}
-dense:
-  training: {epochs: 1, warmup_steps: 5, save_every: 10}
-"""
-
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     """(recipe, run folder, standard output) of a whole run."""
     folder = tmp_path_factory.mktemp("pipeline")
-    (folder / "tiny.yaml").write_text(RECIPE)
-    said = process("-m", "train", folder / "tiny.yaml", "--out", folder / "run")
+    recipe = write_recipe(folder / "tiny.yaml")
+    said = process("-m", "train", recipe, "--out", folder / "run")
     assert said.status == 0, said.err[-2000:]
-    return folder / "tiny.yaml", folder / "run", said.out
+    return recipe, folder / "run", said.out
 
 
 def recipe_of(made: tuple[Path, Path, str]) -> Recipe:
@@ -167,8 +139,7 @@ def test_a_changed_recipe_is_refused_by_the_name_of_what_changed(made):
     ):
         with pytest.raises(UserError, match=rf"made with another recipe: changed: {named};"):
             run_stages(changed, run, list(STAGES))
-    recipe.with_name("other.yaml").write_text(RECIPE.replace("context: 64", "context: 32"))
-    refused = program(main, recipe.with_name("other.yaml"), "--out", run)
+    refused = program(main, recipe, "--out", run, "--set", "windows.context=32")
     assert refused.status == 2
     assert re.match("error: stage windows .*changed: windows;", refused.err.splitlines()[-1])
 

@@ -16,6 +16,7 @@ from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate import Fact, perplexity, read_facts, read_texts, recall
 from mlx_hmem.files import fingerprint
 from tests.helpers.places import ROOT
+from tests.helpers.recipes import write_recipe
 from train.recipe.recipe import Recipe
 from train.study.file import Study, Sweep, load_study
 from train.study.results import halves_of, memories_of, read_results, sizes_of
@@ -23,33 +24,14 @@ from train.study.rows import Figure, Row, sweep_rows
 from train.study.runs import make_all, runs_of
 from train.study.table import compare
 
-RECIPE = """
-name: toy
-corpus:
-  documents: 0
-  held_out: 0.2
-  facts:
-    - kind: invented
-      topics: 2
-      entities_per_topic: 4
-      frequencies: [1, 4]
-      plain_documents: 60
-tokenizer: {vocab_size: 360}
-windows: {context: 64}
-tree: {branching: [2, 2]}
-anchor:
-  hidden_size: 16
-  num_hidden_layers: 2
-  num_attention_heads: 2
-  head_dim: 8
-  intermediate_size: 32
-  training: {steps: 12, warmup_steps: 2, learning_rate: 1e-2}
-memories:
-  r: [4, 2]
-  training: {steps: 6, learning_rate: 1e-2, warmup_steps: 1}
-dense:
-  training: {steps: 4, learning_rate: 1e-2, warmup_steps: 1}
-"""
+TOY = [
+    "corpus.facts=[{kind: invented, topics: 2, entities_per_topic: 4, frequencies: [1, 4], "
+    "plain_documents: 60}]",
+    "tokenizer.vocab_size=360",
+    "anchor.training={steps: 12, warmup_steps: 2, learning_rate: 1e-2}",
+    "memories.training={steps: 6, learning_rate: 1e-2, warmup_steps: 1}",
+    "dense.training={steps: 4, learning_rate: 1e-2, warmup_steps: 1}",
+]
 STUDY = """
 recipe: toy.yaml
 choose_by: perplexity
@@ -70,8 +52,8 @@ sweeps:
 """
 
 
-def write_study(folder: Path, study: str = STUDY, recipe: str = RECIPE) -> Path:
-    (folder / "toy.yaml").write_text(recipe)
+def write_study(folder: Path, study: str = STUDY) -> Path:
+    write_recipe(folder / "toy.yaml", *TOY)
     (folder / "study.yaml").write_text(study)
     return folder / "study.yaml"
 

@@ -18,6 +18,7 @@ from mlx_hmem.anchors.openlm import Model, ModelArgs
 from mlx_hmem.errors import UserError
 from tests.helpers.programs import assert_refused, refused
 from tests.helpers.programs import run as program
+from tests.helpers.recipes import write_recipe
 from train.command import main
 from train.data.order import Order
 from train.loop.arms import (
@@ -39,29 +40,15 @@ from train.step.start import save_anchor
 from train.store.blocks import BlockStore
 from train.store.records import RecordStore
 
-RECIPE = """
-name: tiny
-seed: 1
-corpus:
-  documents: 0
-  facts:
-    - {kind: invented, topics: 4, entities_per_topic: 4, frequencies: [1, 8], plain_documents: 60}
-tokenizer: {vocab_size: 400}
-windows: {context: 32}
-tree: {branching: [3, 2, 2]}
-anchor:
-  hidden_size: 16
-  num_hidden_layers: 2
-  num_attention_heads: 2
-  head_dim: 8
-  intermediate_size: 32
-  training: {epochs: 0.1, warmup_steps: 1}
-memories:
-  r: [4, 0, 2]
-  group_by_subtree: true
-  training: {epochs: 0.5, learning_rate: 8e-3, warmup_steps: 3, save_every: 4}
-dense: {training: {epochs: 0.1}}
-"""
+CHANGES = [
+    "windows.context=32",
+    "tree.branching=[3, 2, 2]",
+    "anchor.training={epochs: 0.1, warmup_steps: 1}",
+    "memories.r=[4, 0, 2]",
+    "memories.group_by_subtree=true",
+    "memories.training={epochs: 0.5, learning_rate: 8e-3, warmup_steps: 3, save_every: 4}",
+    "dense.training={epochs: 0.1}",
+]
 
 
 def rows_of(order: Order) -> list[list[int]]:
@@ -70,9 +57,7 @@ def rows_of(order: Order) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
-    path.write_text(RECIPE)
-    return load_recipe(path)
+    return load_recipe(write_recipe(tmp_path_factory.mktemp("recipe") / "tiny.yaml", *CHANGES))
 
 
 @pytest.fixture(scope="module")
@@ -315,8 +300,7 @@ def test_what_cannot_be_trained_by_subtree_is_refused(recipe, prepared):
 
 
 def test_the_programs_refuse_in_one_line_and_show_their_help(tmp_path):
-    (tmp_path / "tiny.yaml").write_text(RECIPE.replace("subtree: true", "subtree: false"))
-    known = [tmp_path / "tiny.yaml", "--out", tmp_path / "run"]
+    known = [write_recipe(tmp_path / "tiny.yaml"), "--out", tmp_path / "run"]
     assert_refused(
         program(main, *known, "--subtree", 1),
         "--subtree is for one stage: 1; add --only memories",

@@ -20,6 +20,7 @@ from mlx_hmem.memory import join_blocks
 from mlx_hmem.model.load import load
 from tests.helpers.loop_runs import CONTEXT, EOT, KINDS, SEED, VOCABULARY, make_model
 from tests.helpers.places import ROOT
+from tests.helpers.recipes import write_recipe
 from tests.helpers.stores import store_state
 from train.data.order import ShuffledOrder
 from train.data.tokenizer import train_tokenizer
@@ -188,36 +189,21 @@ def test_nothing_held_out_is_one_line(tmp_path):
         held_out_windows(write_run(tmp_path, []), WATCHED, 16)
 
 
-RECIPE = """
-name: tiny
-corpus:
-  documents: 0
-  held_out: 0.2
-  facts:
-    - {kind: invented, topics: 4, entities_per_topic: 3, frequencies: [2], plain_documents: 40}
-tokenizer: {vocab_size: 350}
-windows: {context: 48}
-tree: {branching: [2, 2]}
-anchor:
-  hidden_size: 16
-  num_hidden_layers: 2
-  head_dim: 8
-  intermediate_size: 32
-  training: {steps: 20, warmup_steps: 5}
-memories:
-  r: [4, 2]
-  training: {steps: 20, learning_rate: 3e-2, warmup_steps: 5, validate_every: 15,
-             validation_sequences: 1000}
-  cotrain: {learning_rate_scale: 0.1}
-export: {dtype: float32}
-"""
+CHANGES = [
+    "windows.context=48",
+    "anchor.training={steps: 20, warmup_steps: 5}",
+    "memories.training={steps: 20, learning_rate: 3e-2, warmup_steps: 5, validate_every: 15, "
+    "validation_sequences: 1000}",
+    "memories.cotrain={learning_rate_scale: 0.1}",
+    "export.dtype=float32",
+]
 
 
 def test_the_last_validation_is_what_the_model_made_scores_and_no_validation_is_no_other_run(
     tmp_path: Path,
 ):
-    (tmp_path / "tiny.yaml").write_text(RECIPE)
-    recipe, run = load_recipe(tmp_path / "tiny.yaml"), tmp_path / "run"
+    path, run = write_recipe(tmp_path / "tiny.yaml", *CHANGES), tmp_path / "run"
+    recipe = load_recipe(path)
     names = list(STAGES)[: list(STAGES).index("export") + 1]
     run_stages(recipe, run, [name for name in names if name != "dense"])
     assert "validation" not in (run / "anchor" / "log.jsonl").read_text()
@@ -230,7 +216,7 @@ def test_the_last_validation_is_what_the_model_made_scores_and_no_validation_is_
         assert found == pytest.approx(wanted.per_token, rel=1e-4), memory
     assert len(set(validations[20].values())) == 3
     # Asking more often is no reason to train again.
-    again = load_recipe(tmp_path / "tiny.yaml", ["memories.training.validate_every=0"])
+    again = load_recipe(path, ["memories.training.validate_every=0"])
     assert is_done(STAGES["memories"], again, run)
 
 
