@@ -70,7 +70,8 @@ def conversion_of(args: argparse.Namespace, source: Path, kind: str) -> Conversi
             return to_pytorch(source, args.dtype)
         return openlm.into_torch(source, args.dtype).alone
     if kind in ("anchor", "model"):
-        raise UserError("this is a model of MLX already", source, "add --to pytorch")
+        remedy = "use mlx_hmem.convert quantize" if args.quantize else "add --to pytorch"
+        raise UserError("this is a model of MLX already", source, remedy)
     if kind == "huggingface":
         return hugging_face.from_torch(source, args.dtype).alone
     own = (args.config, options_of(args.set), args.tokenizer)

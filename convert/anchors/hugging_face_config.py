@@ -111,14 +111,13 @@ def _agreed(key: str, config: Config, value: Any) -> Config:
 
 def _rope(name: str, config: Config) -> Config:
     """The keys of RoPE under the names of old, which mlx-lm reads."""
-    found = config.get("rope_parameters") or {}
+    found, added = config.get("rope_parameters") or {}, Config()
     if name == "gemma3_text" and "full_attention" in found:
         local = found.get("sliding_attention") or {}
         if local.get("rope_type", "default") != "default":
             raise UserError("mlx-lm does not scale local RoPE", local["rope_type"], "use PyTorch")
-        added = _agreed("rope_local_base_freq", config, local.get("rope_theta", 1e4))
-        return added | _rope(name, config | {"rope_parameters": found["full_attention"]})
-    added = {}
+        added |= _agreed("rope_local_base_freq", config, local.get("rope_theta", 1e4))
+        found = found["full_attention"] or {}
     if "rope_theta" in found:
         added |= _agreed("rope_theta", config, found["rope_theta"])
     elif config.get("rope_theta") is None:
@@ -127,7 +126,7 @@ def _rope(name: str, config: Config) -> Config:
         added |= _agreed("partial_rotary_factor", config, found["partial_rotary_factor"])
     kind = found.get("rope_type", found.get("type", "default"))
     if kind != "default" and not config.get("rope_scaling"):
-        scaling = {k: v for k, v in found.items() if k not in ("rope_theta",)}
+        scaling = {k: v for k, v in found.items() if k != "rope_theta"}
         added["rope_scaling"] = scaling | {"type": kind, "rope_type": kind}
     scaling = added.get("rope_scaling") or config.get("rope_scaling") or {}
     if name == "starcoder2" and scaling.get("rope_type", scaling.get("type")) not in (

@@ -15,7 +15,7 @@ from mlx_hmem.errors import UserError
 
 from ..torch_files.pickles import open_files
 from ..torch_files.tensors import Checkpoint, open_safetensors
-from ..torch_files.writer import Chunk, write_torch
+from ..torch_files.writer import Entry, write_torch
 from . import hugging_face
 from .hugging_face import wanted_of
 from .keys import Drop, Rule, strip, to_mlx, to_torch
@@ -107,24 +107,18 @@ class ToOpenLM(AnchorConversion):
 
     def write(self, part: Path) -> None:
         if not (part / "model.pt").exists():
+            interleaved = POSITIONS[self.config["positional_embedding_type"]]
+            layers = range(0 if interleaved else self.config["n_layers"])
+            values = inverse_frequencies(self.config["rope_theta"], self.config["head_dim"])
+            tied = {HEAD: EMBEDDING} if self.config["weight_tying"] else {}
             with progress(self.targets) as bar:
-                entries = [target.entry(bar) for target in self.targets]
-                if not self._interleaved:
-                    entries += self._buffers()
-                tied = {HEAD: EMBEDDING} if self.config["weight_tying"] else {}
+                entries: list[Entry] = [
+                    (target.name, target.dtype, target.shape, target.chunks(bar))
+                    for target in self.targets
+                ]
+                entries += [(INV_FREQ.format(i=i), "F32", values.shape, [values]) for i in layers]
                 write_torch(part / "model.pt", entries, {"name": "mlx_hmem"}, aliases=tied)
         self.write_rest(part)
-
-    @property
-    def _interleaved(self) -> bool:
-        return POSITIONS[self.config["positional_embedding_type"]]
-
-    def _buffers(self) -> list[tuple[str, str, tuple[int, ...], list[Chunk]]]:
-        values = inverse_frequencies(self.config["rope_theta"], self.config["head_dim"])
-        return [
-            (INV_FREQ.format(i=i), "F32", values.shape, [values])
-            for i in range(self.config["n_layers"])
-        ]
 
 
 def into_torch(source: Path, dtype: str | None = None) -> AnchorConversion:

@@ -6,7 +6,6 @@ before it is written, and then in chunks of 32 MiB; only a transposed piece is r
 
 import json
 import math
-import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,15 @@ from mlx_hmem.errors import UserError
 from mlx_hmem.files import atomic_file, write_atomic
 from mlx_hmem.folders import copy_missing
 
-from ..torch_files.tensors import ITEM_SIZES, MLX_TYPES, LazyTensor, bits_of, numbers_of
-from ..torch_files.writer import Entry, bytes_of
+from ..torch_files.tensors import (
+    ITEM_SIZES,
+    MLX_TYPES,
+    LazyTensor,
+    bits_of,
+    numbers_of,
+    safetensors_header,
+)
+from ..torch_files.writer import bytes_of
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 # --dtype: names of MLX and of safetensors.
@@ -55,9 +61,6 @@ class Target:
                 yield bits if piece.dtype == self.dtype else cast(bits, piece, self)
                 if bar is not None:
                     bar.update(bits.size * ITEM_SIZES[self.dtype])
-
-    def entry(self, bar: tqdm | None = None) -> Entry:
-        return self.name, self.dtype, self.shape, self.chunks(bar)
 
 
 def chunks_of(tensor: LazyTensor) -> Iterator[np.ndarray]:
@@ -99,23 +102,13 @@ def write_safetensors(
     """Writes a safetensors file, whole or not at all."""
     # The widest first: each tensor then begins at a multiple of its elements' size.
     ordered = sorted(targets, key=lambda target: -ITEM_SIZES[target.dtype])
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for target in ordered:
-        start, end = end, end + target.nbytes
-        header[target.name] = {
-            "dtype": target.dtype,
-            "shape": list(target.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    header = safetensors_header(((t.name, t.dtype, t.shape) for t in ordered), metadata)
     with atomic_file(path) as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(header)
         for target in ordered:
             for chunk in target.chunks(bar):
                 file.write(bytes_of(chunk))
-        assert file.tell() == 8 + len(text) + end, path
+        assert file.tell() == len(header) + sum(target.nbytes for target in ordered), path
 
 
 def progress(targets: Iterable[Target]) -> tqdm:

@@ -6,13 +6,11 @@ goes on behind those that exist; the checksums of a kept shard are computed from
 """
 
 import contextlib
-import json
 import os
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import xxhash
@@ -43,7 +41,7 @@ from mlx_hmem.bank.writer import (
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.files import atomic_file, open_regular, read_exactly
 
-from ..torch_files.tensors import bits_of
+from ..torch_files.tensors import bits_of, safetensors_header
 from ..torch_files.writer import bytes_of
 from .tensors import (
     LevelTensors,
@@ -202,22 +200,15 @@ def _write_tables(file: BinaryIO, bank: Bank, level: int, dtype: str, bar: tqdm)
     """Writes the tables of a level: blocks are read in order, their rows put where they belong."""
     config, stored = bank.config, STORED_TYPES[dtype]
     r, count = stored_r(config)[level], num_blocks(config, level)
-    own, size = matrices(config, r), stored.dtype.size
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for layer in config.memory_layers:
-        for matrix in own:
-            start, end = end, end + count * r * matrix.width * size
-            header[table_name(layer, level, matrix.name)] = {
-                "dtype": stored.tag,
-                "shape": [count, r, matrix.width],
-                "data_offsets": [start, end],
-            }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(struct.pack("<Q", len(text)) + text)
-    base, layers, block_bytes = file.tell(), config.num_memory_layers, end // count
-    step = max(1, PIECE // block_bytes)
+    own, layers = matrices(config, r), config.num_memory_layers
+    tables = (
+        (table_name(layer, level, matrix.name), stored.tag, (count, r, matrix.width))
+        for layer in config.memory_layers
+        for matrix in own
+    )
+    file.write(safetensors_header(tables, {"format": "pt"}))
+    base = file.tell()
+    step = max(1, PIECE // (layers * own[-1].stop * stored.dtype.size))
     for first in range(0, count, step):
         keys = [(level, cluster) for cluster in range(first, min(first + step, count))]
         arrays = (block.astype(stored.dtype) for block in bank.blocks(keys))

@@ -152,7 +152,7 @@ class _Sorter:
                 if key != nest:
                     self.keep(prefix + _word(key), other)
             value, prefix = value[nest], f"{prefix}{nest}."
-        self.collect(value, "", 0)
+        self.collect(value, "")
         logical = sum(tensor.nbytes for tensor in self.tensors.values())
         if logical > max(MAX_SHARING * size, SMALL):
             raise ValueError(f"its tensors take {logical} bytes, far more than the file's {size}")
@@ -165,7 +165,7 @@ class _Sorter:
         within = (name for name in NESTS if isinstance(value.get(name), dict))
         return next((name for name in within if self.holds_tensor(value[name])), None)
 
-    def collect(self, value: Any, name: str, depth: int) -> None:
+    def collect(self, value: Any, name: str) -> None:
         if len(name) > MAX_NAME or len(self.tensors) > MAX_TENSORS:
             raise ValueError("its tensors have too long names, or are too many")
         if type(value) is LazyTensor:
@@ -173,8 +173,9 @@ class _Sorter:
                 raise ValueError(f"it has a tensor without a name of its own: {name!r}")
             self.tensors[name] = value
         elif isinstance(value, CONTAINERS) and (not name or self.holds_tensor(value)):
-            for key, child in _items(value):
-                self.collect(child, f"{name}.{_word(key)}" if name else _word(key), depth + 1)
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            for key, child in items:
+                self.collect(child, f"{name}.{_word(key)}" if name else _word(key))
         else:
             self.keep(name, value)
 
@@ -202,10 +203,6 @@ class _Sorter:
                 within.append(iter(value.values() if isinstance(value, dict) else value))
             else:
                 yield value
-
-
-def _items(value: Any) -> Iterator[tuple[Any, Any]]:
-    return iter(value.items() if isinstance(value, dict) else enumerate(value))
 
 
 def _word(key: Any) -> str:

@@ -7,9 +7,11 @@ more, and is read in the order in which it lies in the file.
 """
 
 import contextlib
+import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+import struct
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,6 +141,21 @@ def join(parts: Sequence[Checkpoint]) -> Checkpoint:
         values = part.values | values
         left_out |= dict.fromkeys(part.left_out)
     return Checkpoint(tensors, values, tuple(left_out))
+
+
+def safetensors_header(
+    tensors: Iterable[tuple[str, str, Sequence[int]]], metadata: dict[str, str]
+) -> bytes:
+    """What a safetensors file begins with whose tensors (name, dtype, shape) lie in this order; its
+    length is a multiple of 8."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, dtype, shape in tensors:
+        start, end = end, end + math.prod(shape) * ITEM_SIZES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 def row_major(shape: Sequence[int]) -> tuple[int, ...]:

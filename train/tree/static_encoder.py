@@ -19,7 +19,7 @@ import xxhash
 from tqdm import tqdm
 
 from mlx_hmem.errors import ArgumentParser, UserError
-from mlx_hmem.files import atomic_file
+from mlx_hmem.folders import whole_folder
 from mlx_hmem.retriever.encoder import find_minilm
 from mlx_hmem.retriever.minilm import MAX_LENGTH, MiniLMEncoder
 from mlx_hmem.retriever.static import VOCAB_SIZE, WordPieces, pool, save_static
@@ -27,6 +27,7 @@ from mlx_hmem.retriever.texts import load_tokenizer
 
 from ..corpus.cleaning import BETWEEN_SENTENCES, clean
 from ..corpus.readers import Faults, corpus_files, read_documents
+from ..data.arrays import save_array
 
 HELD_OUT = 0.05
 MAX_PIECES = MAX_LENGTH - 2  # what MiniLM reads of a text
@@ -108,9 +109,7 @@ def teach(texts: list[str], teacher: MiniLMEncoder, work: Path) -> np.ndarray:
         key = xxhash.xxh3_128_hexdigest("\0".join([teacher.fingerprint, *chunk]).encode())
         path = work / f"{key}.npy"
         if not path.is_file():
-            vectors = teacher.encode(chunk).astype(np.float16)
-            with atomic_file(path) as file:
-                np.save(file, vectors)
+            save_array(path, teacher.encode(chunk).astype(np.float16))
         result.append(np.load(path).astype(np.float32))
     return np.concatenate(result)
 
@@ -210,15 +209,16 @@ def distil(
     ids, targets = [ids[row] for row in known], targets[known]
     params = starting_values(alone, ids, targets, rank)
     params = train_vectors(params, ids, targets, epochs, seed)
-    save_static(
-        out,
-        np.array(params["vectors"]),
-        np.array(params["projection"]),
-        np.array(params["bias"]),
-        (source / "tokenizer.json").read_bytes(),
-        teacher=teacher.fingerprint,
-        max_length=MAX_PIECES,
-    )
+    with whole_folder(out, replace=True) as part:
+        save_static(
+            part,
+            np.array(params["vectors"]),
+            np.array(params["projection"]),
+            np.array(params["bias"]),
+            (source / "tokenizer.json").read_bytes(),
+            teacher=teacher.fingerprint,
+            max_length=MAX_PIECES,
+        )
 
 
 def main(words: Sequence[str]) -> None:
@@ -236,17 +236,10 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(words)
-    for name in ("documents", "rank", "epochs"):
-        most = 384 if name == "rank" else 1 << 30
+    for name, most in {"documents": 1 << 30, "rank": 384, "epochs": 1 << 30}.items():
         if not 1 <= getattr(args, name) <= most:
             raise UserError(f"--{name} is out of range", getattr(args, name), f"use 1 to {most}")
-    distil(
-        args.corpus,
-        args.out,
-        documents=args.documents,
-        rank=args.rank,
-        epochs=args.epochs,
-        seed=args.seed,
-    )
+    numbers = {name: getattr(args, name) for name in ("documents", "rank", "epochs", "seed")}
+    distil(args.corpus, args.out, **numbers)
     size = sum(file.stat().st_size for file in args.out.iterdir())
     print(f"static encoder: {size / 1e6:.1f} MB in {args.out}")
