@@ -111,10 +111,11 @@ def whole_folder(
     path = Path(os.path.abspath(path))  # the folder may be named "."
     part = path.with_name(f"{path.name}.part")
     anew = identity is None
+    remedy = "choose another" if anew else "choose another or add --overwrite"
     identity = json.loads(json.dumps(identity or {}))
     renamed = _record(path) == identity and not part.exists()
     if not renamed:
-        _check_existing(path, replace, identity)
+        _check_existing(path, replace, identity, remedy)
         part.mkdir(parents=True, exist_ok=True)
     with _claimed(path if renamed else part, part):
         if renamed:
@@ -123,7 +124,7 @@ def whole_folder(
             os.rename(path, part)  # only the last step is missing: it is done again
         if anew or _record(part) != identity:
             _clear(part, path)
-        _check_existing(path, replace, identity)
+        _check_existing(path, replace, identity, remedy)
         _check_room(part, need_bytes)
         write_atomic(part / RECORD, json.dumps(identity, indent=2) + "\n")
         try:
@@ -143,11 +144,11 @@ def _record(folder: Path) -> Any:
     return None
 
 
-def _check_existing(path: Path, replace: bool, identity: dict[str, Any]) -> None:
+def _check_existing(path: Path, replace: bool, identity: dict[str, Any], remedy: str) -> None:
     if not path.exists() and not path.is_symlink():
         return
     if not replace:
-        raise UserError("the destination exists", path, "choose another or add --overwrite")
+        raise UserError("the destination exists", path, remedy)
     if not path.is_dir() or path.is_symlink():
         raise UserError("the destination is not a folder", path, "choose another")
     if any(path.iterdir()) and not any((path / mark).exists() for mark in MARKS):

@@ -90,11 +90,6 @@ def rows_of(tensor: LazyTensor, part: int, parts: int) -> LazyTensor:
     return replace(tensor, offset=offset, shape=(rows, *tensor.shape[1:]))
 
 
-def transposed(tensor: LazyTensor) -> LazyTensor:
-    strides = tensor.strides or row_major(tensor.shape)
-    return replace(tensor, shape=tensor.shape[::-1], strides=strides[::-1])
-
-
 def entry_of(tensor: LazyTensor, index: int) -> LazyTensor:
     """``tensor[index]``, still in the file."""
     one = rows_of(tensor, index, tensor.shape[0])
@@ -144,18 +139,15 @@ def to_mlx(
         if absent := [source for source in sources if source not in tensors]:
             problems.lists["missing"] += absent
             continue
-        pieces = [tensors[source] for source in sources]
-        found = _shape_of(rule, pieces)
-        if found != shape:
-            problems.lists["wrong shape"].append(
-                f"{sources[0]} is {pieces[0].shape}, config.json makes it "
-                f"{_torch_shape(rule, shape)}"
-            )
+        pieces, fitting = [tensors[source] for source in sources], _torch_shape(rule, shape)
+        if {(piece.shape, piece.dtype) for piece in pieces} != {(fitting, pieces[0].dtype)}:
+            wrong = f"{sources[0]} is {pieces[0].shape}, config.json makes it {fitting}"
+            problems.lists["wrong shape"].append(wrong)
             continue
         if rule.how == "parts":
             pieces = [rows_of(pieces[0], part, len(rule.mlx))]
         elif rule.how == "transposed":
-            pieces = [transposed(pieces[0])]
+            pieces = [pieces[0].T]
         targets.append(_target(name, shape, pieces, dtype))
     notes = _dropped(set(tensors) - used, drops, problems)
     problems.check("the tensors do not fit the config", "give the config of this checkpoint")
@@ -168,19 +160,6 @@ def _rule_of(name: str, rules: Sequence[Rule]) -> tuple[Rule, int, dict[str, str
             if (values := fits(pattern, name)) is not None:
                 return rule, part, values
     raise UserError("no rule makes this tensor", name, "add a line to the table of names")
-
-
-def _shape_of(rule: Rule, pieces: Sequence[LazyTensor]) -> tuple[int, ...] | None:
-    """The shape that the rule gives; None if the pieces do not go together."""
-    shape = pieces[0].shape
-    if any(piece.shape != shape or piece.dtype != pieces[0].dtype for piece in pieces):
-        return None
-    if rule.how == "parts":
-        parts = len(rule.mlx)
-        return (shape[0] // parts, *shape[1:]) if shape and shape[0] % parts == 0 else None
-    if rule.how == "transposed":
-        return shape[::-1]
-    return (len(pieces), *shape) if rule.how == "stacked" else shape
 
 
 def _torch_shape(rule: Rule, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -237,16 +216,18 @@ def to_torch(
     for name, tensor in tensors.items():
         rule, part, values = _rule_of(name, rules)
         if rule.how == "stacked":
-            for e in range(tensor.shape[0]):
-                one = entry_of(tensor, e)
-                targets.append(_target(rule.torch.format(**values, e=e), one.shape, [one], dtype))
+            made = [[entry_of(tensor, e)] for e in range(tensor.shape[0])]
         elif rule.how == "transposed":
-            one = transposed(tensor)
-            targets.append(_target(rule.torch.format(**values), one.shape, [one], dtype))
+            made = [[tensor.T]]
         elif part == 0:
-            pieces = [tensors[pattern.format(**values)] for pattern in rule.mlx]
+            made = [[tensors[pattern.format(**values)] for pattern in rule.mlx]]
+        else:
+            continue  # it went along with part 0
+        for e, pieces in enumerate(made):
             if len({piece.dtype for piece in pieces}) > 1:
                 raise UserError("parts of one matrix differ in dtype", name, "add --dtype")
-            shape = (sum(p.shape[0] for p in pieces), *tensor.shape[1:]) if tensor.shape else ()
-            targets.append(_target(rule.torch.format(**values), shape, pieces, dtype))
+            shape = pieces[0].shape
+            if len(pieces) > 1:
+                shape = (sum(piece.shape[0] for piece in pieces), *shape[1:])
+            targets.append(_target(rule.torch.format(**values, e=e), shape, pieces, dtype))
     return targets

@@ -223,8 +223,6 @@ def fitted(tensor: LazyTensor, shape: tuple[int, int, int]) -> LazyTensor | None
 def common_dtype(levels: Mapping[int, LevelTensors | None], dtype: str | None) -> str:
     """The bank's dtype: ``dtype`` if given, else the one that all tensors have."""
     if dtype is not None:
-        if dtype not in STORED_TYPES:
-            raise UserError("unknown bank dtype", dtype, f"use one of {', '.join(STORED_TYPES)}")
         return dtype
     found = sorted(set().union(*(level.dtypes for level in levels.values() if level)))
     if len(found) != 1 or found[0] not in DTYPES:

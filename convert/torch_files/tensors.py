@@ -12,7 +12,7 @@ import math
 import os
 import struct
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,12 @@ class LazyTensor:
     def nbytes(self) -> int:
         """Bytes of all elements, whether or not some of them share their place in the file."""
         return math.prod(self.shape) * ITEM_SIZES[self.dtype]
+
+    @property
+    def T(self) -> "LazyTensor":  # noqa: N802  (as of an array)
+        """Transposed, still in the file."""
+        strides = self.strides or row_major(self.shape)
+        return replace(self, shape=self.shape[::-1], strides=strides[::-1])
 
     def read(self, first: int = 0, count: int | None = None) -> np.ndarray:
         """Rows ``first`` … ``first + count`` of axis 0 as bits; all of them by default.
