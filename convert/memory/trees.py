@@ -11,6 +11,7 @@ import math
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -54,7 +55,8 @@ def read_tree(source: Path, branching: Sequence[int] | None = None) -> ClusterTr
         UserError: an unknown or unsafe file, a missing level, numbers of clusters that make no
             tree or not the tree of ``branching``, centroids that are not finite.
     """
-    if source.suffix == ".safetensors" and _is_ours(source):
+    safetensors = source.suffix == ".safetensors"
+    if safetensors and "format_version" in read_safetensors_header(source)[1]:
         tree = ClusterTree.load(source)
         _check_branching(source, tree.branching, branching)
         return tree
@@ -73,10 +75,6 @@ def read_tree(source: Path, branching: Sequence[int] | None = None) -> ClusterTr
         if not np.isfinite(values).all() or np.abs(values).max() > LARGEST_ENTRY:
             raise UserError(f"{source} has a centroid that is not finite", f"level {level}", "mend")
     return ClusterTree(found, centroids, counts, seed=0)
-
-
-def _is_ours(source: Path) -> bool:
-    return "format_version" in read_safetensors_header(source)[1]
 
 
 def _check_branching(source: Path, found: tuple[int, ...], wanted: Sequence[int] | None) -> None:
@@ -124,14 +122,6 @@ def _npy(file: Path) -> Found:
 
 def _npz(file: Path) -> dict[str, Found]:
     """Entry by entry, with sizes checked before; ``numpy.load`` would trust them."""
-
-    def reader(name: str) -> Callable[[], np.ndarray]:
-        def read() -> np.ndarray:
-            with _sound(file), np.load(file, allow_pickle=False) as archive:
-                return archive[name]
-
-        return read
-
     result = {}
     with _sound(file), zipfile.ZipFile(file) as archive:
         for info in archive.infolist():
@@ -142,8 +132,14 @@ def _npz(file: Path) -> dict[str, Found]:
             with archive.open(info) as entry:
                 shape = _checked_shape(entry, file, info.file_size)
             name = info.filename.removesuffix(".npy")
-            result[name] = Found(shape, reader(name))
+            result[name] = Found(shape, partial(_entry, file, name))
     return result
+
+
+def _entry(file: Path, name: str) -> np.ndarray:
+    with _sound(file), np.load(file, allow_pickle=False) as archive:
+        array: np.ndarray = archive[name]
+        return array
 
 
 @contextlib.contextmanager
@@ -153,7 +149,7 @@ def _sound(file: Path) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:
         what = f"{file} is no sound NumPy file"
         raise UserError(what, str(error)[:120], "save it again") from None
 
