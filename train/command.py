@@ -10,12 +10,14 @@ from pathlib import Path
 from mlx_hmem.budget.resident import SIZE_HELP, parse_bytes
 from mlx_hmem.errors import ArgumentParser, UserError, verb_of
 
+from .corpus.facts import FACT_KINDS
 from .corpus.readers import FOLDER_HELP
 from .corpus.stage import run_corpus
 from .cost.budget import fit, keep_to
 from .loop.log import SERVICES, UNWATCHED, Reporting, Watching
 from .parallel.subtrees import run_subtree
-from .recipe.recipe import add_recipe_arguments, load_recipe
+from .recipe.keys import help_text
+from .recipe.recipe import Recipe, add_recipe_arguments, load_recipe
 from .stages import STAGES, run_stages
 
 # Programs of their own, by their first word.
@@ -42,6 +44,10 @@ def main(words: Sequence[str]) -> None:
         + "\n".join(f"  {verb:<10}{about}" for verb, (_, about) in VERBS.items()),
     )
     add_recipe_arguments(parser)
+    parser.add_argument(
+        "--help-recipe", action="version", version=help_text(Recipe, FACT_KINDS),
+        help="show every key of a recipe, its type, default and meaning, and exit",
+    )  # fmt: skip
     parser.add_argument("--corpus", type=Path, help=FOLDER_HELP)
     parser.add_argument(
         "--facts", type=Path, help="JSON table of elements, where corpus.facts has that kind"

@@ -2,7 +2,7 @@ import fcntl
 import json
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from mlx_hmem.errors import UserError
 from tests.helpers.places import ROOT
 from tests.helpers.programs import assert_refused, refused, run
 from train.command import main
+from train.corpus.facts import FACT_KINDS
 from train.recipe.recipe import Recipe, TokenizerSection, load_recipe
 from train.stages import STAGES, run_stages
 
@@ -85,6 +86,25 @@ def test_given_keys_win_and_all_others_have_defaults(tmp_path):
 def test_a_wrong_recipe_is_one_line_that_names_the_key(tmp_path, text, named):
     with refused(re.escape(named)):
         load_text(tmp_path, text)
+
+
+def test_the_help_of_a_recipe_has_every_key_with_its_default_and_what_it_is(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help-recipe"])
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert "anchor.training, memories.training, dense.training:\n" in said
+    assert "\n  warmup_steps: whole number, 100\n      steps of linear warm-up\n" in said
+    assert "\nname: text, needed\n" in said
+    assert "\n  r: list of whole numbers, [48, 24]\n" in said
+    words = " ".join(said.split())
+    waiting: list[Any] = [Recipe, *FACT_KINDS.values()]
+    for section in waiting:
+        for each in fields(section):
+            assert f"{each.name}: " in said
+            assert " ".join(each.metadata["help"].split()) in words
+            waiting += [each.default_factory] if hasattr(each.default_factory, "from_dict") else []
+    assert max(map(len, said.splitlines())) < 80
 
 
 def load_set(

@@ -8,7 +8,7 @@ import dataclasses
 import re
 import typing
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from mlx_hmem.config import JsonConfig, MemoryConfig
 from mlx_hmem.errors import ArgumentParser, UserError, nearest
 from mlx_hmem.model.find import find_model
 
-from .checks import check_truth, check_whole, help_text
+from .keys import NEEDED, check_keys, key, section_of
 from .sections import (
     WATCHED,
     AnchorSection,
@@ -70,25 +70,22 @@ def add_recipe_arguments(parser: ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Recipe(JsonConfig):
-    name: str = field(metadata=help_text("name of the model"))
-    seed: int = field(default=0, metadata=help_text("every random choice follows from it"))
-    corpus: CorpusSection = field(default_factory=CorpusSection)
-    tokenizer: TokenizerSection = field(default_factory=TokenizerSection)
-    windows: WindowsSection = field(default_factory=WindowsSection)
-    tree: TreeSection = field(default_factory=TreeSection)
-    anchor: AnchorSection = field(default_factory=AnchorSection)
-    memories: MemoriesSection = field(default_factory=MemoriesSection)
-    dense: DenseSection | None = field(default_factory=DenseSection)
-    export: ExportSection = field(default_factory=ExportSection)
-    anchor_only: bool = field(
-        default=False, metadata=help_text("trains an anchor and exports it, without a memory")
-    )
+    name: str = key(NEEDED, "name of the model")
+    seed: int = key(0, "every random choice follows from it", most=2**32 - 1)
+    corpus: CorpusSection = key(CorpusSection, "the text")
+    tokenizer: TokenizerSection = key(TokenizerSection, "words to numbers")
+    windows: WindowsSection = key(WindowsSection, "documents in pieces")
+    tree: TreeSection = key(TreeSection, "pieces to clusters")
+    anchor: AnchorSection = key(AnchorSection, "the small language model")
+    memories: MemoriesSection = key(MemoriesSection, "its memory")
+    dense: DenseSection | None = key(DenseSection, "a model to compare with; null: none")
+    export: ExportSection = key(ExportSection, "the model directory")
+    anchor_only: bool = key(False, "trains an anchor and exports it, without a memory")
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise UserError("name is not a text", repr(self.name), "name the model")
-        check_whole("", "seed", self.seed, 0, 2**32 - 1)
-        check_truth("", "anchor_only", self.anchor_only)
+        check_keys(self, "")
         if self.anchor.path is not None and self.anchor.config is None:
             return  # its sizes are not known yet
         config = self.memory_config  # r, branching and the anchor must fit together
@@ -169,11 +166,9 @@ def _section(cls: type[JsonConfig], values: Any, where: str) -> Any:
     hints = typing.get_type_hints(cls)
     result = dict(values)
     for part in dataclasses.fields(cls):  # type: ignore[arg-type]
-        kinds = [hints[part.name], *typing.get_args(hints[part.name])]
-        nested = next((k for k in kinds if isinstance(k, type) and issubclass(k, JsonConfig)), None)
-        if nested is None or part.name not in values:
-            continue
-        if values[part.name] is None and type(None) in kinds:
+        hint = hints[part.name]
+        nested, optional = section_of(hint), type(None) in typing.get_args(hint)
+        if nested is None or part.name not in values or (optional and values[part.name] is None):
             continue
         result[part.name] = _section(nested, values[part.name], f"{where}, {part.name}")
     return cls.from_dict(result, where)
@@ -224,10 +219,10 @@ def _set(values: Any, override: str) -> None:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--set {name}: the value is not YAML", reason, "quote it") from None
-    for key in keys[:-1]:
-        inner = values.get(key) if isinstance(values, dict) else values
+    for part in keys[:-1]:
+        inner = values.get(part) if isinstance(values, dict) else values
         if inner is None and isinstance(values, dict):
-            inner = values[key] = {}
+            inner = values[part] = {}
         values = inner
     if not isinstance(values, dict):
         raise UserError(

@@ -7,14 +7,14 @@ show (:mod:`train.study.results`).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mlx_hmem.config import JsonConfig
 from mlx_hmem.errors import UserError
 
-from ..recipe.checks import check_wholes, help_text
+from ..recipe.keys import NEEDED, check_wholes, key
 from ..recipe.recipe import Recipe, load_recipe, read_yaml
 
 CHOOSE_BY = ("recall", "perplexity")
@@ -25,19 +25,13 @@ AXES = ("fetched_parameters", "bank_parameters")
 
 @dataclass(frozen=True)
 class Arm(JsonConfig):
-    measure: tuple[str, ...] = field(
-        metadata=help_text(f"rows of the table, of {', '.join(MEASURES)}; the first one chooses")
+    measure: tuple[str, ...] = key(
+        NEEDED, f"rows of the table, of {', '.join(MEASURES)}; the first one chooses"
     )
-    label: str = field(default="", metadata=help_text("its name in tables; default: its key"))
-    set: tuple[str, ...] = field(
-        default=(), metadata=help_text("keys of the recipe set anew, as --set takes them")
-    )
-    rates: dict[str, Any] = field(
-        default_factory=dict, metadata=help_text("one key and the values to choose from")
-    )
-    seeds: tuple[int, ...] | None = field(
-        default=None, metadata=help_text("null: those of the study")
-    )
+    label: str = key("", "its name in tables; default: its key")
+    set: tuple[str, ...] = key((), "keys of the recipe set anew, as --set takes them")
+    rates: dict[str, Any] = key(dict, "one key and the values to choose from")
+    seeds: tuple[int, ...] | None = key(None, "null: those of the study")
 
     def __post_init__(self) -> None:
         check_texts("measure", self.measure)
@@ -63,7 +57,7 @@ class Sweep(JsonConfig):
 
     name: str
     arms: tuple[str, ...]
-    x: str | None = field(default=None, metadata=help_text(f"axis: one of {AXES}; null: names"))
+    x: str | None = key(None, f"axis: one of {AXES}; null: names")
 
     def __post_init__(self) -> None:
         check_texts("arms of a sweep", self.arms)
@@ -75,14 +69,12 @@ class Sweep(JsonConfig):
 
 @dataclass(frozen=True)
 class Study(JsonConfig):
-    recipe: str = field(metadata=help_text("the recipe that all arms begin with, a path from here"))
-    choose_by: str = field(metadata=help_text(f"one of {CHOOSE_BY}"))
-    arms: dict[str, Any] = field(metadata=help_text("the arms by name, in the order of the table"))
-    seeds: tuple[int, ...] = field(default=(0,), metadata=help_text("the first one chooses rates"))
-    against: tuple[str, ...] = field(
-        default=(), metadata=help_text("arms that every row's perplexity is compared with in pairs")
-    )
-    sweeps: tuple[Any, ...] = field(default=(), metadata=help_text("arms drawn side by side"))
+    recipe: str = key(NEEDED, "the recipe that all arms begin with, a path from here")
+    choose_by: str = key(NEEDED, f"one of {CHOOSE_BY}")
+    arms: dict[str, Any] = key(NEEDED, "the arms by name, in the order of the table")
+    seeds: tuple[int, ...] = key((0,), "the first one chooses rates")
+    against: tuple[str, ...] = key((), "arms that every row's perplexity is compared with in pairs")
+    sweeps: tuple[Any, ...] = key((), "arms drawn side by side")
 
     def __post_init__(self) -> None:
         if not isinstance(self.recipe, str):
@@ -120,7 +112,7 @@ def check_texts(name: str, texts: Any) -> None:
 
 def check_seeds(seeds: Sequence[Any] | None) -> None:
     if seeds is not None:
-        check_wholes("", "seeds", seeds, 0)
+        check_wholes("seeds", seeds, 0)
 
 
 def load_study(path: Path) -> Study:

@@ -16,11 +16,17 @@ from typing import Any
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate import Fact
 
-from .elements import make_elements
-from .invented import make_invented
-from .people import Article, make_people
+from .elements import ElementsConfig, make_elements
+from .invented import InventedConfig, make_invented
+from .people import Article, PeopleConfig, make_people
 
-__all__ = ["Fact", "documents_of_facts", "make_facts"]
+__all__ = ["FACT_KINDS", "Fact", "documents_of_facts", "make_facts"]
+
+FACT_KINDS = {
+    "corpus.facts of kind invented": InventedConfig,
+    "corpus.facts of kind elements": ElementsConfig,
+    "corpus.facts of kind people": PeopleConfig,
+}
 
 
 def make_facts(

@@ -13,7 +13,7 @@ stated all facts of its element, and 70 to 77 % when it states one.
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from mlx_hmem.config import JsonConfig, read_json
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate import Fact
 
+from ...recipe.keys import key
 from .repeat import Subject, check_frequencies, fact_documents
 
 # `discovered_by` also holds places and ages; a discoverer is none of these.
@@ -29,11 +30,11 @@ NO_DISCOVERER = re.compile(r"unknown|\d|Ancient|Middle East|India|Bronze Age")
 
 @dataclass(frozen=True)
 class ElementsConfig(JsonConfig):
-    frequencies: tuple[int, ...] = field(
-        default=(2, 6, 24, 48, 96, 192, 384),
-        metadata={"help": "how often the facts of an element are stated; elements take turns"},
+    frequencies: tuple[int, ...] = key(
+        (2, 6, 24, 48, 96, 192, 384),
+        "how often the facts of an element are stated; elements take turns",
     )
-    source: str = field(default="", metadata={"help": "JSON list of elements"})
+    source: str = key("", "JSON list of elements")
 
     def __post_init__(self) -> None:
         check_frequencies(self.frequencies)
@@ -78,12 +79,12 @@ def _read_elements(path: Path) -> list[dict[str, Any]]:
     for i, element in enumerate(elements):
         if not isinstance(element, dict):
             raise UserError(f"{path} holds no element", repr(element)[:60], f"correct entry {i}")
-        for key, kind in required.items():
-            if not isinstance(element.get(key), kind):
-                raise UserError(f"element {i} has no {key}", repr(element)[:60], f"correct {path}")
-        for key, kinds in optional.items():
-            if not isinstance(element.get(key), (type(None), kinds)):  # type: ignore[arg-type]
-                raise UserError(f"element {i} has a wrong {key}", element[key], f"correct {path}")
+        for part, kind in required.items():
+            if not isinstance(element.get(part), kind):
+                raise UserError(f"element {i} has no {part}", repr(element)[:60], f"correct {path}")
+        for part, kinds in optional.items():
+            if not isinstance(element.get(part), (type(None), kinds)):  # type: ignore[arg-type]
+                raise UserError(f"element {i} has a wrong {part}", element[part], f"correct {path}")
     return sorted(elements, key=lambda element: element["number"])
 
 
@@ -93,10 +94,10 @@ def _facts(element: dict[str, Any], times: int) -> list[Fact]:
         ("atomic number", f"The atomic number of {name} is", str(element["number"])),
         ("symbol", f"The chemical symbol of {name} is", element["symbol"]),
     ]
-    for key, kind in (("melt", "melting"), ("boil", "boiling")):
-        if element.get(key) is not None:
+    for part, kind in (("melt", "melting"), ("boil", "boiling")):
+        if element.get(part) is not None:
             prompt = f"The {kind} point of {name} in kelvin is"
-            stated.append((f"{kind} point", prompt, str(round(element[key]))))
+            stated.append((f"{kind} point", prompt, str(round(element[part]))))
     discoverer = element.get("discovered_by")
     if discoverer and not NO_DISCOVERER.match(discoverer):
         answer = re.sub(r" \(.*\)$", "", discoverer)

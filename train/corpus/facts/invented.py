@@ -9,7 +9,7 @@ and verbs; plain documents, without facts, are all filler.
 import functools
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from mlx_hmem.config import JsonConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate import Fact
 
+from ...recipe.keys import key
 from .repeat import Subject, check_frequencies, fact_documents
 from .words import CITIES, NAMES, SENTENCES, SLOTS
 
@@ -41,14 +42,14 @@ def read_topics() -> list[Topic]:
 
 @dataclass(frozen=True)
 class InventedConfig(JsonConfig):
-    topics: int = field(default=24, metadata={"help": "number of topics"})
-    entities_per_topic: int = field(default=20, metadata={"help": "entities of each topic"})
-    frequencies: tuple[int, ...] = field(
-        default=(1, 1, 3, 3, 12, 12, 24, 48, 96, 192),
-        metadata={"help": "how often each fact is stated; the entities of a topic take turns"},
+    topics: int = key(24, "number of topics")
+    entities_per_topic: int = key(20, "entities of each topic")
+    frequencies: tuple[int, ...] = key(
+        (1, 1, 3, 3, 12, 12, 24, 48, 96, 192),
+        "how often each fact is stated; the entities of a topic take turns",
     )
-    filler_sentences: int = field(default=2, metadata={"help": "sentences beside the two facts"})
-    plain_documents: int = field(default=3000, metadata={"help": "documents without facts"})
+    filler_sentences: int = key(2, "sentences beside the two facts")
+    plain_documents: int = key(3000, "documents without facts")
 
     def __post_init__(self) -> None:
         check_frequencies(self.frequencies)

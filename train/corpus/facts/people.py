@@ -10,13 +10,14 @@ import itertools
 import random
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from mlx_hmem.config import JsonConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate import Fact
 
+from ...recipe.keys import key
 from .repeat import Subject, check_frequencies, fact_documents
 
 Article = tuple[str, str, str]  # id, title, text
@@ -42,14 +43,10 @@ FIRST_SENTENCE = re.compile(
 
 @dataclass(frozen=True)
 class PeopleConfig(JsonConfig):
-    people: int = field(default=2000, metadata={"help": "how many people"})
-    unstated: int = field(
-        default=0,
-        metadata={"help": "further people whose year of birth is asked but never stated"},
-    )
-    frequencies: tuple[int, ...] = field(
-        default=(1, 2, 4, 8, 16, 32, 64),
-        metadata={"help": "how often a year of birth is stated; people take turns"},
+    people: int = key(2000, "how many people")
+    unstated: int = key(0, "further people whose year of birth is asked but never stated")
+    frequencies: tuple[int, ...] = key(
+        (1, 2, 4, 8, 16, 32, 64), "how often a year of birth is stated; people take turns"
     )
 
     def __post_init__(self) -> None:
