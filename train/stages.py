@@ -77,6 +77,12 @@ STAGES = {
 }
 
 
+VERSION = 2  # of done.json: raised when keys of the recipe come, which then have a default here
+NEW_IN_2 = (
+    ("tree", "prompts", 0),
+    ("memories", "group_by_subtree", False),
+    ("dense", "group_by_subtree", False),
+)
 ANCHOR_STAGES = ("corpus", "tokenizer", "windows", "anchor-sequences", "anchor")
 
 
@@ -96,15 +102,8 @@ def _sections(stage: Stage, stages: dict[str, Stage]) -> set[str]:
     return set(stage.sections).union(*needs)
 
 
-def _given(values: Any) -> Any:
-    """Without keys that are null or false: a run from before such a key was known stays valid."""
-    if not isinstance(values, dict):
-        return values
-    return {k: _given(v) for k, v in values.items() if v is not None and v is not False}
-
-
 def _digest(values: Any) -> str:
-    return hashlib.sha256(json.dumps(_given(values), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _made_with(stage: Stage, recipe: Recipe) -> dict[str, Any]:
@@ -116,10 +115,26 @@ def identity(stage: Stage, recipe: Recipe) -> str:
     return _digest(_made_with(stage, recipe))
 
 
+def _read_done(path: Path) -> dict[str, Any]:
+    """The parts of the recipe in a ``done.json``; those of version 1 with the keys that it left out
+    where they had no effect."""
+    done = read_json(path)
+    recipe: dict[str, Any] = done.get("recipe", {})
+    version = done.get("version", 1)
+    if version not in (1, VERSION):
+        remedy = f"update mlx_hmem, or delete {path.parent} and the stages after it"
+        raise UserError(f"{path} has a version this program does not read", version, remedy)
+    if version == 1:
+        for part, name, value in NEW_IN_2:
+            if recipe.get(part):
+                recipe[part].setdefault(name, value)
+    return recipe
+
+
 def identity_made(folder: Path) -> str | None:
     """The :func:`identity` of the finished stage in ``folder``; None if it is not finished."""
     done = folder / "done.json"
-    return _digest(read_json(done).get("recipe", {})) if done.exists() else None
+    return _digest(_read_done(done)) if done.exists() else None
 
 
 def take_stage(stage: Stage, recipe: Recipe, folder: Path, others: Iterable[Path]) -> bool:
@@ -144,7 +159,7 @@ def is_done(stage: Stage, recipe: Recipe, folder: Path) -> bool:
     if not path.exists():
         return False
     wanted = _made_with(stage, recipe)
-    made_with = read_json(path).get("recipe", {})
+    made_with = _read_done(path)
     if _digest(wanted) == _digest(made_with):
         return True
     changed = [name for name in wanted if _digest(wanted[name]) != _digest(made_with.get(name))]
@@ -156,7 +171,7 @@ def is_done(stage: Stage, recipe: Recipe, folder: Path) -> bool:
 
 
 def mark_done(stage: Stage, recipe: Recipe, folder: Path) -> None:
-    values = {"stage": stage.name, "recipe": _made_with(stage, recipe)}
+    values = {"stage": stage.name, "version": VERSION, "recipe": _made_with(stage, recipe)}
     write_atomic(folder / stage.name / "done.json", json.dumps(values, indent=2) + "\n")
 
 

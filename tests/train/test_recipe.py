@@ -173,12 +173,13 @@ def test_a_key_set_on_the_command_line_is_part_of_the_recipe(tmp_path):
     assert made == ["corpus"]
 
 
-def test_a_run_from_before_a_key_was_known_is_still_done(tmp_path):
+def test_a_run_of_the_version_before_is_still_done_one_of_a_later_is_refused(tmp_path):
     made: list[str] = []
     run_stages(RECIPE, tmp_path, list(STAGES), recorder(made))
     for path in tmp_path.glob("*/done.json"):
         values = json.loads(path.read_text())
-        for section, key in (("windows", "anchor_context"), ("anchor", "path")):
+        del values["version"]
+        for section, key in (("tree", "prompts"), *((s, "group_by_subtree") for s in ARMS)):
             if section in values["recipe"]:
                 assert not values["recipe"][section].pop(key)
         path.write_text(json.dumps(values))
@@ -187,6 +188,10 @@ def test_a_run_from_before_a_key_was_known_is_still_done(tmp_path):
     longer = replace(RECIPE, windows=replace(RECIPE.windows, anchor_context=512))
     with pytest.raises(UserError, match="changed: windows"):
         run_stages(longer, tmp_path, ["windows"], recorder(made))
+    path = tmp_path / "windows" / "done.json"
+    path.write_text(path.read_text().replace('"stage"', '"version": 3, "stage"'))
+    with refused("version this program does not read: 3; update"):
+        run_stages(RECIPE, tmp_path, ["windows"], recorder(made))
 
 
 def test_a_recipe_of_an_anchor_alone_has_no_stages_of_memory(tmp_path):
@@ -216,6 +221,7 @@ def recorder(made: list[str]) -> dict[str, Callable[..., None]]:
 
 
 RECIPE = Recipe(name="t")
+ARMS = ("memories", "dense")
 
 
 def test_finished_stages_are_skipped_and_a_stopped_run_goes_on(tmp_path):

@@ -135,13 +135,8 @@ class Recipe(JsonConfig):
             values["tree"] = values["memories"] = values["dense"] = None
             return {name: values[name] for name in names}
         del values["memories"]["cache_bytes"], values["memories"]["cache_level_1"]  # how, not what
-        # Finished runs may not know these yet.
-        if not values["tree"]["prompts"]:
-            del values["tree"]["prompts"]
-        if not values["memories"]["group_by_subtree"]:
-            del values["memories"]["group_by_subtree"]
-        elif values["dense"] is not None:
-            values["dense"]["group_by_subtree"] = True  # it sees the same sequences
+        if values["dense"] is not None:  # it sees the same sequences
+            values["dense"]["group_by_subtree"] = self.memories.group_by_subtree
         return {name: values[name] for name in names}
 
 

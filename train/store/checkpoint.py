@@ -62,8 +62,6 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
-        if value is False or value is None:
-            continue  # a key that a newer version brings and leaves off is as if it were not there
         result |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return result
 
@@ -100,8 +98,7 @@ class CheckpointFile:
             return Progress(identity)
         _, metadata = read_safetensors_header(path)
         found = json.loads(metadata.get("identity", "{}"))
-        # Files of older versions hold a list here.
-        check_identity(found if isinstance(found, dict) else {"run": found}, identity, path)
+        check_identity(found, identity, path)
         state = load_safetensors(path)
         curve = np.array(state.pop("curve")).tobytes()
         self.load_state(state)
