@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -30,6 +31,7 @@ from train.store.records import RecordStore
 
 MEMORY = MemoryConfig(hidden_size=16, num_hidden_layers=2, r=(3, 2), branching=(4, 8))
 RUN = TrainerConfig(epochs=20, batch_size=4, learning_rate=1e-2, warmup_steps=2, save_every=7)
+TO_THE_END = replace(RUN, save_every=10_000)
 PROGRESS = Progress({"a": 1}, 2, [(0, 1.5, 0.25), (1, 1.25, 0.5)])
 
 
@@ -46,11 +48,11 @@ def small_store(folder: Path, **options: int) -> BlockStore:
     return BlockStore(folder, MEMORY, SEED, **{"cache_bytes": cache} | options)
 
 
-def training_run(folder: Path) -> None:
+def training_run(folder: Path, training: TrainerConfig = RUN) -> None:
     tokens, paths = sequences(60)
     with small_store(folder / "store") as store:
-        trainee = MemoryTrainee(make_model(), store, tokens, paths, EOT, RUN)
-        train(trainee, ShuffledOrder(len(tokens), RUN, SEED), RUN, folder, "memory")
+        trainee = MemoryTrainee(make_model(), store, tokens, paths, EOT, training)
+        train(trainee, ShuffledOrder(len(tokens), training, SEED), training, folder, "memory")
 
 
 def blocks_of(store: BlockStore) -> dict[int, list[np.ndarray]]:
@@ -87,6 +89,18 @@ def run_slowly(folder: Path) -> None:
     RecordStore._write = slowly  # type: ignore[method-assign]
     print("begun", flush=True)
     training_run(folder)
+
+
+def run_until_signalled(folder: Path) -> None:
+    """A training run that saves at its end only, with time for a signal in each step."""
+    own = MemoryTrainee.step
+
+    def slowly(self: MemoryTrainee, *arguments: Any) -> tuple[float, float]:
+        time.sleep(0.02)
+        return own(self, *arguments)
+
+    MemoryTrainee.step = slowly  # type: ignore[method-assign]
+    training_run(folder, TO_THE_END)
 
 
 def measure_resident(folder: Path) -> None:
@@ -136,6 +150,7 @@ if __name__ == "__main__":
     what, where = sys.argv[1], Path(sys.argv[2])
     programs = {
         "slow": run_slowly,
+        "signalled": run_until_signalled,
         "resident": measure_resident,
         "limited": write_limited,
         "read": read,

@@ -6,14 +6,25 @@ import re
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mlx_hmem.errors import UserError
 from tests.helpers.programs import refused
-from tests.helpers.store_worker import PROGRESS, blocks_of, fill, small_store, start, training_run
+from tests.helpers.store_worker import (
+    PROGRESS,
+    TO_THE_END,
+    blocks_of,
+    fill,
+    small_store,
+    start,
+    training_run,
+)
 from tests.helpers.stores import assert_same, store_state
+from train.loop.log import read_log
+from train.loop.stopping import Stopping
 from train.store.blocks import BlockStore
 from train.store.records import RecordStore, check_free_space
 
@@ -34,14 +45,57 @@ def test_a_run_killed_at_random_moments_has_the_losses_of_one_that_was_not(tmp_p
     training_run(folder)
     print(f"killed {kills} times")
     assert kills >= 2
-    curves = [(tmp_path / name / "loss.jsonl").read_bytes() for name in ("whole", "killed")]
-    assert curves[0] == curves[1]
+    assert_same_runs(tmp_path / "whole", folder)
+
+
+def assert_same_runs(a: Path, b: Path) -> None:
+    assert (a / "loss.jsonl").read_bytes() == (b / "loss.jsonl").read_bytes()
     with (
-        small_store(tmp_path / "whole" / "store", readonly=True) as whole,
-        small_store(folder / "store", readonly=True) as killed,
+        small_store(a / "store", readonly=True) as first,
+        small_store(b / "store", readonly=True) as second,
     ):
-        assert whole.progress() == killed.progress()
-        assert_same(store_state(whole), store_state(killed))
+        assert first.progress() == second.progress()
+        assert_same(store_state(first), store_state(second))
+
+
+@pytest.fixture(scope="module")
+def to_the_end(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    training_run(folder, TO_THE_END)
+    return folder
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_stopped_saves_at_once_and_goes_on_from_that_step(
+    number, to_the_end, tmp_path
+):
+    process, log = start("signalled", tmp_path), tmp_path / "log.jsonl"
+    while process.poll() is None and not (log.exists() and log.stat().st_size):
+        time.sleep(0.01)  # until it has logged step 20
+    process.send_signal(number)
+    _, errors = process.communicate()
+    assert process.returncode == 130, errors
+    assert "stopping after this step" in errors
+    with small_store(tmp_path / "store", readonly=True) as store:
+        stopped = store.progress()
+    assert stopped is not None
+    assert 20 <= stopped.step < 300
+    assert len((tmp_path / "loss.jsonl").read_text().splitlines()) == stopped.step
+    assert read_log(log)[-1]["step"] == stopped.step
+    training_run(tmp_path, TO_THE_END)
+    assert_same_runs(to_the_end, tmp_path)
+
+
+def test_a_second_signal_stops_at_once_and_handlers_are_as_they_were():
+    before = signal.getsignal(signal.SIGTERM)
+    with Stopping(alone=True) as stopping:
+        signal.raise_signal(signal.SIGTERM)
+        assert stopping.asked
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before
+    with Stopping(alone=False):  # of several ranks
+        assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_what_was_not_committed_is_gone_and_what_was_is_whole(tmp_path):

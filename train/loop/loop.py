@@ -1,7 +1,8 @@
 """The optimiser loop that every training stage shares: schedule, checkpoints, validation, log.
 
 The trainee saves its whole state together with how far the run has come, in one piece, so a killed
-run goes on from there bit for bit. The order of sequences is that of :mod:`train.data.order`.
+run goes on from there bit for bit; one that is stopped saves first. The order of sequences is that
+of :mod:`train.data.order`.
 """
 
 import json
@@ -19,6 +20,7 @@ from ..step.gradient import is_finite
 from ..step.trainee import Trainee
 from ..store.checkpoint import Progress
 from .log import UNWATCHED, Log, Watching
+from .stopping import Stopping
 
 MOST_SKIPPED = 10
 
@@ -81,7 +83,10 @@ def train(
     batch, num_steps = order.batch(progress.step), order.num_steps
     tokens_per_step = config.batch_size * (trainee.tokens.shape[1] - 1)
     shown = ranks.rank == 0
-    with Log(folder, progress, num_steps, tokens_per_step, shown, watching.reporting) as log:
+    with (
+        Stopping(alone=ranks.size == 1) as stopping,
+        Log(folder, progress, num_steps, tokens_per_step, shown, watching.reporting) as log,
+    ):
         if shown and validate is not None and progress.step == 0:
             log.validated(validate())
         while progress.step < num_steps:
@@ -89,7 +94,8 @@ def train(
             _one_step(trainee, batch, following, progress, config)
             watching.check()
             batch, ended = following, progress.step == num_steps
-            saves = ended or progress.step % config.save_every == 0
+            stops = stopping.asked
+            saves = ended or stops or progress.step % config.save_every == 0
             # Before the checkpoint: all that was shown up to it is there if the run goes on.
             log.step(saves)
             if shown and validate is not None and _is_due(progress.step, ended, config):
@@ -98,6 +104,8 @@ def train(
                 trainee.save(folder, progress)
                 if ranks.first:
                     _write_curve(folder, progress)
+            if stops and not ended:
+                raise KeyboardInterrupt
     if progress.skipped:
         print(f"{name}: {progress.skipped} steps skipped, their loss or gradient was not finite")
     return progress
