@@ -1,17 +1,19 @@
-"""Whether ``generate.py --memory-budget`` keeps to it, counted from outside.
+"""Resident memory of ``generate.py``: ``python -m benchmarks.budget PART [--json]``.
 
-``python -m benchmarks.budget [--json] [--anchor openlm-160m openlm-410m] [--budget 400MB 800MB]``
+``chat``: whether ``generate.py --memory-budget`` keeps to it. An anchor with random weights in 4
+bits and the paper's bank for it in 4 bits (sparse files: 4.6 and 12.7 billion parameters, of which
+the disk holds the blocks that are read). A conversation with history, each turn on another topic,
+until the context of 2,048 tokens is full. ``generate.py`` runs as a person runs it; the kernel says
+what it has held at most (VmHWM), and what an interpreter holds that has imported MLX; the budget is
+for the difference. Whoever is seen beyond it is killed, as a phone's system does. With
+``--control-group FOLDER``, a Linux control group (version 1 or 2) that may have children, the
+kernel holds the limit: the pages that it keeps of read files count then, and are let go of first.
+(RLIMIT_DATA is another thing: it counts what is asked for too, ``data_above_bare_bytes``.)
 
-An anchor with random weights in 4 bits and the paper's bank for it in 4 bits (sparse files: 4.6 and
-12.7 billion parameters, of which the disk holds the blocks that are read). A conversation with
-history, each turn on another topic, until the context of 2,048 tokens is full. ``generate.py``
-runs as a person runs it, in a process of its own. The kernel says what that has held at most
-(VmHWM), and what an interpreter holds that has imported MLX; the budget is for the difference.
-
-A limit is held from outside as well, as a phone's system holds it: whoever is seen beyond the
-budget is killed. With ``--control-group FOLDER``, a group that may have children, the kernel holds
-it: the pages that it keeps of read files count then, and are let go of first. (RLIMIT_DATA is
-another thing: of anonymous memory it counts what is asked for too, ``data_above_bare_bytes``.)
+``resident``: peaks of ``generate.py`` with a bank of 21.1 billion parameters, and without one. The
+anchor has OpenLM-1B's shape, 1.4 billion parameters, all zero, so that its file is sparse and its
+memory is not. The difference also holds the cluster tree (16 ** 4 leaves, 107 MB), the encoder and
+the bank's manifest; in float32 a fetched memory in bfloat16 is converted, and so twice as large.
 """
 
 import contextlib
@@ -21,162 +23,181 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_map
-
-from benchmarks.common.banks import GROUP
-from benchmarks.common.control_group import ControlGroup, control_group
-from benchmarks.common.counting import machine
-from benchmarks.common.models import random_texts, write_memory, write_tokenizer
+from benchmarks.common.banks import GROUP, Anchor, paper_config
+from benchmarks.common.counting import bare, in_turns, run, status_of
+from benchmarks.common.models import (
+    Dtype,
+    random_anchor,
+    random_texts,
+    write_anchor,
+    write_config,
+    write_memory,
+)
+from benchmarks.common.show import Result, benchmark
 from mlx_hmem.anchors.load import named_parameters
-from mlx_hmem.anchors.openlm import PRESETS, Model
 from mlx_hmem.budget.resident import parse_bytes
-from mlx_hmem.errors import ArgumentParser, run_program
-from mlx_hmem.files import save_safetensors, write_atomic
+from mlx_hmem.errors import UserError
+from mlx_hmem.files import save_safetensors
 
+GENERATE = [sys.executable, str(Path(__file__).parents[1] / "generate.py"), "--model"]
 BITS, CONTEXT = 4, 2048
 TURNS, WORDS, ANSWER = 5, 380, 32  # 2,060 tokens: the last turn finds the context full
-PROGRAM = Path(__file__).parents[1] / "generate.py"
-BARE = "import mlx.core; print(open('/proc/self/status').read())"
+ENTER = 'echo $$ > "$0/cgroup.procs" && exec "$@"'
+PROMPT = " ".join(f"w{number}" for number in range(20, 36))
+
+
+def chat(
+    anchor: Sequence[Anchor] = ("openlm-160m", "openlm-410m"),
+    budget: Sequence[str] = ("400MB", "800MB"),
+    dtype: Dtype = "float32",
+    control_group: Path | None = None,
+) -> Result:
+    """A budget for each anchor; ``dtype`` is that of what is not quantised."""
+    if len(budget) != len(anchor):
+        raise UserError("budgets and anchors differ in number", len(budget), "give one for each")
+    texts, before = random_texts(TURNS, WORDS, seed=7), bare()
+    result: Result = {"bare_bytes": before["VmHWM"], "memory": {}}
+    for name, text in zip(anchor, budget, strict=True):
+        size = parse_bytes(text, "--budget")
+        with tempfile.TemporaryDirectory() as place, contextlib.ExitStack() as stack:
+            parameters = write_model(Path(place), name, dtype, texts)
+            command, most = [*GENERATE, place], before["VmHWM"] + size
+            if control_group is not None:
+                group = stack.enter_context(limited(control_group, most))
+                command = ["sh", "-c", ENTER, str(group), *command]
+            found, said = converse(command, size, texts, most)
+            if control_group is not None:
+                found |= counted(group)
+        result["memory"][f"{name}, {BITS} bits and {dtype}"] = {
+            "bank_parameters": parameters,
+            "budget_bytes": size,
+            "peak_above_bare_bytes": found["VmHWM"] - before["VmHWM"],
+            "kept": found["VmHWM"] - before["VmHWM"] <= size,
+            "data_above_bare_bytes": found["VmData"] - before["VmData"],
+            "topics": sum(line.startswith("memory: fetched") for line in said),
+            **found,
+        }
+        result[f"{name} said"] = said
+    return result
 
 
 def write_model(folder: Path, name: str, dtype: str, texts: Sequence[str]) -> int:
     """A model directory of the paper's shape; the parameters of its bank."""
-    mx.random.seed(0)
-    anchor = Model(PRESETS[name])
-    anchor.update(tree_map(lambda array: array.astype(getattr(mx, dtype)), anchor.parameters()))
-    nn.quantize(anchor, group_size=GROUP, bits=BITS)
-    save_safetensors(folder / "model.safetensors", named_parameters(anchor))
-    how = {"quantization": {"group_size": GROUP, "bits": BITS}}
-    config = asdict(PRESETS[name]) | {"max_position_embeddings": CONTEXT, "eos_token_id": 1} | how
-    write_atomic(folder / "config.json", json.dumps(config))
-    write_tokenizer(folder)
+    weights = named_parameters(random_anchor(name, dtype, BITS))
+    save_safetensors(folder / "model.safetensors", weights)
+    how = {"group_size": GROUP, "bits": BITS}
+    write_config(folder, name, max_position_embeddings=CONTEXT, quantization=how)
     return write_memory(folder, name, texts, BITS)
 
 
-def status_of(text: str) -> dict[str, int]:
-    """The sizes of /proc/PID/status, in bytes."""
-    pairs = (line.split(":") for line in text.splitlines() if line.endswith(" kB"))
-    return {name: int(value.split()[0]) * 1024 for name, value in pairs}
-
-
-def bare() -> dict[str, int]:
-    """What the interpreter holds with MLX imported."""
-    command = [sys.executable, "-c", BARE]
-    return status_of(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
 def converse(
-    folder: Path, budget: int, texts: Sequence[str], most: int, group: ControlGroup | None = None
-) -> dict[str, Any]:
-    """One conversation, watched from here: beyond ``most`` resident bytes it is killed."""
-    command = [sys.executable, str(PROGRAM), "--model", str(folder), "--chat"]
-    command += ["--max-tokens", str(ANSWER), "--memory-budget", str(budget)]
-    if group is not None:
-        command = group.command(command)
-    peaks: dict[str, int] = {}
-    start = time.perf_counter()
+    command: Sequence[str], budget: int, texts: Sequence[str], most: int
+) -> tuple[dict[str, Any], list[str]]:
+    """One conversation, watched from here: beyond ``most`` resident bytes it is killed. Its peaks
+    in bytes, and what it said."""
+    options = ["--chat", "--max-tokens", str(ANSWER), "--memory-budget", str(budget)]
+    peaks, start = dict.fromkeys(("VmHWM", "RssAnon", "VmData"), 0), time.perf_counter()
     with tempfile.TemporaryFile("w+") as lines, tempfile.TemporaryFile("w+") as said:
         lines.write("\n".join(["/history on", *texts, "/stats"]))
         lines.seek(0)
-        process = subprocess.Popen(command, stdin=lines, stdout=subprocess.DEVNULL, stderr=said)
+        process = subprocess.Popen(
+            [*command, *options], stdin=lines, stdout=subprocess.DEVNULL, stderr=said
+        )
         while process.poll() is None:
             try:
                 now = status_of(Path(f"/proc/{process.pid}/status").read_text())
             except OSError:
                 break
-            for name in ("VmHWM", "RssAnon", "VmData"):
-                peaks[name] = max(peaks.get(name, 0), now.get(name, 0))
+            peaks = {name: max(peak, now.get(name, 0)) for name, peak in peaks.items()}
             if now.get("VmRSS", 0) > most:
                 process.kill()
             time.sleep(0.01)
-        process.wait()
+        status = process.wait()
         said.seek(0)
         output = said.read().splitlines()
-    return {
-        "status": process.returncode,
-        "seconds": time.perf_counter() - start,
-        "topics": sum(line.startswith("memory: fetched") for line in output),
-        "peaks": peaks,
-        "said": output,
-        "control_group": None if group is None else group.counted(),
+    return {"status": status, "seconds": time.perf_counter() - start, **peaks}, output
+
+
+def _file(group: Path, *names: str) -> Path:
+    """That of version 2 or of version 1."""
+    found = next((group / name for name in names if (group / name).exists()), None)
+    if found is None:
+        raise UserError("not a control group of memory", group, f"it must have {names[0]}")
+    return found
+
+
+@contextlib.contextmanager
+def limited(parent: Path, limit: int) -> Iterator[Path]:
+    """A child of the group ``parent``, a folder of the control group file system, that holds its
+    programs to ``limit`` bytes; it is gone at the end."""
+    group = parent / f"mlx-hmem-{os.getpid()}"
+    try:
+        group.mkdir()
+        _file(group, "memory.max", "memory.limit_in_bytes").write_text(str(limit))
+    except OSError as error:
+        raise UserError("cannot make a control group", error, "name one of your own") from None
+    try:
+        yield group
+    finally:
+        group.rmdir()
+
+
+def counted(group: Path) -> dict[str, int]:
+    """The most that a group has held in bytes, and how many programs were ended."""
+    events = _file(group, "memory.events", "memory.oom_control").read_text().split()
+    kills = int(events[events.index("oom_kill") + 1]) if "oom_kill" in events else 0
+    peak = int(_file(group, "memory.peak", "memory.max_usage_in_bytes").read_text())
+    return {"group_peak_bytes": peak, "group_kills": kills}
+
+
+def resident(
+    anchor: Anchor = "openlm-1b", dtype: Sequence[Dtype] = ("bfloat16",), repeats: int = 3
+) -> Result:
+    result: Result = {"bank_parameters": paper_config(anchor).bank_parameters}
+    for each in dtype:
+        with tempfile.TemporaryDirectory() as place:
+            result |= peaks_of(Path(place), anchor, each, repeats)
+    return result
+
+
+def peaks_of(place: Path, anchor: str, dtype: str, repeats: int) -> Result:
+    """Median peaks of generate.py, and how much more they are than with no bank."""
+    for name in ("no bank", "bank"):
+        (place / name).mkdir()
+        write_anchor(place / name, anchor, dtype)
+    write_memory(place / "bank", anchor, [PROMPT])
+
+    def generate(folder: str, memory: str, _: int) -> tuple[int, dict[str, Any]]:
+        options = ["--prompt", PROMPT, "--memory", memory, "--max-tokens", "4", "--json"]
+        output, peak = run([*GENERATE, str(place / folder), *options])
+        return peak, json.loads(output)
+
+    runs = {"no bank": partial(generate, "no bank", "none")}
+    for memory in ("none", "generic", "fetched"):
+        runs[f"bank, --memory {memory}"] = partial(generate, "bank", memory)
+    found = in_turns(runs, repeats, f"generate.py, {dtype}", warm_up=False)
+    peaks = {name: [peak for peak, _ in each] for name, each in found.items()}
+    [*_, (_, said)] = found["bank, --memory fetched"]
+    fetched = sum(block["bytes"] for block in said["memory"]["blocks"])
+    least = median(peaks["no bank"])
+    rows = {
+        name: {
+            "peak_mb": median(each) / 1e6,
+            "more_mb": (median(each) - least) / 1e6,
+            "of_fetched": (median(each) - least) / fetched,
+            "spread_mb": (max(each) - min(each)) / 1e6,
+            "mlx_peak_mb": found[name][-1][1]["peak_memory_bytes"] / 1e6,
+        }
+        for name, each in peaks.items()
     }
-
-
-def measure(name: str, dtype: str, budget: int, parent: Path | None = None) -> dict[str, Any]:
-    texts = random_texts(TURNS, WORDS, seed=7)
-    before = bare()
-    with tempfile.TemporaryDirectory() as place:
-        parameters = write_model(Path(place), name, dtype, texts)
-        most = before["VmHWM"] + budget
-        limited = contextlib.nullcontext() if parent is None else control_group(parent, most)
-        with limited as group:
-            found = converse(Path(place), budget, texts, most, group)
-    return {
-        "anchor": name,
-        "dtype": dtype,
-        "bank_parameters": parameters,
-        "budget_bytes": budget,
-        "bare_bytes": before["VmHWM"],
-        "peak_above_bare_bytes": found["peaks"]["VmHWM"] - before["VmHWM"],
-        "data_above_bare_bytes": found["peaks"]["VmData"] - before["VmData"],
-    } | found
-
-
-def show(result: dict[str, Any]) -> None:
-    print(f"{result['machine']}; {result['versions']}")
-    for run in result["runs"]:
-        kept = "kept" if run["peak_above_bare_bytes"] <= run["budget_bytes"] else "NOT KEPT"
-        ended = "ended well" if run["status"] == 0 else f"ENDED WITH {run['status']}"
-        print(
-            f"{run['anchor']}, {BITS} bits and {run['dtype']}, bank of "
-            f"{run['bank_parameters'] / 1e9:.1f} B parameters: "
-            f"{run['peak_above_bare_bytes'] / 1e6:.0f} of {run['budget_bytes'] / 1e6:.0f} MB, "
-            f"{kept}; {ended}, {run['topics']} topics, {run['seconds']:.0f} s"
-        )
-        print(f"  bare interpreter {run['bare_bytes'] / 1e6:.0f} MB")
-        if group := run["control_group"]:
-            print(
-                f"  held by a control group: {group['peak_bytes'] / 1e6:.0f} of "
-                f"{group['limit_bytes'] / 1e6:.0f} MB with the pages of read files, "
-                f"{group['kills']} programs ended"
-            )
-        for line in run["said"]:
-            print(f"  {line}")
-
-
-def main() -> None:
-    parser = ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--anchor", nargs="+", default=["openlm-160m", "openlm-410m"])
-    parser.add_argument("--budget", nargs="+", default=["400MB", "800MB"], help="of each anchor")
-    parser.add_argument(
-        "--dtype", default="float32", help="of what is not quantised (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--control-group", type=Path, metavar="FOLDER", help="the group to make a limited one in"
-    )
-    args = parser.parse_args()
-    if len(args.budget) != len(args.anchor):
-        parser.error("give as many budgets as anchors")
-    if not os.path.exists("/proc/self/status"):
-        parser.error("this counts with /proc, which this system has not")
-    runs = [
-        measure(name, args.dtype, parse_bytes(size, "--budget"), args.control_group)
-        for name, size in zip(args.anchor, args.budget, strict=True)
-    ]
-    result = machine() | {"runs": runs}
-    if args.json:
-        print(json.dumps(result, indent=2))
-    else:
-        show(result)
+    return {f"{dtype}: fetched_bytes": fetched, f"{anchor}, {dtype}": rows}
 
 
 if __name__ == "__main__":
-    run_program(main)
+    benchmark(__doc__, {"chat": chat, "resident": resident}, bars=("of_fetched",))

@@ -1,6 +1,6 @@
 """Bundles: whether their runner says what ``generate.py`` says, how large they are, what they cost.
 
-``python -m benchmarks.bundle [--json] [--plot FILE] [--model DIR ...] [--no-overhead]``
+``python -m benchmarks.bundle [--json] [--plot FILE] [--model DIR ...]``
 
 Each model is bundled as it is and once more in 4 bits, the bank too unless it is quantised already.
 The bundle's own ``run.py`` and the model answer the same 50 prompts greedily: 1 to 50 random words,
@@ -12,38 +12,30 @@ turns, and a ratio is the median of those within a round. Attaching a memory, th
 dequantising its blocks, is the only part that differs.
 """
 
-import importlib.util
+import runpy
 import shutil
-import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import redirect_stdout
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-import mlx_hmem  # noqa: F401  (before mlx.core)
+from tqdm import tqdm
 
-# isort: split
-import mlx.core as mx
-from tqdm import tqdm, trange
-
-from benchmarks.common.banks import keys_of, make_bank, paper_config
-from benchmarks.common.counting import machine, median, timed
-from benchmarks.common.models import random_retriever, random_texts, write_anchor, write_memory
-from benchmarks.common.plots import Panel, draw
-from benchmarks.common.show import add_outputs, report
+from benchmarks.common.counting import Timed, compared, in_turns, timed
+from benchmarks.common.models import random_texts, write_anchor, write_memory
+from benchmarks.common.show import Result, benchmark
 from convert.bundle import bundle
 from convert.quantize import command as quantize
 from mlx_hmem.bank import Manifest
 from mlx_hmem.bank.format import MANIFEST
-from mlx_hmem.config import HmemConfig
-from mlx_hmem.errors import ArgumentParser, run_program
 from mlx_hmem.model.find import BANK_FOLDER
 from mlx_hmem.model.load import DEMO, load
 
-PROMPTS, TOKENS, REPEATS = 50, 32, 11
+TOKENS = 32
 SMALL_ANCHOR = ["--anchor-bits", "4", "--anchor-group-size", "32"]
 SMALL_BANK = ["--bank-bits", "4", "--bank-group-size", "32"]
 ANCHOR, CONTEXT, PREFILL = "openlm-160m", 256, 32
@@ -52,12 +44,7 @@ TEXT = " ".join(f"w{7 * i + 5}" for i in range(PREFILL + 1))
 
 def open_bundle(folder: Path) -> Any:
     """The bundle as its own runner opens it."""
-    spec = importlib.util.spec_from_file_location("bundle_run", folder / "run.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.Bundle(folder)
+    return runpy.run_path(str(folder / "run.py"))["Bundle"](folder)
 
 
 def prompts(count: int, opened: Any) -> list[str]:
@@ -71,13 +58,14 @@ def prompts(count: int, opened: Any) -> list[str]:
     return found
 
 
-def sizes(folder: Path) -> dict[str, int]:
-    """Bytes of each part of a bundle."""
-    found: dict[str, int] = defaultdict(int)
+def sizes(folder: Path) -> dict[str, float]:
+    """MB of a bundle and of each part of it."""
+    found: dict[str, float] = defaultdict(float)
     for file in folder.rglob("*"):
         if file.is_file():
-            found[file.relative_to(folder).parts[0]] += file.stat().st_size
-    return dict(found)
+            for name in ("all", file.relative_to(folder).parts[0]):
+                found[f"{name}_mb"] += file.stat().st_size / 1e6
+    return found
 
 
 def in_4_bits(folder: Path, place: Path) -> Path:
@@ -92,26 +80,23 @@ def compare(folder: Path, place: Path, count: int) -> dict[str, Any]:
     """A model's answers against those of its bundle, made at ``place``."""
     bundle.main([str(folder), str(place)])
     opened, model = open_bundle(place), load(folder)
-    same, tokens, routes, times = 0, 0, 0, defaultdict(list)
+    same, tokens, routes, ratios = 0, 0, 0, list[float]()
     for prompt in tqdm(prompts(count, opened), desc=folder.name, delay=2):
         path = model.retriever.route(prompt) if model.retriever else None
         routes += opened.route(prompt) == list(path or ())
-        answer: list[int] = []
+        answer, said = list[int](), list[int]()
         pieces = model.stream(prompt, max_tokens=TOKENS)
-        times["model"].append(timed(lambda p=pieces, a=answer: a.extend(x.token for x in p)).ms)  # type: ignore[misc]
-        said: list[int] = []
-        times["runner"].append(timed(lambda p=prompt, a=said: a.extend(ask(opened, p))).ms)  # type: ignore[misc]
+        of_model = timed(lambda p=pieces, a=answer: a.extend(x.token for x in p)).ms  # type: ignore[misc]
+        of_runner = timed(lambda p=prompt, a=said: a.extend(ask(opened, p))).ms  # type: ignore[misc]
+        ratios.append(of_runner / of_model)
         same, tokens = same + (said == answer), tokens + len(answer)
-    ratio = median(a / b for a, b in zip(times["runner"], times["model"], strict=True))
-    files = sizes(place)
     return {
-        "model": str(folder),
         "prompts": count,
         "same": same,
         "same_routes": routes,
         "tokens": tokens,
-        "time_of_model": ratio,
-        "bytes": {"all": sum(files.values()), **files},
+        "time_of_model": median(ratios),
+        **sizes(place),
     }
 
 
@@ -123,101 +108,49 @@ def ask(opened: Any, prompt: str) -> list[int]:
 def paper_bundles(place: Path) -> dict[int, Any]:
     """Bundles of one anchor with a bank in bfloat16 and one in 4 bits."""
     found: dict[int, Any] = {}
-    (place / "model").mkdir()
-    write_anchor(place / "model", ANCHOR, "float32")
-    write_memory(place / "model", ANCHOR, [TEXT])
-    hmem = HmemConfig.from_file(place / "model" / "hmem.json")
-    config, bank = paper_config(ANCHOR), place / "model" / "bank"
     for bits in (16, 4):
-        if bits == 4:
-            shutil.rmtree(bank)
-            make_bank(
-                bank,
-                config,
-                keys_of(config, [random_retriever().route(TEXT)]),
-                bits,
-                anchor_hash=hmem.anchor_hash,
-                tree_hash=hmem.retriever.tree_hash,
-            )
+        model, out = place / f"model-{bits}", place / f"bundle-{bits}"
+        model.mkdir()
+        write_anchor(model, ANCHOR, "float32")
+        write_memory(model, ANCHOR, [TEXT], bits)
         options = ["--context", str(CONTEXT), "--prefill", str(PREFILL)]
-        bundle.main([str(place / "model"), str(place / f"bundle-{bits}"), *options])
-        found[bits] = open_bundle(place / f"bundle-{bits}")
+        bundle.main([str(model), str(out), *options])
+        found[bits] = open_bundle(out)
     return found
 
 
-def overhead(place: Path, repeats: int) -> dict[str, Any]:
-    """A 4-bit bank against one in bfloat16: medians in ms, and of the ratios."""
-    opened = paper_bundles(place)
-    found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+def overhead(place: Path, repeats: int) -> Result:
+    """A 4-bit bank against one in bfloat16."""
+    bundles = paper_bundles(place)
 
-    def run(bits: int) -> None:
-        each = opened[bits]
+    def run(bits: int, _: int) -> tuple[Timed, Timed, Timed]:
+        each, rows = bundles[bits], list[Any]()
         ids, blocks = each.ids_of(TEXT), each.blocks_of(each.route(TEXT))
-        rows: list[mx.array] = []
-        attached = timed(lambda: rows.extend(each.attach(blocks))).ms
+        attach = timed(lambda: rows.extend(each.attach(blocks)))
         steps = each.generate(ids, rows, 8)
-        first = attached + timed(lambda: next(steps)).ms
-        rest = timed(lambda: list(islice(steps, 6))).ms / 6
-        for name, ms in (("attach", attached), ("first_token", first), ("decode", rest)):
-            found[name][bits].append(ms)
+        first = timed(lambda: next(steps))
+        decode = timed(lambda: list(islice(steps, 6)), times=6)
+        return attach, Timed(attach.ms + first.ms, attach.cpu_ms + first.cpu_ms), decode
 
-    for bits in opened:
-        run(bits)
-    found.clear()
-    for repeat in trange(repeats, desc=ANCHOR, delay=2):
-        for bits in (16, 4) if repeat % 2 else (4, 16):
-            run(bits)
-    result: dict[str, Any] = {}
-    for name, times in found.items():
-        ratio = median(a / b for a, b in zip(times[4], times[16], strict=True))
-        result[name] = {"bf16_ms": median(times[16]), "4bit_ms": median(times[4]), "ratio": ratio}
-    return result
+    found = in_turns({f"{bits}_bits": partial(run, bits) for bits in (16, 4)}, repeats, ANCHOR)
+    return {
+        name: compared({bits: [run[i] for run in runs] for bits, runs in found.items()}, "16_bits")
+        for i, name in enumerate(("attach", "first_token", "decode"))
+    }
 
 
-def show(result: dict[str, Any]) -> None:
-    print(f"{result['machine']}; {result['versions']}")
-    for each in result["models"]:
-        parts = ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in each["bytes"].items())
-        print(
-            f"{each['model']}: {each['same']} of {each['prompts']} answers the same "
-            f"({each['tokens']} tokens; {each['same_routes']} routes), {each['time_of_model']:.2f} "
-            f"of the model's time\n  MB: {parts}"
-        )
-    for name, each in result["overhead"].items():
-        print(
-            f"{name:12} bfloat16 {each['bf16_ms']:9.1f} ms, 4 bits {each['4bit_ms']:9.1f} ms, "
-            f"ratio {each['ratio']:.3f}"
-        )
-
-
-def plot(result: dict[str, Any], target: Path) -> None:
-    bars = [(name, each["ratio"]) for name, each in result["overhead"].items()]
-    draw(
-        target,
-        [Panel("4-bit bank ÷ bfloat16", "ratio", bars, 1.0)],
-        f"{result['machine']}; {result['versions']}",
-    )
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = ArgumentParser(prog="python -m benchmarks.bundle", description=__doc__)
-    add_outputs(parser, REPEATS)
-    parser.add_argument("--model", type=Path, nargs="+", default=[DEMO], help="default: the demo")
-    parser.add_argument("--prompts", type=int, default=PROMPTS, help="default: %(default)s")
-    parser.add_argument("--no-overhead", action="store_true", help="leave out OpenLM-160M")
-    args = parser.parse_args(arguments)
-    models = []
-    with tempfile.TemporaryDirectory() as name, redirect_stdout(sys.stderr):
+def measure(model: Sequence[Path] = (DEMO,), prompts: int = 50, repeats: int = 11) -> Result:
+    """Of some model directories; without OpenLM-160M if ``repeats`` is 0."""
+    models = {}
+    with tempfile.TemporaryDirectory() as name:
         place = Path(name)
-        for index, folder in enumerate(args.model):
+        for index, folder in enumerate(model):
             small = in_4_bits(folder, place / f"4bit-{index}")
-            for each in (folder, small):
-                models.append(compare(each, place / "bundle", args.prompts))
-                models[-1]["model"] = f"{folder}{' in 4 bits' if each is small else ''}"
+            for each, title in ((folder, str(folder)), (small, f"{folder} in 4 bits")):
+                models[title] = compare(each, place / "bundle", prompts)
                 shutil.rmtree(place / "bundle")
-        measured = {} if args.no_overhead else overhead(place, args.repeats)
-    report(machine() | {"models": models, "overhead": measured}, args, show, plot)
+        return {"model": models} | (overhead(place, repeats) if repeats else {})
 
 
 if __name__ == "__main__":
-    run_program(main)
+    benchmark(__doc__, measure, bars=("of_16_bits",))

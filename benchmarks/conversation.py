@@ -17,12 +17,12 @@ elements the model gives the atomic number, four in each conversation after four
 article, where each turn is a text of its own and where the turns before stand before it.
 """
 
-import argparse
 import json
 import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import mlx.core as mx
@@ -30,9 +30,10 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 from tqdm import tqdm
 
-from benchmarks.common.counting import machine
+from benchmarks.common.counting import in_turns, timed
+from benchmarks.common.show import Result, benchmark
 from mlx_hmem.config import ClusterPath
-from mlx_hmem.errors import ArgumentParser, UserError, run_program
+from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.texts import read_texts
 from mlx_hmem.generation.conversation import MARGIN, WEIGHT, WINDOW, Conversation
 from mlx_hmem.model.load import DEMO, load
@@ -54,7 +55,7 @@ SETTINGS = [  # weight of the turn, words of the window, margin
 ]
 
 
-def articles(path: Path, most: int) -> list[list[str]]:
+def read_articles(path: Path, most: int) -> list[list[str]]:
     """The first sentences of those articles that have enough of them."""
     found = []
     for text in read_texts(path):
@@ -67,32 +68,19 @@ def articles(path: Path, most: int) -> list[list[str]]:
     return [found[i] for i in order]
 
 
-def routes(retriever: Retriever, texts: list[list[str]], setting: tuple[float, int, float]) -> Any:
-    """Shares over all turns, per level."""
-    weight, window, margin = setting
-    tree, encoder = retriever.tree, retriever.encoder
-    right = retriever.route_many([" ".join(t) for t in texts])
-    own = encoder.encode([t[2 * k] for t in texts for k in range(TURNS)])
+def turns(
+    retriever: Retriever, texts: list[list[str]], weight: float, window: int, margin: float
+) -> Iterator[tuple[int, np.ndarray, ClusterPath | None, ClusterPath]]:
+    """Of each turn its number, its vector, the path before it, None where a conversation begins,
+    and its own."""
+    own = retriever.encoder.encode([t[2 * k] for t in texts for k in range(TURNS)])
     said = [" ".join(words) for words in _said(texts, window)]
-    vectors = weight * own + (1 - weight) * encoder.encode(said)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    flaps, at_once, correct = [], [], []
+    vectors = weight * own + (1 - weight) * retriever.encoder.encode(said)
     path: ClusterPath | None = None
-    for number, vector in enumerate(vectors):
-        article, turn = divmod(number, TURNS)
-        if turn == 0 and article % TOPICS == 0:
-            path = None
-        new = steady_route(tree, vector, path, margin)
-        hit = np.equal(new, right[article])
-        correct.append(hit)
-        if path is not None and turn:
-            flaps.append(np.not_equal(new, path))
-        elif path is not None:
-            at_once.append(hit)
-        path = new
-    shares = {"flaps": flaps, "at_once": at_once, "right": correct}
-    found = {name: np.mean(each, axis=0).round(3).tolist() for name, each in shares.items()}
-    return {"weight": weight, "window": window, "margin": margin, **found}
+    for number, vector in enumerate(vectors / np.linalg.norm(vectors, axis=1, keepdims=True)):
+        before = path if number % (TOPICS * TURNS) else None
+        path = steady_route(retriever.tree, vector, before, margin)
+        yield number, vector, before, path
 
 
 def _said(texts: list[list[str]], window: int) -> Iterator[list[str]]:
@@ -106,27 +94,30 @@ def _said(texts: list[list[str]], window: int) -> Iterator[list[str]]:
             words = words + sentences[2 * turn + 1].split()
 
 
+def routes(retriever: Retriever, texts: list[list[str]], setting: tuple[float, int, float]) -> Any:
+    """Shares over all turns, per level."""
+    right = retriever.route_many([" ".join(t) for t in texts])
+    shares: dict[str, list[np.ndarray]] = {"flaps": [], "at_once": [], "right": []}
+    for number, _, before, path in turns(retriever, texts, *setting):
+        shares["right"].append(np.equal(path, right[number // TURNS]))
+        if before is not None and number % TURNS:
+            shares["flaps"].append(np.not_equal(path, before))
+        elif before is not None:
+            shares["at_once"].append(shares["right"][-1])
+    return {name: np.mean(each, axis=0).tolist() for name, each in shares.items()}
+
+
 def ahead(retriever: Retriever, texts: list[list[str]], most: int) -> float:
     """The share of newly needed blocks that are in the cache, ``most`` paths being read ahead."""
-    tree, encoder = retriever.tree, retriever.encoder
-    own = encoder.encode([t[2 * k] for t in texts for k in range(TURNS)])
-    around = encoder.encode([" ".join(words) for words in _said(texts, WINDOW)])
-    vectors = WEIGHT * own + (1 - WEIGHT) * around
     needed = there = 0
-    path: ClusterPath | None = None
     cache: set[tuple[int, int]] = set()
-    for number, vector in enumerate(vectors / np.linalg.norm(vectors, axis=1, keepdims=True)):
-        if number % (TOPICS * TURNS) == 0:
-            path, cache = None, set()
-        before, path = path, steady_route(tree, vector, path, MARGIN)
-        blocks = set(enumerate(path, 1))
-        if before is not None:
-            new = blocks - set(enumerate(before, 1))
-            needed, there = needed + len(new), there + len(new & cache)
-        cache |= blocks
-        for other in likely_paths(tree, vector, path, most):
+    for _, vector, before, path in turns(retriever, texts, WEIGHT, WINDOW, MARGIN):
+        cache = cache if before is not None else set()
+        new = set(enumerate(path, 1)) - set(enumerate(before or path, 1))
+        needed, there = needed + len(new), there + len(new & cache)
+        for other in (path, *likely_paths(retriever.tree, vector, path, most)):
             cache |= set(enumerate(other, 1))
-    return round(there / needed, 3)
+    return there / needed
 
 
 def histories(model: MemoryModel, texts: Sequence[list[str]], repeats: int) -> dict[str, Any]:
@@ -139,7 +130,7 @@ def histories(model: MemoryModel, texts: Sequence[list[str]], repeats: int) -> d
     long = [t for t in texts if len(ids_of(t)) > LENGTH + 1][: repeats + 1]
     paths = model.retriever.route_many([" ".join(t) for t in long])
     losses: dict[str, list[float]] = {"kept": [], "anew": [], "no_history": []}
-    divergence, passes, turns = [], [], []
+    divergence, passes, answers = [], [], []
     for number in tqdm(range(len(long) - 1), desc="histories"):
         history, text = ids_of(long[number])[:LENGTH], ids_of(long[number + 1])[:LENGTH]
         old, new = paths[number], paths[number + 1]
@@ -158,7 +149,7 @@ def histories(model: MemoryModel, texts: Sequence[list[str]], repeats: int) -> d
             mx.eval(scores)
             if name == "anew":
                 passes.append(between - start)
-                turns.append(time.perf_counter() - between)
+                answers.append(time.perf_counter() - between)
             chosen = mx.take_along_axis(scores, mx.array(text[1:])[:, None], axis=1)
             losses[name].append(float(-chosen.mean()))
             found[name] = scores
@@ -167,15 +158,15 @@ def histories(model: MemoryModel, texts: Sequence[list[str]], repeats: int) -> d
     difference = np.subtract(losses["kept"], losses["anew"])
     return {
         "pairs": len(difference),
-        "perplexity": {name: round(float(np.exp(np.mean(x))), 3) for name, x in losses.items()},
-        "kept_minus_anew_nll": round(float(difference.mean()), 4),
-        "standard_error": round(float(difference.std(ddof=1) / len(difference) ** 0.5), 4),
-        "divergence": round(float(np.mean(divergence)), 4),
-        "history_pass_of_turn": round(float(np.median(np.divide(passes, turns))), 2),
+        "perplexity": {name: float(np.exp(np.mean(x))) for name, x in losses.items()},
+        "kept_minus_anew_nll": float(difference.mean()),
+        "standard_error": float(difference.std(ddof=1) / len(difference) ** 0.5),
+        "divergence": float(np.mean(divergence)),
+        "history_pass_of_turn": float(np.median(np.divide(passes, answers))),
     }
 
 
-def facts(model: MemoryModel, path: Path, texts: list[list[str]]) -> dict[str, int]:
+def recalled(model: MemoryModel, path: Path, texts: list[list[str]]) -> dict[str, int]:
     """How many atomic numbers are right, by what stands before the question."""
     elements = [e for e in json.loads(path.read_text()) if e["number"] <= 108]
     order = np.random.default_rng(0).permutation(len(elements))
@@ -204,74 +195,59 @@ def replacing(repeats: int) -> dict[str, float]:
     """ms to have 18.9M parameters joined when the last quarter of the rows is new."""
     shape, rows = (24, 3, 256, 1024), (128, 64, 64)
     blocks = [mx.zeros((*shape[:2], r, shape[3]), mx.bfloat16) + r for r in rows]
-    mx.eval(blocks)
-    layers = [mx.concatenate([b[n] for b in blocks], axis=1) for n in range(shape[0])]
-    mx.eval(layers)
-    start_row, times = mx.array([sum(rows[:2])]), {"join": [0.0], "replace": [0.0]}
-    for _ in range(repeats):
-        start = time.perf_counter()
-        mx.eval([mx.concatenate([b[n] for b in blocks], axis=1) for n in range(shape[0])])
-        times["join"].append(time.perf_counter() - start)
-        start = time.perf_counter()
+    start = mx.array([sum(rows[:2])])
+
+    def joined() -> list[mx.array]:
+        return [mx.concatenate([b[n] for b in blocks], axis=1) for n in range(shape[0])]
+
+    def replace() -> None:
         for n in range(shape[0]):
-            layers[n] = mx.slice_update(layers[n], blocks[2][n], start_row, axes=[1])
+            layers[n] = mx.slice_update(layers[n], blocks[2][n], start, axes=[1])
         mx.eval(layers)
-        times["replace"].append(time.perf_counter() - start)
-    return {name: round(float(np.median(found[1:])) * 1e3, 2) for name, found in times.items()}
+
+    mx.eval(blocks, layers := joined())
+    contenders = {
+        "join": lambda _: timed(lambda: mx.eval(joined())),
+        "replace": lambda _: timed(replace),
+    }
+    found = in_turns(contenders, repeats, "replacing")
+    return {name: median(t.ms for t in times) for name, times in found.items()}
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    model = load(args.model)
-    texts = articles(args.file, args.articles)
+def measure(
+    file: Path,
+    model: Path = DEMO,
+    tree: Path | None = None,
+    facts: Path | None = None,
+    articles: int = 1200,
+    repeats: int = 200,
+) -> Result:
+    whole, texts = load(model), read_articles(file, articles)
     if len(texts) < 2 * TOPICS:
         raise UserError("too few articles", f"{len(texts)} with {SENTENCES} sentences", "give more")
-    assert model.retriever is not None
-    retriever = model.retriever
-    if args.tree is not None:
+    assert whole.retriever is not None
+    retriever = whole.retriever
+    if tree is not None:
         encoder = load_encoder("static")
-        fit = [" ".join(sentences[:6]) for sentences in articles(args.tree, 20_000)]
+        fit = [" ".join(sentences[:6]) for sentences in read_articles(tree, 20_000)]
         vectors = encoder.encode(fit, progress=True)
         retriever = Retriever(encoder, ClusterTree.fit(vectors, branching=16, depth=3))
-    result: dict[str, Any] = machine() | {
+    result: Result = {
         "turns": len(texts) * TURNS,
         "clusters": list(retriever.tree.num_clusters),
-        "routes": [routes(retriever, texts, setting) for setting in tqdm(SETTINGS, desc="routes")],
+        "shares per level": {
+            "weight {}, window {}, margin {}".format(*setting): routes(retriever, texts, setting)
+            for setting in tqdm(SETTINGS, desc="routes")
+        },
         "in_the_cache": {str(most): ahead(retriever, texts, most) for most in (0, 4, 8, 16, 32)},
     }
-    if args.tree is None:
-        result["histories"] = histories(model, texts, args.repeats)
+    if tree is None:
+        result |= histories(whole, texts, repeats)
         result["replacing_ms"] = replacing(9)
-    if args.facts is not None:
-        result["facts"] = facts(model, args.facts, texts)
+    if facts is not None:
+        result["facts"] = recalled(whole, facts, texts)
     return result
 
 
-def show(result: dict[str, Any]) -> None:
-    print(f"{result['machine']}; {result['versions']}")
-    print(f"{result['turns']} turns, clusters {result['clusters']}; shares per level")
-    for row in result["routes"]:
-        print(", ".join(f"{name} {value}" for name, value in row.items()))
-    for name in ("in_the_cache", "histories", "replacing_ms", "facts"):
-        if name in result:
-            print(f"{name}: {result[name]}")
-
-
-def main() -> None:
-    parser = ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("file", type=Path, help="articles, one JSON object with `text` a line")
-    parser.add_argument("--model", type=Path, default=DEMO, help="default: the demo")
-    parser.add_argument("--tree", type=Path, help="articles to fit a larger tree to")
-    parser.add_argument("--facts", type=Path, help="elements, a JSON list")
-    parser.add_argument("--articles", type=int, default=1200, help="default: %(default)s")
-    parser.add_argument("--repeats", type=int, default=200, help="default: %(default)s")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    args = parser.parse_args()
-    result = run(args)
-    if args.json:
-        print(json.dumps(result, indent=2))
-    else:
-        show(result)
-
-
 if __name__ == "__main__":
-    run_program(main)
+    benchmark(__doc__, measure)

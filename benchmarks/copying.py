@@ -8,24 +8,20 @@ beginning up to the context, with fetched memory where a model has a bank, and h
 the perplexity is above that of the first model. ± is the standard error over texts, paired.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import mlx_hmem  # noqa: F401  (before mlx.core)
-
-# isort: split
 import mlx.core as mx
 import numpy as np
 from mlx import nn
 from tqdm import tqdm
 
-from mlx_hmem.errors import ArgumentParser, UserError, run_program
+from benchmarks.common.show import Result, benchmark
+from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate import read_texts
-from mlx_hmem.evaluate.command import table
 from mlx_hmem.evaluate.perplexity import LONGEST, ratio_and_error
 from mlx_hmem.model.load import load
 from mlx_hmem.model.model import MemoryModel
@@ -81,44 +77,19 @@ def compare(sums: Sequence[np.ndarray]) -> list[dict[str, Any]]:
     return found
 
 
-def show(folders: Sequence[Path], rows: Sequence[dict[str, Any]]) -> None:
-    counts = [f"{name}, {rows[0][name]['tokens']:,}" for name in KINDS]
-    lines = [["nats per token", *counts]]
-    for folder, row in zip(folders, rows, strict=True):
-        cells = [f"{row[name]['nats']:.3f} ± {row[name]['error']:.3f}" for name in KINDS]
-        lines.append([str(folder), *cells])
-    print(table(lines))
-    lines = [["perplexity, % above the first", *KINDS]]
-    for folder, row in zip(folders[1:], rows[1:], strict=True):
-        cells = [f"{row[k]['per_cent']:+.1f} ± {row[k]['per_cent_error']:.1f}" for k in KINDS]
-        lines.append([str(folder), *cells])
-    if len(rows) > 1:
-        print("\n" + table(lines))
-
-
-def main() -> None:
-    parser = ArgumentParser(prog="python -m benchmarks.copying", description=__doc__)
-    parser.add_argument("models", type=Path, nargs="+", metavar="MODEL", help="model directories")
-    parser.add_argument("--text", type=Path, required=True, help="as of mlx_hmem.evaluate --text")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    args = parser.parse_args()
-    texts = [text for text in read_texts(args.text) if text.strip()]
+def results(models: Sequence[Path], *, text: Path) -> Result:
+    texts = [each for each in read_texts(text) if each.strip()]
     if len(texts) < 2:
         raise UserError("too few texts to compare by", len(texts), "give two or more")
-    models = [load(folder) for folder in args.models]
-    context = min(model.context or LONGEST for model in models)
-    rows_of = [[model.tokenizer.encode(text)[:context] for text in texts] for model in models]
-    if odd := [f for f, rows in zip(args.models, rows_of, strict=True) if rows != rows_of[0]]:
+    loaded = [load(folder) for folder in models]
+    context = min(model.context or LONGEST for model in loaded)
+    rows_of = [[model.tokenizer.encode(text)[:context] for text in texts] for model in loaded]
+    if odd := [f for f, rows in zip(models, rows_of, strict=True) if rows != rows_of[0]]:
         raise UserError("a model has another tokenizer", odd[0], "compare models of one tokenizer")
-    sums = [measure(model, texts, rows_of[0]) for model in models]
+    sums = [measure(model, texts, rows_of[0]) for model in loaded]
     with np.errstate(invalid="ignore"):  # where no text repeats anything
-        rows = compare(sums)
-    if args.json:
-        named = {str(folder): row for folder, row in zip(args.models, rows, strict=True)}
-        print(json.dumps(named, indent=2))
-    else:
-        show(args.models, rows)
+        return dict(zip(map(str, models), compare(sums), strict=True))
 
 
 if __name__ == "__main__":
-    run_program(main)
+    benchmark(__doc__, results)

@@ -1,8 +1,17 @@
-"""``python -m benchmarks.kills [--kills N] [--json]``: SIGKILL at random moments of a real run.
+"""SIGKILL at random moments: ``python -m benchmarks.kills PART [--kills N] [--json]``.
 
-``mlx_hmem.train`` co-trains a tiny anchor and its memories (or trains memories on the frozen one,
-in every second run), is killed, and started again with the same command until it ends. Losses, the
-anchor and every block must then be, byte for byte, those of a run that nobody disturbed.
+``training``: ``mlx_hmem.train`` co-trains a tiny anchor and its memories (or trains memories on the
+frozen one, in every second run), is killed, and started again with the same command until it ends.
+Losses, the anchor and every block must then be, byte for byte, those of a run that nobody
+disturbed.
+
+``conversions`` of a 32 MB anchor in 64 shards (OpenLM's pickle, sharded safetensors, the way back
+to PyTorch, and one over an older model) and of the whole demo model with its memory (from PyTorch's
+layout, back to it, and quantised over an older model) are killed and started again with the same
+command: N times the four of the anchor together, N times each of the whole model's. After each kill
+the destination must be absent, what it was before, or, byte for byte, what a conversion makes that
+nobody disturbed; and what lies beside it must not load unless it is all there. Half of the moments
+are drawn from the whole time of a run, half from the time in which it writes.
 """
 
 import json
@@ -11,15 +20,25 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import mlx_hmem  # noqa: F401  (before mlx.core)
-
-# isort: split
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import llama
 from tqdm import tqdm
 
-from mlx_hmem.errors import ArgumentParser, UserError, run_program
-from mlx_hmem.files import fingerprint
+from benchmarks.common.counting import run
+from benchmarks.common.show import Result, benchmark
+from convert.command import main as convert
+from mlx_hmem.anchors.load import load_anchor, named_parameters
+from mlx_hmem.anchors.openlm import Model, ModelArgs
+from mlx_hmem.errors import UserError
+from mlx_hmem.files import fingerprint, save_safetensors
+from mlx_hmem.folders import RECORD, REPLACED
+from mlx_hmem.model.load import DEMO, load
 
 RECIPE = """
 name: kills
@@ -44,68 +63,247 @@ memories:
   cotrain: COTRAIN
 dense: null
 """
+TRAINED = shutil.ignore_patterns("memories", "generic", "export", "model")
+SHARD_BYTES = 512 << 10
+# The command itself, with shards so small that there are many moments between two.
+PROGRAM = """
+import sys
+import mlx_hmem
+import convert.anchors.weights
+from convert.command import main
+from convert.memory.bank import write_tensors_as_bank
+from mlx_hmem.bank.writer import shard_cuts
+from mlx_hmem.errors import run_program
+size = int(sys.argv.pop(1))
+convert.anchors.weights.SHARD_BYTES = size
+shard_cuts.__defaults__ = (size,)
+write_tensors_as_bank.__kwdefaults__["shard_bytes"] = size
+run_program(lambda: main(sys.argv[1:]))
+"""
+NOTES = "bank/notes/"  # of a quantisation that is not at its end
+Files = dict[str, bytes]
 
 
-def command(recipe: Path, out: Path, *more: str) -> list[str]:
+def started(command: Sequence[str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def killed(process: subprocess.Popen[bytes], delay: float) -> bool:
+    """Whether the process was still running after so many seconds, and so was killed."""
+    try:
+        process.wait(delay)
+        return False
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return True
+
+
+def train(recipe: Path, out: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "train", str(recipe), "--out", str(out), *more]
 
 
 def finish(recipe: Path, out: Path) -> dict[str, str]:
     """Runs to the end of the export; fingerprints of what came out."""
-    subprocess.run(command(recipe, out, "--until", "export"), check=True, stdout=subprocess.DEVNULL)
+    run(train(recipe, out, "--until", "export"))
     files = [out / "memories" / "loss.jsonl", *sorted((out / "model").rglob("*.*"))]
     return {str(f.relative_to(out)): fingerprint(f) for f in files if f.is_file()}
 
 
-def kill_until_done(recipe: Path, out: Path, rng: random.Random, left: int) -> int:
-    """Starts the run again and again, killing it, at most ``left`` times; returns how often."""
-    kills = 0
-    while kills < left:
-        process = subprocess.Popen(
-            command(recipe, out, "--only", "memories"),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        try:
-            process.wait(rng.uniform(2, 8))
-            break  # it came to its end
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            kills += 1
-    return kills
-
-
-def main() -> None:
-    parser = ArgumentParser(prog="python -m benchmarks.kills", description=__doc__)
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
-    rng, kills, runs = random.Random(0), 0, 0
-    with tempfile.TemporaryDirectory() as name, tqdm(total=args.kills, unit="kill") as bar:
+def training(kills: int = 50) -> Result:
+    rng, done, runs = random.Random(0), 0, 0
+    with tempfile.TemporaryDirectory() as name, tqdm(total=kills, unit="kill") as bar:
         folder = Path(name)
-        while kills < args.kills:
+        while done < kills:
             cotrain = "{learning_rate_scale: 0.3}" if runs % 2 == 0 else "null"
             recipe = folder / f"{cotrain == 'null'}.yaml"
             recipe.write_text(RECIPE.replace("COTRAIN", cotrain))
-            whole, killed = folder / f"{recipe.stem}-whole", folder / f"killed-{runs}"
+            whole, out = folder / f"{recipe.stem}-whole", folder / f"killed-{runs}"
             if not whole.exists():
-                until = command(recipe, whole, "--until", "sequences")
-                subprocess.run(until, check=True, capture_output=True)
-            shutil.copytree(
-                whole,
-                killed,
-                ignore=shutil.ignore_patterns("memories", "generic", "export", "model"),
-            )
+                run(train(recipe, whole, "--until", "sequences"))
+            shutil.copytree(whole, out, ignore=TRAINED)
             wanted = finish(recipe, whole)
-            done = kill_until_done(recipe, killed, rng, args.kills - kills)
-            if finish(recipe, killed) != wanted:
+            command = train(recipe, out, "--only", "memories")
+            while done < kills and killed(started(command), rng.uniform(2, 8)):
+                done += 1
+                bar.update()
+            if finish(recipe, out) != wanted:
                 raise UserError("a killed run came out otherwise", recipe.stem, "find out why")
-            kills, runs = kills + done, runs + 1
-            bar.update(done)
-    result = {"kills": kills, "runs": runs, "came out otherwise": 0}
-    print(json.dumps(result) if args.json else result)
+            runs += 1
+    return {"kills": done, "runs": runs, "came_out_otherwise": 0}
+
+
+def load_whole(folder: Path) -> None:
+    """Loads a model with its memory; a UserError says why it is none."""
+    bank = load(folder).bank
+    if bank is None:
+        raise UserError("a model has lost its memory", folder, "find out why")
+    bank.close()
+
+
+class Case(NamedTuple):
+    """A conversion to kill. ``older``: the model that lies at the destination before."""
+
+    name: str
+    source: Path
+    options: list[str]
+    older: Path | None = None
+    program: tuple[str, ...] = ()
+    load: Callable[[Path], object] = load_anchor
+
+    def command(self, out: Path, shard_bytes: int) -> list[str]:
+        start = [sys.executable, "-c", PROGRAM, str(shard_bytes), *self.program]
+        return [*start, str(self.source), str(out), *self.options]
+
+    @property
+    def loads(self) -> bool:
+        """Whether its result is a model of ours."""
+        return "pytorch" not in self.options
+
+
+def contents(folder: Path) -> Files:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+def save_model(folder: Path, model: nn.Module, config: dict[str, Any], shards: int = 1) -> Path:
+    """A random anchor as a model directory."""
+    folder.mkdir(parents=True)
+    weights = list(named_parameters(model).items())
+    for i in range(shards):
+        name = f"model-{i + 1:05}-of-{shards:05}" if shards > 1 else "model"
+        save_safetensors(folder / f"{name}.safetensors", dict(weights[i::shards]))
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def cases(folder: Path, layers: int = 16) -> Iterator[Case]:
+    """Conversions of an anchor; of 32 MB with 16 layers."""
+    args, checkpoint = ModelArgs("openlm", 192, layers, 576, 6, 32, 1024), folder / "checkpoint"
+    mx.random.seed(0)
+    model, older = (save_model(folder / n, Model(args), vars(args)) for n in ("model", "older"))
+    convert([str(model), str(checkpoint), "--to", "pytorch"])
+    # As transformers names it.
+    config = dict(
+        model_type="llama", hidden_size=192, num_hidden_layers=layers, intermediate_size=576,
+        num_attention_heads=6, rms_norm_eps=1e-5, vocab_size=1024, rope_theta=1e4,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    other = llama.Model(llama.ModelArgs.from_dict(config))
+    yield Case("openlm", checkpoint, [])
+    yield Case("huggingface", save_model(folder / "llama", other, config, shards=4), [])
+    yield Case("to pytorch", model, ["--to", "pytorch"])
+    yield Case("overwrite", checkpoint, ["--overwrite"], older)
+
+
+def whole_cases(folder: Path) -> Iterator[Case]:
+    """Conversions of the demo model: an anchor, a memory bank, a cluster tree and an encoder."""
+    checkpoint, model, older = (folder / f"whole-{n}" for n in ("checkpoint", "model", "older"))
+    convert([str(DEMO), str(checkpoint), "--to", "pytorch", "--dtype", "float16"])
+    convert([str(checkpoint), str(model)])  # the demo's own bank is quantised
+    convert(["quantize", str(model), str(older), "--bank-bits", "4"])
+    yield Case("whole from pytorch", checkpoint, [], load=load_whole)
+    yield Case("whole to pytorch", model, ["--to", "pytorch"], load=load_whole)
+    options = ["--anchor-bits", "4", "--bank-bits", "8", "--overwrite"]
+    yield Case("whole quantised", model, options, older, ("quantize",), load_whole)
+
+
+def written(part: Path) -> int:
+    """When the record was written, which each run writes anew; 0 if there is none."""
+    try:
+        return (part / RECORD).stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def wait_for_writing(process: subprocess.Popen[bytes], part: Path, before: int) -> None:
+    while process.poll() is None and written(part) in (0, before):
+        time.sleep(0.001)
+
+
+def is_whole(found: Files, wanted: Files, *beside: str) -> bool:
+    more = [name for name in found if name not in wanted and not name.startswith(beside)]
+    return not more and {name: found.get(name) for name in wanted} == wanted
+
+
+def loads(case: Case, part: Path) -> bool:
+    try:
+        case.load(part)
+    except UserError:
+        return False
+    return True
+
+
+def check(case: Case, out: Path, part: Path, before: Files | None, wanted: Files) -> str:
+    """What lies at the destination after a kill: "nothing", "before" or "whole"."""
+    if part.exists() and loads(case, part):
+        found = {name: data for name, data in contents(part).items() if ".part" not in name}
+        if not is_whole(found, wanted, RECORD, f"{REPLACED}/", NOTES):
+            raise UserError("a half-made directory loads", part, "find out why")
+    if not out.exists():
+        return "nothing"
+    found = contents(out)
+    if before is not None and found == before:
+        case.load(out)
+        return "before"
+    # The record, and the folder of before, may still lie in it.
+    if not is_whole(found, wanted, RECORD, f"{REPLACED}/"):
+        raise UserError("a directory is neither old nor new", out, "find out why")
+    if case.loads:
+        case.load(out)
+    return "whole"
+
+
+def run_case(
+    folder: Path, case: Case, rng: random.Random, kills: int, shard_bytes: int = SHARD_BYTES
+) -> dict[str, int]:
+    """Kills conversions of one case ``kills`` times in all; counts of what was found."""
+    model = folder / f"{case.name}-undisturbed"
+    start = time.perf_counter()
+    process = started(case.command(model, shard_bytes))
+    wait_for_writing(process, model.with_name(f"{model.name}.part"), 0)
+    began = time.perf_counter()
+    if process.wait():
+        raise UserError("a conversion fails undisturbed", case.name, "run it by hand")
+    duration, write_time = (time.perf_counter() - at for at in (start, began))
+    wanted, before = contents(model), contents(case.older) if case.older else None
+    found = {"kills": 0, "while writing": 0, "runs": 0, "nothing": 0, "before": 0, "whole": 0}
+    while found["kills"] < kills:
+        out = folder / f"{case.name}-{found['runs']}"
+        part = out.with_name(f"{out.name}.part")
+        if case.older:
+            shutil.copytree(case.older, out)
+        arguments = case.command(out, shard_bytes)
+        while found["kills"] < kills:
+            writing = rng.random() < 0.5
+            last, process = written(part), started(arguments)
+            if writing:
+                wait_for_writing(process, part, last)
+            if not killed(process, rng.uniform(0, write_time if writing else duration)):
+                break
+            found["kills"] += 1
+            found["while writing"] += writing
+            found[check(case, out, part, before, wanted)] += 1
+        if part.exists() or not out.exists() or contents(out) != wanted:
+            run(arguments)
+        if contents(out) != wanted or part.exists():
+            raise UserError("a killed conversion came out otherwise", out, "find out why")
+        if case.loads:
+            case.load(out)
+        found["runs"] += 1
+        shutil.rmtree(out)
+    return found
+
+
+def conversions(kills: int = 52) -> Result:
+    rng, found = random.Random(0), dict[str, dict[str, int]]()
+    with tempfile.TemporaryDirectory() as name, tqdm(total=7, unit="case") as bar:
+        for make, count in ((cases, -(-kills // 4)), (whole_cases, kills)):
+            for case in list(make(Path(name))):
+                found[case.name] = run_case(Path(name), case, rng, count)
+                bar.update()
+    return {"conversions": found}
 
 
 if __name__ == "__main__":
-    run_program(main)
+    benchmark(__doc__, {"training": training, "conversions": conversions})

@@ -1,7 +1,14 @@
-"""How far we are from numbers made elsewhere, and from ourselves computed another way.
+"""How far we are from numbers made elsewhere, and from ourselves computed another way: the figures
+of docs/parity.md. ``python -m benchmarks.parity [--fixtures FOLDER] [--json]``
 
-``python -m benchmarks.parity FIXTURES [--json]``: FIXTURES is a folder with ``openlm_tiny_*.npz``
-and ``minilm_golden.*``. Prints the largest absolute differences that ``docs/parity.md`` quotes.
+FOLDER is one with ``openlm_tiny_*.npz`` and ``minilm_golden.*``: the largest absolute
+differences from what PyTorch and sentence-transformers made. Without it only the second part:
+
+Every architecture with every kind of memory, tiny random anchors of mlx-lm's own classes, float32.
+For each the greatest difference in the logits: the memory at its start against the anchor alone, a
+random memory against the anchor whose weights or attention were changed by hand, a row of a batch
+with memories of its own against the row alone; the gradient of the memory against finite
+differences in float64, as a ratio; and what the random memory changes in the logits.
 """
 
 import json
@@ -11,91 +18,57 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import pytest
 from mlx.utils import tree_flatten
+from tqdm import tqdm
 
+from benchmarks.common.show import Result, benchmark
 from mlx_hmem.anchors.attach import attach_memory
 from mlx_hmem.anchors.openlm import Model, ModelArgs
-from mlx_hmem.config import MemoryConfig
-from mlx_hmem.errors import ArgumentParser, UserError, run_program
-from mlx_hmem.memory import initial_block
+from mlx_hmem.errors import UserError
+from mlx_hmem.memory import KINDS, initial_block, join_blocks
 from mlx_hmem.retriever import load_encoder
 from mlx_hmem.retriever.minilm import MiniLMEncoder
-
-MEMORY = MemoryConfig(hidden_size=64, num_hidden_layers=3, r=(8, 4), branching=(4, 4))
-
-
-def tiny_model(weights: dict[str, np.ndarray], tied: bool) -> Model:
-    args = ModelArgs(
-        model_type="openlm",
-        hidden_size=64,
-        num_hidden_layers=3,
-        intermediate_size=160,
-        num_attention_heads=6,
-        head_dim=8,
-        vocab_size=101,
-        tie_word_embeddings=tied,
-    )
-    model = Model(args)
-    arrays = {name: mx.array(array) for name, array in weights.items()}
-    model.load_weights(list(model.sanitize(arrays).items()))
-    return model
-
-
-def part(data: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    return {k.removeprefix(prefix): v for k, v in data.items() if k.startswith(prefix)}
-
-
-def openlm(data: dict[str, np.ndarray], tied: bool) -> dict[str, float]:
-    """Logits, loss and every gradient of a tiny OpenLM against PyTorch's."""
-    model, ids = tiny_model(part(data, "w/"), tied), mx.array(data["ids"])
-
-    def loss(model: nn.Module) -> mx.array:
-        return nn.losses.cross_entropy(model(ids[:, :-1]), ids[:, 1:], reduction="mean")
-
-    value, gradients = nn.value_and_grad(model, loss)(model)
-    golden = {name: mx.array(array) for name, array in part(data, "g/").items()}
-    expected = model.sanitize(golden)
-    pairs: Any = tree_flatten(gradients)
-    worst = max(difference(a, expected[name]) for name, a in pairs)
-    return {
-        "logits": difference(model(ids), mx.array(data["logits"])),
-        "loss": difference(value, mx.array(data["loss"])),
-        "gradients": worst,
-    }
+from tests.helpers.references import (
+    PAIRS,
+    apply_reference,
+    config_of,
+    gradient_errors,
+    make_ids,
+    random_rows,
+    switch_rope_off,
+)
+from tests.helpers.tiny_anchors import EXPERTS, make_anchor
 
 
 def difference(a: object, b: object) -> float:
     return float(np.abs(np.array(a) - np.array(b)).max())
 
 
-def memory(data: dict[str, np.ndarray]) -> dict[str, float]:
-    """Attached memory against a widened FFN, at its start, and rows of a batch against rows."""
-    weights, ids = part(data, "w/"), mx.array(data["ids"])
-    anchor, rng = tiny_model(weights, True), np.random.default_rng(0)
-    alone, slot = anchor(ids), attach_memory(anchor, MEMORY)
-    shape = (3, 3, sum(MEMORY.r), 64)
-    rows = [mx.array(0.1 * rng.standard_normal(shape, np.float32)) for _ in range(2)]
-    with slot.using((mx.array(initial_block(MEMORY, sum(MEMORY.r), rng)),)):
-        start = anchor(ids)
-    with slot.using((rows[0],)):
-        attached = anchor(ids)
-    with slot.using((mx.stack(rows),)):
-        together = anchor(ids)
-    widened = tiny_model(weights, True)
-    for layer, (gate, up, down) in zip(widened.layers, rows[0], strict=True):
-        mlp = layer.mlp
-        mlp.gate_proj.weight = mx.concatenate([mlp.gate_proj.weight, gate])
-        mlp.up_proj.weight = mx.concatenate([mlp.up_proj.weight, up])
-        mlp.down_proj.weight = mx.concatenate([mlp.down_proj.weight, down.T], axis=1)
-    singles = []
-    for i, row in enumerate(rows):
-        with slot.using((row,)):
-            singles.append(anchor(ids[i : i + 1]))
+def openlm(folder: Path, head: str) -> dict[str, float]:
+    """Logits, loss and every gradient of a tiny OpenLM against PyTorch's."""
+    path = folder / f"openlm_tiny_ln_{head}.npz"
+    if not path.exists():
+        raise UserError("no golden numbers", path, "name the folder that holds them")
+    data = dict(np.load(path))
+    model = Model(ModelArgs("openlm", 64, 3, 160, 6, 8, 101, tie_word_embeddings=head == "tied"))
+
+    def part(prefix: str) -> dict[str, mx.array]:
+        found = {k.removeprefix(prefix): v for k, v in data.items() if k.startswith(prefix)}
+        return model.sanitize({name: mx.array(array) for name, array in found.items()})
+
+    model.load_weights(list(part("w/").items()))
+    ids, expected = mx.array(data["ids"]), part("g/")
+
+    def loss(model: nn.Module) -> mx.array:
+        return nn.losses.cross_entropy(model(ids[:, :-1]), ids[:, 1:], reduction="mean")
+
+    value, gradients = nn.value_and_grad(model, loss)(model)
+    pairs: Any = tree_flatten(gradients)
     return {
-        "at its start against the anchor alone": difference(start, alone),
-        "against a widened FFN": difference(attached, widened(ids)),
-        "row of a batch against the row alone": difference(together, mx.concatenate(singles)),
-        "what this memory changes in the logits": difference(attached, alone),
+        "logits": difference(model(ids), data["logits"]),
+        "loss": difference(value, data["loss"]),
+        "gradients": max(difference(a, expected[name]) for name, a in pairs),
     }
 
 
@@ -108,36 +81,61 @@ def minilm(folder: Path) -> dict[str, float]:
     ids = [encoding.ids for encoding in encoder.tokenizer.encode_batch(texts)]
     golden = [row[:n].tolist() for row, n in zip(data["input_ids"], data["lengths"], strict=True)]
     return {
-        "texts whose token ids differ": float(
-            sum(a != b for a, b in zip(ids, golden, strict=True))
-        ),
+        "texts_whose_ids_differ": sum(a != b for a, b in zip(ids, golden, strict=True)),
         "vectors": difference(encoder.encode(texts), data["vectors"]),
     }
 
 
-def main() -> None:
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("fixtures", type=Path, help="folder of the golden numbers")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    args = parser.parse_args()
-    results = {}
-    for name in ("tied", "sep"):
-        path = args.fixtures / f"openlm_tiny_ln_{name}.npz"
-        if not path.exists():
-            raise UserError("no golden numbers", path, "name the folder that holds them")
-        data = dict(np.load(path))
-        results[f"OpenLM ({name}) against PyTorch"] = openlm(data, name == "tied")
-        if name == "tied":
-            results["FFN memory"] = memory(data)
-    results["MiniLM against sentence-transformers"] = minilm(args.fixtures)
-    if args.json:
-        print(json.dumps(results))
-        return
-    for title, figures in results.items():
-        print(title)
-        for name, value in figures.items():
-            print(f"  {name:42s} {value:.2g}")
+def attached(name: str, kind: str) -> dict[str, float | None]:
+    ids, anchor, other = make_ids(), make_anchor(name), make_anchor(name)
+    if kind == "kv":
+        switch_rope_off(anchor)
+        switch_rope_off(other)
+    alone, config = anchor(ids), config_of(anchor, kind)
+    mx.eval(alone)
+    slot = attach_memory(anchor, config)
+    start = [mx.array(initial_block(config, r, np.random.default_rng(r))) for r in (4, 3)]
+    memories = [random_rows(config, seed, size=0.15) for seed in range(2)]
+    together = tuple(mx.stack(list(groups)) for groups in zip(*memories, strict=True))
+
+    def logits(rows: Any, ids: mx.array = ids) -> mx.array:
+        with slot.using(rows):
+            found = anchor(ids)
+        mx.eval(found)
+        return found
+
+    first, second, batch = logits(memories[0]), logits(memories[1], ids[1:]), logits(together)
+    with pytest.MonkeyPatch.context() as patch:
+        apply_reference(other, name, kind, memories[0], patch.setattr)
+        reference = other(ids)
+        mx.eval(reference)
+    return {
+        "start": difference(logits(join_blocks(start, config)), alone),
+        "patched": difference(first, reference),
+        "batch_row": max(difference(batch[:1], first[:1]), difference(batch[1:], second)),
+        # Experts know float32 only.
+        "gradient": None if name in EXPERTS else max(gradient_errors(name, kind)),
+        "changes": difference(first, alone),
+    }
+
+
+def measure(fixtures: Path | None = None) -> Result:
+    result: Result = {}
+    if fixtures is not None:
+        heads = {f"{head} head": openlm(fixtures, head) for head in ("tied", "sep")}
+        result["OpenLM against PyTorch"] = heads
+        result["MiniLM against sentence-transformers"] = minilm(fixtures)
+    found = {(name, kind): attached(name, kind) for name, kind in tqdm(PAIRS)}
+    result["memory"] = {f"{name}, {kind}": row for (name, kind), row in found.items()}
+    result["the largest"] = {
+        kind: {
+            column: max(row[column] or 0.0 for (_, k), row in found.items() if k == kind)
+            for column in ("start", "patched", "batch_row", "gradient")
+        }
+        for kind in KINDS
+    }
+    return result
 
 
 if __name__ == "__main__":
-    run_program(main)
+    benchmark(__doc__, measure)

@@ -1,6 +1,6 @@
 """What a model knows of documents that it has remembered, against LoRA and retrieval, in one run.
 
-    python -m benchmarks.remember --corpus CORPUS --work FOLDER [--json]
+``python -m benchmarks.remember --corpus CORPUS --work FOLDER [--json]``
 
 Articles of the corpus whose ids have the largest md5, where a recipe that samples takes those with
 the smallest; none about a person, whose year of birth the demo may have been told. Of each, some
@@ -14,7 +14,6 @@ held-out sentences counts, which favours it. Retrieval puts the nearest window (
 also routes) in front of the question, within the context of the anchor alone.
 """
 
-import argparse
 import heapq
 import json
 import re
@@ -30,8 +29,10 @@ import numpy as np
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from tqdm import tqdm
 
+from benchmarks.common.counting import timed
+from benchmarks.common.show import Result, benchmark
 from mlx_hmem.anchors.load import load_anchor
-from mlx_hmem.errors import ArgumentParser, UserError, run_program
+from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.scoring import Candidate, continue_greedily, score_candidates
 from mlx_hmem.model.load import DEMO, load
 from mlx_hmem.model.model import MemoryModel
@@ -73,17 +74,13 @@ class Arm(NamedTuple):
 
 def choose_articles(corpus: Path, count: int, characters: int) -> list[tuple[str, str]]:
     """(title, text) of the articles with the largest md5, the largest first."""
-    best: list[tuple[int, str, str]] = []
-    for file in corpus_files(corpus):
-        for name, title, text in documents_of(file, Faults()):
-            if len(text) < 600 or PERSON.search(text[:300]):
-                continue
-            item = (hashes(name)[0], title, text)
-            if len(best) < count:
-                heapq.heappush(best, item)
-            else:
-                heapq.heappushpop(best, item)
-    return [(t, cut(clean(text), characters)) for _, t, text in sorted(best, reverse=True)]
+    found = (
+        (hashes(name)[0], title, text)
+        for file in corpus_files(corpus)
+        for name, title, text in documents_of(file, Faults())
+        if len(text) >= 600 and not PERSON.search(text[:300])
+    )
+    return [(t, cut(clean(text), characters)) for _, t, text in heapq.nlargest(count, found)]
 
 
 def write_articles(articles: Sequence[tuple[str, str]], folder: Path) -> list[Question]:
@@ -128,32 +125,6 @@ def _paths(arm: Arm, questions: Sequence[Question]) -> list[tuple[int, ...]] | N
     return [arm.model.route(q.given or q.asked)[1] for q in questions]
 
 
-def held_out_losses(arm: Arm, questions: Sequence[Question]) -> tuple[np.ndarray, np.ndarray]:
-    """Nats and tokens of each held-out sentence."""
-    most = arm.model.context or 2048
-    rows = [
-        [Candidate(context, arm.model.tokenizer.encode(q.asked)[1:][: most - len(context)])]
-        for q in questions
-        for context in [_context(arm, q)]
-    ]
-    nats, tokens = np.zeros(len(rows)), np.zeros(len(rows))
-    for batch in score_candidates(arm.model, rows, arm.memory, _paths(arm, questions)):
-        for i, (score,) in batch:
-            nats[i], tokens[i] = score.nats, score.tokens
-    return nats, tokens
-
-
-def recalled(arm: Arm, questions: Sequence[Question]) -> np.ndarray:
-    """Whether the year is what follows, of each question."""
-    right = np.zeros(len(questions), bool)
-    prompts = [_context(arm, q) for q in questions]
-    for batch in continue_greedily(arm.model, prompts, 8, arm.memory, _paths(arm, questions)):
-        for i, tokens in batch:
-            said = arm.model.tokenizer.decode(tokens).strip()
-            right[i] = re.match(rf"{questions[i].asked}(?!\d)", said) is not None
-    return right
-
-
 def interval(right: np.ndarray) -> tuple[float, float]:
     """Wilson's 95 % interval of a proportion."""
     n, p, z = len(right), float(right.mean()), 1.96
@@ -161,16 +132,28 @@ def interval(right: np.ndarray) -> tuple[float, float]:
     return tuple(float(x / (1 + z * z / n)) for x in (middle - half, middle + half))  # type: ignore[return-value]
 
 
+def recall(arm: Arm, questions: Sequence[Question]) -> dict[str, Any]:
+    """Of how many questions the year is what follows."""
+    right = np.zeros(len(questions), bool)
+    prompts = [_context(arm, q) for q in questions]
+    for batch in continue_greedily(arm.model, prompts, 8, arm.memory, _paths(arm, questions)):
+        for i, tokens in batch:
+            said = arm.model.tokenizer.decode(tokens).strip()
+            right[i] = re.match(rf"{questions[i].asked}(?!\d)", said) is not None
+    return {"facts": len(right), "recalled": int(right.sum()), "interval": interval(right)}
+
+
 def figures(arm: Arm, held: Sequence[Question], facts: Sequence[Question]) -> dict[str, Any]:
-    nats, tokens = held_out_losses(arm, held)
-    right = recalled(arm, facts)
-    return {
-        "held_out_perplexity": float(np.exp(nats.sum() / tokens.sum())),
-        "held_out_tokens": int(tokens.sum()),
-        "facts": len(facts),
-        "recalled": int(right.sum()),
-        "recalled_interval": interval(right),
-    }
+    """The perplexity of the held-out sentences, and the facts."""
+    nats, tokens, most, rows = 0.0, 0, arm.model.context or 2048, []
+    for question in held:
+        context, ids = _context(arm, question), arm.model.tokenizer.encode(question.asked)[1:]
+        rows.append([Candidate(context, ids[: most - len(context)])])
+    for batch in score_candidates(arm.model, rows, arm.memory, _paths(arm, held)):
+        for _, (score,) in batch:
+            nats, tokens = nats + score.nats, tokens + score.tokens
+    perplexity = float(np.exp(nats / tokens))
+    return {"held_out_perplexity": perplexity, "held_out_tokens": tokens, **recall(arm, facts)}
 
 
 def train_lora(
@@ -213,49 +196,54 @@ def retrieval(model: MemoryModel, text: OwnText) -> Callable[[str], str]:
     return lambda question: texts[int((vectors @ encoder.encode([question])[0]).argmax())]
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    work: Path = args.work
+def measure(
+    *,
+    corpus: Path,
+    work: Path,
+    model: Path = DEMO,
+    articles: int = 300,
+    characters: int = 2000,
+    passes: int | None = None,
+    forget: int = 20,
+    lora_rank: int = 8,
+    lora_rates: Sequence[float] = (1e-4, 3e-4, 1e-3),
+) -> Result:
+    """In ``work``, a new folder: ``articles`` of ``characters`` at most, in so many ``passes``; so
+    many to ``forget``, or 0."""
     if work.exists():
         raise UserError("the folder exists", work, "give a new one: its times are measured")
-    wanted = args.articles + args.forget
-    articles = choose_articles(args.corpus, wanted, args.characters)
-    held = write_articles(articles[: args.articles], work / "documents")
-    write_articles(articles[args.articles :], work / "control")
-    start = time.perf_counter()
+    chosen = choose_articles(corpus, articles + forget, characters)
+    held = write_articles(chosen[:articles], work / "documents")
+    write_articles(chosen[articles:], work / "control")
     out, run = work / "model", work / "model.run"
-    options = [] if args.passes is None else ["--passes", str(args.passes)]
-    remember([str(work / "documents"), "--model", str(args.model), "--out", str(out), *options])
-    seconds, settings = time.perf_counter() - start, Settings.load(run)
-    documents = documents_of_run(run)
-    text, _ = text_of(open_base(str(args.model)), documents)
+    options = [] if passes is None else ["--passes", str(passes)]
+    command = [str(work / "documents"), "--model", str(model), "--out", str(out), *options]
+    seconds = timed(lambda: remember(command)).ms / 1e3
+    settings, documents = Settings.load(run), documents_of_run(run)
+    text, _ = text_of(open_base(str(model)), documents)
     facts = facts_of(documents)
     numbers = sorted(int(folder.name) for folder in (run / "subtrees").iterdir())
     steps = sum(result["steps"] for result in results_of(run, numbers))
-    model, before = load(out), load(args.model)
-    arms = {"anchor": Arm(model, "none"), "remembered": Arm(model, "fetched")}
+    after, before = load(out), load(model)
+    arms = {"anchor": Arm(after, "none"), "remembered": Arm(after, "fetched")}
     if before.bank is not None:
         arms["memory it had"] = Arm(before, "fetched")
-    arms["retrieval"] = Arm(model, "none", retrieval(model, text))
-    result: dict[str, Any] = {
+    arms["retrieval"] = Arm(after, "none", retrieval(after, text))
+    rows = {name: figures(arm, held, facts) for name, arm in arms.items()}
+    for rate in lora_rates:
+        start = time.perf_counter()
+        anchor = train_lora(out, text, settings, steps, lora_rank, rate, work / "rows.npy")
+        took = time.perf_counter() - start
+        arm = Arm(MemoryModel(anchor, after.anchor_config, after.tokenizer), "none")
+        rows[f"LoRA, {rate:g}"] = {**figures(arm, held, facts), "seconds": took}
+    result: Result = {
         "articles": len(documents),
         "tokens": len(text.windows.tokens),
         "steps": steps,
-        "seconds": round(seconds, 1),
-        "arms": {name: figures(arm, held, facts) for name, arm in arms.items()},
-        "lora": [],
+        "seconds": seconds,
+        "arms": rows,
     }
-    for rate in args.lora_rates:
-        start = time.perf_counter()
-        rows = work / "rows.npy"
-        anchor = train_lora(out, text, settings, steps, args.lora_rank, rate, rows)
-        arm = Arm(MemoryModel(anchor, model.anchor_config, model.tokenizer), "none")
-        took = {"learning_rate": rate, "seconds": round(time.perf_counter() - start, 1)}
-        result["lora"].append({**took, **figures(arm, held, facts)})
-    if result["lora"]:
-        result["arms"]["LoRA"] = min(result["lora"], key=lambda r: r["held_out_perplexity"])
-    if args.forget:
-        result["forget"] = measure_forget(out, run, documents, facts, args.forget)
-    return result
+    return result | (measure_forget(out, run, documents, facts, forget) if forget else {})
 
 
 def measure_forget(
@@ -263,54 +251,21 @@ def measure_forget(
 ) -> dict[str, Any]:
     """Forgets ``count`` documents, and asks for the facts of these and of all others."""
     gone = {d.sha256 for d in documents[:count]}  # by hash, so they are anywhere in the tree
-    start, less = time.perf_counter(), out.with_name("less")
-    forget(open_base(str(out)), sorted(gone), run, less, out.with_name("control"))
-    report = json.loads((Path(f"{less}.run") / "forgotten.json").read_text())
+    less = out.with_name("less")
+    seconds = timed(
+        lambda: forget(open_base(str(out)), sorted(gone), run, less, out.with_name("control"))
+    ).ms
+    result: Result = json.loads((Path(f"{less}.run") / "forgotten.json").read_text())
     for name in ("forgotten", "control"):
-        del report[name]["documents"]
-    result = {"seconds": round(time.perf_counter() - start, 1), **report}
-    for name, asked in (
-        ("facts_of_forgotten", [q for q in facts if documents[q.document].sha256 in gone]),
-        ("facts_of_others", [q for q in facts if documents[q.document].sha256 not in gone]),
-    ):
-        for when, folder in (("before", out), ("after", less)):
-            right = recalled(Arm(load(folder), "fetched"), asked) if asked else np.zeros(1, bool)
-            result[f"{name}_{when}"] = {
-                "facts": len(asked), "recalled": int(right.sum()), "interval": interval(right),
-            }  # fmt: skip
-    return result
-
-
-def show(result: dict[str, Any]) -> None:
-    print(
-        f"{result['articles']} articles, {result['tokens']:,} tokens: {result['steps']} steps, "
-        f"{result['seconds']} s"
-    )
-    print(f"{'':16}{'held-out perplexity':>20}{'facts recalled':>20}{'95 %':>16}")
-    for name, arm in result["arms"].items():
-        low, high = arm["recalled_interval"]
-        share = f"{arm['recalled']} of {arm['facts']}"
-        print(f"{name:16}{arm['held_out_perplexity']:20.2f}{share:>20}{low:9.2f}–{high:.2f}")
-    if "forget" in result:
-        print(json.dumps(result["forget"], indent=2))
-
-
-def main() -> None:
-    parser = ArgumentParser(prog="python -m benchmarks.remember", description=__doc__)
-    parser.add_argument("--corpus", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True, help="a new folder for all of it")
-    parser.add_argument("--model", type=Path, default=DEMO)
-    parser.add_argument("--articles", type=int, default=300)
-    parser.add_argument("--characters", type=int, default=2000, help="of an article, at most")
-    parser.add_argument("--passes", type=int, help="as that of train remember")
-    parser.add_argument("--forget", type=int, default=20, help="documents to forget; 0: none")
-    parser.add_argument("--lora-rank", type=int, default=8)
-    parser.add_argument("--lora-rates", type=float, nargs="*", default=[1e-4, 3e-4, 1e-3])
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    args = parser.parse_args()
-    result = measure(args)
-    print(json.dumps(result, indent=2)) if args.json else show(result)
+        del result[name]["documents"]
+    rows = {}
+    for when, folder in (("before", out), ("after", less)):
+        arm = Arm(load(folder), "fetched")
+        for name, those in (("forgotten", True), ("others", False)):
+            asked = [q for q in facts if (documents[q.document].sha256 in gone) is those]
+            rows[f"{name}, {when}"] = recall(arm, asked) if asked else {}
+    return {"seconds_to_forget": seconds / 1e3, **result, "facts": rows}
 
 
 if __name__ == "__main__":
-    run_program(main)
+    benchmark(__doc__, measure)

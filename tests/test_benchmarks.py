@@ -1,13 +1,17 @@
 """The benchmarks of the memory bank measure what they say: bytes, ways of reading, topics."""
 
 import json
+from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from benchmarks import bank_fetch, copying, topics
+from benchmarks import copying
 from benchmarks.common.banks import (
+    BITS,
+    Bits,
     R,
     file_parts,
     keys_of,
@@ -16,11 +20,13 @@ from benchmarks.common.banks import (
     sibling,
     spread_paths,
 )
-from benchmarks.common.counting import CAN_DROP, disk_bytes, evict, io_counts, timed
-from benchmarks.common.fetch_times import byte_counts, fetch_times, first_of_process
+from benchmarks.common.counting import CAN_DROP, HEATS, disk_bytes, evict, io_counts, timed
 from benchmarks.common.models import random_texts, random_tree, write_anchor
-from benchmarks.common.raw_reads import COLD_WAYS, PLAIN, RawReader, Way, fastest_ways
-from benchmarks.many_topics import growth, show_walk
+from benchmarks.common.show import benchmark, draw, shown
+from benchmarks.fetch import topics
+from benchmarks.fetch.path import byte_counts, fetch_times, first_of_process
+from benchmarks.fetch.raw_reads import COLD_WAYS, PLAIN, RawReader, Way, fastest_ways
+from benchmarks.fetch.walk import growth
 from mlx_hmem.anchors.openlm import PRESETS, ModelArgs
 from mlx_hmem.bank import Bank
 from mlx_hmem.config import MemoryConfig
@@ -154,29 +160,53 @@ def test_the_flat_banks_are_of_the_same_size_and_share_nothing_between_topics(tm
     assert sum(part.nbytes for part in cases.scattered[0]) == 2 * config.fetched_parameters
 
 
-def test_the_times_have_every_row_that_the_tables_and_pictures_show(bank, tmp_path, capsys):
-    result = {
-        "anchor": "openlm-160m",
-        "bits": 16,
-        **byte_counts(bank.folder, bank.paths),
-        "times": fetch_times(bank.folder, bank.paths[:2], repeats=2),
-    }
-    for heat, found in result["times"].items():
-        found["ms"]["first_of_process"] = first_of_process(bank.folder, bank.paths[0], heat)
-        assert found["raw"][found["fastest_raw"]] == found["ms"]["raw"] <= found["ms"]["raw_plain"]
-    whole = {"machine": "a machine", "versions": "versions", "banks": [result]}
-    bank_fetch.show(json.loads(json.dumps(whole)))
-    table = capsys.readouterr().out
-    for label in ("with checksum", "first fetch of a process", "in float32", "copy into used"):
-        assert label in table
+def test_the_times_have_every_row_that_the_tables_and_pictures_show(bank, tmp_path):
+    counts = {"a bank": byte_counts(bank.folder, bank.paths)}
+    result = {"machine": "a machine", "versions": "versions", "bytes": counts}
+    for heat in HEATS:
+        way, rows = fetch_times(bank.folder, bank.paths[:2], heat, repeats=2)
+        assert way in {str(way) for way in COLD_WAYS}
+        assert rows["raw"]["ms"] <= rows["raw_plain"]["ms"]
+        rows["first_of_process"] = {"ms": first_of_process(bank.folder, bank.paths[0], heat)}
+        result[heat] = rows
+    table = shown(json.loads(json.dumps(result)))
+    for label in ("later", "first of process", "in float32", "copy fresh", "bytes by reader"):
+        assert f"\n{label} " in table
     pytest.importorskip("matplotlib", reason="matplotlib, of the extra `plot`, is missing")
-    bank_fetch.plot(whole, tmp_path / "plot.png")
+    draw(result, ("ms", "of_copy"), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_what_a_function_takes_are_the_options_of_the_program(monkeypatch, capsys):
+    def measure(
+        models: Sequence[Path],
+        *,
+        text: Path,
+        bits: Sequence[Bits] = BITS,
+        repeats: int = 3,
+        most: int | None = None,
+    ):
+        print("what a program says that is called")
+        return {"given": [len(models), text.name, list(bits), repeats, most]}
+
+    def run(*words):
+        monkeypatch.setattr("sys.argv", ["benchmark", *words])
+        benchmark("What it is.", {"part": measure})
+        return capsys.readouterr()
+
+    said = run("part", "a", "b", "--text", "of/c", "--bits", "8", "4", "--most", "7", "--json")
+    assert json.loads(said.out)["given"] == [2, "c", [8, 4], 3, 7]
+    assert "is called" in said.err
+    assert "given: 1, c, 16, 8, 4, 3, –" in run("part", "a", "--text", "c").out
+    for wrong in (["part", "a"], ["part", "a", "--text", "c", "--bits", "3"], ["other"]):
+        with pytest.raises(SystemExit, match="2"):
+            run(*wrong)
+        assert capsys.readouterr().err.startswith("error: wrong command line")
 
 
 def test_the_fastest_ways_are_sorted_out_of_those_that_were_tried(bank):
     parts = file_parts(bank.folder, bank.manifest, sorted(keys_of(TINY, bank.paths[:1])))
-    ways = fastest_ways(parts, cold=False, rounds=1, keep=3)
+    ways = fastest_ways(parts, "warm", rounds=1, keep=3)
     assert len(set(ways)) == 3
     assert not any(way.direct or way.hints for way in ways)
 
@@ -189,16 +219,13 @@ def test_random_texts_spread_over_the_random_tree():
     assert [len(text.split()) for text in random_texts(3, 50, seed=1)] == [50] * 3
 
 
-def test_growth_is_counted_after_the_warm_up_in_fifths(capsys):
+def test_growth_is_counted_after_the_warm_up_in_fifths():
     flat = growth([(9, 1)] * 10 + [(100 + i % 2, 7) for i in range(50)], warm_up=10)
     assert flat["mean_resident_bytes"] == [100] * 5
     assert flat["most_resident_bytes"] == [101] * 5
     assert flat["open_files"] == [7] * 5
     grown = growth([(i * 10**6, i) for i in range(60)], warm_up=10)
     assert grown["open_files"] == [19, 29, 39, 49, 59]
-    show_walk(grown | {"ms": 1.0, "level_1": 16})
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split()[-5:] == ["14", "24", "34", "44", "54"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

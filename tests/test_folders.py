@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.convert_kills import cases, run_case
+from benchmarks.kills import cases, run_case
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import write_atomic
 from mlx_hmem.folders import RECORD, identity_of, whole_folder
@@ -171,7 +171,7 @@ def test_what_was_replaced_comes_back_where_another_conversion_begins(tmp_path):
 
 
 def test_conversions_that_are_killed_come_out_the_same(tmp_path):
-    """Few, over an older model; benchmarks/convert_kills.py has many, of every kind."""
+    """Few, over an older model; benchmarks/kills.py has many, of every kind."""
     over = list(cases(tmp_path, layers=2))[-1]
     found = run_case(tmp_path, over, random.Random(1), kills=2, shard_bytes=100_000)
     assert found["kills"] == 2

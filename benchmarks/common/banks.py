@@ -8,7 +8,7 @@ blocks. What is measured does not notice: a read of one block touches no other.
 import math
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -17,13 +17,16 @@ from mlx_hmem.bank import Manifest, Quantization, stored_levels, write_bank
 from mlx_hmem.config import ClusterPath, MemoryConfig
 
 BRANCHING = (16, 16, 16, 16)
+Anchor = Literal["openlm-160m", "openlm-410m", "openlm-1b"]
+Bits = Literal[16, 8, 4]
 # r of each level (paper, section 6): 4.6, 12.7 and 21.1 billion parameters.
-R = {
+R: dict[str, tuple[int, ...]] = {
     "openlm-160m": (256, 64, 16, 0),
     "openlm-410m": (512, 128, 32, 0),
     "openlm-1b": (768, 256, 16, 0),
 }
-BITS = (16, 8, 4)
+ANCHORS: tuple[Anchor, ...] = get_args(Anchor)
+BITS: tuple[Bits, ...] = get_args(Bits)
 GROUP = 64  # values that share a scale and a bias
 
 Key = tuple[int, int]  # (level, cluster)
@@ -58,13 +61,6 @@ def keys_of(config: MemoryConfig, paths: Iterable[ClusterPath]) -> set[Key]:
     return {(n, i) for path in paths for n, i in enumerate(path, 1) if config.r[n - 1]}
 
 
-def quantization(config: MemoryConfig, bits: int) -> list[Quantization] | None:
-    """Mode affine on all levels; None for 16 bits, which is bfloat16 as it is."""
-    if bits == 16:
-        return None
-    return [Quantization(level, "affine", bits, GROUP) for level in stored_levels(config)]
-
-
 def make_bank(
     folder: Path,
     config: MemoryConfig,
@@ -74,7 +70,8 @@ def make_bank(
     tree_hash: str = "none",
     shard_bytes: int = 64 << 20,
 ) -> Manifest:
-    """A bank with normal values in the blocks of ``filled`` and holes for all others."""
+    """A bank with normal values in the blocks of ``filled`` and holes for all others; ``bits``: in
+    mode affine on all levels, or 16 for bfloat16 as it is."""
     rng = np.random.default_rng(0)
 
     def blocks(level: int) -> Iterator[np.ndarray | None]:
@@ -84,6 +81,9 @@ def make_bank(
             yield rng.standard_normal(shape, np.float32) if wanted else None
 
     levels = [blocks(level) if r else None for level, r in enumerate(config.r, 1)]
+    how = None
+    if bits < 16:
+        how = [Quantization(level, "affine", bits, GROUP) for level in stored_levels(config)]
     return write_bank(
         folder,
         config,
@@ -92,7 +92,7 @@ def make_bank(
         dtype="bfloat16",
         anchor_hash=anchor_hash,
         tree_hash=tree_hash,
-        quantization=quantization(config, bits),
+        quantization=how,
         shard_bytes=shard_bytes,
     )
 

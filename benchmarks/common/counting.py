@@ -1,23 +1,32 @@
-"""What the benchmarks of the memory bank count and time: bytes read from the disk, memory, files.
+"""What the benchmarks count and time: seconds, bytes read from the disk, memory, files.
 
 On Linux the kernel counts the bytes that a process caused to be read from the disk; that is how a
 cold read is proven cold. Elsewhere pages cannot be dropped by a program, and cold rows are left
 out.
 """
 
+import multiprocessing
 import os
 import platform
-import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from statistics import median
+from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
+from tqdm import trange
+
+from mlx_hmem.errors import UserError
 
 IO, STATUS, FILES = (Path("/proc/self") / name for name in ("io", "status", "fd"))
 CAN_DROP = hasattr(os, "posix_fadvise") and IO.exists()
+HEATS = ("cold", "warm") if CAN_DROP else ("warm",)
 
 
 def io_counts() -> dict[str, int]:
@@ -35,10 +44,11 @@ def disk_bytes() -> int:
 
 
 def evict(files: Iterable[Path]) -> None:
-    """Drops the pages of files that have been synced out of the page cache."""
-    for path in files:
+    """Syncs files and drops their pages out of the page cache, where a program can do that."""
+    for path in files if CAN_DROP else ():
         handle = os.open(path, os.O_RDONLY)
         try:
+            os.fsync(handle)
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(handle)
@@ -60,23 +70,94 @@ def open_files() -> int:
 class Timed(NamedTuple):
     ms: float
     cpu_ms: float  # of all threads of this process
-    disk_bytes: int
+    disk_bytes: int = 0
 
 
-def timed(work: Callable[[], object]) -> Timed:
-    """One call. What ``work`` returns is let go of only after the clock has stopped."""
+def timed(work: Callable[[], object], times: int = 1) -> Timed:
+    """One call, by default; the mean of some. What ``work`` returns is let go of only after the
+    clock has stopped."""
     before, cpu, start = disk_bytes(), time.process_time(), time.perf_counter()
     result = work()
     ms, cpu_ms = (time.perf_counter() - start) * 1e3, (time.process_time() - cpu) * 1e3
     del result
-    return Timed(ms, cpu_ms, disk_bytes() - before)
+    return Timed(ms / times, cpu_ms / times, disk_bytes() - before)
 
 
-def median(values: Iterable[float]) -> float:
-    return statistics.median(values)
+Found = dict[str, list[Timed]]
+Times = TypeVar("Times")  # a Timed, or several
 
 
-def machine() -> dict[str, str]:
+def in_turns(
+    contenders: Mapping[str, Callable[[int], Times]], rounds: int, what: str, warm_up: bool = True
+) -> dict[str, list[Times]]:
+    """Each contender is called with the number of the round, another one first each time, so that
+    other load on the machine hits all alike. ``warm_up``: a round before counts for nothing."""
+    names, found = list(contenders), {name: list[Times]() for name in contenders}
+    for number in trange(-warm_up, rounds, desc=what, leave=False, delay=2):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            one = contenders[name](max(number, 0))
+            if number >= 0:
+                found[name].append(one)
+    return found
+
+
+def compared(found: Found, first: str, *others: str) -> dict[str, dict[str, Any]]:
+    """Medians over the rounds, also of the ratios to a contender within a round: to ``first`` by
+    the clock and by CPU time, which hardly sees other work on the machine, to ``others`` by the
+    clock."""
+
+    def ratio(times: list[Timed], base: str, clock: int = 0) -> float:
+        pairs = zip(times, found[base], strict=True)
+        return median(t[clock] / max(b[clock], 1e-9) for t, b in pairs)
+
+    return {
+        name: {
+            "ms": median(t.ms for t in times),
+            **{f"of_{base}": ratio(times, base) for base in (first, *others)},
+            "cpu_ms": median(t.cpu_ms for t in times),
+            f"of_{first}_by_cpu": ratio(times, first, 1),
+            "disk_mb": [f(t.disk_bytes for t in times) / 1e6 for f in (min, max)],
+        }
+        for name, times in found.items()
+    }
+
+
+def in_own_process(work: Callable[..., Any], *arguments: Any) -> Any:
+    """What ``work``, a function of a module, returns in a fresh interpreter."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def run(command: Sequence[str], **how: Any) -> tuple[str, int]:
+    """What another program says, and the most resident memory that it held, in bytes. ``how`` is
+    Popen's. Raises UserError if the program fails."""
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command, stdout=output, **how)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise UserError("a program failed", " ".join(command), "see above")
+        output.seek(0)
+        return output.read(), usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def status_of(text: str) -> dict[str, int]:
+    """The sizes of /proc/PID/status, in bytes."""
+    pairs = (line.split(":") for line in text.splitlines() if line.endswith(" kB"))
+    return {name: int(value.split()[0]) * 1024 for name, value in pairs}
+
+
+def bare() -> dict[str, int]:
+    """What the interpreter holds with MLX imported."""
+    if not STATUS.exists():
+        raise UserError("this counts with /proc", "this system has none", "run it on Linux")
+    program = f"import mlx.core; print(open('{STATUS}').read())"
+    return status_of(run([sys.executable, "-c", program])[0])
+
+
+def machine() -> dict[str, Any]:
     """The machine and the versions, for the head of a result."""
     return {
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, "

@@ -10,21 +10,28 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, Literal
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_map
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from benchmarks.common.banks import BRANCHING, keys_of, make_bank, paper_config
+from benchmarks.common.banks import BRANCHING, GROUP, keys_of, make_bank, paper_config
 from mlx_hmem.anchors.load import anchor_hash, named_parameters
 from mlx_hmem.anchors.openlm import PRESETS, Model
+from mlx_hmem.bank import Bank
 from mlx_hmem.config import FORMAT_VERSION, HmemConfig, RetrieverConfig
 from mlx_hmem.files import fingerprint, write_atomic
+from mlx_hmem.model.load import read_tokenizer
+from mlx_hmem.model.model import MemoryModel
 from mlx_hmem.retriever import ClusterTree, Retriever, load_encoder
 from mlx_hmem.retriever.encoder import STATIC_FOLDER
 
 VOCAB = 50_432
 POOL = 4096  # random texts whose vectors become centroids
+Dtype = Literal["float32", "bfloat16"]
 DTYPES = {"float32": ("F32", 4), "bfloat16": ("BF16", 2)}
 
 
@@ -52,6 +59,14 @@ def random_retriever() -> Retriever:
     return Retriever(encoder, random_tree(encoder.encode(random_texts(POOL, 50, seed=1))))
 
 
+def write_config(folder: Path, name: str, **more: Any) -> None:
+    """An anchor's config.json, and its tokenizer."""
+    write_atomic(
+        folder / "config.json", json.dumps(asdict(PRESETS[name]) | {"eos_token_id": 1} | more)
+    )
+    write_tokenizer(folder)
+
+
 def write_tokenizer(folder: Path) -> None:
     words = {f"w{index}": index for index in range(VOCAB)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
@@ -61,11 +76,34 @@ def write_tokenizer(folder: Path) -> None:
     write_atomic(folder / "tokenizer_config.json", json.dumps(config))
 
 
-def random_anchor(name: str) -> Model:
+def random_anchor(name: str, dtype: str = "float32", bits: int | None = None) -> Model:
+    """``bits``: of an anchor that is quantised as mlx-lm does it, in groups of ``GROUP``."""
     mx.random.seed(0)
     anchor = Model(PRESETS[name])
+    anchor.update(tree_map(lambda array: array.astype(getattr(mx, dtype)), anchor.parameters()))
+    if bits is not None:
+        nn.quantize(anchor, group_size=GROUP, bits=bits)
     mx.eval(anchor.parameters())
     return anchor
+
+
+def copy_of(anchor: Model, bits: int | None = None) -> Model:
+    """Another anchor with the same arrays for weights, which may be quantised."""
+    other = Model(anchor.args)
+    if bits is not None:
+        nn.quantize(other, group_size=GROUP, bits=bits)
+    other.update(anchor.parameters())
+    return other
+
+
+def model_of(
+    place: Path, anchor: Model, retriever: Retriever | None = None, bank: Bank | None = None
+) -> MemoryModel:
+    """A model of parts that are in memory; its tokenizer is written to ``place``."""
+    write_tokenizer(place)
+    tokenizer = read_tokenizer(place, {"eos_token_id": 1})
+    context = {"max_position_embeddings": anchor.args.max_position_embeddings}
+    return MemoryModel(anchor, context, tokenizer, retriever, bank)
 
 
 def write_anchor(folder: Path, name: str, dtype: str) -> None:
@@ -73,22 +111,16 @@ def write_anchor(folder: Path, name: str, dtype: str) -> None:
     its tokenizer."""
     tag, size = DTYPES[dtype]
     header, at = {}, 0
-    for key, shape in _shapes(name).items():
-        end = at + size * int(np.prod(shape))
-        header[key] = {"dtype": tag, "shape": list(shape), "data_offsets": [at, end]}
+    for key, array in named_parameters(Model(PRESETS[name])).items():
+        end = at + size * array.size
+        header[key] = {"dtype": tag, "shape": list(array.shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(header).encode()
     file = folder / "model.safetensors"
     write_atomic(file, len(text).to_bytes(8, "little") + text)
     with open(file, "r+b") as opened:
         opened.truncate(8 + len(text) + at)
-    config = asdict(PRESETS[name]) | {"eos_token_id": 1}
-    write_atomic(folder / "config.json", json.dumps(config))
-    write_tokenizer(folder)
-
-
-def _shapes(name: str) -> dict[str, tuple[int, ...]]:
-    return {key: array.shape for key, array in named_parameters(Model(PRESETS[name])).items()}
+    write_config(folder, name)
 
 
 def write_memory(folder: Path, name: str, prompts: Sequence[str], bits: int = 16) -> int:

@@ -1,30 +1,167 @@
-"""How the benchmarks of the memory bank give their results: a table or JSON, and a picture."""
+"""The face of every benchmark: its options, and its result as tables, as JSON or as a picture.
+
+A result has figures by name; a table is a dictionary of rows, a row one of figures by column. What
+a benchmark calls may print what it likes: that goes to standard error.
+"""
 
 import argparse
+import inspect
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from benchmarks.common.counting import machine
+from mlx_hmem.errors import ArgumentParser, UserError, run_program
+from mlx_hmem.evaluate.tables import table
+from train.loop.plot import import_pyplot
 
 Result = dict[str, Any]
+WIDE = 7  # a table with more columns is turned on its side
 
 
-def add_outputs(parser: argparse.ArgumentParser, repeats: int) -> None:
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a PNG picture")
-    parser.add_argument("--repeats", type=int, default=repeats, help="default: %(default)s")
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass
 
 
-def report(
-    result: Result,
-    args: argparse.Namespace,
-    show: Callable[[Result], None],
-    plot: Callable[[Result, Path], None],
+Measure = Callable[..., Result]
+
+
+def benchmark(
+    doc: str | None, parts: Measure | Mapping[str, Measure], bars: Sequence[str] = ()
 ) -> None:
-    """Prints the result first: a picture that cannot be drawn must not lose it."""
-    if args.json:
-        print(json.dumps(result, indent=2))
-    else:
-        show(result)
-    if args.plot:
-        plot(result, args.plot)
+    """The whole program: a function that measures, or several by a word that is the program's first
+    argument. Their parameters are the program's: one without a default stands for itself, others
+    are options. ``bars`` are the columns of the tables that --plot draws."""
+
+    def main() -> None:
+        parser = ArgumentParser(description=doc, formatter_class=_Help)
+        if isinstance(parts, Mapping):
+            words = parser.add_subparsers(dest="part", required=True, metavar="|".join(parts))
+            for name, part in parts.items():
+                _add_options(words.add_parser(name, formatter_class=_Help), part, bars)
+        else:
+            _add_options(parser, parts, bars)
+        options = vars(parser.parse_args())
+        as_json, picture = options.pop("json"), options.pop("plot", None)
+        measure = parts[options.pop("part")] if isinstance(parts, Mapping) else parts
+        with redirect_stdout(sys.stderr):
+            result = machine() | measure(**options)
+        # Printed first: a picture that cannot be drawn must not lose it.
+        print(json.dumps(result, indent=2) if as_json else shown(result))
+        if picture:
+            draw(result, bars, picture)
+
+    run_program(main)
+
+
+def _add_options(parser: argparse.ArgumentParser, measure: Measure, bars: Sequence[str]) -> None:
+    kinds = get_type_hints(measure)
+    for name, parameter in inspect.signature(measure).parameters.items():
+        kind, settings = kinds[name], dict[str, Any]()
+        if isinstance(kind, UnionType):  # or None
+            kind = get_args(kind)[0]
+        if get_origin(kind) is Sequence:
+            given = parameter.default is parameter.empty
+            kind, settings["nargs"] = get_args(kind)[0], "+" if given else "*"
+        if get_origin(kind) is Literal:
+            settings["choices"] = get_args(kind)
+            kind = type(get_args(kind)[0])
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty:
+            settings["required"] = True
+        elif parameter.default is not parameter.empty:
+            settings["default"] = parameter.default
+        option = (
+            f"--{name.replace('_', '-')}" if settings.keys() & {"required", "default"} else name
+        )
+        parser.add_argument(option, type=kind, help=" ", **settings)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    if bars:
+        parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a PNG picture")
+
+
+def tables_of(result: Result) -> dict[str, dict[str, dict[str, Any]]]:
+    return {
+        name: value
+        for name, value in result.items()
+        if isinstance(value, dict) and value and all(isinstance(v, dict) for v in value.values())
+    }
+
+
+def shown(result: Result) -> str:
+    """A result as text."""
+    lines, tables = list[str](), tables_of(result)
+    for name, value in result.items():
+        if name in tables:
+            lines += ["", _aligned(name, tables[name])]
+        elif isinstance(value, dict):
+            lines.append(
+                f"{_words(name)}: " + ", ".join(f"{_words(k)} {_cell(v)}" for k, v in value.items())
+            )
+        else:
+            lines.append(f"{_words(name)}: {_cell(value)}")
+    return "\n".join(lines)
+
+
+def _aligned(title: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
+    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+    cells = [[_words(name) for name in (title, *columns)]]
+    cells += [
+        [_words(name), *(_cell(row.get(c, "")) for c in columns)] for name, row in rows.items()
+    ]
+    return table(list(zip(*cells, strict=True)) if len(columns) > WIDE else cells)
+
+
+def _words(name: str) -> str:
+    return name if "/" in name else name.replace("_", " ")
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_cell, value))
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def draw(result: Result, columns: Sequence[str], target: Path) -> None:
+    """Horizontal bars of some columns of all tables that have them, one panel below the other, into
+    the PNG file ``target``.
+
+    Raises UserError where matplotlib is missing or the file cannot be written.
+    """
+    pyplot = import_pyplot()
+    panels = []
+    for title, rows in tables_of(result).items():
+        for column in columns:
+            bars = {_words(name): row[column] for name, row in rows.items() if row.get(column)}
+            if bars:
+                panels.append((f"{_words(title)}: {_words(column)}", bars))
+    heights = [len(bars) + 1.5 for _, bars in panels]
+    figure, axes = pyplot.subplots(
+        len(panels),
+        figsize=(8, 0.28 * sum(heights) + 0.4),
+        height_ratios=heights,
+        layout="constrained",
+        squeeze=False,
+    )
+    for (title, bars), ax in zip(panels, axes[:, 0], strict=True):
+        drawn = ax.barh(list(bars), list(bars.values()), color="#3b6fb6", height=0.7)
+        ax.bar_label(drawn, fmt=_cell, padding=3, fontsize=8)
+        ax.invert_yaxis()
+        ax.set_title(title, loc="left", fontsize=9)
+        ax.set_xlim(0, 1.12 * max(bars.values()))
+        ax.tick_params(labelsize=8)
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel(f"{result['machine']}; {result['versions']}", fontsize=7)
+    try:
+        figure.savefig(target, dpi=150, format="png")
+    except OSError as error:
+        raise UserError("the picture cannot be written", error, "choose another path") from None
+    finally:
+        pyplot.close(figure)

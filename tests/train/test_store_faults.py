@@ -28,7 +28,7 @@ from train.loop.stopping import Stopping
 from train.store.blocks import BlockStore
 from train.store.records import RecordStore, check_free_space
 
-KILLS = 6  # python -m benchmarks.kills has fifty of them
+KILLS = 6  # python -m benchmarks.kills training has fifty of them
 
 
 def test_a_run_killed_at_random_moments_has_the_losses_of_one_that_was_not(tmp_path):

@@ -15,7 +15,7 @@ on a frozen anchor it is reckoned as the larger of
 
 and beside it the blocks in the store and the program. At the 160M shape with 4.6 billion parameters
 of memory (one sequence of 512 tokens, float32) that was 2.00 GB where 1.88 were measured: ``python
--m benchmarks.budget_training``. A stage that trains an anchor is reckoned as in :mod:`.costs`.
+-m benchmarks.training budget``. A stage that trains an anchor is reckoned as in :mod:`.costs`.
 """
 
 import math

@@ -1,0 +1,1 @@
+"""What fetching memory costs: from the disk, between topics, before the first token."""
