@@ -1,14 +1,14 @@
-"""Resident memory of ``generate.py``: ``python -m benchmarks.budget PART [--json]``.
+"""Resident memory of our programs: ``python -m benchmarks.budget PART [--json]``.
 
-``chat``: whether ``generate.py --memory-budget`` keeps to it. An anchor with random weights in 4
+``chat``: whether ``mlx_hmem.chat --memory-budget`` keeps to it. An anchor with random weights in 4
 bits and the paper's bank for it in 4 bits (sparse files: 4.6 and 12.7 billion parameters, of which
 the disk holds the blocks that are read). A conversation with history, each turn on another topic,
-until the context of 2,048 tokens is full. ``generate.py`` runs as a person runs it; the kernel says
-what it has held at most (VmHWM), and what an interpreter holds that has imported MLX; the budget is
-for the difference. Whoever is seen beyond it is killed, as a phone's system does. With
-``--control-group FOLDER``, a Linux control group (version 1 or 2) that may have children, the
-kernel holds the limit: the pages that it keeps of read files count then, and are let go of first.
-(RLIMIT_DATA is another thing: it counts what is asked for too, ``data_above_bare_bytes``.)
+until the context of 2,048 tokens is full. The kernel says what the program has held at most
+(VmHWM), and what an interpreter holds that has imported MLX; the budget is for the difference.
+Whoever is seen beyond it is killed, as a phone's system does. With ``--control-group FOLDER``, a
+Linux control group (version 1 or 2) that may have children, the kernel holds the limit: the pages
+that it keeps of read files count then, and are let go of first. (RLIMIT_DATA is another thing: it
+counts what is asked for too, ``data_above_bare_bytes``.)
 
 ``resident``: peaks of ``generate.py`` with a bank of 21.1 billion parameters, and without one. The
 anchor has OpenLM-1B's shape, 1.4 billion parameters, all zero, so that its file is sparse and its
@@ -45,6 +45,7 @@ from mlx_hmem.budget.resident import parse_bytes
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import save_safetensors
 
+CHAT = [sys.executable, "-m", "mlx_hmem", "chat", "--model"]
 GENERATE = [sys.executable, str(Path(__file__).parents[1] / "generate.py"), "--model"]
 BITS, CONTEXT = 4, 2048
 TURNS, WORDS, ANSWER = 5, 380, 32  # 2,060 tokens: the last turn finds the context full
@@ -67,7 +68,7 @@ def chat(
         size = parse_bytes(text, "--budget")
         with tempfile.TemporaryDirectory() as place, contextlib.ExitStack() as stack:
             parameters = write_model(Path(place), name, dtype, texts)
-            command, most = [*GENERATE, place], before["VmHWM"] + size
+            command, most = [*CHAT, place], before["VmHWM"] + size
             if control_group is not None:
                 group = stack.enter_context(limited(control_group, most))
                 command = ["sh", "-c", ENTER, str(group), *command]
@@ -101,7 +102,7 @@ def converse(
 ) -> tuple[dict[str, Any], list[str]]:
     """One conversation, watched from here: beyond ``most`` resident bytes it is killed. Its peaks
     in bytes, and what it said."""
-    options = ["--chat", "--max-tokens", str(ANSWER), "--memory-budget", str(budget)]
+    options = ["--max-tokens", str(ANSWER), "--memory-budget", str(budget)]
     peaks, start = dict.fromkeys(("VmHWM", "RssAnon", "VmData"), 0), time.perf_counter()
     with tempfile.TemporaryFile("w+") as lines, tempfile.TemporaryFile("w+") as said:
         lines.write("\n".join(["/history on", *texts, "/stats"]))
