@@ -25,7 +25,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.common.counting import Timed, compared, in_turns, timed
+from benchmarks.common.counting import Timed, compared, in_turns, returned, timed
 from benchmarks.common.models import random_texts, write_anchor, write_memory
 from benchmarks.common.show import Result, benchmark
 from convert.bundle import bundle
@@ -34,6 +34,7 @@ from mlx_hmem.bank import Manifest
 from mlx_hmem.bank.format import MANIFEST
 from mlx_hmem.model.find import BANK_FOLDER
 from mlx_hmem.model.load import DEMO, load
+from mlx_hmem.model.model import MemoryModel
 
 TOKENS = 32
 SMALL_ANCHOR = ["--anchor-bits", "4", "--anchor-group-size", "32"]
@@ -84,11 +85,9 @@ def compare(folder: Path, place: Path, count: int) -> dict[str, Any]:
     for prompt in tqdm(prompts(count, opened), desc=folder.name, delay=2):
         path = model.retriever.route(prompt) if model.retriever else None
         routes += opened.route(prompt) == list(path or ())
-        answer, said = list[int](), list[int]()
-        pieces = model.stream(prompt, max_tokens=TOKENS)
-        of_model = timed(lambda p=pieces, a=answer: a.extend(x.token for x in p)).ms  # type: ignore[misc]
-        of_runner = timed(lambda p=prompt, a=said: a.extend(ask(opened, p))).ms  # type: ignore[misc]
-        ratios.append(of_runner / of_model)
+        answer, own = returned(partial(answer_of, model, prompt))
+        said, its = returned(partial(ask, opened, prompt))
+        ratios.append(its.ms / own.ms)
         same, tokens = same + (said == answer), tokens + len(answer)
     return {
         "prompts": count,
@@ -98,6 +97,10 @@ def compare(folder: Path, place: Path, count: int) -> dict[str, Any]:
         "time_of_model": median(ratios),
         **sizes(place),
     }
+
+
+def answer_of(model: MemoryModel, prompt: str) -> list[int]:
+    return [piece.token for piece in model.stream(prompt, max_tokens=TOKENS)]
 
 
 def ask(opened: Any, prompt: str) -> list[int]:
@@ -124,9 +127,9 @@ def overhead(place: Path, repeats: int) -> Result:
     bundles = paper_bundles(place)
 
     def run(bits: int, _: int) -> tuple[Timed, Timed, Timed]:
-        each, rows = bundles[bits], list[Any]()
+        each = bundles[bits]
         ids, blocks = each.ids_of(TEXT), each.blocks_of(each.route(TEXT))
-        attach = timed(lambda: rows.extend(each.attach(blocks)))
+        rows, attach = returned(lambda: each.attach(blocks))
         steps = each.generate(ids, rows, 8)
         first = timed(lambda: next(steps))
         decode = timed(lambda: list(islice(steps, 6)), times=6)

@@ -17,8 +17,8 @@ also routes) in front of the question, within the context of the anchor alone.
 import heapq
 import json
 import re
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ import numpy as np
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from tqdm import tqdm
 
-from benchmarks.common.counting import timed
+from benchmarks.common.counting import returned, timed
 from benchmarks.common.show import Result, benchmark
 from mlx_hmem.anchors.load import load_anchor
 from mlx_hmem.errors import UserError
@@ -231,11 +231,10 @@ def measure(
     arms["retrieval"] = Arm(after, "none", retrieval(after, text))
     rows = {name: figures(arm, held, facts) for name, arm in arms.items()}
     for rate in lora_rates:
-        start = time.perf_counter()
-        anchor = train_lora(out, text, settings, steps, lora_rank, rate, work / "rows.npy")
-        took = time.perf_counter() - start
+        given = (out, text, settings, steps, lora_rank, rate, work / "rows.npy")
+        anchor, took = returned(partial(train_lora, *given))
         arm = Arm(MemoryModel(anchor, after.anchor_config, after.tokenizer), "none")
-        rows[f"LoRA, {rate:g}"] = {**figures(arm, held, facts), "seconds": took}
+        rows[f"LoRA, {rate:g}"] = {**figures(arm, held, facts), "seconds": took.ms / 1e3}
     result: Result = {
         "articles": len(documents),
         "tokens": len(text.windows.tokens),

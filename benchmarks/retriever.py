@@ -13,13 +13,13 @@ OPENBLAS_NUM_THREADS=1 for the figures of one core.
 """
 
 import random
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common.counting import timed
+from benchmarks.common.counting import returned, timed
 from benchmarks.common.show import Result, benchmark
 from mlx_hmem.errors import UserError
 from mlx_hmem.retriever import ClusterTree
@@ -107,15 +107,13 @@ def encoders(*, corpus: Path, documents: int = 1500, seed: int = 0) -> Result:
     fast = {kind: static.encode(t) for kind, t in texts.items()}
     rows = {}
     for kind in texts:
-        cosine = float((slow[kind] * fast[kind]).sum(axis=1).mean())
-        rows[f"static chooses MiniLM's, {kind}"] = {
-            **agreement(trees, slow[kind], fast[kind]),
-            "cosine": cosine,
-        }
-    for kind in list(texts)[1:]:
+        cosine = {"cosine": float((slow[kind] * fast[kind]).sum(axis=1).mean())}
+        row = agreement(trees, slow[kind], fast[kind]) | cosine
+        rows[f"static chooses MiniLM's, {kind}"] = row
+    for kind in ("first_sentences", "prompts"):
         for name, its_trees, its in (("minilm", trees, slow), ("static", own, fast)):
-            found = agreement(its_trees, its["documents"], its[kind])
-            rows[f"{name}: {kind} in the document's own"] = found
+            row = agreement(its_trees, its["documents"], its[kind])
+            rows[f"{name}: {kind} in the document's own"] = row
     return {
         "megabytes": {
             "minilm": sum((find_minilm() / file).stat().st_size for file in FILES) / 1e6,
@@ -149,46 +147,37 @@ def full_batch(vectors: np.ndarray, k: int, rng: np.random.Generator) -> np.ndar
     return centroids
 
 
-def quality(vectors: np.ndarray, fit: Callable[[int], np.ndarray], seeds: int) -> dict[str, float]:
+def quality(vectors: np.ndarray, fit: Callable[..., np.ndarray], seeds: int) -> dict[str, float]:
     """Means over the seeds: seconds, squared distance to the centroid, the fullest cluster."""
     figures = []
     for seed in range(seeds):
-        start = time.perf_counter()
-        centroids = fit(seed)
-        seconds = time.perf_counter() - start
+        rng = np.random.default_rng(seed)
+        centroids, took = returned(partial(fit, vectors, 16, rng))
         labels = nearest(vectors, centroids)
         parts = [vectors[labels == i] - mean for i, mean in enumerate(centroids)]
         inertia = sum(float(np.square(part).sum()) for part in parts) / len(vectors)
-        figures.append((seconds, inertia, np.bincount(labels).max() / len(vectors)))
+        figures.append((took.ms / 1e3, inertia, np.bincount(labels).max() / len(vectors)))
     names = ("seconds", "inertia", "largest_cluster")
-    return {name: round(float(x), 4) for name, x in zip(names, np.mean(figures, 0), strict=True)}
+    return {name: float(x) for name, x in zip(names, np.mean(figures, 0), strict=True)}
 
 
 def clustering(num_vectors: int = 200_000, dim: int = 384, seeds: int = 3) -> Result:
     vectors = make_vectors(num_vectors, dim, 0)
-    rng, result, rows = np.random.default_rng, Result(), dict[str, dict[str, float]]()
-    rows["full batch"] = quality(vectors, lambda s: full_batch(vectors, 16, rng(s)), seeds)
+    rows = {"full batch": quality(vectors, full_batch, seeds)}
     for steps in (0, 15, 20):
-
-        def sampled(seed: int, steps: int = steps) -> np.ndarray:
-            return kmeans(vectors, 16, rng(seed), balanced_steps=steps)
-
+        sampled = partial(kmeans, balanced_steps=steps)
         rows[f"sampled, balanced in {steps} steps"] = quality(vectors, sampled, seeds)
-    start = time.perf_counter()
-    tree = ClusterTree.fit(vectors, branching=16, depth=3)
-    fitted = time.perf_counter()
-    tree.route_batch(vectors)
-    batch = time.perf_counter()
-    for vector in vectors[:1000]:
-        tree.route(vector)
-    result["one node, 16 clusters"] = rows
-    result["tree"] = {
-        "fit_seconds": round(fitted - start, 2),
+    tree, fit = returned(lambda: ClusterTree.fit(vectors, branching=16, depth=3))
+    some = vectors[:1000]
+    one = timed(lambda: [tree.route(vector) for vector in some], times=len(some))
+    batch = timed(lambda: tree.route_batch(vectors), times=num_vectors)
+    figures = {
+        "fit_seconds": fit.ms / 1e3,
         "unused_leaves": int((tree.counts[-1] == 0).sum()),
-        "route_us": round((time.perf_counter() - batch) * 1e6 / len(vectors[:1000]), 1),
-        "route_batch_us_per_vector": round((batch - fitted) * 1e6 / num_vectors, 2),
+        "route_us": one.ms * 1e3,
+        "route_batch_us_per_vector": batch.ms * 1e3,
     }
-    return result
+    return {"one node, 16 clusters": rows, "tree": figures}
 
 
 if __name__ == "__main__":

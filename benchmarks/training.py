@@ -25,7 +25,6 @@ import os
 import random
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -37,7 +36,16 @@ import mlx.core as mx
 import numpy as np
 
 from benchmarks.common.banks import paper_config, path_to
-from benchmarks.common.counting import Timed, bare, compared, in_own_process, in_turns, run, timed
+from benchmarks.common.counting import (
+    Timed,
+    bare,
+    compared,
+    in_own_process,
+    in_turns,
+    returned,
+    run,
+    timed,
+)
 from benchmarks.common.show import Result, benchmark
 from mlx_hmem.anchors.openlm import PRESETS, Model, ModelArgs
 from mlx_hmem.budget.resident import Watch, parse_bytes, peak_resident_bytes
@@ -45,15 +53,7 @@ from mlx_hmem.config import MemoryConfig
 from train.corpus.readers import Faults, corpus_files, read_documents
 from train.corpus.shards import num_cores
 from train.cost.budget import fit, keep_to
-from train.recipe.recipe import (
-    AnchorSection,
-    CotrainSection,
-    MemoriesSection,
-    Recipe,
-    TrainerConfig,
-    WindowsSection,
-)
-from train.recipe.sections import TokenizerSection, TreeSection
+from train.recipe.recipe import CotrainSection, TrainerConfig, load_recipe
 from train.step.anchor import AnchorTrainee, initialise
 from train.step.memories import MemoryTrainee
 from train.step.trainee import Trainee
@@ -64,14 +64,9 @@ ARGS, MEMORY = PRESETS["openlm-160m"], paper_config("openlm-160m")
 SMALL_ARGS = ModelArgs("openlm", 256, 8, 704, 4, 64, 4096, tie_word_embeddings=True)
 SMALL = MemoryConfig(256, 8, (32, 16, 8), (16, 16, 4))
 EOT = 0
-RECIPE = Recipe(
-    name="openlm-160m",
-    tokenizer=TokenizerSection(vocab_size=ARGS.vocab_size),
-    tree=TreeSection(branching=MEMORY.branching),
-    anchor=AnchorSection(512, 35, 12, 32, 2048),
-    memories=MemoriesSection(r=MEMORY.r, training=TrainerConfig(batch_size=1)),
-    dense=None,
-)
+RECIPE = Path(__file__).parents[1] / "train" / "recipes" / "paper" / "a4.yaml"  # of that shape
+CHANGES = ["anchor.training={steps: 1}", "memories.cotrain=null"]
+CHANGES += ["memories.training.batch_size=1", "memories.training.micro_batch_size=null"]
 STAGES = ["corpus", "tokenizer", "windows", "anchor-sequences", "tree", "sequences"]
 TEXT_RECIPE = """
 name: corpora
@@ -192,7 +187,7 @@ def full_run(kind: str, steps: int, context: int, budget: int = 0) -> dict[str, 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if budget:
-            recipe = replace(RECIPE, windows=WindowsSection(context=context))
+            recipe = load_recipe(RECIPE, [*CHANGES, f"windows.context={context}"])
             recipe, chosen["chosen"] = fit(recipe, budget, ["memories"], folder)
             check = keep_to(budget)
             memories = recipe.memories
@@ -252,10 +247,10 @@ def prepare(corpus: Path, out: Path, cores: int) -> dict[str, float]:
             os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
 
     for stage in STAGES:
-        start = time.monotonic()
         arguments = [*command, "--out", str(out), "--only", stage]
-        peaks.append(run(arguments, preexec_fn=keep_to_cores)[1])
-        result[f"{stage}_s"] = time.monotonic() - start
+        (_, peak), took = returned(partial(run, arguments, preexec_fn=keep_to_cores))
+        result[f"{stage}_s"] = took.ms / 1e3
+        peaks.append(peak)
     return {**result, "peak_bytes": max(peaks)}
 
 

@@ -25,6 +25,7 @@ from tqdm import trange
 from mlx_hmem.errors import UserError
 
 IO, STATUS, FILES = (Path("/proc/self") / name for name in ("io", "status", "fd"))
+T = TypeVar("T")
 CAN_DROP = hasattr(os, "posix_fadvise") and IO.exists()
 HEATS = ("cold", "warm") if CAN_DROP else ("warm",)
 
@@ -73,26 +74,28 @@ class Timed(NamedTuple):
     disk_bytes: int = 0
 
 
-def timed(work: Callable[[], object], times: int = 1) -> Timed:
-    """One call, by default; the mean of some. What ``work`` returns is let go of only after the
-    clock has stopped."""
+def returned(work: Callable[[], T], times: int = 1) -> tuple[T, Timed]:
+    """What ``work`` returns, and the time of one call; with ``times`` that of each of its parts."""
     before, cpu, start = disk_bytes(), time.process_time(), time.perf_counter()
     result = work()
     ms, cpu_ms = (time.perf_counter() - start) * 1e3, (time.process_time() - cpu) * 1e3
-    del result
-    return Timed(ms / times, cpu_ms / times, disk_bytes() - before)
+    return result, Timed(ms / times, cpu_ms / times, disk_bytes() - before)
+
+
+def timed(work: Callable[[], object], times: int = 1) -> Timed:
+    """The time alone. What ``work`` returns is let go of only after the clock has stopped."""
+    return returned(work, times)[1]
 
 
 Found = dict[str, list[Timed]]
-Times = TypeVar("Times")  # a Timed, or several
 
 
 def in_turns(
-    contenders: Mapping[str, Callable[[int], Times]], rounds: int, what: str, warm_up: bool = True
-) -> dict[str, list[Times]]:
+    contenders: Mapping[str, Callable[[int], T]], rounds: int, what: str, warm_up: bool = True
+) -> dict[str, list[T]]:
     """Each contender is called with the number of the round, another one first each time, so that
     other load on the machine hits all alike. ``warm_up``: a round before counts for nothing."""
-    names, found = list(contenders), {name: list[Times]() for name in contenders}
+    names, found = list(contenders), {name: list[T]() for name in contenders}
     for number in trange(-warm_up, rounds, desc=what, leave=False, delay=2):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.common.counting import Timed, in_turns, open_files, timed
+from benchmarks.common.counting import Timed, in_turns, open_files, returned, timed
 from benchmarks.common.models import model_of, random_retriever, random_texts
 from benchmarks.common.show import Result
 from mlx_hmem.anchors.openlm import PRESETS, Model
@@ -83,8 +83,7 @@ def walk(folder: Path, topics: int) -> Result:
         texts = random_texts(topics, WORDS, seed=3)
         assert model.retriever is not None
         level_1 = len({path[0] for path in model.retriever.route_many(texts)})
-        found = list[tuple[int, int]]()
-        ms = timed(lambda: found.extend(one_after_the_other(model, texts)), times=topics).ms
+        found, each = returned(lambda: one_after_the_other(model, texts), times=topics)
     warm_up = min(WARM_UP, topics // 10)
     fifths = {
         name: {f"{i}/5": value for i, value in enumerate(values, 1)}
@@ -92,7 +91,7 @@ def walk(folder: Path, topics: int) -> Result:
     }
     return {
         f"topics {warm_up} to {topics}": fifths,
-        "ms_a_topic": ms,
+        "ms_a_topic": each.ms,
         "level_1_clusters_met": level_1,
     }
 
