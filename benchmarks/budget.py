@@ -22,7 +22,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.common.banks import GROUP, Anchor, paper_config
-from benchmarks.common.counting import bare, in_turns, run, status_of
+from benchmarks.common.counting import bare, in_turns, returned, run, watched
 from benchmarks.common.models import (
     Dtype,
     random_anchor,
@@ -103,26 +102,16 @@ def converse(
     """One conversation, watched from here: beyond ``most`` resident bytes it is killed. Its peaks
     in bytes, and what it said."""
     options = ["--max-tokens", str(ANSWER), "--memory-budget", str(budget)]
-    peaks, start = dict.fromkeys(("VmHWM", "RssAnon", "VmData"), 0), time.perf_counter()
     with tempfile.TemporaryFile("w+") as lines, tempfile.TemporaryFile("w+") as said:
         lines.write("\n".join(["/history on", *texts, "/stats"]))
         lines.seek(0)
         process = subprocess.Popen(
             [*command, *options], stdin=lines, stdout=subprocess.DEVNULL, stderr=said
         )
-        while process.poll() is None:
-            try:
-                now = status_of(Path(f"/proc/{process.pid}/status").read_text())
-            except OSError:
-                break
-            peaks = {name: max(peak, now.get(name, 0)) for name, peak in peaks.items()}
-            if now.get("VmRSS", 0) > most:
-                process.kill()
-            time.sleep(0.01)
-        status = process.wait()
+        peaks, took = returned(lambda: watched(process, most))
         said.seek(0)
         output = said.read().splitlines()
-    return {"status": status, "seconds": time.perf_counter() - start, **peaks}, output
+    return {"status": process.returncode, "seconds": took.ms / 1e3, **peaks}, output
 
 
 def _file(group: Path, *names: str) -> Path:

@@ -69,14 +69,6 @@ def sizes(folder: Path) -> dict[str, float]:
     return found
 
 
-def in_4_bits(folder: Path, place: Path) -> Path:
-    """The model with its anchor in 4 bits, and its bank unless that is quantised already."""
-    bank = Manifest.from_file(folder / BANK_FOLDER / MANIFEST)
-    options = SMALL_ANCHOR + ([] if bank.quantization else SMALL_BANK)
-    quantize.main([str(folder), str(place), *options])
-    return place
-
-
 def compare(folder: Path, place: Path, count: int) -> dict[str, Any]:
     """A model's answers against those of its bundle, made at ``place``."""
     bundle.main([str(folder), str(place)])
@@ -148,7 +140,9 @@ def measure(model: Sequence[Path] = (DEMO,), prompts: int = 50, repeats: int = 1
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         for index, folder in enumerate(model):
-            small = in_4_bits(folder, place / f"4bit-{index}")
+            bank, small = Manifest.from_file(folder / BANK_FOLDER / MANIFEST), place / str(index)
+            options = SMALL_ANCHOR + ([] if bank.quantization else SMALL_BANK)
+            quantize.main([str(folder), str(small), *options])
             for each, title in ((folder, str(folder)), (small, f"{folder} in 4 bits")):
                 models[title] = compare(each, place / "bundle", prompts)
                 shutil.rmtree(place / "bundle")

@@ -49,13 +49,8 @@ corpus:
 tokenizer: {vocab_size: 400}
 windows: {context: 64}
 tree: {branching: [4, 4]}
-anchor:
-  hidden_size: 32
-  num_hidden_layers: 2
-  num_attention_heads: 2
-  head_dim: 16
-  intermediate_size: 64
-  training: {epochs: 1}
+anchor: {hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, head_dim: 16,
+  intermediate_size: 64, training: {epochs: 1}}
 memories:
   r: [8, 4]
   cache_bytes: 60000
@@ -148,17 +143,17 @@ class Case(NamedTuple):
     source: Path
     options: list[str]
     older: Path | None = None
-    program: tuple[str, ...] = ()
     load: Callable[[Path], object] = load_anchor
 
     def command(self, out: Path, shard_bytes: int) -> list[str]:
-        start = [sys.executable, "-c", PROGRAM, str(shard_bytes), *self.program]
+        program = ["quantize"] if "--bank-bits" in self.options else []
+        start = [sys.executable, "-c", PROGRAM, str(shard_bytes), *program]
         return [*start, str(self.source), str(out), *self.options]
 
-    @property
-    def loads(self) -> bool:
-        """Whether its result is a model of ours."""
-        return "pytorch" not in self.options
+    def load_result(self, out: Path) -> None:
+        """Loads what has been made, if it is a model of ours."""
+        if "pytorch" not in self.options:
+            self.load(out)
 
 
 def contents(folder: Path) -> Files:
@@ -205,7 +200,7 @@ def whole_cases(folder: Path) -> Iterator[Case]:
     yield Case("whole from pytorch", checkpoint, [], load=load_whole)
     yield Case("whole to pytorch", model, ["--to", "pytorch"], load=load_whole)
     options = ["--anchor-bits", "4", "--bank-bits", "8", "--overwrite"]
-    yield Case("whole quantised", model, options, older, ("quantize",), load_whole)
+    yield Case("whole quantised", model, options, older, load_whole)
 
 
 def written(part: Path) -> int:
@@ -249,8 +244,7 @@ def check(case: Case, out: Path, part: Path, before: Files | None, wanted: Files
     # The record, and the folder of before, may still lie in it.
     if not is_whole(found, wanted, RECORD, f"{REPLACED}/"):
         raise UserError("a directory is neither old nor new", out, "find out why")
-    if case.loads:
-        case.load(out)
+    case.load_result(out)
     return "whole"
 
 
@@ -288,8 +282,7 @@ def run_case(
             run(arguments)
         if contents(out) != wanted or part.exists():
             raise UserError("a killed conversion came out otherwise", out, "find out why")
-        if case.loads:
-            case.load(out)
+        case.load_result(out)
         found["runs"] += 1
         shutil.rmtree(out)
     return found

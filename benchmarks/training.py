@@ -56,6 +56,7 @@ from train.cost.budget import fit, keep_to
 from train.recipe.recipe import CotrainSection, TrainerConfig, load_recipe
 from train.step.anchor import AnchorTrainee, initialise
 from train.step.memories import MemoryTrainee
+from train.step.start import anchor_shape
 from train.step.trainee import Trainee
 from train.store.blocks import BlockStore
 from train.store.checkpoint import Progress
@@ -191,14 +192,15 @@ def full_run(kind: str, steps: int, context: int, budget: int = 0) -> dict[str, 
             recipe, chosen["chosen"] = fit(recipe, budget, ["memories"], folder)
             check = keep_to(budget)
             memories = recipe.memories
-            training = memories.training
+            training, anchor = memories.training, anchor_shape(recipe)
             cache = {"cache_bytes": memories.cache_bytes, "cache_level_1": memories.cache_level_1}
         else:
             mx.set_cache_limit(1 << 28)  # else freed buffers of every size stay
+            anchor = anchor_of(ARGS)
         size, times = training.batch_size, []
         tokens, paths = data(MEMORY, size * steps, context, ARGS.vocab_size)
         with BlockStore(folder, MEMORY, 0, **cache) as store:
-            trainee = MemoryTrainee(anchor_of(ARGS), store, tokens, paths, EOT, training, cotrain)
+            trainee = MemoryTrainee(anchor, store, tokens, paths, EOT, training, cotrain)
             for step in range(steps):
                 times.append(step_time(trainee, size, len(tokens), step).ms)
                 if check is not None:

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -57,11 +58,8 @@ def evict(files: Iterable[Path]) -> None:
 
 def forget_peak() -> None:
     """Lets ``VmHWM`` start anew, where Linux permits it."""
-    if STATUS.exists():
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def open_files() -> int:
@@ -133,23 +131,44 @@ def in_own_process(work: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(work, *arguments).result()
 
 
+def status_of(text: str) -> dict[str, int]:
+    """The sizes of /proc/PID/status, in bytes."""
+    pairs = (line.split(":") for line in text.splitlines() if line.endswith(" kB"))
+    return {name: int(value.split()[0]) * 1024 for name, value in pairs}
+
+
+def watched(process: subprocess.Popen[Any], most: int | None = None) -> dict[str, int]:
+    """The most that a program has held until its end: resident memory, and on Linux what is asked
+    for and what is no page of a file, in bytes. Beyond ``most`` resident bytes it is killed there.
+
+    Asked of Linux while the program runs: its count for a program that has ended also has what the
+    one that started it held.
+    """
+    if not STATUS.exists():
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        return {"VmHWM": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)}
+    peaks = dict.fromkeys(("VmHWM", "RssAnon", "VmData"), 0)
+    while process.poll() is None:
+        with suppress(OSError):  # it has ended
+            now = status_of(Path(f"/proc/{process.pid}/status").read_text())
+            peaks = {name: max(peak, now.get(name, 0)) for name, peak in peaks.items()}
+            if most is not None and now.get("VmRSS", 0) > most:
+                process.kill()
+        time.sleep(0.01)
+    return peaks
+
+
 def run(command: Sequence[str], **how: Any) -> tuple[str, int]:
     """What another program says, and the most resident memory that it held, in bytes. ``how`` is
     Popen's. Raises UserError if the program fails."""
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(command, stdout=output, **how)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+        peaks = watched(process)
         if process.returncode:
             raise UserError("a program failed", " ".join(command), "see above")
         output.seek(0)
-        return output.read(), usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def status_of(text: str) -> dict[str, int]:
-    """The sizes of /proc/PID/status, in bytes."""
-    pairs = (line.split(":") for line in text.splitlines() if line.endswith(" kB"))
-    return {name: int(value.split()[0]) * 1024 for name, value in pairs}
+        return output.read(), peaks["VmHWM"]
 
 
 def bare() -> dict[str, int]:
