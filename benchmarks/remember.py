@@ -16,6 +16,7 @@ also routes) in front of the question, within the context of the anchor alone.
 
 import heapq
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -152,7 +153,7 @@ def figures(arm: Arm, held: Sequence[Question], facts: Sequence[Question]) -> di
     for batch in score_candidates(arm.model, rows, arm.memory, _paths(arm, held)):
         for _, (score,) in batch:
             nats, tokens = nats + score.nats, tokens + score.tokens
-    perplexity = float(np.exp(nats / tokens))
+    perplexity = math.exp(nats / tokens) if tokens else math.nan
     return {"held_out_perplexity": perplexity, "held_out_tokens": tokens, **recall(arm, facts)}
 
 
