@@ -31,10 +31,10 @@ from .torch_files.pickles import open_files
 KINDS = ("openlm", "huggingface", "hmem-pytorch")
 MARKER = "hmem_pytorch.json"
 VERBS = {
-    "bundle": ".bundle.bundle",
-    "quantize": ".quantize.command",
-    "tree": ".memory.trees",
-    "upload": ".upload",
+    "quantize": (".quantize.command", "anchor and bank of a model to fewer bits"),
+    "bundle": (".bundle.bundle", "a folder that a phone can run, without Python"),
+    "tree": (".memory.trees", "a cluster tree from k-means of other libraries"),
+    "upload": (".upload", "a model directory to the Hugging Face Hub"),
 }
 WHOLE = "unquantised"  # what is quantised, within the folder that is made
 VERSION = 1  # of what a conversion writes: another one does not go on with a stopped one
@@ -118,7 +118,17 @@ def carry_out(
 
 
 def parser() -> ArgumentParser:
-    result = ArgumentParser(prog="mlx_hmem.convert", description=__doc__)
+    result = ArgumentParser(
+        prog="mlx_hmem.convert",
+        usage="mlx_hmem.convert SOURCE DESTINATION [options]",
+        description="Brings a checkpoint to MLX: one of OpenLM's (a .pt file, a shard of several, "
+        "or their folder), a Hugging Face folder, or a model with memories in PyTorch's layout. "
+        "With --to pytorch it takes a model directory back. What SOURCE is, is seen from what lies "
+        "there."
+        "\n\nMakes the folder DESTINATION. Stopped, it goes on with the same command.",
+        epilog="programs of their own, each with --help:\n"
+        + "\n".join(f"  {verb:<10}{about}" for verb, (_, about) in VERBS.items()),
+    )
     result.add_argument("source", nargs="?", metavar="SOURCE")
     result.add_argument("destination", nargs="?", metavar="DESTINATION", help="the folder to make")
     result.add_argument("--hf-path", metavar="SOURCE", help="the same; a Hub id, too")
@@ -173,7 +183,7 @@ def places_of(args: argparse.Namespace) -> tuple[Path, Path]:
 
 def main(words: Sequence[str]) -> None:
     if verb := verb_of(words, VERBS):
-        importlib.import_module(VERBS[verb], __package__).main(words[1:])
+        importlib.import_module(VERBS[verb][0], __package__).main(words[1:])
         return
     args = parser().parse_args(words)
     source, out = places_of(args)

@@ -269,7 +269,13 @@ def _front_matter(
 
 
 def main(words: Sequence[str]) -> None:
-    parser = ArgumentParser(prog="mlx_hmem.convert upload", description=__doc__)
+    parser = ArgumentParser(
+        prog="mlx_hmem.convert upload",
+        description="Puts a model directory on the Hugging Face Hub. Nothing goes up that does not "
+        "load here."
+        "\n\nPrints where it is. An upload that was stopped goes on with the same command; what "
+        "the Hub has is not sent again.",
+    )
     parser.add_argument("directory", type=Path, help="model directory")
     parser.add_argument("repo", help="where to, as user/name")
     parser.add_argument("--private", action="store_true", help="if the repository is made now")

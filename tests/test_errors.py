@@ -1,12 +1,14 @@
 """What every program shares: wrong command lines, missing packages, help, the version."""
 
+import importlib
 import re
 from importlib import metadata
 
 import pytest
 
+from mlx_hmem.__main__ import PROGRAMS
 from mlx_hmem.errors import ArgumentParser, UserError, verb_of
-from tests.helpers.programs import assert_refused, process
+from tests.helpers.programs import assert_refused, process, run
 
 
 @pytest.mark.parametrize(
@@ -51,3 +53,28 @@ def test_a_description_keeps_its_paragraphs_and_lists():
     parser = ArgumentParser(prog="x", description=f"{'word ' * 30}\nend.\n\nA list:\n  a  b\n  c")
     text = parser.format_help()
     assert re.search(r"word\nword.* end\.\n\nA list:\n  a  b\n  c\n\noptions", text, re.DOTALL)
+
+
+def verbs(name: str) -> list[str]:
+    """The programs within a program, but those that are somebody else's."""
+    module = importlib.import_module(module_of(name))
+    return [verb for verb in getattr(module, "VERBS", {}) if verb not in {*PROGRAMS, "harness"}]
+
+
+def module_of(name: str) -> str:
+    module = PROGRAMS[name].module
+    return re.sub(r"^mlx_hmem\.(train|convert)\.", r"\1.", module)  # as in a checkout
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_help_is_for_people_and_fits_a_terminal(name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    main = importlib.import_module(module_of(name)).main
+    for verb in ([], *([verb] for verb in verbs(name))):
+        status, text, err = run(main, *verb, "--help")
+        assert (status, err) == (0, "")
+        usage = f"usage: mlx_hmem.{' '.join([name, *verb])} "
+        assert text.startswith(usage)
+        assert re.match(r"[^\n]+\n( [^\n]*\n)*\n[A-Z][^\n]+", text)  # what it does comes next
+        assert max(map(len, text.splitlines())) <= 80
+        assert "`" not in text

@@ -38,8 +38,11 @@ def main(words: Sequence[str]) -> None:
         return
     parser = ArgumentParser(
         prog="mlx_hmem.train",
+        usage="mlx_hmem.train RECIPE --out FOLDER [options]",
         description="Makes a model with hierarchical memories from text. Finished stages are "
-        "skipped, so a stopped run goes on with the same command.",
+        "skipped, so a stopped run goes on with the same command."
+        "\n\nMakes the folder of the run, in it model/, a model directory. Try --out runs/facts "
+        "with the recipe facts.yaml.",
         epilog="programs of their own, each with --help:\n"
         + "\n".join(f"  {verb:<10}{about}" for verb, (_, about) in VERBS.items()),
     )
@@ -54,8 +57,10 @@ def main(words: Sequence[str]) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--only", choices=STAGES, help="run this stage alone")
-    which.add_argument("--until", choices=STAGES, help="stop after this stage")
+    which.add_argument(
+        "--only", choices=STAGES, metavar="STAGE", help=f"one stage alone: {', '.join(STAGES)}"
+    )
+    which.add_argument("--until", choices=STAGES, metavar="STAGE", help="the stages up to this one")
     parser.add_argument(
         "--subtree", type=int, metavar="N", help="with --only memories: train the blocks below "
         "cluster N of level 1 alone, for mlx_hmem.train merge",

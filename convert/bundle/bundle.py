@@ -241,7 +241,13 @@ def lengths_option(text: str) -> list[int]:
 
 
 def main(words: Sequence[str]) -> None:
-    parser = ArgumentParser(prog="mlx_hmem.convert bundle", description=__doc__)
+    parser = ArgumentParser(
+        prog="mlx_hmem.convert bundle",
+        description="Makes a folder that a phone can run, with no Python in it: anchor and bank as "
+        "the model has them, and what computes as functions for mlx-swift and MLX's C++. "
+        "mlx_hmem.convert quantize makes the model small before."
+        "\n\ndocs/bundle.md says what an app does; run.py in the folder is an example.",
+    )
     parser.add_argument("model", help="model directory or Hub id, quantised or not")
     parser.add_argument("out", type=Path, help="the folder to make")
     parser.add_argument(

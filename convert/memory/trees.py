@@ -251,7 +251,14 @@ def _whole(source: Path, name: str, array: np.ndarray, size: int) -> np.ndarray:
 
 
 def main(words: Sequence[str]) -> None:
-    parser = ArgumentParser(prog="mlx_hmem.convert tree", description=__doc__)
+    parser = ArgumentParser(
+        prog="mlx_hmem.convert tree",
+        description="Makes a cluster tree of centroids from k-means of NumPy, scikit-learn or "
+        "FAISS, on each level: arrays level-1, level-2, … in one .npz, .safetensors or .pt file, "
+        "or a folder with a .npy file for each."
+        "\n\nMakes the file DESTINATION, as it lies in a model's folder retriever. "
+        "docs/pytorch_layout.md has the shapes.",
+    )
     parser.add_argument(
         "source", type=Path, help=".npz, .npy, .safetensors, .pt, or a folder of .npy"
     )

@@ -72,7 +72,15 @@ def _all_levels(
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="mlx_hmem.convert quantize", description=__doc__)
+    parser = ArgumentParser(
+        prog="mlx_hmem.convert quantize",
+        usage="mlx_hmem.convert quantize MODEL OUT [options]",
+        description="Makes a model smaller: its anchor, its memory bank, or both. Each level of "
+        "the bank may have its own way: --bank-bits 8 --bank-level 2:mxfp4 --bank-level 1:none. "
+        "What no option names stays as it is."
+        "\n\nMakes the model directory OUT and prints what that saved and what it cost. Stopped, "
+        "it goes on with the same command.",
+    )
     parser.add_argument("model", help="model directory or Hub id; without a bank it works too")
     parser.add_argument("out", type=Path, help="the model directory to make")
     for part in ("anchor", "bank"):

@@ -138,13 +138,18 @@ def parser() -> ArgumentParser:
     top = ArgumentParser(
         prog="mlx_hmem.bank",
         description="Looks into the memory bank of a model, says who may fetch what, and makes "
-        "models of parts of others. A CLUSTER is the path to it, as 3 or 3,51; in a bank that was "
-        "added, NAME:3,51, and NAME is all of it.",
+        "models of parts of others."
+        "\n\nA CLUSTER is the path to it, as 3 or 3,51; in a bank that was added, NAME:3,51, and "
+        "NAME is all of it. What is found is printed; NEW_DIR is a model directory that is made.",
     )
-    commands = top.add_subparsers(dest="command", required=True, parser_class=ArgumentParser)
+    commands = top.add_subparsers(
+        dest="command", required=True, parser_class=ArgumentParser, metavar="COMMAND",
+        title="commands, each with --help",
+    )  # fmt: skip
 
     def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> ArgumentParser:
-        made: ArgumentParser = commands.add_parser(name, help=text, description=text)
+        about = f"{text[0].upper()}{text[1:]}."
+        made: ArgumentParser = commands.add_parser(name, help=text, description=about)
         made.set_defaults(run=run)
         made.add_argument("model", metavar="DIR", help="a model directory, or a Hub id user/name")
         return made

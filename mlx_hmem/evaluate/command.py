@@ -46,14 +46,23 @@ from mlx_hmem.retriever import load_encoder
 __all__ = ["main", "perplexity_table", "recall_table", "table", "task_table"]
 # Programs of their own, by their first word.
 VERBS = {
-    "index": "mlx_hmem.evaluate.rag.index",
-    "harness": "mlx_hmem.evaluate.tasks.harness",
+    "index": ("mlx_hmem.evaluate.rag.index", "makes an index of documents for --rag"),
+    "harness": ("mlx_hmem.evaluate.tasks.harness", "EleutherAI's harness with this model in it"),
 }
 Found = tuple[dict[str, Any], list[str]]  # JSON values, tables
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="mlx_hmem.evaluate", description=__doc__)
+    parser = ArgumentParser(
+        prog="mlx_hmem.evaluate",
+        usage="mlx_hmem.evaluate MODEL [options]",
+        description="Scores a model with each kind of memory: recall of facts by how often they "
+        "were stated, or counted in a corpus, perplexity of text, and accuracy on benchmark tasks."
+        "\n\nPrints a table for each, with --json one JSON object; progress goes to standard "
+        "error.",
+        epilog="programs of their own, each with --help:\n"
+        + "\n".join(f"  {verb:<10}{about}" for verb, (_, about) in VERBS.items()),
+    )
     parser.add_argument("model", help="model directory or Hub id")
     parser.add_argument("--memory", default="none,generic,fetched", help="kinds, with commas")
     parser.add_argument(
@@ -84,7 +93,9 @@ def _parser() -> ArgumentParser:
 
     text = parser.add_argument_group("text")
     text.add_argument("--text", type=Path, help="held-out documents, JSON lines or plain text")
-    text.add_argument("--route-by", default="window", help=f"for text: one of {ROUTE_BY}")
+    text.add_argument(
+        "--route-by", default="window", help=f"for text: one of {', '.join(ROUTE_BY)}"
+    )
 
     tasks = parser.add_argument_group("benchmark tasks")
     tasks.add_argument("--tasks", help="benchmark tasks, with commas, as arc_easy:3; or all")
@@ -138,7 +149,7 @@ def _check(args: Namespace) -> list[str]:
 
 def main(words: Sequence[str]) -> None:
     if verb := verb_of(words, VERBS):
-        importlib.import_module(VERBS[verb]).main(words[1:])
+        importlib.import_module(VERBS[verb][0]).main(words[1:])
         return
     args = _parser().parse_args(words)
     modes = _check(args)

@@ -21,7 +21,11 @@ from mlx_hmem.generation.options import (
     stops_of,
 )
 
-DESCRIPTION = "A conversation whose memory follows the topic; /help names its commands."
+DESCRIPTION = """\
+A conversation whose memory follows the topic. Each line is answered; /help names the commands, q
+ends.
+
+Answers go to standard output, all else to standard error: it works in a pipe, too."""
 HELP = """\
 Text is answered; a line that begins with / is a command:
 /memory fetched|generic|none   which memory the next answers use; alone: which it is
@@ -35,7 +39,9 @@ Text is answered; a line that begins with / is a command:
 
 
 def main(words: Sequence[str]) -> None:
-    parser = ArgumentParser(prog="mlx_hmem.chat", description=DESCRIPTION)
+    parser = ArgumentParser(
+        prog="mlx_hmem.chat", usage="mlx_hmem.chat [options]", description=DESCRIPTION
+    )
     parser.add_argument(
         "--max-tokens", type=int, default=MAX_TOKENS, help="of an answer (default: %(default)s)"
     )

@@ -28,7 +28,10 @@ from mlx_hmem.model.stream import check_length, prompt_ids
 
 def main(words: Sequence[str]) -> None:
     parser = ArgumentParser(
-        prog="mlx_hmem.generate", description="Generates text with a memory fetched for the prompt."
+        prog="mlx_hmem.generate",
+        usage="mlx_hmem.generate -p PROMPT [options]",
+        description="Answers a prompt, or continues it, with a memory fetched for it."
+        "\n\nThe text streams to standard output; the route and the timings go to standard error.",
     )
     parser.add_argument(
         "--prompt",

@@ -156,12 +156,16 @@ def held_out_line(results: Sequence[dict]) -> str:
 def main(words: Sequence[str]) -> None:
     parser = ArgumentParser(
         prog="mlx_hmem.remember",
-        description="Teaches a model a folder of text, Markdown, HTML, PDF and JSON lines. Prints "
-        "a plan first; stopped, it goes on with the same command.",
+        description="Teaches a model your documents: text, Markdown, HTML, PDF and JSON lines. The "
+        "model that you give stays as it is."
+        "\n\nPrints a plan, then makes NEW_DIR, a model directory that knows them. Stopped, it "
+        "goes on with the same command.",
     )
     parser.add_argument("folder", type=Path, help="your documents; hidden files are passed over")
     parser.add_argument("--model", required=True, help="a model directory, or a Hub id user/name")
-    parser.add_argument("--out", type=Path, required=True, metavar="NEW_DIR")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="NEW_DIR", help="the model directory to make"
+    )
     parser.add_argument(
         "--run", type=Path, help="what is needed to forget again, your text among it, which does "
         "not belong into a model that you pass on (default: NEW_DIR.run)",

@@ -219,7 +219,10 @@ def forget(
 def main(words: Sequence[str]) -> None:
     parser = ArgumentParser(
         prog="mlx_hmem.forget",
-        description="Retrains what a document has trained, without it, and says what is left.",
+        description="Makes a model forget documents: what they trained is trained anew without "
+        "them."
+        "\n\nMakes NEW_DIR, a model directory without them, and says what is left. The old one "
+        "stays, for you to delete. Stopped, it goes on with the same command.",
     )
     parser.add_argument("model", type=Path, metavar="DIR", help="made by mlx_hmem.remember")
     parser.add_argument("documents", nargs="+", metavar="DOCUMENT", help="a name or a hash")

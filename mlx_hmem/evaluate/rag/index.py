@@ -139,7 +139,12 @@ def _append(grown: Mapping[str, BinaryIO], texts: list[str], retriever: Retrieve
 
 
 def main(words: Sequence[str]) -> None:
-    parser = ArgumentParser(prog="mlx_hmem.evaluate index", description=__doc__)
+    parser = ArgumentParser(
+        prog="mlx_hmem.evaluate index",
+        description="Makes an index of documents for mlx_hmem.evaluate --rag, with the encoder and "
+        "the clusters of a model."
+        "\n\nMakes the folder OUT. Stopped, it goes on with the same command.",
+    )
     parser.add_argument("model", help="model directory or Hub id")
     parser.add_argument("--text", type=Path, required=True, help="a file or folder of documents")
     parser.add_argument("--out", type=Path, required=True, help="the folder to make")
