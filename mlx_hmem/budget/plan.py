@@ -6,7 +6,7 @@ Chosen is, in this order, what changes the numbers least: keys and values as the
 blocks of the bank.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -141,7 +141,8 @@ def make_plan(
                 BudgetPlan(budget, length, bits, needs.kv_group, tokens, parts),
                 needs, spare - more, resident_levels, most_cache,
             )  # fmt: skip
-    raise too_small(needs, budget, length, asked)
+    shorter = (*range(SHORTEST, STEP, SHORTEST), *range(STEP, length, STEP))
+    raise _too_small(budget, lambda n: least_bytes(needs, n) + asked, length, shorter)
 
 
 def _with_blocks(
@@ -163,16 +164,15 @@ def _with_blocks(
     return replace(plan, parts=parts, cache_bytes=cache, resident_levels=tuple(resident))
 
 
-def too_small(needs: Needs, budget: int, context: int, asked: int = 0) -> UserError:
-    """What would fit: a larger budget, or a shorter context."""
-    least = -(-(least_bytes(needs, context) + asked) // 10**6) * 10**6
-    remedy = f"give at least {bytes_text(least)} for a context of {context} tokens"
-    shorter = [
-        n for n in (*range(SHORTEST, STEP, SHORTEST), *range(STEP, context, STEP))
-        if n < context and least_bytes(needs, n) + asked <= budget
-    ]  # fmt: skip
-    if shorter:
-        remedy += f", or --context {shorter[-1]}"
+def _too_small(
+    budget: int, least: Callable[[int], int], context: int, shorter: Iterable[int]
+) -> UserError:
+    """What would fit: a larger budget, or one of the ``shorter`` contexts; ``least`` is the
+    smallest budget of each."""
+    needed = -(-least(context) // 10**6) * 10**6
+    remedy = f"give at least {bytes_text(needed)} for a context of {context} tokens"
+    if fitting := [n for n in shorter if n < context and least(n) <= budget]:
+        remedy += f", or --context {fitting[-1]}"
     return UserError("the memory budget is too small", bytes_text(budget), remedy)
 
 
@@ -199,11 +199,5 @@ def plan_scoring(needs: Needs, budget: int, context: int | None = None) -> Budge
                 budget, length, None, 0, tokens, parts, cache, (), tokens,
                 rows // 3 + 4 * needs.fetched,
             )  # fmt: skip
-    least = -(-sum(parts_of(length, length).values()) // 10**6) * 10**6
-    remedy = f"give at least {bytes_text(least)} for a context of {length} tokens"
-    fitting = [
-        n for n in range(SHORTEST, length, SHORTEST) if sum(parts_of(n, n).values()) <= budget
-    ]
-    if fitting:
-        remedy += f", or --context {fitting[-1]}"
-    raise UserError("the memory budget is too small", bytes_text(budget), remedy)
+    shorter = range(SHORTEST, length, SHORTEST)
+    raise _too_small(budget, lambda n: sum(parts_of(n, n).values()), length, shorter)
