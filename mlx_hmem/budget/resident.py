@@ -64,7 +64,9 @@ def peak_resident_bytes() -> int:
 
 
 def machine_bytes() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Bytes of memory, or of what the GPU may use of it."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(total, int(mx.device_info().get("max_recommended_working_set_size") or total))
 
 
 def give_back_freed() -> None:

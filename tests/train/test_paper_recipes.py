@@ -14,8 +14,8 @@ from mlx_hmem.errors import UserError
 from tests.helpers.places import ROOT
 from tests.helpers.programs import run
 from train.command import main
-from train.cost.costs import anchor_parameters, bank_bytes, step_operations
-from train.cost.plan import arms_of, sequences_of
+from train.cost.costs import anchor_parameters, bank_bytes, step_operations, trainings_of
+from train.cost.plan import sequences_of
 from train.data.order import SubtreeOrder
 from train.recipe.recipe import Recipe, TrainerConfig, load_recipe
 from train.step.memories import generic_config
@@ -92,7 +92,7 @@ def test_sizes_are_the_papers_and_the_readmes(tmp_path, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_training_is_the_papers(tmp_path, name):
     recipe = paper(name, tmp_path)
-    arms = {arm: training for arm, _, training in arms_of(recipe)}
+    arms = trainings_of(recipe)
     frozen = name == "a3" or name in CONFIGS
     wanted = ["anchor"] if recipe.anchor_only else ["memories"] + ["generic"] * frozen
     assert list(arms) == wanted
@@ -112,7 +112,7 @@ def test_training_is_the_papers(tmp_path, name):
         else:
             assert rates == (1e-4, 1e-5, 1e-3)
     assert (recipe.memories.cotrain is None) == (frozen or recipe.anchor_only)
-    assert step_operations(recipe, False, 2) == 2 * step_operations(recipe, False, 1) > 0
+    assert step_operations(recipe, "anchor", 2) == 2 * step_operations(recipe, "anchor", 1) > 0
 
 
 def banks_in(heading: str) -> list[str]:

@@ -15,6 +15,7 @@ from mlx_hmem.bank import write_bank
 from mlx_hmem.errors import UserError
 from tests.helpers.programs import assert_refused, run
 from train.command import main
+from train.corpus.facts import make_facts
 from train.cost.costs import (
     anchor_parameters,
     bank_bytes,
@@ -23,9 +24,10 @@ from train.cost.costs import (
     peak_memory,
     step_operations,
 )
-from train.cost.plan import make_plan, sequences_of, table, trainee_of
+from train.cost.plan import make_plan, most_characters, sequences_of, table, trainee_of
 from train.recipe.recipe import (
     AnchorSection,
+    CorpusSection,
     CotrainSection,
     ExportSection,
     MemoriesSection,
@@ -68,20 +70,20 @@ AGAIN = replace(TINY.anchor.training, batch_size=16, gradient_checkpointing=True
 
 @pytest.mark.parametrize("training", [TINY.anchor.training, IN_PARTS, AGAIN])
 @pytest.mark.parametrize("recipe", [TINY, WIDE, COTRAINED])
-@pytest.mark.parametrize("memory", [False, True])
+@pytest.mark.parametrize("stage", ["anchor", "memories"])
 def test_peak_memory_is_within_half_as_much_again_of_what_mlx_measures(
-    tmp_path, recipe, memory, training
+    tmp_path, recipe, stage, training
 ):
-    trainee = trainee_of(recipe, recipe.memory_config if memory else None, training, tmp_path)
+    trainee = trainee_of(recipe, stage, training, tmp_path)
     gc.collect()  # what other tests have left would be freed in between
     before = mx.get_active_memory()
-    frozen = memory and recipe.memories.cotrain is None
+    frozen = stage == "memories" and recipe.memories.cotrain is None
     own = 4 * anchor_parameters(recipe) * (1 if frozen else 3)  # already there, and counted
     mx.reset_peak_memory()
     for _ in range(2):
         trainee.step(np.arange(training.batch_size), 1e-3)
     measured = mx.get_peak_memory() - before + own
-    estimate = peak_memory(recipe, memory, training)
+    estimate = peak_memory(recipe, stage, training)
     assert 1 / 1.5 < estimate / measured < 1.5
 
 
@@ -111,8 +113,8 @@ def test_sizes_are_those_of_the_anchor_and_of_the_written_bank(tmp_path, quantiz
 
 
 def test_memory_costs_operations_and_the_generic_memory_as_many_as_the_fetched():
-    assert step_operations(TINY, False, 8) == 2 * step_operations(TINY, False, 4)
-    assert step_operations(WIDE, True, 4) > step_operations(WIDE, False, 4) * 2 / 3
+    assert step_operations(TINY, "anchor", 8) == 2 * step_operations(TINY, "anchor", 4)
+    assert step_operations(WIDE, "memories", 4) > step_operations(WIDE, "anchor", 4) * 2 / 3
     config = TINY.memory_config
     assert generic_config(config).fetched_parameters == config.fetched_parameters
 
@@ -128,6 +130,24 @@ def test_tokens_come_from_the_furthest_stage_of_the_run_else_from_the_command(tm
         (tmp_path / name).mkdir()
         np.save(tmp_path / name / "tokens.npy", np.zeros((rows, 65), np.uint16))
     assert sequences_of(TINY, tmp_path, 6400)[:2] == (17, 19)
+
+
+def test_without_a_corpus_the_plan_says_what_the_recipe_alone_says(tmp_path):
+    facts = {"kind": "invented", "topics": 2, "entities_per_topic": 4, "frequencies": [2, 3]}
+    facts |= {"plain_documents": 5}
+    characters = sum(len(d["text"]) for d in make_facts(facts, 0)[0])
+    corpus = CorpusSection(documents=0, facts=(facts,))
+    assert most_characters(replace(TINY, corpus=corpus)) == characters > 0
+    some = replace(TINY, corpus=replace(corpus, documents=10))
+    assert most_characters(some) == characters + 10 * 900
+    rows, _, source = sequences_of(some, tmp_path, None)
+    assert rows == round((characters + 9000) / 1.5) // 64
+    assert "as long as it may be" in source
+    # Of all documents of a folder nobody knows how many they are.
+    text = table(make_plan(TINY))
+    assert "nothing: give --tokens" in text
+    assert text.count("per million tokens") == 4
+    assert "together" not in text
 
 
 def test_the_plan_of_a_recipe_that_fits_has_every_stage_and_real_times(tmp_path):
@@ -147,13 +167,13 @@ def test_the_plan_of_a_recipe_that_fits_has_every_stage_and_real_times(tmp_path)
 def test_too_little_memory_is_refused_with_what_would_fit():
     batch = replace(TINY, windows=WindowsSection(context=2048))
     with pytest.raises(UserError, match=r"fit in memory.*anchor.training.micro_batch_size to \d"):
-        check_memory(batch, "anchor", False, TrainerConfig(batch_size=1 << 20))
+        check_memory(batch, "anchor", TrainerConfig(batch_size=1 << 20))
     anchor = replace(TINY.anchor, hidden_size=65536, num_hidden_layers=64, intermediate_size=262144)
     with pytest.raises(UserError, match=r"make the anchor smaller: about [\d.]+ M parameters fit"):
-        check_memory(replace(TINY, anchor=anchor), "anchor", False, TrainerConfig(batch_size=4))
+        check_memory(replace(TINY, anchor=anchor), "anchor", TrainerConfig(batch_size=4))
     fetched = replace(TINY, memories=MemoriesSection(r=(1 << 30, 4)))
     with pytest.raises(UserError, match=r"make memories.r smaller"):
-        check_memory(fetched, "memories", True, TrainerConfig(batch_size=4))
+        check_memory(fetched, "memories", TrainerConfig(batch_size=4))
 
 
 def test_too_little_disk_is_refused_with_the_r_that_would_fit(tmp_path):

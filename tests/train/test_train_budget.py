@@ -9,7 +9,8 @@ import pytest
 from mlx_hmem.budget.resident import parse_bytes
 from mlx_hmem.errors import UserError
 from tests.train.test_plan import COTRAINED, TINY, WIDE
-from train.cost.budget import fit, step_bytes
+from train.cost.budget import fit
+from train.cost.costs import peak_memory
 from train.cost.plan import trainee_of
 from train.recipe.recipe import (
     AnchorSection,
@@ -56,7 +57,7 @@ def test_what_is_named_as_enough_is_enough_and_two_gigabytes_train_one_sequence(
     least = re.search(r"at least (\d+MB)", str(error.value))[1]
     recipe, line = fit(LARGE, parse_bytes(least), ["memories"], tmp_path)
     assert "2 of 4 sequences at a time, gradient checkpointing" in line
-    assert step_bytes(recipe, recipe.memories.training) < parse_bytes(least)
+    assert peak_memory(recipe, "memories", recipe.memories.training) < parse_bytes(least)
     one = replace(LARGE.memories, training=TrainerConfig(batch_size=1))
     assert fit(replace(LARGE, memories=one), 2 * 10**9, ["memories"], tmp_path)
 
@@ -89,7 +90,7 @@ def test_what_a_budget_chooses_trains_the_same_numbers_but_for_rounding(tmp_path
     assert (small.micro_batch_size, small.gradient_checkpointing) != (None, False)
     results = []
     for name, training in (("a", WIDE.memories.training), ("b", small)):
-        trainee = trainee_of(WIDE, WIDE.memory_config, training, tmp_path / name)
+        trainee = trainee_of(WIDE, "memories", training, tmp_path / name)
         losses = [trainee.step(np.arange(4), 1e-3) for _ in range(3)]
         results.append([*np.ravel(losses), *trainee.store.current(1, 0).ravel()[:500]])
     np.testing.assert_allclose(results[0], results[1], rtol=2e-4, atol=2e-5)

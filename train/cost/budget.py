@@ -5,17 +5,8 @@ same: a smaller ``micro_batch_size``, then ``gradient_checkpointing``; what is l
 holds blocks. Neither changes what is computed but for the order of sums, and with it the last bits
 of the trained numbers: a run goes on with the budget that it began with.
 
-The budget is resident memory above that of the interpreter with MLX imported. For the memory stages
-on a frozen anchor it is reckoned as the larger of
-
-* the gradient: the anchor, the batch's blocks with two moments, the fetched memory of the sequences
-  worked on at a time twice, and the larger of three times the logits and what one layer's gradient
-  takes, with the states that each layer begins with (without checkpointing all of its own), and
-* the update: the anchor and eight times the blocks,
-
-and beside it the blocks in the store and the program. At the 160M shape with 4.6 billion parameters
-of memory (one sequence of 512 tokens, float32) that was 2.00 GB where 1.88 were measured: ``python
--m benchmarks.training budget``. A stage that trains an anchor is reckoned as in :mod:`.costs`.
+The budget is resident memory above that of the interpreter with MLX imported: the peak of a step
+(:mod:`.costs`), the blocks in the store, and the program.
 """
 
 import math
@@ -26,7 +17,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_hmem.anchors.load import weight_files
 from mlx_hmem.budget.resident import (
     IMPORTS,
     Watch,
@@ -37,11 +27,9 @@ from mlx_hmem.budget.resident import (
 )
 from mlx_hmem.config import MemoryConfig, read_json
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import read_safetensors_header
-from mlx_hmem.model.find import find_model
 
 from ..recipe.recipe import Recipe, TrainerConfig
-from .costs import anchor_parameters, anchor_sizes_of, peak_memory
+from .costs import gathered_parameters, has_memory, peak_memory, trainings_of
 
 BUFFERS = 32 << 20  # bytes that MLX may keep of freed buffers
 MARGIN = 64_000_000
@@ -86,31 +74,22 @@ def fit(recipe: Recipe, budget: int, stages: Iterable[str], folder: Path) -> tup
     made with. UserError where one cannot fit, with what it needs at least.
     """
     chosen: list[Fit] = []
+    trainings = trainings_of(recipe)
     for stage in ("anchor", "memories", "dense"):
         if (done := folder / stage / "done.json").exists():
             recipe = _as_made(recipe, stage, read_json(done))
             continue
         wanted = stage in stages or (stage == "memories" and "generic" in stages)
-        if not wanted:
+        if not wanted or stage not in trainings:
             continue
-        if stage == "anchor" and recipe.anchor.training is not None:
-            found = _fit_anchor(recipe, stage, recipe.anchor.training, budget)
-            recipe = replace(recipe, anchor=replace(recipe.anchor, training=found.training))
-        elif stage == "dense" and recipe.dense is not None and not recipe.anchor_only:
-            found = _fit_anchor(recipe, stage, recipe.dense.training, budget)
-            recipe = replace(recipe, dense=replace(recipe.dense, training=found.training))
-        elif stage == "memories" and not recipe.anchor_only:
-            # The generic memory has the same shape and needs fewer blocks: the settings serve both.
-            found = _fit_memories(recipe, budget)
-            memories = replace(
-                recipe.memories,
-                training=found.training,
-                cache_bytes=max(1, found.cache_bytes),
-                cache_level_1=found.cache_level_1,
+        # The generic memory has the same shape and needs fewer blocks: the settings serve both.
+        found = _fit(recipe, stage, trainings[stage], budget)
+        section = replace(getattr(recipe, stage), training=found.training)
+        if stage == "memories":
+            section = replace(
+                section, cache_bytes=max(1, found.cache_bytes), cache_level_1=found.cache_level_1
             )
-            recipe = replace(recipe, memories=memories)
-        else:
-            continue
+        recipe = replace(recipe, **{stage: section})
         chosen.append(found)
     named = "; ".join(each.line() for each in chosen) or "no stage of this run trains"
     return recipe, f"memory budget {bytes_text(budget)}: {named}"
@@ -137,77 +116,30 @@ def _smaller(training: TrainerConfig) -> Iterator[TrainerConfig]:
             yield replace(training, micro_batch_size=part, gradient_checkpointing=again)
 
 
-def _fit_anchor(recipe: Recipe, stage: str, training: TrainerConfig, budget: int) -> Fit:
-    if stage == "dense":
-        recipe = replace(recipe, windows=replace(recipe.windows, anchor_context=None))
-    least = 0
+def _fit(recipe: Recipe, stage: str, training: TrainerConfig, budget: int) -> Fit:
+    """The first setting that fits; UserError if none does."""
+    config = recipe.memory_config
+    blocks = 12 * gathered_parameters(config, training.batch_size) if has_memory(stage) else 0
+    peaks = []
     for each in _smaller(training):
-        peak = peak_memory(recipe, False, each) + IMPORTS + BUFFERS + MARGIN
-        least = min(least or peak, peak)
+        peak = peak_memory(recipe, stage, each) + blocks + IMPORTS + BUFFERS + MARGIN
+        if peak <= budget and has_memory(stage):
+            return _with_blocks(each, config, peak, blocks, budget - peak)
         if peak <= budget:
             return Fit(stage, each, peak)
-    raise _too_small(stage, least, budget)
-
-
-def _fit_memories(recipe: Recipe, budget: int) -> Fit:
-    config, least = recipe.memory_config, 0
-    batch = recipe.memories.training.batch_size
-    blocks = 12 * gathered_parameters(config, batch)
-    for each in _smaller(recipe.memories.training):
-        peak = step_bytes(recipe, each) + blocks + IMPORTS + BUFFERS + MARGIN
-        least = min(least or peak, peak)
-        if peak > budget:
-            continue
-        spare = budget - peak
-        first = 12 * config.num_clusters[0] * math.prod(config.block_shape(1))
-        stays = first + blocks <= spare
-        most = 12 * config.bank_parameters
-        cache = min(spare - first if stays else spare + blocks, MOST_CACHE, most)
-        used = peak + cache + (first if stays else -blocks)
-        return Fit("memories", each, used, cache, not stays)
-    raise _too_small("memories", least, budget)
-
-
-def _too_small(stage: str, least: int, budget: int) -> UserError:
-    needed = -(-least // 10**6) * 10**6
+        peaks.append(peak)
+    needed = -(-min(peaks) // 10**6) * 10**6
     remedy = f"give at least {bytes_text(needed)}, or make batch_size or windows.context smaller"
-    return UserError(
-        f"the memory budget is too small for stage {stage}", bytes_text(budget), remedy
-    )
+    raise UserError(f"the memory budget is too small for stage {stage}", bytes_text(budget), remedy)
 
 
-def gathered_parameters(config: MemoryConfig, batch_size: int) -> int:
-    """Those of the blocks that a batch touches at most."""
-    levels = enumerate(config.num_clusters, 1)
-    return sum(min(batch_size, n + 1) * math.prod(config.block_shape(i)) for i, n in levels)
-
-
-def anchor_bytes(recipe: Recipe) -> int:
-    """Of the frozen anchor, as it is stored."""
-    if recipe.anchor.path is not None and recipe.anchor.training is None:
-        files = weight_files(find_model(recipe.anchor.path, ["model*.safetensors"]))
-        headers = (read_safetensors_header(file)[0] for file in files)
-        return sum(t.end - t.start for header in headers for t in header.values())
-    return 4 * anchor_parameters(recipe)
-
-
-def step_bytes(recipe: Recipe, training: TrainerConfig) -> int:
-    """MLX's peak in a step of the memory stages; see the top of this file."""
-    config = recipe.memory_config
-    gathered = gathered_parameters(config, training.batch_size)
-    if recipe.memories.cotrain is not None:
-        return peak_memory(recipe, True, training)
-    anchor, context = anchor_sizes_of(recipe), recipe.windows.context
-    part = training.micro_batch_size or training.batch_size
-    tokens, fetched = part * context, part * config.fetched_parameters
-    attention = part * anchor.num_heads * context**2
-    of_layer = tokens * (5 * (anchor.hidden_size + anchor.query_size) + 4.5 * anchor.inner_size)
-    of_layer += tokens * 2 * sum(config.r) * config.num_memory_layers / anchor.num_layers
-    kept = anchor.num_layers * tokens * anchor.hidden_size
-    if not training.gradient_checkpointing:
-        kept = int(anchor.num_layers * (of_layer + attention))
-    logits = 3 * tokens * anchor.vocab_size
-    sums = gathered if part < training.batch_size else 0  # of the gradients so far
-    backward = 2 * fetched + gathered + of_layer + 6 * attention
-    gradient = 3 * gathered + sums + 2 * fetched + kept + max(logits, backward)
-    return anchor_bytes(recipe) + int(4 * max(gradient, 8 * gathered))
+def _with_blocks(
+    training: TrainerConfig, config: MemoryConfig, peak: int, blocks: int, spare: int
+) -> Fit:
+    """What is left holds blocks: level 1 stays if it fits."""
+    first = 12 * config.num_clusters[0] * math.prod(config.block_shape(1))
+    stays = first + blocks <= spare
+    most = 12 * config.bank_parameters
+    cache = min(spare - first if stays else spare + blocks, MOST_CACHE, most)
+    used = peak + cache + (first if stays else -blocks)
+    return Fit("memories", training, used, cache, not stays)

@@ -3,35 +3,38 @@
 Sizes are exact. Bytes of the bank are those the export writes. Training state is float32 weights
 and two moments of every block, as if each were touched.
 
-Peak memory is that of MLX's arrays; the program itself takes 0.1 GB more. It is reckoned as
+Peak memory is that of MLX's arrays; the program itself takes 0.1 GB more. It is the larger of
 
-* anchor, dense: 8 × parameters (weights, gradients, two moments, and their successors),
-* memories, generic: 1 × the anchor's parameters (8 × if it is trained along), 6 × the most blocks
-  that a batch can touch (weights, moments, gradient, their successors), 5 × the fetched memory of
-  each sequence that is worked on at a time (the joined copies and their gradients),
-* activations that wait for the gradient: of each token and layer 5 × (hidden + query size), 4.5 ×
-  inner FFN width and 2 × sum(r), and an attention map (batch, heads, context, context),
-  (with gradient checkpointing of one layer; of each only the hidden states that it begins with),
-* what only one layer at a time has: 5 attention maps; and 3 × the logits,
+* a gradient: a trained anchor eight times (weights, gradients, two moments, and their successors),
+  the most blocks that a batch can touch three times; both once more where the batch is worked on in
+  parts, for the gradients so far; the fetched memory of the sequences worked on at a time; the
+  activations that wait: of each token and layer 5 × (hidden + query size), 4.5 × inner FFN
+  width and 2 × sum(r), and an attention map (batch, heads, context, context), with gradient
+  checkpointing only the hidden states that each layer begins with; what one layer at a time has:
+  as much, and 5 attention maps; and the larger of three times the logits and the gradients of
+  fetched memory, twice, and blocks,
+* the update: eight times all that is trained,
 
-four bytes each. In the twelve cases of tests/train/test_plan.py that was 0.83 to 1.38 times MLX's
-measured peak (CPU); the test allows a factor of 1.5. To the memory stages comes what the training
-store keeps in memory (:func:`store_memory`).
+four bytes each, and a frozen anchor as it is stored. In the eighteen cases of
+tests/train/test_plan.py that was 0.74 to 1.31 times MLX's measured peak (CPU); the test allows a
+factor of 1.5.
+:func:`store_memory` is what the training store keeps beside it in the memory stages.
 """
 
 import math
-import os
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import mlx.core as mx
-
 from mlx_hmem.anchors.architectures import anchor_layers
-from mlx_hmem.anchors.load import named_parameters
+from mlx_hmem.anchors.load import named_parameters, weight_files
 from mlx_hmem.bank.format import PAGE, Level, num_blocks, stored_levels
+from mlx_hmem.budget.resident import bytes_text, machine_bytes
+from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
+from mlx_hmem.files import read_safetensors_header
 from mlx_hmem.memory.layer import AttentionLayer, FFNLayer
+from mlx_hmem.model.find import find_model
 
 from ..data.taken_tokenizer import embedded
 from ..recipe.recipe import Recipe, TrainerConfig
@@ -44,13 +47,6 @@ def count_text(number: float) -> str:
         if number >= size:
             return f"{number / size:,.2f} {unit}"
     return f"{number:,.0f}"
-
-
-def bytes_text(number: float) -> str:
-    for unit, size in (("TB", 1e12), ("GB", 1e9)):
-        if number >= size:
-            return f"{number / size:,.1f} {unit}"
-    return f"{number / 1e6:,.1f} MB"
 
 
 @dataclass(frozen=True)
@@ -104,44 +100,73 @@ def bank_bytes(recipe: Recipe) -> int:
     return total
 
 
-def peak_memory(recipe: Recipe, memory: bool, training: TrainerConfig) -> int:
+def has_memory(stage: str) -> bool:
+    return stage in ("memories", "generic")
+
+
+def trainings_of(recipe: Recipe) -> dict[str, TrainerConfig]:
+    """The stages that train, and how."""
+    found = {} if recipe.anchor.training is None else {"anchor": recipe.anchor.training}
+    if recipe.anchor_only:
+        return found
+    found["memories"] = recipe.memories.training
+    if recipe.memories.cotrain is None:
+        found["generic"] = recipe.memories.training
+    if recipe.dense is not None:
+        found["dense"] = recipe.dense.training
+    return found
+
+
+def context_of(recipe: Recipe, stage: str) -> int:
+    """Tokens of a sequence; that of the anchor's own training may exceed the others'."""
+    return recipe.windows.of_anchor if stage == "anchor" else recipe.windows.context
+
+
+def gathered_parameters(config: MemoryConfig, batch_size: int) -> int:
+    """Those of the blocks that a batch touches at most."""
+    levels = enumerate(config.num_clusters, 1)
+    return sum(min(batch_size, n + 1) * math.prod(config.block_shape(i)) for i, n in levels)
+
+
+def _stored_bytes(recipe: Recipe) -> int:
+    """Of the frozen anchor, as it is stored."""
+    if recipe.anchor.path is not None and recipe.anchor.training is None:
+        files = weight_files(find_model(recipe.anchor.path, ["model*.safetensors"]))
+        headers = (read_safetensors_header(file)[0] for file in files)
+        return sum(t.end - t.start for header in headers for t in header.values())
+    return 4 * anchor_parameters(recipe)
+
+
+def peak_memory(recipe: Recipe, stage: str, training: TrainerConfig) -> int:
     """Estimated peak bytes of a training step; see the top of this file."""
     anchor, config = anchor_sizes_of(recipe), recipe.memory_config
-    context = recipe.windows.context if memory else recipe.windows.of_anchor
-    batch_size = training.micro_batch_size or training.batch_size
-    tokens = batch_size * context
+    part, context = training.micro_batch_size or training.batch_size, context_of(recipe, stage)
     per_token = 5 * (anchor.hidden_size + anchor.query_size) + 4.5 * anchor.inner_size
-    attention = batch_size * anchor.num_heads * context**2
-    parameters = anchor.parameters
-    anchor_trains = not memory or recipe.memories.cotrain is not None
-    numbers = (8 if anchor_trains else 1) * parameters
-    if memory:
-        # What joins the blocks is there for one part of the batch, their state for all of it.
-        levels = enumerate(config.num_clusters, 1)
-        gathered = sum(
-            min(training.batch_size, n + 1) * math.prod(config.block_shape(level))
-            for level, n in levels
-        )
-        numbers += 6 * gathered + 5 * batch_size * config.fetched_parameters
+    frozen = has_memory(stage) and recipe.memories.cotrain is None
+    weights, blocks, fetched = (0 if frozen else anchor.parameters), 0, 0
+    if has_memory(stage):
+        blocks = gathered_parameters(config, training.batch_size)
+        fetched = part * config.fetched_parameters
         per_token += 2 * sum(config.r) * config.num_memory_layers / anchor.num_layers
-    activations = tokens * per_token + attention
+    tokens, attention = part * context, part * anchor.num_heads * context**2
+    kept = of_layer = tokens * per_token + attention
     if training.gradient_checkpointing:
-        activations += anchor.num_layers * tokens * anchor.hidden_size
-    else:
-        activations *= anchor.num_layers
-    logits = 3 * tokens * anchor.vocab_size
-    return int(4 * (numbers + activations + 5 * attention + logits))
+        kept = tokens * anchor.hidden_size
+    sums = weights + blocks if part < training.batch_size else 0
+    gradient = 8 * weights + 3 * blocks + sums + fetched + anchor.num_layers * kept
+    gradient += of_layer + 5 * attention + max(3 * tokens * anchor.vocab_size, 2 * fetched + blocks)
+    numbers = max(gradient, 8 * (weights + blocks))
+    return (_stored_bytes(recipe) if frozen else 0) + int(4 * numbers)
 
 
-def step_operations(recipe: Recipe, memory: bool, batch_size: int) -> float:
+def step_operations(recipe: Recipe, stage: str, batch_size: int) -> float:
     """Floating-point operations of a training step: 6 a parameter and token, 4 where frozen."""
-    anchor = anchor_sizes_of(recipe)
-    context = recipe.windows.context if memory else recipe.windows.of_anchor
+    anchor, context = anchor_sizes_of(recipe), context_of(recipe, stage)
     matrices = anchor.parameters - anchor.looked_up
     attention = 12 * anchor.num_layers * context * anchor.query_size
-    fetched = recipe.memory_config.fetched_parameters
-    frozen = memory and recipe.memories.cotrain is None
-    per_token = (4 if frozen else 6) * matrices + (6 * fetched if memory else 0)
+    fetched = recipe.memory_config.fetched_parameters if has_memory(stage) else 0
+    frozen = has_memory(stage) and recipe.memories.cotrain is None
+    per_token = (4 if frozen else 6) * matrices + 6 * fetched
     return float(batch_size * context * (per_token + attention))
 
 
@@ -162,61 +187,56 @@ def training_state_bytes(recipe: Recipe) -> int:
     return 3 * 4 * recipe.memory_config.bank_parameters
 
 
-def machine_memory() -> int:
-    """Bytes of memory, or of what the GPU may use of it."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    gpu = mx.device_info().get("max_recommended_working_set_size") or total
-    return min(total, int(gpu))
-
-
 def store_memory(recipe: Recipe, stage: str) -> int:
     """Bytes of blocks that the training store keeps in memory: all of level 1, and of the others as
     many as ``memories.cache_bytes`` allow."""
     config = recipe.memory_config
+    if not has_memory(stage):
+        return 0
     if stage == "generic":
         return 3 * 4 * config.fetched_parameters
     first = 3 * 4 * config.num_clusters[0] * math.prod(config.block_shape(1))
     return first + min(recipe.memories.cache_bytes, training_state_bytes(recipe) - first)
 
 
-def check_memory(recipe: Recipe, stage: str, memory: bool, training: TrainerConfig) -> int:
+def check_memory(recipe: Recipe, stage: str, training: TrainerConfig) -> int:
     """The stage's peak with what its store keeps; one that the machine cannot hold is refused with
     what it could hold."""
-    store = store_memory(recipe, stage) if memory else 0
-    peak, most = peak_memory(recipe, memory, training) + store, machine_memory()
+    store = store_memory(recipe, stage)
+    peak, most = peak_memory(recipe, stage, training) + store, machine_bytes()
     if peak <= most:
         return peak
     most -= store
     section = {"anchor": "anchor", "dense": "dense"}.get(stage, "memories")
     smallest = replace(training, batch_size=1, micro_batch_size=1, gradient_checkpointing=True)
-    if key := _fitting(recipe, memory, training, most):
+    if key := _fitting(recipe, stage, training, most):
         remedy = f"set {section}.training.{key}, or shorten windows.context"
-    elif memory and peak_memory(recipe, False, smallest) <= machine_memory():
+    elif has_memory(stage) and peak_memory(recipe, "dense", smallest) <= machine_bytes():
         remedy = "make memories.r smaller, or the anchor"
     else:
-        scale = most / peak_memory(recipe, memory, smallest)
+        scale = most / peak_memory(recipe, stage, smallest)
         most_parameters = int(scale * anchor_parameters(recipe))
         remedy = f"make the anchor smaller: about {count_text(most_parameters)} parameters fit"
     raise UserError(
         f"stage {stage} does not fit in memory",
-        f"it needs about {bytes_text(peak)}, this machine has {bytes_text(machine_memory())}",
+        f"it needs about {bytes_text(peak)}, this machine has {bytes_text(machine_bytes())}",
         remedy,
     )
 
 
-def _fitting(recipe: Recipe, memory: bool, training: TrainerConfig, most: int) -> str | None:
+def _fitting(recipe: Recipe, stage: str, training: TrainerConfig, most: int) -> str | None:
     """The setting that makes the step fit, if one does: parts of the batch before smaller ones."""
     size = training.batch_size
     for part in range(size, 0, -1):
         parts = replace(training, micro_batch_size=part) if size % part == 0 else None
-        if parts and peak_memory(recipe, memory, parts) <= most:
+        if parts and peak_memory(recipe, stage, parts) <= most:
             return f"micro_batch_size to {part}"
     again = replace(training, micro_batch_size=1, gradient_checkpointing=True)
-    if peak_memory(recipe, memory, again) <= most:
+    if peak_memory(recipe, stage, again) <= most:
         return "micro_batch_size to 1 and gradient_checkpointing to true"
     while size := size // 2:
         one = replace(training, batch_size=size, micro_batch_size=1)
-        if peak_memory(recipe, memory, one) <= most:
+        if peak_memory(recipe, stage, one) <= most:
             return f"batch_size to {size} and micro_batch_size to 1"
     return None
 

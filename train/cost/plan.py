@@ -19,9 +19,12 @@ from pathlib import Path
 import numpy as np
 
 from mlx_hmem.anchors.openlm import Model
-from mlx_hmem.config import MemoryConfig, read_json
+from mlx_hmem.budget.resident import bytes_text, machine_bytes
+from mlx_hmem.config import read_json
 from mlx_hmem.errors import ArgumentParser, UserError
+from mlx_hmem.evaluate.tables import table as text_table
 
+from ..corpus.facts import make_facts
 from ..data.arrays import load_mapped
 from ..data.tokenizer import EOT_ID
 from ..recipe.recipe import Recipe, TrainerConfig, WindowsSection, add_recipe_arguments, load_recipe
@@ -34,13 +37,14 @@ from .costs import (
     anchor_parameters,
     anchor_sizes_of,
     bank_bytes,
-    bytes_text,
     check_disk,
     check_memory,
+    context_of,
     count_text,
-    machine_memory,
+    has_memory,
     step_operations,
     training_state_bytes,
+    trainings_of,
 )
 
 MEASURE_SECONDS = 2.0
@@ -50,7 +54,7 @@ CHARACTERS = {500: 1.5, 2048: 2.7, 8192: 3.8, 16384: 4.2}
 
 
 @dataclass(frozen=True)
-class StagePlan:
+class StageCost:
     """One stage that trains. What needs the number of tokens is None where that is not known."""
 
     stage: str
@@ -61,11 +65,12 @@ class StagePlan:
     peak_memory_bytes: int
     seconds_per_step: float
     timed: str  # "measured" or "scaled"
+    hours_per_million_tokens: float
     hours: float | None
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunCost:
     name: str
     anchor_parameters: int
     fetched_parameters: int
@@ -77,7 +82,23 @@ class Plan:
     disk_free_bytes: int
     memory_bytes: int
     tokens_from: str
-    stages: tuple[StagePlan, ...]
+    stages: tuple[StageCost, ...]
+
+
+def characters_per_token(recipe: Recipe) -> float:
+    points, sizes = [math.log2(v) for v in CHARACTERS], list(CHARACTERS.values())
+    return float(np.interp(math.log2(recipe.tokenizer.vocab_size), points, sizes))
+
+
+def most_characters(recipe: Recipe) -> int | None:
+    """Characters of the text as the recipe alone says them: facts that need no file, and documents
+    of the greatest length; None where it does not say how many, or all facts are in files."""
+    corpus = recipe.corpus
+    if corpus.documents is None:
+        return None
+    invented = [facts for facts in corpus.facts if facts.get("kind") == "invented"]
+    documents = (document for facts in invented for document in make_facts(facts, recipe.seed)[0])
+    return corpus.documents * corpus.max_characters + sum(len(d["text"]) for d in documents)
 
 
 def sequences_of(recipe: Recipe, out: Path | None, tokens: int | None) -> tuple[int, int, str]:
@@ -94,11 +115,12 @@ def sequences_of(recipe: Recipe, out: Path | None, tokens: int | None) -> tuple[
     elif out is not None and (path := out / "windows" / "tokens.npy").exists():
         tokens, source = len(load_mapped(path)), "the run's windows"
     elif out is not None and (path := out / "corpus" / "report.json").exists():
-        size = math.log2(recipe.tokenizer.vocab_size)
-        points = [math.log2(v) for v in CHARACTERS]
-        ratio = np.interp(size, points, list(CHARACTERS.values()))
+        ratio = characters_per_token(recipe)
         tokens = round(read_json(path)["train_characters"] / ratio)
         source = f"the run's characters, about {ratio:.1f} a token"
+    elif characters := most_characters(recipe):
+        tokens = max(1, round(characters / characters_per_token(recipe)))
+        source = "the recipe, if every document is as long as it may be; --tokens says better"
     else:
         return 0, 0, "nothing: give --tokens, or --out with the corpus stage done"
     # The last sequence of a leaf is half empty.
@@ -106,19 +128,18 @@ def sequences_of(recipe: Recipe, out: Path | None, tokens: int | None) -> tuple[
     return max(1, tokens // of_anchor), max(1, tokens // context + leaves // 2), source
 
 
-def trainee_of(
-    recipe: Recipe, memory: MemoryConfig | None, training: TrainerConfig, folder: Path
-) -> Trainee:
+def trainee_of(recipe: Recipe, stage: str, training: TrainerConfig, folder: Path) -> Trainee:
     """A real trainee of the recipe's sizes on random tokens, its store in ``folder``. Of the bank
     it has two clusters a branch: a step touches no more blocks than it has sequences."""
     model = anchor_shape(recipe)
     if isinstance(model, Model):
         initialise(model, 0)
-    context = recipe.windows.of_anchor if memory is None else recipe.windows.context
+    context = context_of(recipe, stage)
     random, vocab_size = np.random.default_rng(0), anchor_sizes_of(recipe).vocab_size
     tokens = random.integers(1, vocab_size, (training.batch_size, context + 1), np.uint32)
-    if memory is None:
+    if not has_memory(stage):
         return AnchorTrainee(model, tokens, EOT_ID, training)
+    memory = recipe.memory_config if stage == "memories" else generic_config(recipe.memory_config)
     depth = memory.num_levels
     leaves = np.arange(training.batch_size) % 2**depth
     paths = np.stack([leaves >> (depth - level) for level in range(1, depth + 1)], axis=1)
@@ -140,88 +161,60 @@ def measure(trainee: Trainee, batch_size: int, seconds: float) -> float:
 
 
 def seconds_per_step(
-    recipe: Recipe, memory: MemoryConfig | None, training: TrainerConfig, peak: int
+    recipe: Recipe, stage: str, training: TrainerConfig, peak: int
 ) -> tuple[float, str]:
     """(seconds, "measured" or "scaled")."""
-    context = min(recipe.windows.context, 256)
+    context = min(context_of(recipe, stage), 256)
     small = replace(recipe, windows=WindowsSection(context))
     if recipe.anchor.path is None:  # else its config may not allow fewer layers
         anchor = replace(recipe.anchor, num_hidden_layers=1)
         memories = replace(recipe.memories, layers="all", keep_parameters=False)
         small = replace(small, anchor=anchor, memories=memories)
     one = replace(training, batch_size=1, micro_batch_size=None)
-    reduced = small.memory_config if memory is not None else None
     with tempfile.TemporaryDirectory() as folder:
-        short = measure(trainee_of(small, reduced, one, Path(folder)), 1, 0)
-    has_memory = memory is not None
-    ratio = step_operations(recipe, has_memory, training.batch_size)
-    scaled = short * ratio / step_operations(small, has_memory, 1)
-    if scaled > LONGEST_STEP or peak > machine_memory() / 2:
+        short = measure(trainee_of(small, stage, one, Path(folder)), 1, 0)
+    ratio = step_operations(recipe, stage, training.batch_size)
+    scaled = short * ratio / step_operations(small, stage, 1)
+    if scaled > LONGEST_STEP or peak > machine_bytes() / 2:
         return scaled, "scaled"
     with tempfile.TemporaryDirectory() as folder:
-        trainee = trainee_of(recipe, memory, training, Path(folder))
+        trainee = trainee_of(recipe, stage, training, Path(folder))
         return measure(trainee, training.batch_size, MEASURE_SECONDS), "measured"
 
 
-def _on_sequences(recipe: Recipe) -> Recipe:
-    """With the context of the sequences that all arms see, which the anchor's may exceed."""
-    return replace(recipe, windows=replace(recipe.windows, anchor_context=None))
-
-
-Arm = tuple[str, MemoryConfig | None, TrainerConfig]
-
-
-def arms_of(recipe: Recipe) -> list[Arm]:
-    """The stages that train: name, memory, how."""
-    arms: list[Arm] = []
-    if recipe.anchor.training is not None:
-        arms.append(("anchor", None, recipe.anchor.training))
-    if recipe.anchor_only:
-        return arms
-    config = recipe.memory_config
-    arms.append(("memories", config, recipe.memories.training))
-    if recipe.memories.cotrain is None:
-        arms.append(("generic", generic_config(config), recipe.memories.training))
-    if recipe.dense is not None:
-        arms.append(("dense", None, recipe.dense.training))
-    return arms
-
-
-def make_plan(recipe: Recipe, out: Path | None = None, tokens: int | None = None) -> Plan:
+def make_plan(recipe: Recipe, out: Path | None = None, tokens: int | None = None) -> RunCost:
     """Checks that the recipe fits this machine (``UserError`` if not), then measures steps."""
-    config, arms = recipe.memory_config, arms_of(recipe)
+    config, trainings = recipe.memory_config, trainings_of(recipe)
     needed, free = check_disk(recipe, out or Path.cwd())
-    recipes = [_on_sequences(recipe) if n != "anchor" else recipe for n, _, _ in arms]
-    peaks = [
-        check_memory(r, n, m is not None, t) for r, (n, m, t) in zip(recipes, arms, strict=True)
-    ]
+    peaks = {stage: check_memory(recipe, stage, own) for stage, own in trainings.items()}
     first, others, source = sequences_of(recipe, out, tokens)
-    stages: list[StagePlan] = []
+    stages: list[StageCost] = []
     timed: dict[tuple[str, int, int], tuple[float, str]] = {}
-    for (name, memory, training), own, peak in zip(arms, recipes, peaks, strict=True):
-        context = own.windows.of_anchor
-        key = ("" if memory is None else name, training.batch_size, context)
+    for stage, training in trainings.items():
+        context = context_of(recipe, stage)
+        key = (stage if has_memory(stage) else "", training.batch_size, context)
         if key not in timed:
-            timed[key] = seconds_per_step(own, memory, training, peak)
+            timed[key] = seconds_per_step(recipe, stage, training, peaks[stage])
         seconds, how = timed[key]
-        rows = first if name == "anchor" else others
+        rows = first if stage == "anchor" else others
         steps = training.num_steps(rows) if rows else training.steps
         stages.append(
-            StagePlan(
-                stage=name,
+            StageCost(
+                stage=stage,
                 batch_size=training.batch_size,
                 sequences=rows or None,
                 tokens=None if steps is None else steps * training.batch_size * context,
                 steps=steps,
-                peak_memory_bytes=peak,
+                peak_memory_bytes=peaks[stage],
                 seconds_per_step=seconds,
                 timed=how,
+                hours_per_million_tokens=seconds / training.batch_size / context * 1e6 / 3600,
                 hours=None if steps is None else steps * seconds / 3600,
             )
         )
     blocks = [n for n, r in zip(config.num_clusters, config.r, strict=True) if r]
     alone = recipe.anchor_only
-    return Plan(
+    return RunCost(
         name=recipe.name,
         anchor_parameters=anchor_parameters(recipe),
         fetched_parameters=0 if alone else config.fetched_parameters,
@@ -231,13 +224,13 @@ def make_plan(recipe: Recipe, out: Path | None = None, tokens: int | None = None
         training_state_bytes=0 if alone else training_state_bytes(recipe),
         disk_bytes=needed,
         disk_free_bytes=free,
-        memory_bytes=machine_memory(),
+        memory_bytes=machine_bytes(),
         tokens_from=source,
         stages=tuple(stages),
     )
 
 
-def table(plan: Plan) -> str:
+def table(plan: RunCost) -> str:
     """The plan for people."""
     rows = [
         ("anchor", f"{count_text(plan.anchor_parameters)} parameters"),
@@ -253,29 +246,22 @@ def table(plan: Plan) -> str:
         ("tokens from", plan.tokens_from),
     ]
     lines = [f"{name:<16}{text}" for name, text in rows]
-    head = ("stage", "sequences", "tokens", "steps", "peak memory", "s/step", "timed", "time")
-    cells: list[tuple[str, ...]] = [head]
+    head = ["stage", "sequences", "tokens", "steps", "peak memory", "s/step", "timed", "time"]
+    cells = [head]
     for s in plan.stages:
         known = ["?" if n is None else f"{n:,}" for n in (s.sequences, s.tokens, s.steps)]
-        cells.append(
-            (s.stage, *known, bytes_text(s.peak_memory_bytes), f"{s.seconds_per_step:.3g}",
-             s.timed, time_text(s.hours))
-        )  # fmt: skip
+        lasts = f"{time_text(s.hours_per_million_tokens)} per million tokens"
+        if s.hours is not None:
+            lasts = time_text(s.hours)
+        memory = bytes_text(s.peak_memory_bytes)
+        cells.append([s.stage, *known, memory, f"{s.seconds_per_step:.3g}", s.timed, lasts])
     if all(s.hours is not None for s in plan.stages):
         hours = sum(s.hours or 0 for s in plan.stages)
-        cells.append(("together", "", "", "", "", "", "", time_text(hours)))
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    lines.append("")
-    for row in cells:
-        parts = [row[0].ljust(widths[0])]
-        parts += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(parts).rstrip())
-    return "\n".join(lines)
+        cells.append(["together", *[""] * 6, time_text(hours)])
+    return "\n".join([*lines, "", text_table(cells)])
 
 
-def time_text(hours: float | None) -> str:
-    if hours is None:
-        return "?"
+def time_text(hours: float) -> str:
     if hours >= 48:
         return f"{hours / 24:,.1f} days"
     return f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"

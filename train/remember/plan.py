@@ -19,13 +19,14 @@ import numpy as np
 from mlx_hmem.anchors.attach import memory_config
 from mlx_hmem.anchors.load import anchor_of_config, named_parameters, read_config
 from mlx_hmem.bank.format import PAGE, Level, stored_levels
+from mlx_hmem.budget.resident import bytes_text, machine_bytes
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.retriever import ClusterTree
 from mlx_hmem.retriever.kmeans import nearest
 
 from ..corpus.readers import CorpusFile
-from ..cost.costs import bytes_text, count_text, machine_memory, peak_memory
+from ..cost.costs import count_text, peak_memory
 from ..cost.plan import seconds_per_step, time_text
 from ..data.taken_tokenizer import TakenTokenizer, embedded
 from ..recipe.recipe import AnchorSection, MemoriesSection, Recipe, TreeSection, WindowsSection
@@ -101,12 +102,12 @@ def training_for(config: dict[str, Any], memory: MemoryConfig, context: int) -> 
     for part in (8, 4, 2, 1):
         smaller = replace(training, micro_batch_size=part, gradient_checkpointing=part == 1)
         recipe = as_recipe(config, memory, smaller, context, "anchor")
-        if peak_memory(recipe, True, smaller) < machine_memory() / 2:
+        if peak_memory(recipe, "memories", smaller) < machine_bytes() / 2:
             return smaller
     raise UserError(
         "a training step does not fit in memory",
-        f"{bytes_text(peak_memory(recipe, True, smaller))}, this machine has "
-        f"{bytes_text(machine_memory())}",
+        f"{bytes_text(peak_memory(recipe, 'memories', smaller))}, this machine has "
+        f"{bytes_text(machine_bytes())}",
         "use a smaller or a quantised anchor",
     )
 
@@ -202,7 +203,7 @@ def check_size(base: Base, size: int, places: list[Path]) -> None:
             disk, memory = needed(base, config, some)
         except UserError:  # more clusters than a bank may have
             return False
-        return disk <= free and memory <= machine_memory()
+        return disk <= free and memory <= machine_bytes()
 
     if fits(size):
         return
@@ -211,7 +212,7 @@ def check_size(base: Base, size: int, places: list[Path]) -> None:
         most = int(most * 0.9)
     raise UserError(
         f"{bytes_text(size)} of text are too much for this machine",
-        f"{bytes_text(free)} of disk are free, memory {bytes_text(machine_memory())}",
+        f"{bytes_text(free)} of disk are free, memory {bytes_text(machine_bytes())}",
         f"give --max-bytes {most} or less, or a folder with less text",
     )
 
@@ -227,8 +228,8 @@ def plan_lines(
     config, memory = read_config(base.folder), settings.memory
     training = TrainerConfig(**settings.training)
     recipe = as_recipe(config, memory, training, settings.context, str(base.folder))
-    peak = peak_memory(recipe, True, training)
-    seconds, how = seconds_per_step(recipe, recipe.memory_config, training, peak)
+    peak = peak_memory(recipe, "memories", training)
+    seconds, how = seconds_per_step(recipe, "memories", training, peak)
     how = f"of {seconds:.2g} s ({how})"
     tokens, bank = len(text.windows.tokens), new_bytes(base, memory, settings.first)
     passes = settings.passes or EXPECTED_PASSES
@@ -243,7 +244,7 @@ def plan_lines(
         ("new clusters", f"{own}{under}, r {list(memory.r)}"),
         ("fetched memory", f"{count_text(memory.fetched_parameters)} parameters"),
         ("disk", f"{bytes_text(bank[0])} in the bank, {bytes_text(bank[1])} in the run's folder"),
-        ("memory", f"about {bytes_text(peak)} of {bytes_text(machine_memory())}"),
+        ("memory", f"about {bytes_text(peak)} of {bytes_text(machine_bytes())}"),
         ("time", f"about {time_text(steps * seconds / 3600)}: {steps:,} steps {how}"),
     ]
     if restating is not None:

@@ -130,7 +130,7 @@ def _plain(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-class Part(NamedTuple):
+class PassageBatch(NamedTuple):
     """Passages of one document that make a batch."""
 
     sha256: str
@@ -182,13 +182,13 @@ class Writer:
             )
         return cls(model, room, most, count, seed)
 
-    def parts(self, documents: Sequence[OwnDocument]) -> Iterator[Part]:
+    def parts(self, documents: Sequence[OwnDocument]) -> Iterator[PassageBatch]:
         size = max(1, ROWS // self.count)
         for document in documents:
             kept, _ = hold_out(document)
             passages = list(passages_of(kept, self.model.tokenizer, self.room))
             for number, start in enumerate(range(0, len(passages), size)):
-                yield Part(document.sha256, number, passages[start : start + size])
+                yield PassageBatch(document.sha256, number, passages[start : start + size])
 
     def reckon(self, documents: Sequence[OwnDocument]) -> Reckoned:
         """Takes a few steps of the middle one of the batches to measure their time."""
@@ -204,12 +204,12 @@ class Writer:
         rows = self.count * len(passages)
         return Reckoned(len(passages), read * self.count, rows * self.most, each * len(parts))
 
-    def _seconds(self, part: Part, tokens: int) -> float:
+    def _seconds(self, part: PassageBatch, tokens: int) -> float:
         start = time.perf_counter()
         self._generate(part, tokens)
         return time.perf_counter() - start
 
-    def _generate(self, part: Part, tokens: int) -> Iterator[tuple[str, str, bool]]:
+    def _generate(self, part: PassageBatch, tokens: int) -> Iterator[tuple[str, str, bool]]:
         """Of each row its passage, what is said of it, and whether that has come to an end."""
         given = [passage for passage in part.passages for _ in range(self.count)]
         prompts = [prompt_of(self.model.tokenizer, passage) for passage in given]
@@ -227,7 +227,7 @@ class Writer:
         ended = (each.finish_reason == "stop" for each in found)
         return zip(given, said, ended, strict=True)
 
-    def write(self, part: Part, known: Collection[str]) -> tuple[list[str], Counter[str]]:
+    def write(self, part: PassageBatch, known: Collection[str]) -> tuple[list[str], Counter[str]]:
         """The restatements of a batch, and how many were dropped by what was wrong."""
         texts, dropped = list[str](), Counter[str]()
         for passage, said, ended in self._generate(part, self.most):

@@ -9,12 +9,11 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from mlx_hmem.config import MemoryConfig
 from mlx_hmem.evaluate.command import table
 
-from ..cost.costs import anchor_sizes_of, check_memory
-from ..cost.plan import arms_of, seconds_per_step, sequences_of
-from ..recipe.recipe import Recipe, TrainerConfig
+from ..cost.costs import anchor_sizes_of, check_memory, context_of, has_memory, trainings_of
+from ..cost.plan import seconds_per_step, sequences_of
+from ..recipe.recipe import Recipe
 from ..stages import identity, identity_made, stages_of
 from .file import Study
 from .runs import Run, choice, runs_of, search_of
@@ -71,10 +70,6 @@ def _made(seed: Path) -> set[tuple[str, str]]:
     return {(name, key) for name, key in made if key is not None}
 
 
-def trainings_of(recipe: Recipe) -> dict[str, tuple[MemoryConfig | None, TrainerConfig]]:
-    return {name: (memory, training) for name, memory, training in arms_of(recipe)}
-
-
 def _minutes(run: Run, name: str, timed: dict[Any, float]) -> float:
     """NaN where the number of sequences is not known yet."""
     recipe, rows = run.recipe, 0
@@ -82,17 +77,19 @@ def _minutes(run: Run, name: str, timed: dict[Any, float]) -> float:
         first, others, _ = sequences_of(recipe, sequences.parents[1], None)
         rows = first if name == "anchor" else others
         break
-    memory, training = trainings_of(recipe)[name]
+    training = trainings_of(recipe)[name]
     if not rows and training.steps is None:
         return math.nan
+    memory = recipe.memory_config if has_memory(name) else None
     sizes = (
         anchor_sizes_of(recipe),
         memory,
-        recipe.windows,
+        context_of(recipe, name),
         training.batch_size,
-        name == "memories" and recipe.memories.cotrain is None,
+        name if memory else "",
+        recipe.memories.cotrain is None,
     )
     if sizes not in timed:
-        peak = check_memory(recipe, name, memory is not None, training)
-        timed[sizes] = seconds_per_step(recipe, memory, training, peak)[0]
+        peak = check_memory(recipe, name, training)
+        timed[sizes] = seconds_per_step(recipe, name, training, peak)[0]
     return training.num_steps(rows) * timed[sizes] / 60
