@@ -118,11 +118,14 @@ def run_program(main: Callable[[], None], stopped: str = "stopped") -> None:
             sys.stdout.flush()  # a full disk shows here rather than at the interpreter's exit
     except UserError as error:
         _end(2, f"error: {error}")
-    except ModuleNotFoundError as error:
-        extra = EXTRAS.get((error.name or "").partition(".")[0])
-        if extra is None:
+    except ImportError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
             raise
-        _end(2, f"error: a package is missing: {error.name}; pip install 'mlx-hmem[{extra}]'")
+        missing = isinstance(error, ModuleNotFoundError) and error.name == package
+        said = package if missing else " ".join(str(error).split())
+        what = "a package is missing" if missing else f"the package {package} cannot be loaded"
+        _end(2, f"error: {what}: {said}; pip install 'mlx-hmem[{EXTRAS[package]}]'")
     except BrokenPipeError:
         _end(141)
     except OSError as error:

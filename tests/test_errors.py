@@ -52,7 +52,7 @@ def test_every_program_says_its_version():
 def test_a_description_keeps_its_paragraphs_and_lists():
     parser = ArgumentParser(prog="x", description=f"{'word ' * 30}\nend.\n\nA list:\n  a  b\n  c")
     text = parser.format_help()
-    assert re.search(r"word\nword.* end\.\n\nA list:\n  a  b\n  c\n\noptions", text, re.DOTALL)
+    assert re.search(r"word\nword.*[ \n]end\.\n\nA list:\n  a  b\n  c\n\noptions", text, re.DOTALL)
 
 
 def verbs(name: str) -> list[str]:
@@ -78,3 +78,56 @@ def test_help_is_for_people_and_fits_a_terminal(name, monkeypatch):
         assert re.match(r"[^\n]+\n( [^\n]*\n)*\n[A-Z][^\n]+", text)  # what it does comes next
         assert max(map(len, text.splitlines())) <= 80
         assert "`" not in text
+
+
+MISSING = """
+import sys
+sys.modules["{package}"] = None
+from mlx_hmem.__main__ import main
+from mlx_hmem.errors import run_program
+sys.argv = ["mlx_hmem", *sys.argv[1:]]
+run_program(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("package", "extra", "words"),
+    [
+        ("lmdb", "train", ["remember", "docs", "--model", "MODEL", "--out", "OUT"]),
+        ("lmdb", "train", ["forget", "MODEL", "a.txt", "--out", "OUT"]),
+        ("lmdb", "train", ["train", "facts.yaml", "--out", "OUT"]),
+        ("yaml", "train", ["train", "facts.yaml", "--out", "OUT"]),
+        ("pypdf", "remember", ["remember", "PDF", "--model", "MODEL", "--out", "OUT"]),
+        ("lm_eval", "", ["evaluate", "harness"]),
+    ],
+)
+def test_a_missing_package_is_one_line_that_says_how_to_get_it(
+    package, extra, words, model_folder, tmp_path
+):
+    (tmp_path / "a.pdf").write_bytes(b"%PDF-1.4")
+    places = {"MODEL": model_folder, "OUT": tmp_path / "out", "PDF": tmp_path / "a.pdf"}
+    words = [places.get(word, word) for word in words]
+    status, out, err = process("-c", MISSING.format(package=package), *words)
+    assert (status, out) == (2, "")
+    error = err.splitlines()[-1]  # huggingface_hub says a line of its own without yaml
+    assert re.fullmatch(r"error: [^\n]+: [^\n]*; pip install [^\n]+", error)
+    assert package.replace("lm_eval", "lm-eval") in error
+    assert extra in error.rpartition("; ")[2]
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_package_that_is_there_and_cannot_be_loaded_is_one_line():
+    """As a compiled one of another system is."""
+
+    def main(words):
+        raise ImportError("lmdb/cpython.so:\nwrong architecture", name="lmdb.cpython")
+
+    said = run(main)
+    assert_refused(said, "the package lmdb cannot be loaded: lmdb/cpython.so: wrong architecture;")
+
+    def ours(words):
+        raise ModuleNotFoundError("No module named 'mlx_hmem.nothing'", name="mlx_hmem.nothing")
+
+    with pytest.raises(ModuleNotFoundError):  # a fault of ours keeps its traceback
+        run(ours)
