@@ -1,7 +1,7 @@
 """Time to the first token with a memory, against the anchor alone.
 
 OpenLM-160M with random weights in float32, a bank of 4.6 billion parameters and its retriever,
-through ``MemoryModel.recall`` and ``stream_ids`` as
+through ``MemoryModel.fetch`` and ``stream_ids`` as
 ``generate.py`` uses them: the clock runs from before the route until the first token is there. The
 memory is waited for, or read while the prompt is processed (``wait=False``); its pages are in the
 page cache, or were dropped before it (*cold*, proven by the kernel's count), or its blocks are kept
@@ -43,9 +43,9 @@ CASES = {
 
 
 def first_token(model: MemoryModel, ids: list[int], memory: str, wait: bool) -> None:
-    recall = model.recall(TEXT, memory, wait=wait)
+    fetch = model.fetch(TEXT, memory, wait=wait)
     # One token, so that none is computed ahead while the next contender runs.
-    next(model.stream_ids(ids, recall, max_tokens=1))
+    next(model.stream_ids(ids, fetch, max_tokens=1))
 
 
 def measure(tokens: Sequence[int] = (512, 16), repeats: int = 7) -> Result:

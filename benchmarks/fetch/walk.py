@@ -70,9 +70,9 @@ def route_times() -> dict[str, dict[str, float]]:
 
 
 def fetch_all(model: MemoryModel, text: str, wait: bool) -> None:
-    recall = model.recall(text, wait=wait)
-    if isinstance(recall.rows, ArrivingMemory):
-        recall.rows.wait()
+    fetch = model.fetch(text, wait=wait)
+    if isinstance(fetch.rows, ArrivingMemory):
+        fetch.rows.wait()
 
 
 def walk(folder: Path, topics: int) -> Result:

@@ -12,7 +12,6 @@ kind but ffn is a wider anchor: those keep the attached form (:mod:`mlx_hmem.anc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from types import TracebackType
 from typing import Self
 
 import mlx.core as mx
@@ -137,12 +136,7 @@ class FusedMemory:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.clear()
 
     def _widen(self) -> None:

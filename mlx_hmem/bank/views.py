@@ -4,7 +4,7 @@
 
     {"views": {"guest": {"blocked": [[3], [4, 70], ["handbook"], ["handbook", 2]]}}}
 
-A cluster is named by the path that leads to it, as in ``MemoryModel.recall``. A path may begin with
+A cluster is named by the path that leads to it, as in ``MemoryModel.fetch``. A path may begin with
 the name of a bank that was added: alone it bars that whole bank. The reader keeps to a view
 (:meth:`Bank.view`), so whatever a prompt says, the bytes of what is barred are not read. Where a
 view is called "default" it holds for whoever asks for none.

@@ -38,9 +38,10 @@ from mlx_hmem.evaluate.tables import (
 from mlx_hmem.evaluate.tasks.benchmark import TaskResult, averages, model_fingerprint, score_task
 from mlx_hmem.evaluate.tasks.task import TaskData, load_tasks
 from mlx_hmem.evaluate.texts import read_texts
+from mlx_hmem.model.fetch import MODES
 from mlx_hmem.model.find import MODEL_FILES, find_model
 from mlx_hmem.model.load import load
-from mlx_hmem.model.model import MODES, MemoryModel
+from mlx_hmem.model.model import MemoryModel
 from mlx_hmem.retriever import load_encoder
 
 __all__ = ["main", "perplexity_table", "recall_table", "table", "task_table"]

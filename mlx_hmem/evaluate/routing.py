@@ -6,7 +6,8 @@ from tqdm import tqdm
 
 from mlx_hmem.config import ClusterPath
 from mlx_hmem.errors import UserError
-from mlx_hmem.model.model import MemoryModel, check_mode
+from mlx_hmem.model.fetch import check_mode
+from mlx_hmem.model.model import MemoryModel
 
 
 def route_texts(

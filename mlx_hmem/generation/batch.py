@@ -24,7 +24,8 @@ from mlx_hmem.config import ClusterPath
 from mlx_hmem.errors import UserError
 from mlx_hmem.memory import FetchedMemory, Rows
 from mlx_hmem.model.banks import Banks
-from mlx_hmem.model.model import MemoryModel, check_mode
+from mlx_hmem.model.fetch import check_mode
+from mlx_hmem.model.model import MemoryModel
 from mlx_hmem.model.stream import AnchorWithMemory, prompt_ids
 from mlx_hmem.retriever.texts import check_texts
 
@@ -147,10 +148,10 @@ class BatchModel:
         """Logits (batch, time, vocabulary) of token ids (batch, time)."""
         *states, routes = cache
         if routes.anchor is None:
-            self._recall(routes)
+            self._bind(routes)
         return routes.anchor(inputs, cache=states)
 
-    def _recall(self, cache: RouteCache) -> None:
+    def _bind(self, cache: RouteCache) -> None:
         """Fetches the blocks of the rows that are not held yet and joins them."""
         keys = list(dict.fromkeys(chain.from_iterable(cache.routes)))
         held = {key: block for key in keys if (block := self._held.get(key)) is not None}

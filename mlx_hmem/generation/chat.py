@@ -121,18 +121,18 @@ def _answer(conversation: Conversation, text: str) -> None:
         pieces.close()
         print(flush=True)
         say("stopped")
-    if conversation.route != before and conversation.recall is not None:
+    if conversation.route != before and conversation.fetch is not None:
         say(_route(conversation))
 
 
 def _route(conversation: Conversation) -> str:
-    recall = conversation.recall
-    if recall is None:
+    fetch = conversation.fetch
+    if fetch is None:
         return f"memory: {conversation.memory}, no answer yet"
-    path = "" if recall.path is None else f" {recall.path}"
-    path = f" of bank {recall.bank},{path}" if recall.bank else path
-    sources = ", ".join(f"level {b['level']} {b['source']}" for b in recall.blocks)
-    return f"memory: {recall.mode}{path}{f' ({sources})' if sources else ''}"
+    path = "" if fetch.path is None else f" {fetch.path}"
+    path = f" of bank {fetch.bank},{path}" if fetch.bank else path
+    sources = ", ".join(f"level {b['level']} {b['source']}" for b in fetch.blocks)
+    return f"memory: {fetch.mode}{path}{f' ({sources})' if sources else ''}"
 
 
 def _memory_command(conversation: Conversation, mode: str) -> None:

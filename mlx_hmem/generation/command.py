@@ -53,8 +53,8 @@ def main(words: Sequence[str]) -> None:
     start = time.perf_counter()
     ids = ids_of(model, prompt, args.system_prompt, args.raw)
     text = prompt if args.route_text is None else args.route_text
-    recall = model.recall(text, wait=False, **memory_options(args))
-    stream = model.stream_ids(ids, recall, args.max_tokens, **sampling_options(args))
+    fetch = model.fetch(text, wait=False, **memory_options(args))
+    stream = model.stream_ids(ids, fetch, args.max_tokens, **sampling_options(args))
     pieces, ttft_ms, piece = [], 0.0, None
     for piece in until(stream, stops):
         ttft_ms = ttft_ms or (time.perf_counter() - start) * 1e3
@@ -65,7 +65,7 @@ def main(words: Sequence[str]) -> None:
     result: dict[str, Any] = {
         "text": "".join(pieces),
         "num_tokens": piece.generation_tokens,
-        "memory": recall.to_dict(),
+        "memory": fetch.to_dict(),
         "ttft_ms": round(ttft_ms, 3),
         "tokens_per_s": round(piece.generation_tps, 1),
         "peak_memory_bytes": mx.get_peak_memory(),
@@ -78,8 +78,8 @@ def main(words: Sequence[str]) -> None:
         say(summary(result))
     if note := said_of(result["text"], piece, args.max_tokens):
         say(note)
-    if recall.damage:
-        say(f"the answer went on {', '.join(recall.damage)}")
+    if fetch.damage:
+        say(f"the answer went on {', '.join(fetch.damage)}")
 
 
 def ids_of(model: MemoryModel, prompt: str, system: str | None, raw: bool) -> list[int]:

@@ -15,13 +15,15 @@ import numpy as np
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
+from mlx_hmem.bank.read.reader import Damaged
 from mlx_hmem.bank.views import Barred
 from mlx_hmem.config import ClusterPath
 from mlx_hmem.generation.ending import check_stops, ids_said, until
 from mlx_hmem.generation.prefetch import Prefetch
 from mlx_hmem.generation.session import SessionStats
 from mlx_hmem.generation.template import chat_ids, check_system
-from mlx_hmem.model.model import Damaged, MemoryModel, Recall, check_mode
+from mlx_hmem.model.fetch import Fetch, check_mode
+from mlx_hmem.model.model import MemoryModel
 from mlx_hmem.model.stream import check_length, check_options, first_or, prompt_ids, stream_text
 from mlx_hmem.retriever import Retriever
 from mlx_hmem.retriever.steady import likely_paths, steady_route
@@ -57,7 +59,7 @@ class Conversation:
         memory: "fetched", "generic" or "none".
         history: whether an answer sees the turns before; may be set between turns.
         turns: what was said and answered, as far as it is in the context.
-        recall: the :class:`Recall` of the latest answer, None before the first.
+        fetch: the :class:`Fetch` of the latest answer, None before the first.
         stats: of the session so far.
     """
 
@@ -103,8 +105,8 @@ class Conversation:
         """Forgets what was said; the statistics go on."""
         self.stop_prefetch()
         self.turns: list[Turn] = []
-        self.recall: Recall | None = None
-        self._before: Recall | None = None  # a recall whose answer has ended
+        self.fetch: Fetch | None = None
+        self._before: Fetch | None = None  # a fetch whose answer has ended
         self._present: ClusterPath | None = None  # what the latest fetched memory was routed to,
         self._bank = ""  # and in which bank
         self._cache: list[Any] | None = None  # of the anchor, for the ids in _cached
@@ -116,7 +118,7 @@ class Conversation:
     @property
     def route(self) -> ClusterPath | None:
         """The cluster path of the latest answer; None without fetched memory."""
-        return None if self.recall is None else self.recall.path
+        return None if self.fetch is None else self.fetch.path
 
     def say(self, text: str) -> Generator[GenerationResponse, None, None]:
         """The answer to ``text``, piece by piece; it keeps the memory that it began with.
@@ -130,15 +132,15 @@ class Conversation:
         start = time.perf_counter()
         turn = self._turn(text)
         ids = self._fit(turn)
-        vector, self.recall = self._remember(turn)
-        recall, self._latest = self.recall, self._latest + 1
+        vector, self.fetch = self._remember(turn)
+        fetch, self._latest = self.fetch, self._latest + 1
         number, cache = self._latest, self._take_cache(ids)
         last, pieces, tokens, ttft_ms = None, [], [], 0.0
         try:
-            for piece in until(self._stream(ids, recall, cache), self.stop):
+            for piece in until(self._stream(ids, fetch, cache), self.stop):
                 if last is None:
                     ttft_ms = (time.perf_counter() - start) * 1e3
-                    self._say_damage(recall)
+                    self._say_damage(fetch)
                 last = piece
                 pieces.append(piece.text)
                 tokens.append(piece.token)
@@ -147,12 +149,12 @@ class Conversation:
             if last is not None:
                 turn.answer = "".join(pieces)
                 turn.answer_ids = ids_said(self.model.tokenizer, turn.answer, tokens, last)
-                self.stats.add(recall, ttft_ms, last)
+                self.stats.add(fetch, ttft_ms, last)
                 if number == self._latest:  # else another answer has begun meanwhile
                     self.turns.append(turn)
                     self._give_cache(cache, [*ids, *tokens])
-                    self._before = recall if recall.rows is not None else self._before
-                    self._begin_prefetch(vector, recall)
+                    self._before = fetch if fetch.rows is not None else self._before
+                    self._begin_prefetch(vector, fetch)
 
     def set_memory(self, memory: str) -> None:
         """What the next answers use: "fetched", "generic" or "none"."""
@@ -209,10 +211,10 @@ class Conversation:
         assert self.model.retriever is not None  # load() makes both or neither
         return self.model.retriever
 
-    def _remember(self, turn: Turn) -> tuple[np.ndarray | None, Recall]:
+    def _remember(self, turn: Turn) -> tuple[np.ndarray | None, Fetch]:
         """The vector that the turn is routed by, and its memory; it is not waited for."""
         if self.memory == "none":
-            return None, Recall("none")
+            return None, Fetch("none")
         start, vector = time.perf_counter(), None
         path, bank = None, ""
         if self.memory == "fetched":
@@ -225,11 +227,11 @@ class Conversation:
             self._bank = bank
         routed = time.perf_counter()
         before, self._before = self._before, None
-        recall = self.model.recall_path(
+        fetch = self.model.fetch_path(
             path, self.blocked, wait=False, damaged=self.damaged, before=before, bank=bank
         )
-        recall.route_ms = (routed - start) * 1e3
-        return vector, recall
+        fetch.route_ms = (routed - start) * 1e3
+        return vector, fetch
 
     def _vector(self, text: str) -> np.ndarray:
         """The turn and the last words of the conversation, the turn's among them, as one vector."""
@@ -242,7 +244,7 @@ class Conversation:
         return vector / max(float(np.linalg.norm(vector)), 1e-12)
 
     def _stream(
-        self, ids: list[int], recall: Recall, cache: list[Any]
+        self, ids: list[int], fetch: Fetch, cache: list[Any]
     ) -> Iterator[GenerationResponse]:
         context = self.model.context
         room = self.max_tokens if context is None else min(self.max_tokens, context - len(ids))
@@ -250,13 +252,13 @@ class Conversation:
         self._options.pop("seed", None)  # once in a session
 
         def start() -> Iterator[GenerationResponse]:
-            model, rest = self.model.with_rows(recall.rows), ids[_held(cache) or 0 :]
+            model, rest = self.model.with_rows(fetch.rows), ids[_held(cache) or 0 :]
             return stream_text(
                 model, self.model.tokenizer, rest, room, prompt_cache=cache, **options
             )
 
         def mended() -> Iterator[GenerationResponse]:
-            self.model.mend(recall)
+            self.model.mend(fetch)
             cache[:] = make_prompt_cache(self.model.anchor)  # it has seen the damage
             return start()
 
@@ -283,18 +285,18 @@ class Conversation:
             return  # stopped within a pass
         self._cache, self._cached = cache, ids[:held]
 
-    def _say_damage(self, recall: Recall) -> None:
-        if recall.damage and recall.damage != self._damage:
-            self._notify(f"the answer goes on {', '.join(recall.damage)}")
-        self._damage = recall.damage
+    def _say_damage(self, fetch: Fetch) -> None:
+        if fetch.damage and fetch.damage != self._damage:
+            self._notify(f"the answer goes on {', '.join(fetch.damage)}")
+        self._damage = fetch.damage
 
-    def _begin_prefetch(self, vector: np.ndarray | None, recall: Recall) -> None:
-        if self._prefetch is None or vector is None or recall.path is None or recall.bank:
+    def _begin_prefetch(self, vector: np.ndarray | None, fetch: Fetch) -> None:
+        if self._prefetch is None or vector is None or fetch.path is None or fetch.bank:
             return  # of the banks that were added nothing is read ahead
         keys_of = self._prefetch.bank.keys_of
-        likely = likely_paths(self._retriever().tree, vector, recall.path, LIKELY)
+        likely = likely_paths(self._retriever().tree, vector, fetch.path, LIKELY)
         wanted = [key for path in likely for key in keys_of(path, self._barred)]
-        self._prefetch.begin(wanted, [(b["level"], b["cluster"]) for b in recall.blocks])
+        self._prefetch.begin(wanted, [(b["level"], b["cluster"]) for b in fetch.blocks])
 
 
 def _held(cache: list[Any]) -> int | None:

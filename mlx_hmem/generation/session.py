@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from mlx_lm.generate import GenerationResponse
 
 from mlx_hmem.budget.resident import peak_resident_bytes
-from mlx_hmem.model.model import Recall
+from mlx_hmem.model.fetch import Fetch
 
 SOURCES = ("attached", "resident", "cache", "disk")  # from the nearest to the farthest
 
@@ -32,16 +32,16 @@ class SessionStats:
     sources: Counter[tuple[int, str]] = field(default_factory=Counter)
     bytes_by_level: Counter[int] = field(default_factory=Counter)
 
-    def add(self, recall: Recall, ttft_ms: float, last: GenerationResponse) -> None:
+    def add(self, fetch: Fetch, ttft_ms: float, last: GenerationResponse) -> None:
         """Counts an answer that ended with the piece ``last``."""
         self.num_answers += 1
         self.num_tokens += last.generation_tokens
         self.seconds += last.generation_tokens / last.generation_tps
         self.ttft_ms, self.tokens_per_s = ttft_ms, last.generation_tps
-        self.route_ms, self.fetch_ms = recall.route_ms, recall.arrived_ms
-        self.bytes_read += recall.bytes_read
-        self.damaged += len(recall.damage)
-        for block in recall.blocks:
+        self.route_ms, self.fetch_ms = fetch.route_ms, fetch.arrived_ms
+        self.bytes_read += fetch.bytes_read
+        self.damaged += len(fetch.damage)
+        for block in fetch.blocks:
             self.sources[block["level"], block["source"]] += 1
             if block["source"] == "disk":
                 self.bytes_by_level[block["level"]] += block["bytes"]

@@ -11,6 +11,7 @@ levels, with a batch axis in front where each row of a batch has its own.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import mlx.core as mx
 import numpy as np
@@ -28,6 +29,8 @@ KINDS: dict[str, MemoryKind] = {
     "lora_vo": LORA_VO,
     "kv": KV,
 }
+
+Source = Literal["disk", "cache", "resident"]
 
 
 def group_shapes(config: MemoryConfig, r: int) -> list[tuple[int, ...]]:
@@ -69,18 +72,43 @@ def initial_block(config: MemoryConfig, r: int, rng: np.random.Generator) -> np.
 
 
 @dataclass(frozen=True)
+class BlockRead:
+    """Where a block of a fetched memory came from; level 0 is the generic memory."""
+
+    level: int
+    cluster: int
+    bytes: int
+    source: Source
+
+
+@dataclass(frozen=True, repr=False)
 class FetchedMemory:
     """The blocks of one cluster path.
 
     ``blocks[l]`` is the block of level l + 1, of ``config.block_shape(l + 1)``, or None where the
     level has no memory or its cluster is blocked. The generic memory is one block of sum(r) rows.
+    ``reads`` says where each came from, ``damage`` of each that was left out, in one line, why.
     """
 
     blocks: tuple[mx.array | None, ...]
     config: MemoryConfig
+    reads: tuple[BlockRead, ...] = ()
+    damage: tuple[str, ...] = ()
 
     @cached_property
     def rows(self) -> Rows | None:
         """The blocks joined, one array per group; None if nothing was fetched."""
         present = [block for block in self.blocks if block is not None]
         return join_blocks(present, self.config) if present else None
+
+    def __repr__(self) -> str:
+        present = [block for block in self.blocks if block is not None]
+        where = [
+            f"level {r.level} cluster {r.cluster}" if r.level else "generic" for r in self.reads
+        ]
+        nbytes = sum(block.nbytes for block in present)
+        dtype = str(present[0].dtype).removeprefix("mlx.core.") if present else "nothing"
+        return (
+            f"FetchedMemory({self.config.kind}, {', '.join(where) or f'{len(present)} blocks'}, "
+            f"{nbytes:,} bytes of {dtype})"
+        )

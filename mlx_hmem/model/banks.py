@@ -17,7 +17,7 @@ from mlx_hmem.errors import UserError
 from mlx_hmem.retriever import ClusterTree, Retriever
 
 
-class Part(NamedTuple):
+class RoutedBank(NamedTuple):
     """A bank with the retriever that finds its clusters; None where paths are given by hand."""
 
     retriever: Retriever | None
@@ -30,7 +30,7 @@ class Banks:
     Attributes: ``parts``, those that may be fetched from; ``views``, what each view bars.
     """
 
-    def __init__(self, parts: Mapping[str, Part], views: Views):
+    def __init__(self, parts: Mapping[str, RoutedBank], views: Views):
         self._whole, self.parts, self.views = dict(parts), dict(parts), views
 
     def under(self, view: str | None) -> "Banks":
@@ -39,7 +39,7 @@ class Banks:
         result = Banks(self._whole, self.views)
         of_each = {name: of_bank(barred, name) for name in self._whole}
         result.parts = {
-            name: Part(part.retriever, part.bank.view(paths) if paths else part.bank)
+            name: RoutedBank(part.retriever, part.bank.view(paths) if paths else part.bank)
             for name, part in self._whole.items()
             if (paths := of_each[name]) is not None
         }

@@ -1,27 +1,26 @@
 """What was fetched for a prompt, and what of it serves the next one."""
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import takewhile
-from typing import Any, Literal
+from typing import Any
 
 import mlx.core as mx
 
 from mlx_hmem.bank import Bank
-from mlx_hmem.bank.read.arriving import ArrivingMemory
-from mlx_hmem.bank.read.replacing import ReplacingMemory
+from mlx_hmem.bank.read.arriving import ReplacingMemory, RowsByLayer
+from mlx_hmem.bank.read.reader import Damaged
 from mlx_hmem.bank.views import Barred
 from mlx_hmem.config import ClusterPath
 from mlx_hmem.errors import UserError
 from mlx_hmem.memory import Rows
 
 MODES = ("fetched", "generic", "none")
-Damaged = Literal["stop", "skip"]
-Memory = Rows | ArrivingMemory | ReplacingMemory
+Memory = Rows | RowsByLayer
 
 
 @dataclass
-class Recall:
+class Fetch:
     """What was fetched for one prompt, from where and how long it took: without waiting, until the
     reading had begun. ``bank`` names the one it was fetched from, "" the first. ``damage`` says of
     each block that was left out, in one line, why."""
@@ -69,10 +68,10 @@ def begin(
     bank: Bank,
     path: ClusterPath,
     barred: frozenset[tuple[int, int]],
-    before: Recall | None,
+    before: Fetch | None,
     dtype: mx.Dtype,
 ) -> tuple[Memory | None, list[dict[str, Any]]]:
-    """A memory whose reading has begun, and the blocks that it takes from the one ``before``."""
+    """A memory whose reading has begun, and its blocks, the first of them those of ``before``."""
     keys = bank.keys_of(path, barred)
     had = [] if before is None or before.damage else before.blocks
     pairs = zip(keys, ((b["level"], b["cluster"]) for b in had), strict=False)
@@ -82,18 +81,14 @@ def begin(
         before is None
         or same == 0
         or levels != [b["level"] for b in had]
-        or not isinstance(before.rows, ArrivingMemory | ReplacingMemory)
+        or not isinstance(before.rows, RowsByLayer)
     ):
-        return bank.begin(path, barred, dtype), []
+        memory = bank.begin(path, barred, dtype)
+        return memory, [asdict(read) for read in memory.reads] if memory else []
     attached = [b | {"source": "attached"} for b in had[:same]]
     deeper = bank.begin(path, barred, dtype, above=levels[same - 1])
     if deeper is None:
         return before.rows, attached
     start = sum(bank.config.r[level - 1] for level in levels[:same])
-    return ReplacingMemory(before.rows.take(), deeper, start), attached
-
-
-def damage_of(bank: Bank) -> list[str]:
-    """The blocks that the latest fetch has left out, a line each."""
-    names = {key: f"level {key[0]}" if key[0] else "generic memory" for key in bank.last_damage}
-    return [f"without {names[key]}: {error}" for key, error in bank.last_damage.items()]
+    read = [asdict(read) for read in deeper.reads]
+    return ReplacingMemory(before.rows.take(), deeper, start), attached + read

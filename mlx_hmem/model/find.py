@@ -45,10 +45,10 @@ def find_model(path_or_repo: str | Path, only: Sequence[str] | None = None) -> P
         ) from None
 
 
-Fetch = Callable[[str, Sequence[str]], None]  # of files of one of a model's banks, by its folder
+Obtain = Callable[[str, Sequence[str]], None]  # of files of one of a model's banks, by its folder
 
 
-def find_for_bank(path_or_repo: str | Path) -> tuple[Path, Fetch | None]:
+def find_for_bank(path_or_repo: str | Path) -> tuple[Path, Obtain | None]:
     """As :func:`find_model` without the banks' shards, and what fetches those by their names.
 
     The second is None for a folder, which has no more to come.

@@ -19,13 +19,13 @@ from mlx_hmem.budget.resident import IMPORTS, resident_bytes, trim
 from mlx_hmem.config import HmemConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import fingerprint
-from mlx_hmem.model.banks import Part
+from mlx_hmem.model.banks import RoutedBank
 from mlx_hmem.model.find import (
     BANK_FILES,
     BANK_FOLDER,
     BESIDE,
     MODEL_FILES,
-    Fetch,
+    Obtain,
     find_for_bank,
     find_model,
 )
@@ -111,7 +111,7 @@ def load(
         where = folder / BESIDE / name
         prefix = f"{BESIDE}/{name}/{BANK_FOLDER}"
         other = open_bank(where, own, obtain, prefix, cache_bytes=cache_bytes)
-        beside[name] = Part(_retriever(where, own, retriever.encoder), other)
+        beside[name] = RoutedBank(_retriever(where, own, retriever.encoder), other)
     configs = {"": bank.config} | {name: part.bank.config for name, part in beside.items()}
     views = read_views(folder / BANK_FOLDER, configs)
     anchor, config = load_anchor(folder)
@@ -155,7 +155,7 @@ def check_beside(hmem: HmemConfig, other: HmemConfig, what: str) -> None:
 
 
 def open_bank(
-    folder: Path, hmem: HmemConfig, obtain: Fetch | None, prefix: str, **options: Any
+    folder: Path, hmem: HmemConfig, obtain: Obtain | None, prefix: str, **options: Any
 ) -> Bank:
     """The bank in a folder with an ``hmem.json``; ``prefix``: the bank's folder in the model."""
     fetch = None if obtain is None else partial(obtain, prefix)

@@ -4,7 +4,6 @@ import copy
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -16,18 +15,17 @@ from mlx_hmem.anchors.attach import attach_memory
 from mlx_hmem.anchors.fused import FusedMemory, is_fused
 from mlx_hmem.anchors.load import float_dtype
 from mlx_hmem.bank import Bank
+from mlx_hmem.bank.read.reader import Damaged
 from mlx_hmem.bank.views import Barred, Views
 from mlx_hmem.budget.plan import BudgetPlan
 from mlx_hmem.budget.resident import Watch
 from mlx_hmem.config import ClusterPath
 from mlx_hmem.errors import UserError
 from mlx_hmem.memory import FetchedMemory, Rows, join_blocks
-from mlx_hmem.model.banks import Banks, Part
-from mlx_hmem.model.fetch import MODES, Damaged, Memory, Recall, begin, check_mode, damage_of
+from mlx_hmem.model.banks import Banks, RoutedBank
+from mlx_hmem.model.fetch import Fetch, Memory, begin, check_mode
 from mlx_hmem.model.stream import AnchorWithMemory, first_or, prompt_ids, stream_text
 from mlx_hmem.retriever import Retriever
-
-__all__ = ["MODES", "ClusterPath", "Damaged", "MemoryModel", "Recall", "check_mode"]
 
 
 class MemoryModel:
@@ -49,7 +47,7 @@ class MemoryModel:
         tokenizer: TokenizerWrapper,
         retriever: Retriever | None = None,
         bank: Bank | None = None,
-        beside: Mapping[str, Part] | None = None,
+        beside: Mapping[str, RoutedBank] | None = None,
         views: Views | None = None,
     ):
         self.anchor, self.anchor_config, self.tokenizer = anchor, anchor_config, tokenizer
@@ -57,12 +55,16 @@ class MemoryModel:
         self.context: int | None = anchor_config.get("max_position_embeddings")
         self.banks: Banks | None = None
         if bank is not None:
-            parts = {"": Part(retriever, bank), **(beside or {})}
+            parts = {"": RoutedBank(retriever, bank), **(beside or {})}
             self.banks = Banks(parts, views or {})
         self._slot = attach_memory(anchor, bank.config) if bank is not None else None
         self._dtype = float_dtype(anchor)
         self.plan: BudgetPlan | None = None
         self._watch: Watch | None = None
+
+    def __repr__(self) -> str:
+        name = self.anchor_config.get("model_type", type(self.anchor).__name__)
+        return f"MemoryModel({name}, {self.bank or 'no bank'})"
 
     def keep_to(self, plan: BudgetPlan, base: int) -> None:
         """Keeps to a memory budget from now on: ``base`` are the resident bytes that it does not
@@ -128,40 +130,40 @@ class MemoryModel:
         ``temp``, ``top_p``, ``top_k``, ``min_p``, ``seed``, those of mlx-lm's ``generate_step``.
         """
         ids = prompt_ids(self.tokenizer, prompt, self.context)
-        recall = self.recall(prompt if route_text is None else route_text, memory, blocked)
-        return self.stream_ids(ids, recall, max_tokens=max_tokens, **options)
+        fetch = self.fetch(prompt if route_text is None else route_text, memory, blocked)
+        return self.stream_ids(ids, fetch, max_tokens=max_tokens, **options)
 
     def stream_ids(
-        self, ids: list[int], recall: Recall, max_tokens: int, **options: Any
+        self, ids: list[int], fetch: Fetch, max_tokens: int, **options: Any
     ) -> Iterator[GenerationResponse]:
-        """As :meth:`stream`, of token ids and a memory recalled before."""
+        """As :meth:`stream`, of token ids and a memory fetched before."""
         if self.context is not None:
             max_tokens = min(max_tokens, self.context - len(ids))
         options = self.options | options
 
         def start() -> Iterator[GenerationResponse]:
-            model = self.with_rows(recall.rows)
+            model = self.with_rows(fetch.rows)
             return stream_text(model, self.tokenizer, ids, max_tokens, **options)
 
         def mended() -> Iterator[GenerationResponse]:
-            self.mend(recall)
+            self.mend(fetch)
             return start()
 
-        arriving = recall.rows is not None and not isinstance(recall.rows, tuple)
-        if recall.damaged == "stop" or not arriving:
+        arriving = fetch.rows is not None and not isinstance(fetch.rows, tuple)
+        if fetch.damaged == "stop" or not arriving:
             return start()
         if "prompt_cache" in options:  # it has the damaged memory in it then
-            raise UserError("prompt_cache given", "damaged skip", "recall with wait, or stop")
+            raise UserError("prompt_cache given", "damaged skip", "fetch with wait, or stop")
         return first_or(start(), mended)
 
-    def recall(
+    def fetch(
         self,
         text: str,
         memory: str = "fetched",
         blocked: Collection[Barred] = (),
         wait: bool = True,
         damaged: Damaged = "stop",
-    ) -> Recall:
+    ) -> Fetch:
         """Routes ``text`` and fetches its memory.
 
         Without ``wait`` a fetched memory is read while the prompt is processed, layer by layer: for
@@ -170,17 +172,17 @@ class MemoryModel:
         ``(3,)`` bars the whole subtree, ``(3, 51)`` one cluster of level 2 and what is below,
         ``("NAME", 3)`` and ``("NAME",)`` those of a bank that was added, and all of it.
         With ``damaged`` "skip" a block that cannot be read at a second try either is left out, and
-        ``Recall.damage`` says so; a stream that has begun to use it begins again.
+        ``Fetch.damage`` says so; a stream that has begun to use it begins again.
         """
         if check_mode(memory) == "none":
-            return Recall("none")
+            return Fetch("none")
         self.require_bank()
         start = time.perf_counter()
         name, path = self.route(text, blocked) if memory == "fetched" else ("", None)
         routed = time.perf_counter()
-        recall = self.recall_path(path, blocked, wait, damaged, bank=name)
-        recall.route_ms = (routed - start) * 1e3
-        return recall
+        fetch = self.fetch_path(path, blocked, wait, damaged, bank=name)
+        fetch.route_ms = (routed - start) * 1e3
+        return fetch
 
     def route(self, text: str, blocked: Collection[Barred] = ()) -> tuple[str, ClusterPath]:
         """The bank that answers ``text``, "" the first, and the cluster path in it."""
@@ -190,58 +192,50 @@ class MemoryModel:
             return "", retriever.route(text)
         return banks.nearest(retriever.vector(text), blocked)
 
-    def recall_path(
+    def fetch_path(
         self,
         path: ClusterPath | None,
         blocked: Collection[Barred] = (),
         wait: bool = True,
         damaged: Damaged = "stop",
-        before: Recall | None = None,
+        before: Fetch | None = None,
         bank: str = "",
-    ) -> Recall:
-        """As :meth:`recall`, of a cluster path, or of the generic memory for None, in the ``bank``
+    ) -> Fetch:
+        """As :meth:`fetch`, of a cluster path, or of the generic memory for None, in the ``bank``
         of this name.
 
-        ``before`` is a recall that no stream uses any more: of the levels that it shares with this
+        ``before`` is a fetch that no stream uses any more: of the levels that it shares with this
         one nothing is read or moved, and their source is "attached".
         """
         start, banks = time.perf_counter(), self.require_banks()
         source, before = banks.bank(bank), before if before and before.bank == bank else None
         barred = source.config.check_blocked(banks.blocked_in(blocked, bank))
-        rows: Memory | None
-        attached: list[dict[str, Any]] = []
-        damage: list[str] = []
+        fetch = Fetch("generic" if path is None else "fetched", path, bank=bank)
+        fetch.blocked, fetch.damaged = blocked, damaged
         if path is not None and not wait:
             try:
-                rows, attached = begin(source, path, barred, before, self._dtype)
+                fetch.rows, fetch.blocks = begin(source, path, barred, before, self._dtype)
             except UserError:
                 if damaged == "stop":
                     raise
-                return self.recall_path(path, blocked, damaged=damaged, bank=bank)
+                return self.fetch_path(path, blocked, damaged=damaged, bank=bank)
         else:
-            fetch = source.generic if path is None else partial(source.fetch, path, barred)
-            rows = self.rows_of([fetch(damaged=damaged)])
-            if rows is not None:
-                mx.eval(*rows)
-            damage = damage_of(source) if damaged == "skip" else []
-        return Recall(
-            "generic" if path is None else "fetched",
-            path,
-            attached + [asdict(block) for block in source.last_fetch],
-            sum(block.bytes for block in source.last_fetch if block.source == "disk"),
-            fetch_ms=(time.perf_counter() - start) * 1e3,
-            rows=rows,
-            blocked=blocked,
-            damaged=damaged,
-            damage=damage,
-            bank=bank,
-        )
+            memory = (
+                source.generic(damaged) if path is None else source.fetch(path, barred, damaged)
+            )
+            fetch.rows, fetch.damage = self.rows_of([memory]), list(memory.damage)
+            fetch.blocks = [asdict(read) for read in memory.reads]
+            if fetch.rows is not None:
+                mx.eval(*fetch.rows)
+        fetch.bytes_read = sum(b["bytes"] for b in fetch.blocks if b["source"] == "disk")
+        fetch.fetch_ms = (time.perf_counter() - start) * 1e3
+        return fetch
 
-    def mend(self, recall: Recall) -> None:
+    def mend(self, fetch: Fetch) -> None:
         """Fetches anew what could not be read to the end, and leaves out what cannot be read."""
-        again = self.recall_path(recall.path, recall.blocked, damaged="skip", bank=recall.bank)
-        recall.rows, recall.blocks, recall.damage = again.rows, again.blocks, again.damage
-        recall.bytes_read += again.bytes_read
+        again = self.fetch_path(fetch.path, fetch.blocked, damaged="skip", bank=fetch.bank)
+        fetch.rows, fetch.blocks, fetch.damage = again.rows, again.blocks, again.damage
+        fetch.bytes_read += again.bytes_read
 
     def with_rows(self, rows: Memory | None) -> AnchorWithMemory:
         """The anchor bound to a memory, or to one per row of a batch (see mlx_hmem.memory)."""

@@ -272,7 +272,7 @@ def test_a_model_fuses_a_path_and_refuses_its_own_calls_meanwhile(model: MemoryM
     attached = [model(ids, paths=[p]) for p in (path, other)]
     generic, alone = model(ids, memory="generic"), model(ids, memory="none")
     prompt = ids[0].tolist()
-    wanted = [r.token for r in model.stream_ids(prompt, model.recall("some text"), max_tokens=6)]
+    wanted = [r.token for r in model.stream_ids(prompt, model.fetch("some text"), max_tokens=6)]
     with model.fuse(path) as fused:
         assert mx.abs(fused.anchor(ids) - attached[0]).max().item() < 1e-4
         pieces = stream_generate(fused.anchor, model.tokenizer, prompt, max_tokens=6)

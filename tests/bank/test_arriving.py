@@ -64,12 +64,12 @@ def test_every_layer_is_that_of_the_fetched_memory(tmp_path, kind, kept):
         if kept:
             bank.blocks([(level, PATH[level - 1]) for level in range(1, kept + 1)])
         arriving = bank.begin(PATH)
-        assert [block.source for block in bank.last_fetch] == [
+        assert [block.source for block in arriving.reads] == [
             "cache" if level <= kept else "disk" for level in (1, 2)
         ]
         assert_same(arriving, layers_of(other))
-        bank.fetch(PATH)  # what has arrived is kept
-        assert {block.source for block in bank.last_fetch} == {"cache"}
+        kept = bank.fetch(PATH).reads  # what has arrived
+        assert {block.source for block in kept} == {"cache"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -171,12 +171,12 @@ def test_text_and_logits_are_those_of_a_memory_fetched_before():
     model, other = load(), load()
     prompt = "The atomic number of iron is"
     ids = model.tokenizer.encode(prompt)
-    waited, begun = other.recall(prompt), model.recall(prompt, wait=False)
+    waited, begun = other.fetch(prompt), model.fetch(prompt, wait=False)
     assert (begun.path, begun.bytes_read) == (waited.path, waited.bytes_read)
     right = other.with_rows(waited.rows)(mx.array([ids]))
     assert mx.array_equal(model.with_rows(begun.rows)(mx.array([ids])), right)
     texts = [
-        "".join(p.text for p in m.stream_ids(ids, m.recall(prompt, wait=wait), 20))
+        "".join(p.text for p in m.stream_ids(ids, m.fetch(prompt, wait=wait), 20))
         for m, wait in ((model, False), (other, True))
     ]
     assert texts[0] == texts[1]

@@ -225,21 +225,27 @@ def test_kernel_counts_the_bytes_of_the_blocks(tmp_path: Path) -> None:
 
 def test_sources_are_told_and_cached_blocks_are_not_read_again(folder: Path) -> None:
     with Bank.open(folder, resident_levels=(1,)) as bank:
-        bank.fetch(PATH)
-        assert [vars(b) for b in bank.last_fetch] == [
+        assert [vars(b) for b in bank.fetch(PATH).reads] == [
             {"level": 1, "cluster": 1, "bytes": BLOCK_BYTES[1], "source": "disk"},
             {"level": 3, "cluster": 10, "bytes": BLOCK_BYTES[3], "source": "disk"},
         ]
         read = bank.bytes_read
-        bank.fetch(PATH)
-        assert [b.source for b in bank.last_fetch] == ["resident", "cache"]
-        bank.fetch((1, 3, 9))
-        assert [b.source for b in bank.last_fetch] == ["resident", "disk"]
+        assert [b.source for b in bank.fetch(PATH).reads] == ["resident", "cache"]
+        assert [b.source for b in bank.fetch((1, 3, 9)).reads] == ["resident", "disk"]
         assert bank.bytes_read == read + BLOCK_BYTES[3]
-        bank.generic()
-        assert [(b.level, b.bytes, b.source) for b in bank.last_fetch] == [
+        assert [(b.level, b.bytes, b.source) for b in bank.generic().reads] == [
             (0, BLOCK_BYTES[0], "disk")
         ]
+
+
+def test_a_fetched_memory_is_shown_in_a_line(folder: Path) -> None:
+    with Bank.open(folder) as bank:
+        size = f"{BLOCK_BYTES[1] + BLOCK_BYTES[3]:,} bytes of float"
+        assert repr(bank.fetch(PATH)).startswith(
+            f"FetchedMemory(ffn, level 1 cluster 1, level 3 cluster 10, {size}"
+        )
+        assert "generic" in repr(bank.generic())
+        assert len(repr(bank)) < 80
 
 
 def test_cache_drops_the_least_recently_used_and_stays_in_its_bound(folder: Path) -> None:
@@ -251,8 +257,7 @@ def test_cache_drops_the_least_recently_used_and_stays_in_its_bound(folder: Path
         def sources(*leaves: int) -> list[str]:
             found = []
             for leaf in leaves:
-                bank.fetch((leaf // 6, leaf // 3, leaf))
-                found.append(bank.last_fetch[1].source)
+                found.append(bank.fetch((leaf // 6, leaf // 3, leaf)).reads[1].source)
                 assert sum(block.nbytes for block in bank._kept._cache.values()) <= bound
                 assert bank._kept._cached_bytes == sum(b.nbytes for b in bank._kept._cache.values())
             return found
@@ -266,8 +271,7 @@ def test_cache_drops_the_least_recently_used_and_stays_in_its_bound(folder: Path
 def test_cache_of_zero_bytes_keeps_nothing(folder: Path) -> None:
     with Bank.open(folder, cache_bytes=0) as bank:
         for _ in range(2):
-            bank.fetch(PATH)
-            assert {b.source for b in bank.last_fetch} == {"disk"}
+            assert {b.source for b in bank.fetch(PATH).reads} == {"disk"}
         assert not bank._kept._cache
     with pytest.raises(UserError, match="cache_bytes"):
         Bank.open(folder, cache_bytes=-1)
@@ -279,7 +283,7 @@ def test_blocked_cluster_ends_the_path_above_it(folder: Path) -> None:
         def levels(*blocked: tuple[int, int]) -> list[int]:
             fetched = bank.fetch(PATH, blocked=frozenset(blocked))
             found = [level for level, block in enumerate(fetched.blocks, 1) if block is not None]
-            assert found == [b.level for b in bank.last_fetch]
+            assert found == [b.level for b in fetched.reads]
             return found
 
         assert levels() == [1, 3]

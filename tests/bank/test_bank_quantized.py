@@ -238,8 +238,9 @@ def test_levels_differ_and_the_others_stay_as_they_were(tmp_path: Path) -> None:
     assert json.loads((plain / "bank.json").read_text())["quantization"] is None
     assert (plain / SHARDS[2]).read_bytes() == (folder / SHARDS[2]).read_bytes()
     with Bank.open(folder) as bank:
-        first, _, third = bank.fetch((1, 2, 4)).blocks
-        assert [b.bytes for b in bank.last_fetch] == [3 * 2 * 3 * 68, 3 * 2 * 34]
+        fetched = bank.fetch((1, 2, 4))
+        first, _, third = fetched.blocks
+        assert [b.bytes for b in fetched.reads] == [3 * 2 * 3 * 68, 3 * 2 * 34]
         assert bank.bytes_read == 3 * 2 * 3 * 68 + 3 * 2 * 34
         (generic,) = bank.generic().blocks
     assert first is not None and third is not None and generic is not None  # noqa: PT018
@@ -266,8 +267,8 @@ def test_cache_counts_what_is_stored(tmp_path: Path) -> None:
     stored = 2 * 3 * 2 * (16 + 8)
     with Bank.open(tmp_path, resident_levels=(1,), cache_bytes=4 * stored) as bank:
         for leaf in (0, 1, 2, 3, 0, 1, 2, 3):
-            bank.fetch((leaf // 2, leaf))
-        assert [b.source for b in bank.last_fetch] == ["resident", "cache"]
+            fetched = bank.fetch((leaf // 2, leaf))
+        assert [b.source for b in fetched.reads] == ["resident", "cache"]
         # In float32 one block would not have fitted beside another.
         assert bank._kept._cached_bytes == 4 * stored < 2 * block_of(CONFIG, 2, 0).nbytes
         read = bank.bytes_read
@@ -321,17 +322,17 @@ def test_a_model_runs_on_a_quantised_copy_of_its_bank(broken: Path) -> None:
         tree_hash=bank.tree_hash,
     )
     after = load(broken)
-    recalls = [model.recall(text) for model in (before, after)]
-    assert recalls[0].path == recalls[1].path
-    assert recalls[1].bytes_read * 64 == recalls[0].bytes_read * 9  # 32 bits, 4.5 bits
-    assert recalls[0].rows is not None and recalls[1].rows is not None  # noqa: PT018
+    fetches = [model.fetch(text) for model in (before, after)]
+    assert fetches[0].path == fetches[1].path
+    assert fetches[1].bytes_read * 64 == fetches[0].bytes_read * 9  # 32 bits, 4.5 bits
+    assert fetches[0].rows is not None and fetches[1].rows is not None  # noqa: PT018
     expected = mx.dequantize(
-        *mx.quantize(recalls[0].rows[0], 16, 4, "nvfp4"),
+        *mx.quantize(fetches[0].rows[0], 16, 4, "nvfp4"),
         group_size=16, bits=4, mode="nvfp4", dtype=mx.float32,
     )  # fmt: skip
-    assert mx.array_equal(recalls[1].rows[0], expected)
+    assert mx.array_equal(fetches[1].rows[0], expected)
     pieces = [piece.text for piece in after.stream(text, max_tokens=8)]
     slow = before.stream_ids(
-        after.tokenizer.encode(text), dataclasses.replace(recalls[0], rows=(expected,)), 8
+        after.tokenizer.encode(text), dataclasses.replace(fetches[0], rows=(expected,)), 8
     )
     assert pieces == [piece.text for piece in slow]

@@ -85,9 +85,9 @@ def guarded(broken: Path, paths) -> tuple[Path, tuple, tuple]:
 def ask_everything(model: MemoryModel, path: tuple[int, ...], text: str) -> None:
     """All the ways to a block that the bank has."""
     bank = model.bank
-    model.recall(text)
-    model.recall(text, damaged="skip")
-    list(model.stream_ids([1, 2, 3], model.recall(text, wait=False), max_tokens=1))
+    model.fetch(text)
+    model.fetch(text, damaged="skip")
+    list(model.stream_ids([1, 2, 3], model.fetch(text, wait=False), max_tokens=1))
     bank.fetch(path)
     model.bank.view([]).fetch(path)
     for key in enumerate(path, 1):
@@ -95,7 +95,7 @@ def ask_everything(model: MemoryModel, path: tuple[int, ...], text: str) -> None
             continue
         bank.prefetch(key)
         if bank.bars(*key):
-            for ask in (bank.blocks, bank.sound_blocks, lambda keys: bank.stored(*keys[0])):
+            for ask in (bank.blocks, lambda keys: bank.stored(*keys[0])):
                 with pytest.raises(UserError, match="this view may not fetch the block"):
                     ask([key])
     talk = Conversation(model, max_tokens=2)
@@ -124,7 +124,7 @@ def test_a_barred_path_falls_back_to_the_deepest_level_that_is_allowed(guarded, 
     folder, subtree, leaf = guarded
     guest, everyone = load(folder, view="guest"), load(folder)
     for path, text in paths.items():
-        found = guest.recall(text)
+        found = guest.fetch(text)
         levels = [block["level"] for block in found.blocks]
         assert found.path == path
         assert levels == ([] if path[:1] == subtree else [1] if path == leaf else [1, 3])
@@ -182,9 +182,9 @@ def test_what_one_user_has_in_memory_another_does_not_get(guarded, paths):
 def test_the_view_default_holds_for_who_asks_for_none(broken, paths):
     path, text = next(iter(paths.items()))
     write_views(broken, default=[[path[0]]], staff=[])
-    assert load(broken).recall(text).blocks == []
-    assert load(broken).under("staff").recall(text).blocks != []
-    assert load(broken, view="staff").under(None).recall(text).blocks == []
+    assert load(broken).fetch(text).blocks == []
+    assert load(broken).under("staff").fetch(text).blocks != []
+    assert load(broken, view="staff").under(None).fetch(text).blocks == []
     with pytest.raises(UserError, match="no such view: boss; known: default, staff"):
         load(broken, view="boss")
 

@@ -58,7 +58,7 @@ def test_an_added_bank_answers_what_lies_nearer_to_it(known, colleague, texts, t
         assert path == chosen.retriever.route(beginning)
         answer = "".join(p.text for p in both.stream(beginning, max_tokens=5))
         assert answer == "".join(p.text for p in chosen.stream(beginning, max_tokens=5))
-    found = both.recall(texts[0][:120])
+    found = both.fetch(texts[0][:120])
     assert (found.bank, found.to_dict()["bank"]) == ("notes", "notes")
     # A view from before does not see what was added, and nothing was copied or changed.
     assert load(out, view="guest").route(texts[0])[0] == ""
@@ -131,7 +131,7 @@ def test_a_subtree_split_off_routes_and_answers_as_it_did(length, known, texts, 
     documents = {d.sha256: d for d in read_documents(out / "bank", part.bank.config)}
     for given in read_documents(known / "bank"):
         assert (given.sha256 in documents) == (given.clusters[0][:length] == path)
-    guest = [block["level"] for block in load(out, view="guest").recall(by_path[leaf]).blocks]
+    guest = [block["level"] for block in load(out, view="guest").fetch(by_path[leaf]).blocks]
     assert guest == [1]
     assert "nothing found damaged" in said(capsys, "verify", out)
     assert state(known) == before

@@ -88,8 +88,8 @@ def test_the_effect_of_a_block_is_what_the_loss_rises_by_without_it(model, texts
     (routed,) = effects.texts
     path, ids = model.retriever.route(text), mx.array([model.tokenizer.encode(text)])
 
-    def loss(**recall) -> float:
-        logits = model.with_rows(model.recall(text, **recall).rows)(ids[:, :-1])
+    def loss(**options) -> float:
+        logits = model.with_rows(model.fetch(text, **options).rows)(ids[:, :-1])
         return nn.losses.cross_entropy(logits, ids[:, 1:], reduction="mean").item()
 
     assert routed.path == path
@@ -138,7 +138,7 @@ def test_block_and_unblock_change_one_small_file(known, model, texts, capsys):
     path = model.retriever.route(text)
     name = ",".join(map(str, path))
     assert f"view guest bars {name};" in said(capsys, "block", known, name, "--view", "guest")
-    assert load(known, view="guest").recall(text).blocks[-1]["level"] == 1
+    assert load(known, view="guest").fetch(text).blocks[-1]["level"] == 1
     whole = said(capsys, "block", known, str(path[0]), "--view", "guest")
     assert f"view guest bars {path[0]};" in whole
     assert f"unblock {path[0]}" in refused("unblock", known, name, "--view", "guest")

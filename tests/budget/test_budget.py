@@ -113,7 +113,7 @@ def test_headers_say_what_is_there_once_it_is_loaded(model_folder):
     path = (0, 0, 0)
     fetched = model.bank.fetch(path)
     assert needs.memory == sum(group.nbytes for group in model.rows_of([fetched]))
-    assert needs.stored == sum(block.bytes for block in model.bank.last_fetch)
+    assert needs.stored == sum(block.bytes for block in fetched.reads)
     assert needs.most_context == CONTEXT
 
 
@@ -179,7 +179,7 @@ def test_over_the_budget_what_can_be_dropped_is_and_then_it_ends_in_one_line():
 
 def test_a_model_that_outgrows_its_budget_drops_blocks_and_then_says_so(model_folder):
     model = load(model_folder, memory_budget=10**9)
-    model.recall("The old lighthouse of the bay")
+    model.fetch("The old lighthouse of the bay")
     assert any(model.bank.keeps((1, cluster)) for cluster in range(3))
     model._watch.budget = -(1 << 40)  # this process has memory to give back that is not the model's
     with pytest.raises(OverBudgetError, match="memory budget is used up"):

@@ -239,7 +239,7 @@ def test_a_step_without_changes_neither_fetches_nor_joins(tmp_path, monkeypatch)
     run.insert([prompt(0), prompt(1)], [20, 20], [ROWS[0][2], ROWS[1][2]])
     run.next(4)
     fetched, joined = watch.num_fetched, len(watch.ndims)
-    monkeypatch.setattr(BatchModel, "_recall", None)
+    monkeypatch.setattr(BatchModel, "_bind", None)
     run.next(12)
     assert len(run.tokens[0]) > 12
     assert (watch.num_fetched, len(watch.ndims)) == (fetched, joined)

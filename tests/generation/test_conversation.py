@@ -9,7 +9,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_hmem import load
 from mlx_hmem.bank import Bank
-from mlx_hmem.bank.read.replacing import ReplacingMemory
+from mlx_hmem.bank.read.arriving import ReplacingMemory
 from mlx_hmem.errors import UserError
 from mlx_hmem.generation.conversation import Conversation
 from mlx_hmem.generation.prefetch import Prefetch
@@ -62,8 +62,9 @@ def test_replaced_levels_give_the_memory_of_the_new_path(tmp_path, kind):
     with Bank.open(tmp_path) as bank, Bank.open(tmp_path) as other:
         before = bank.begin((1, 3))
         before.wait()
-        replaced = ReplacingMemory(before.take(), bank.begin((1, 5), above=1), 4)
-        assert [block.level for block in bank.last_fetch] == [2]
+        deeper = bank.begin((1, 5), above=1)
+        assert [block.level for block in deeper.reads] == [2]
+        replaced = ReplacingMemory(before.take(), deeper, 4)
         assert not replaced._rows
         assert_same(replaced, layers_of(other))  # of (1, 5)
         again = ReplacingMemory(replaced.take(), bank.begin((1, 3), above=1), 4)
@@ -81,9 +82,9 @@ def test_only_what_changed_is_read_and_the_answers_are_those_of_whole_memories(f
         before = fresh.bank.bytes_read
         found = tokens(talk.say(text))
         assert talk.route == model.retriever.route(text)
-        assert fresh.bank.bytes_read - before == talk.recall.bytes_read
+        assert fresh.bank.bytes_read - before == talk.fetch.bytes_read
         assert found == tokens(model.stream(text, max_tokens=8))
-        sources.append([block["source"] for block in talk.recall.blocks])
+        sources.append([block["source"] for block in talk.fetch.blocks])
     assert sources == [
         ["disk", "disk"], ["attached", "disk"], ["disk", "disk"], ["cache", "cache"],
     ]  # fmt: skip
@@ -91,8 +92,8 @@ def test_only_what_changed_is_read_and_the_answers_are_those_of_whole_memories(f
     assert tokens(talk.say(turns["start"][0])) == tokens(
         model.stream(turns["start"][0], max_tokens=8)
     )
-    assert [block["source"] for block in talk.recall.blocks] == ["attached", "attached"]
-    assert talk.recall.bytes_read == 0
+    assert [block["source"] for block in talk.fetch.blocks] == ["attached", "attached"]
+    assert talk.fetch.bytes_read == 0
     assert talk.stats.num_answers == 5
     assert talk.stats.sources[1, "attached"] == 2
     assert talk.stats.bytes_read == sum(talk.stats.bytes_by_level.values()) == 2304 + 768 + 2304
@@ -107,8 +108,8 @@ def test_turns_under_a_template_continue_the_whole_conversation(chatty, memory):
         messages.append({"role": "user", "content": text})
         ids = chatty.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
         pieces = list(talk.say(text))
-        recall = chatty.recall(text, memory)
-        assert tokens(pieces) == tokens(chatty.stream_ids(ids, recall, 8))
+        fetch = chatty.fetch(text, memory)
+        assert tokens(pieces) == tokens(chatty.stream_ids(ids, fetch, 8))
         assert pieces[0].prompt_tokens <= len(ids) - seen  # what was seen is not computed again
         seen = len(ids)
         messages.append({"role": "assistant", "content": "".join(p.text for p in pieces)})
@@ -157,8 +158,8 @@ def test_a_text_model_answers_each_turn_by_itself_unless_told_otherwise(fresh, m
         own = model.tokenizer.encode(text)
         ids += own[1:] if ids[-1:] == own[:1] else own
         found = tokens(talk.say(text))
-        recall = model.recall(text, "generic")
-        assert found == tokens(model.stream_ids(ids, recall, 8))
+        fetch = model.fetch(text, "generic")
+        assert found == tokens(model.stream_ids(ids, fetch, 8))
         ids += found
 
 
@@ -176,7 +177,7 @@ def test_the_oldest_turns_are_dropped_when_the_context_is_full_and_that_is_said_
     ids = chatty.tokenizer.apply_chat_template(
         [{"role": role, "content": text} for role, text in messages], add_generation_prompt=True
     )
-    again = tokens(chatty.stream_ids(ids, chatty.recall("x", "none"), 8))
+    again = tokens(chatty.stream_ids(ids, chatty.fetch("x", "none"), 8))
     assert list(talk.turns[-1].answer_ids) == again
 
 
@@ -206,7 +207,7 @@ def test_a_stopped_answer_stays_in_the_history_as_far_as_it_went(chatty):
         {"role": "user", "content": "Where?"},
     ]
     ids = chatty.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-    assert found == tokens(chatty.stream_ids(ids, chatty.recall("x", "generic"), 8))
+    assert found == tokens(chatty.stream_ids(ids, chatty.fetch("x", "generic"), 8))
 
 
 def test_the_seed_is_set_once_and_reset_forgets(fresh):
@@ -252,10 +253,10 @@ def test_blocks_read_ahead_are_found_in_the_cache(fresh, texts):
     talk = Conversation(fresh, max_tokens=4, margin=0.0)
     list(talk.say(texts[0][:60]))
     talk._prefetch.wait()
-    read = [b["bytes"] for b in talk.recall.blocks]
+    read = [b["bytes"] for b in talk.fetch.blocks]
     assert fresh.bank.bytes_read == sum(read) + talk._prefetch.bytes_read
     assert talk._prefetch.bytes_read > 0
-    assert talk.recall.bytes_read == sum(read)  # nothing of what came after
+    assert talk.fetch.bytes_read == sum(read)  # nothing of what came after
     for text in texts[1:6]:
         list(talk.say(text[:60]))
         talk._prefetch.wait()
@@ -276,8 +277,7 @@ def test_reading_ahead_stays_within_the_cache_and_pushes_out_nothing_in_use(mode
         ahead.wait()
         assert [n for n in range(6) if bank.keeps((3, n))] == [0, 2, 4]
         assert bank.keeps((1, 0))
-        bank.fetch((0, 0, 0))
-        assert {block.source for block in bank.last_fetch} == {"cache"}
+        assert {block.source for block in bank.fetch((0, 0, 0)).reads} == {"cache"}
 
 
 def test_reading_ahead_stops_and_survives_damage_and_a_closed_bank(broken):

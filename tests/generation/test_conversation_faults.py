@@ -42,7 +42,7 @@ def test_an_answer_goes_on_with_the_levels_that_are_sound_and_says_so(broken, te
     talk.turns.clear()
     found = tokens(talk.say(near))
     assert talk.route == path
-    assert [b["level"] for b in talk.recall.blocks] == [1]
+    assert [b["level"] for b in talk.fetch.blocks] == [1]
     assert len(said) == 1
     assert said[0].startswith("the answer goes on without level 3: ")
     assert "\n" not in said[0]
@@ -54,7 +54,7 @@ def test_an_answer_goes_on_with_the_levels_that_are_sound_and_says_so(broken, te
     assert talk.stats.damaged == 2
     talk.turns.clear()
     assert tokens(talk.say(start)) == tokens(model.stream(start, max_tokens=8))  # kept in memory
-    assert talk.recall.damage == []
+    assert talk.fetch.damage == []
 
 
 def test_a_block_that_is_mended_is_used_again(broken, texts):
@@ -69,7 +69,7 @@ def test_a_block_that_is_mended_is_used_again(broken, texts):
     flip(shard_of(broken, 3), path[2])
     talk.turns.clear()
     assert tokens(talk.say(near)) == tokens(load(broken).stream(near, max_tokens=8))
-    assert (len(said), talk.recall.damage) == (1, [])
+    assert (len(said), talk.fetch.damage) == (1, [])
 
 
 def test_without_any_sound_block_the_anchor_answers_alone(broken, texts):
@@ -131,7 +131,7 @@ def test_a_disk_that_was_away_is_opened_anew(broken, texts, back):
     else:
         assert len(said) == 1
         assert "without level 3: " in said[0]
-        assert [b["level"] for b in talk.recall.blocks] == [1]
+        assert [b["level"] for b in talk.fetch.blocks] == [1]
 
 
 def test_a_deleted_shard_that_is_open_is_still_read(broken, texts):

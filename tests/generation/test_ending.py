@@ -103,6 +103,6 @@ def test_a_turn_goes_on_without_the_stop_text_of_the_one_before(model_folder):
     first, second = model.tokenizer.encode(PROMPT), model.tokenizer.encode("And?")
     middle = model.tokenizer.encode(said, add_special_tokens=False)
     ids, found = [*first, *middle, *second], tokens(talk.say("And?"))
-    assert tokens(model.stream_ids(ids, model.recall("", "none"), 8))[: len(found)] == found
+    assert tokens(model.stream_ids(ids, model.fetch("", "none"), 8))[: len(found)] == found
     with pytest.raises(UserError, match="a stop text is empty"):
         Conversation(model, stop=[""])

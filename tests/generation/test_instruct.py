@@ -34,7 +34,7 @@ def expected(model: MemoryModel, *messages: tuple[str, str]) -> str:
     """What the model says to these messages, with the memory of the prompt itself."""
     asked = [{"role": role, "content": text} for role, text in messages]
     ids = model.tokenizer.apply_chat_template(asked, add_generation_prompt=True)
-    pieces = model.stream_ids(ids, model.recall(PROMPT), 8)
+    pieces = model.stream_ids(ids, model.fetch(PROMPT), 8)
     return "".join(piece.text for piece in pieces)
 
 
@@ -60,7 +60,7 @@ def test_an_answer_ends_where_the_generation_config_ends_a_turn(ask, instruct):
     ids = model.tokenizer.apply_chat_template(
         [{"role": "user", "content": PROMPT}], add_generation_prompt=True
     )
-    said = tokens(model.stream_ids(ids, model.recall(PROMPT), 8))
+    said = tokens(model.stream_ids(ids, model.fetch(PROMPT), 8))
     end = next(token for token in said[1:] if token != said[0])
     (instruct / "generation_config.json").write_text(json.dumps({"eos_token_id": [end]}))
     text = answer(ask("--json", "--model", instruct))["text"]

@@ -68,8 +68,8 @@ def test_a_prompt_is_answered_as_by_the_model_on_disk(online, directory, texts):
         assert [p.text for p in model.stream(prompt, max_tokens=8)] == wanted
         shards = {f"bank/level-{n}.{path[n - 1] // 2:05d}.safetensors" for n in (1, 3)}
         assert set(online.downloads()) <= shards
-    recall = model.recall(texts[0], blocked=[model.retriever.route(texts[0])[:1]])
-    assert (recall.blocks, online.requests) == ([], [])
+    fetch = model.fetch(texts[0], blocked=[model.retriever.route(texts[0])[:1]])
+    assert (fetch.blocks, online.requests) == ([], [])
 
 
 def test_without_lazy_the_whole_model_comes_and_nothing_else(online, directory):

@@ -161,10 +161,10 @@ def test_route_text_chooses_the_memory_in_place_of_the_prompt(model, texts):
     other = next(
         t for t in texts if model.retriever.route(t)[0] != model.retriever.route(PROMPT)[0]
     )
-    recall = model.recall(other)
-    assert recall.path == model.retriever.route(other)
+    fetch = model.fetch(other)
+    assert fetch.path == model.retriever.route(other)
     ids = model.tokenizer.encode(PROMPT)
-    by_ids = [p.token for p in model.stream_ids(ids, recall, max_tokens=8)]
+    by_ids = [p.token for p in model.stream_ids(ids, fetch, max_tokens=8)]
     assert [p.token for p in model.stream(PROMPT, route_text=other, max_tokens=8)] == by_ids
 
 
@@ -180,16 +180,16 @@ def test_blocked_clusters_are_not_read_and_the_path_ends_above_them(model_folder
         ([((path[0] + 1) % 3,)], [1, 3], top + leaf),
     ):
         before = model.bank.bytes_read
-        recall = model.recall(PROMPT, blocked=blocked)
-        assert (recall.path, [b["level"] for b in recall.blocks]) == (path, levels)
-        assert (recall.bytes_read, model.bank.bytes_read - before) == (size, size)
+        fetch = model.fetch(PROMPT, blocked=blocked)
+        assert (fetch.path, [b["level"] for b in fetch.blocks]) == (path, levels)
+        assert (fetch.bytes_read, model.bank.bytes_read - before) == (size, size)
     tokens = [p.token for p in model.stream(PROMPT, blocked=[path[:1]], max_tokens=10)]
     assert tokens == greedy(model, PROMPT, "none", 10)
 
 
-def test_a_second_recall_comes_from_the_cache_and_says_so(model_folder):
+def test_a_second_fetch_comes_from_the_cache_and_says_so(model_folder):
     model = load(model_folder)
-    first, second = model.recall(PROMPT), model.recall(PROMPT)
+    first, second = model.fetch(PROMPT), model.fetch(PROMPT)
     assert [b["source"] for b in first.blocks] == ["disk", "disk"]
     assert [b["source"] for b in second.blocks] == ["cache", "cache"]
     assert (first.bytes_read, second.bytes_read) == (2304, 0)
@@ -207,8 +207,8 @@ def test_a_prompt_cache_passes_through_to_mlx_lm(model):
 
 def test_generation_stops_at_the_end_of_the_context(model):
     ids = model.tokenizer.encode(PROMPT)
-    recall = model.recall(PROMPT, memory="generic")
-    pieces = list(model.stream_ids(ids * 3, recall, max_tokens=10_000))
+    fetch = model.fetch(PROMPT, memory="generic")
+    pieces = list(model.stream_ids(ids * 3, fetch, max_tokens=10_000))
     assert model.context == 96
     assert len(ids) * 3 + pieces[-1].generation_tokens <= 96
     assert pieces[-1].finish_reason == "stop" or len(ids) * 3 + len(pieces) == 96
@@ -248,8 +248,8 @@ WRONG_CALLS = {
     "a cluster beyond": (lambda m: m(mx.zeros((1, 3), mx.int32), [(3, 0, 0)]), "on level 1: 3"),
     "a crooked path": (lambda m: m(mx.zeros((1, 3), mx.int32), [(0, 5, 0)]), "not a cluster path"),
     "a path of words": (lambda m: m(mx.zeros((1, 3), mx.int32), ["abc"]), "whole numbers"),
-    "a crooked block": (lambda m: m.recall(PROMPT, blocked=[(0, 5)]), "not a cluster path"),
-    "no block": (lambda m: m.recall(PROMPT, blocked=[()]), "needs 1 to 3 levels"),
+    "a crooked block": (lambda m: m.fetch(PROMPT, blocked=[(0, 5)]), "not a cluster path"),
+    "no block": (lambda m: m.fetch(PROMPT, blocked=[()]), "needs 1 to 3 levels"),
 }
 
 

@@ -215,12 +215,12 @@ def test_a_flipped_bit_in_a_block_is_found_when_the_block_is_used(broken, model,
         file.seek(-1, 1)
         file.write(bytes([byte ^ 4]))
     damaged = load(broken)
-    assert damaged.recall(other).bytes_read
-    assert damaged.recall(texts[0], memory="generic").bytes_read
+    assert damaged.fetch(other).bytes_read
+    assert damaged.fetch(texts[0], memory="generic").bytes_read
     with pytest.raises(UserError, match=f"level 1, cluster {path[0]} of the bank is damaged"):
-        damaged.recall(texts[0])
-    recall = damaged.recall(texts[0], blocked=[path[:1]])
-    assert (recall.blocks, recall.bytes_read) == ([], 0)
+        damaged.fetch(texts[0])
+    fetch = damaged.fetch(texts[0], blocked=[path[:1]])
+    assert (fetch.blocks, fetch.bytes_read) == ([], 0)
 
 
 @pytest.mark.parametrize("name", ["hmem.json", "bank/bank.json"])

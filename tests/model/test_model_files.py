@@ -206,7 +206,7 @@ def test_any_flipped_byte_is_refused_or_harmless_but_never_a_crash(model_folder,
         with contextlib.suppress(UserError):
             if name in TENSOR_FILES[:2]:
                 tie_together(folder)
-            harmless += len(load(folder).recall(texts[0]).path) == 3
+            harmless += len(load(folder).fetch(texts[0]).path) == 3
         for whole in (name, "hmem.json", "bank/bank.json"):
             shutil.copyfile(model_folder / whole, folder / whole)
     assert harmless < rounds // 2

@@ -127,7 +127,7 @@ def test_the_report_tells_a_document_that_is_known_from_one_that_is_not(learned,
     assert own["before_less_anchor"]["mean"] < own["after_less_anchor"]["mean"]
     assert own["before"]["sentences"] > 20
     assert "forgotten, 2 documents" in capsys.readouterr().out
-    assert load(tmp_path / "model").recall(sentences("boats", 1)).path is not None
+    assert load(tmp_path / "model").fetch(sentences("boats", 1)).path is not None
     # And from what is left the next one.
     forget(tmp_path / "model", tmp_path / "second", "boats/1.txt")
     assert len(read_documents(tmp_path / "second" / "bank")) == 6

@@ -14,7 +14,7 @@ import mlx.core as mx
 from mlx_hmem.bank.read.blocks import StoredBlock
 from mlx_hmem.bank.read.storage import Missing, Storage
 from mlx_hmem.config import MemoryConfig
-from mlx_hmem.memory import Rows, join_blocks
+from mlx_hmem.memory import BlockRead, Rows, join_blocks
 
 
 @dataclass
@@ -61,24 +61,21 @@ class KeptBlock:
         return self.storage.decode_layer(self.level, self.block, place)
 
 
-class ArrivingMemory:
-    """The blocks of one cluster path, those that are being read and those that are here; what
-    MemorySlot calls ArrivingRows. For one thread."""
+class RowsByLayer:
+    """The rows of each layer, made in order when they are first asked for; what MemorySlot calls
+    ArrivingRows. For one thread."""
 
-    def __init__(
-        self, blocks: Sequence[ArrivingBlock | KeptBlock], config: MemoryConfig, dtype: mx.Dtype
-    ):
-        self._blocks, self._config, self._dtype = blocks, config, dtype
-        self._rows: list[Rows] = []
-        self._begun = time.perf_counter()
-        self.arrived_ms = 0.0  # from the beginning until all of it was there, once it is
+    arrived_ms = 0.0  # from the beginning until all of it was there, once it is
+
+    def __init__(self, num_layers: int):
+        self._num_layers, self._rows = num_layers, list[Rows]()
 
     def is_here(self, place: int) -> bool:
         """Whether the layer at this place need not be waited for."""
-        return place < len(self._rows) or all(b.is_here(place) for b in self._arriving)
+        return place < len(self._rows) or self._has_come(place)
 
     def __getitem__(self, place: int) -> Rows:
-        """The rows of the layer at this place, (rows, R, width) for each group, in ``dtype``.
+        """The rows of the layer at this place, (rows, R, width) for each group, waited for.
 
         Raises UserError where a block is damaged or unreadable.
         """
@@ -88,7 +85,7 @@ class ArrivingMemory:
 
     def wait(self) -> None:
         """Waits for all layers."""
-        self[self._config.num_memory_layers - 1]
+        self[self._num_layers - 1]
 
     def take(self) -> list[Rows | None]:
         """The rows of each layer, all waited for and given away: not to be used again."""
@@ -96,12 +93,37 @@ class ArrivingMemory:
         rows, self._rows = self._rows, []
         return list(rows)
 
+    def _has_come(self, place: int) -> bool:
+        raise NotImplementedError
+
+    def _layer(self, place: int) -> Rows:
+        raise NotImplementedError
+
+
+class ArrivingMemory(RowsByLayer):
+    """The blocks of one cluster path, those that are being read and those that are here, as rows in
+    ``dtype``; ``reads`` says where each comes from."""
+
+    def __init__(
+        self,
+        found: Sequence[tuple[ArrivingBlock | KeptBlock, BlockRead]],
+        config: MemoryConfig,
+        dtype: mx.Dtype,
+    ):
+        super().__init__(config.num_memory_layers)
+        self.reads = tuple(read for _, read in found)
+        self._blocks, self._config, self._dtype = [block for block, _ in found], config, dtype
+        self._begun = time.perf_counter()
+
     @property
     def _arriving(self) -> list[ArrivingBlock]:
         return [block for block in self._blocks if isinstance(block, ArrivingBlock)]
 
+    def _has_come(self, place: int) -> bool:
+        return all(block.is_here(place) for block in self._arriving)
+
     def _layer(self, place: int) -> Rows:
-        last = place == self._config.num_memory_layers - 1
+        last = place == self._num_layers - 1
         for block in self._arriving:
             block.finish() if last else block.wait_for(place)
         parts = [block.layer(place) for block in self._blocks]
@@ -109,3 +131,30 @@ class ArrivingMemory:
             self._blocks = []
             self.arrived_ms = (time.perf_counter() - self._begun) * 1e3
         return tuple(group.astype(self._dtype) for group in join_blocks(parts, self._config))
+
+
+class ReplacingMemory(RowsByLayer):
+    """``before``, the rows of each layer, with those from ``start`` on taken from ``deeper``.
+
+    Writing one level into the joined rows moves that level's bytes only; joining all levels again
+    moves all of them (docs/chat.md has both times). It empties the list: of arrays that nobody else
+    holds, MLX writes into the memory itself.
+    """
+
+    def __init__(self, before: list[Rows | None], deeper: ArrivingMemory, start: int):
+        super().__init__(len(before))
+        self._before, self._deeper, self._start = before, deeper, start
+
+    def _has_come(self, place: int) -> bool:
+        return self._deeper.is_here(place)
+
+    def _layer(self, place: int) -> Rows:
+        new = self._deeper[place]
+        old, self._before[place] = self._before[place], None
+        assert old is not None
+        self.arrived_ms = self._deeper.arrived_ms  # of what is new
+        start = mx.array([self._start])
+        return tuple(
+            mx.slice_update(group, part, start, axes=[group.ndim - 2])
+            for group, part in zip(old, new, strict=True)
+        )

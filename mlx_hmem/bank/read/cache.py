@@ -6,12 +6,11 @@ many, and each fetch dequantises them.
 
 from collections import OrderedDict
 from collections.abc import Collection
-from typing import Literal
 
 from mlx_hmem.bank.read.blocks import StoredBlock
+from mlx_hmem.memory import Source
 
 Key = tuple[int, int]  # (level, cluster)
-Source = Literal["disk", "cache", "resident"]
 
 
 class KeptBlocks:

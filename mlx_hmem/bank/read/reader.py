@@ -12,9 +12,9 @@ fetch: work of 10 to 70 ns a value on one busy Linux core; on Metal it has not b
 
 import copy
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
-from types import TracebackType
 from typing import Literal, Self
 
 import mlx.core as mx
@@ -24,21 +24,22 @@ from mlx_hmem.bank.read.arriving import ArrivingMemory
 from mlx_hmem.bank.read.blocks import StoredBlock
 from mlx_hmem.bank.read.cache import KeptBlocks, Key
 from mlx_hmem.bank.read.shards import Obtain, Shards
-from mlx_hmem.bank.read.sources import BlockRead, Sources
+from mlx_hmem.bank.read.sources import Sources
 from mlx_hmem.bank.read.storage import Storage
 from mlx_hmem.config import ClusterPath
 from mlx_hmem.errors import UserError
-from mlx_hmem.memory import FetchedMemory
+from mlx_hmem.memory import BlockRead, FetchedMemory
 
 CACHE_BYTES = 256 << 20
+Damaged = Literal["stop", "skip"]  # what a block that cannot be read does to a fetch
 
 
 class Bank:
     """An open memory bank. Use :meth:`open`; close it, or use it as a context manager.
 
-    ``last_fetch`` lists the blocks of the latest fetch; ``bytes_read`` counts the bytes that all
-    fetches so far have read from files; ``barred`` are clusters, as (level, cluster), of which it
-    neither reads nor gives out the block or any below, whatever it is asked.
+    ``bytes_read`` counts the bytes that all fetches so far have read from files; ``barred`` are
+    clusters, as (level, cluster), of which it neither reads nor gives out the block or any below,
+    whatever it is asked.
     """
 
     def __init__(
@@ -52,8 +53,6 @@ class Bank:
         self.anchor_hash, self.tree_hash = manifest.anchor_hash, manifest.tree_hash
         self.resident_levels, self.cache_bytes = resident_levels, cache_bytes
         self._kept = KeptBlocks(resident_levels, cache_bytes)
-        self.last_fetch: list[BlockRead] = []
-        self.last_damage: dict[Key, UserError] = {}
         self.barred: frozenset[Key] = frozenset()
         storage = Storage(manifest, shards)
         self._sources, self._layouts = Sources(storage, shards, self._kept), storage.layouts
@@ -115,7 +114,6 @@ class Bank:
         """
         view = copy.copy(self)
         view.barred = self.barred | self.config.check_blocked(blocked)
-        view.last_fetch, view.last_damage = [], {}
         return view
 
     def bars(self, level: int, cluster: int) -> bool:
@@ -130,7 +128,7 @@ class Bank:
         self,
         path: ClusterPath,
         blocked: frozenset[Key] = frozenset(),
-        damaged: Literal["stop", "skip"] = "stop",
+        damaged: Damaged = "stop",
     ) -> FetchedMemory:
         """The blocks of one cluster path, in the bank's dtype.
 
@@ -139,17 +137,16 @@ class Bank:
             blocked: (level, cluster) pairs that may not be fetched. The path ends above the first
                 that it meets: neither that block nor a deeper one is read (paper, section 6).
             damaged: with "skip" a block that cannot be read, nor at a second try with its file
-                opened anew, is left out; ``last_damage`` says which and why.
+                opened anew, is left out; the memory's ``damage`` says which and why.
 
         Raises:
             UserError: no such path or cluster, or a block is damaged or unreadable.
         """
-        keys = self.keys_of(path, blocked)
-        found = self.blocks(keys) if damaged == "stop" else self.sound_blocks(keys)
+        memory = self._fetch(self.keys_of(path, blocked), damaged)
         blocks: list[mx.array | None] = [None] * self.config.num_levels
-        for (level, _), block in zip(keys, found, strict=True):
-            blocks[level - 1] = block
-        return FetchedMemory(tuple(blocks), self.config)
+        for read, block in zip(memory.reads, memory.blocks, strict=True):
+            blocks[read.level - 1] = block
+        return replace(memory, blocks=tuple(blocks))
 
     def begin(
         self,
@@ -163,14 +160,12 @@ class Bank:
         for who has them already."""
         keys = [key for key in self.keys_of(path, blocked) if key[0] > above]
         found = self._sources.begin(keys)
-        self.last_fetch = [read for _, read in found]
-        blocks = [block for block, _ in found]
-        return ArrivingMemory(blocks, self.config, dtype) if blocks else None
+        return ArrivingMemory(found, self.config, dtype) if found else None
 
-    def generic(self, damaged: Literal["stop", "skip"] = "stop") -> FetchedMemory:
+    def generic(self, damaged: Damaged = "stop") -> FetchedMemory:
         """The generic memory: one block of sum(r) rows, in the bank's dtype."""
-        fetch = self.blocks if damaged == "stop" else self.sound_blocks
-        return FetchedMemory(tuple(fetch([(GENERIC, 0)])), self.config)
+        memory = self._fetch([(GENERIC, 0)], damaged)
+        return replace(memory, blocks=memory.blocks or (None,))
 
     def blocks(self, keys: Sequence[Key]) -> list[mx.array]:
         """Blocks by (level, cluster), in the bank's dtype; (0, 0) is the generic memory.
@@ -179,39 +174,35 @@ class Bank:
             UserError: there is no such block, or one is barred, damaged or unreadable.
         """
         self._check_keys(keys)
-        self.last_fetch = []
-        found = self._sources.blocks(keys)
-        self.last_fetch = [read for _, read in found]
-        return [block for block, _ in found]
+        return [block for block, _ in self._sources.blocks(keys)]
 
-    def sound_blocks(self, keys: Sequence[Key]) -> list[mx.array | None]:
-        """As :meth:`blocks`, but None for one that cannot be read, nor at a second try with its
-        file opened anew: a disk may have been away. ``last_damage`` then
-        has its UserError, by key."""
-        self.last_damage = {}
+    def _fetch(self, keys: Sequence[Key], damaged: Damaged) -> FetchedMemory:
+        """The blocks of ``keys``, as many as there are reads; errors as of :meth:`fetch`."""
         self._check_keys(keys)  # no damage: there never was such a block, or it may not be read
         self._sources.obtain(keys)  # nor is what never came
+        damage: list[str] = []
         try:
-            return list(self.blocks(keys))
+            found = self._sources.blocks(keys)
         except UserError:
-            pass
-        found: list[mx.array | None] = []
-        reads: list[BlockRead] = []
-        for key in keys:
-            found.append(self._sound_block(key))
-            reads += [] if found[-1] is None else self.last_fetch
-        self.last_fetch = reads
-        return found
+            if damaged == "stop":
+                raise
+            found = [each for key in keys for each in self._sound(key, damage)]
+        blocks, reads = tuple(block for block, _ in found), tuple(read for _, read in found)
+        return FetchedMemory(blocks, self.config, reads, tuple(damage))
 
-    def _sound_block(self, key: Key) -> mx.array | None:
+    def _sound(self, key: Key, damage: list[str]) -> list[tuple[mx.array, BlockRead]]:
+        """A block, or none and a line more of ``damage`` where it cannot be read, nor at a second
+        try with its file opened anew: a disk may have been away."""
+        error: UserError | None = None
         for _ in range(2):
             try:
-                return self.blocks([key])[0]
-            except UserError as error:
-                damage = error
+                return self._sources.blocks([key])
+            except UserError as found:
+                error = found
                 self._sources.forget(key)
-        self.last_damage[key] = damage
-        return None
+        name = f"level {key[0]}" if key[0] else "generic memory"
+        damage.append(f"without {name}: {error}")
+        return []
 
     def block_bytes(self, level: int) -> int:
         """The bytes of one block of a level as it is stored."""
@@ -226,9 +217,8 @@ class Bank:
         return self._sources.touch(keys)
 
     def prefetch(self, key: Key) -> int:
-        """Reads a block that may be asked for soon, to be kept; the bytes read, which
-        ``bytes_read`` counts, ``last_fetch`` does not. 0 for one that is kept, cannot be read, or
-        lies in a shard that is not here yet."""
+        """Reads a block that may be asked for soon, to be kept; the bytes read. 0 for one
+        that is kept, cannot be read, or lies in a shard that is not here yet."""
         if key in self._kept or self.bars(*key) or self._sources.away(key):
             return 0
         try:
@@ -264,15 +254,14 @@ class Bank:
         """Closes the files and lets go of the kept blocks; fetched memories stay valid."""
         self._sources.close()
 
+    def __repr__(self) -> str:
+        clusters = " × ".join(map(str, self.config.branching))
+        return f"Bank({self.config.kind}, {clusters} clusters, r {self.config.r}, {self.dtype})"
+
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def keys_of(self, path: ClusterPath, blocked: frozenset[Key]) -> list[Key]:

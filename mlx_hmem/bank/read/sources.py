@@ -5,25 +5,15 @@ Where a path leads, who may fetch what and what is said of it afterwards, the re
 
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import mlx.core as mx
 
 from mlx_hmem.bank.read.arriving import ArrivingBlock, KeptBlock
 from mlx_hmem.bank.read.blocks import StoredBlock
-from mlx_hmem.bank.read.cache import KeptBlocks, Key, Source
+from mlx_hmem.bank.read.cache import KeptBlocks, Key
 from mlx_hmem.bank.read.shards import MOST_OPEN, Shards
 from mlx_hmem.bank.read.storage import Missing, Storage
-
-
-@dataclass(frozen=True)
-class BlockRead:
-    """Where a block of a fetched memory came from; level 0 is the generic memory."""
-
-    level: int
-    cluster: int
-    bytes: int
-    source: Source
+from mlx_hmem.memory import BlockRead, Source
 
 
 class Sources:

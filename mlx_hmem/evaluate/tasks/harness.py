@@ -25,8 +25,9 @@ from mlx_hmem.evaluate.scoring import (
     continue_greedily,
     score_candidates,
 )
+from mlx_hmem.model.fetch import check_mode
 from mlx_hmem.model.load import load
-from mlx_hmem.model.model import MemoryModel, check_mode
+from mlx_hmem.model.model import MemoryModel
 
 try:
     from lm_eval.api.model import LM
