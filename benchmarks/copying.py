@@ -22,7 +22,8 @@ from tqdm import tqdm
 from benchmarks.common.show import Result, benchmark
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate import read_texts
-from mlx_hmem.evaluate.perplexity import LONGEST, ratio_and_error
+from mlx_hmem.evaluate.perplexity import ratio_and_error
+from mlx_hmem.evaluate.scoring import LONGEST
 from mlx_hmem.model.load import load
 from mlx_hmem.model.model import MemoryModel
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from mlx_hmem.evaluate import Perplexity, perplexity, read_facts, read_texts, recall
-from mlx_hmem.evaluate.command import perplexity_table, recall_table
 from mlx_hmem.evaluate.facts import FactRecall
+from mlx_hmem.evaluate.tables import perplexity_table, recall_table
 from mlx_hmem.files import write_atomic
 from mlx_hmem.model.load import load
 from mlx_hmem.model.model import MemoryModel

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_hmem.evaluate import Perplexity
-from mlx_hmem.evaluate.command import table
+from mlx_hmem.evaluate.tables import table
 
 from .anchor import AnchorChange
 from .bank import LevelChange, level_title

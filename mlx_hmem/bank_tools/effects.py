@@ -5,7 +5,7 @@ blocks left out. What the loss rises by is that block's effect: it has helped wh
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,8 @@ from tqdm import tqdm
 
 from mlx_hmem.config import ClusterPath
 from mlx_hmem.errors import UserError
+from mlx_hmem.evaluate.perplexity import windows
+from mlx_hmem.evaluate.scoring import longest_sequence
 from mlx_hmem.evaluate.texts import read_texts
 from mlx_hmem.memory import FetchedMemory
 from mlx_hmem.model.model import MemoryModel
@@ -81,7 +83,7 @@ def measure(model: MemoryModel, texts: Sequence[tuple[str, str]]) -> Effects:
         first: tuple[str, ClusterPath] | None = None
         sums = [0.0, 0.0]
         tokens = 0
-        for ids, window in _windows(model, text):
+        for ids, window in windows(model, text, longest_sequence(model, LONGEST)):
             where = model.route(window)
             first = first or where
             count = len(ids) - 1
@@ -114,15 +116,3 @@ def _measure_window(
         effect.nats += (loss(rest) if rest else nothing) - whole
         effect.tokens += len(ids) - 1
     return whole, nothing
-
-
-def _windows(model: MemoryModel, text: str) -> Iterator[tuple[list[int], str]]:
-    """Parts of a text that fit the context, end-of-text in front, each with its own text."""
-    start, *tokens = model.tokenizer.encode(text)
-    most = min(model.context or LONGEST, LONGEST) - 1
-    count = -(-len(tokens) // most)
-    size = max(1, -(-len(tokens) // max(1, count)))
-    for at in range(0, len(tokens), size):
-        part = tokens[at : at + size]
-        said = text if len(part) == len(tokens) else model.tokenizer.decode(part)
-        yield [start, *part], said if said.strip() else text

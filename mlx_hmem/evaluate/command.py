@@ -18,39 +18,36 @@ from typing import Any
 from mlx_hmem.budget.resident import SIZE_HELP, parse_bytes
 from mlx_hmem.errors import ArgumentParser, UserError, verb_of
 from mlx_hmem.evaluate.facts import ROUTES
-from mlx_hmem.evaluate.paper.blocking import blocking, used_clusters
+from mlx_hmem.evaluate.paper.blocking import blocking
 from mlx_hmem.evaluate.paper.fact_runs import FactRun
 from mlx_hmem.evaluate.paper.fact_sets import FactSet, counted, fact_sets
 from mlx_hmem.evaluate.paper.routing_quality import RoutingRow, document_rows, fact_rows
 from mlx_hmem.evaluate.perplexity import ROUTE_BY, perplexity
 from mlx_hmem.evaluate.rag.document_index import DocumentIndex
-from mlx_hmem.evaluate.rag.rag import Rag, Result, with_flops, with_rag
-from mlx_hmem.evaluate.routing import check_levels
+from mlx_hmem.evaluate.rag.rag import Arm, Rag, named, with_flops
+from mlx_hmem.evaluate.routing import check_levels, used_clusters
 from mlx_hmem.evaluate.tables import (
     blocking_table,
     count_table,
     perplexity_table,
     recall_table,
     routing_table,
-    table,
     task_table,
 )
 from mlx_hmem.evaluate.tasks.benchmark import TaskResult, averages, model_fingerprint, score_task
 from mlx_hmem.evaluate.tasks.task import TaskData, load_tasks
 from mlx_hmem.evaluate.texts import read_texts
-from mlx_hmem.model.fetch import MODES
+from mlx_hmem.model.fetch import check_mode
 from mlx_hmem.model.find import MODEL_FILES, find_model
 from mlx_hmem.model.load import load
 from mlx_hmem.model.model import MemoryModel
 from mlx_hmem.retriever import load_encoder
 
-__all__ = ["main", "perplexity_table", "recall_table", "table", "task_table"]
 # Programs of their own, by their first word.
 VERBS = {
     "index": ("mlx_hmem.evaluate.rag.index", "makes an index of documents for --rag"),
     "harness": ("mlx_hmem.evaluate.tasks.harness", "EleutherAI's harness with this model in it"),
 }
-Found = tuple[dict[str, Any], list[str]]  # JSON values, tables
 
 
 def _parser() -> ArgumentParser:
@@ -117,35 +114,34 @@ def _parser() -> ArgumentParser:
 
 def _check(args: Namespace) -> list[str]:
     """The kinds of memory, if the command makes sense."""
-    modes = [m.strip() for m in args.memory.split(",")]
-    if unknown := [m for m in modes if m not in MODES]:
-        raise UserError("unknown memory mode", repr(unknown[0]), f"use {','.join(MODES)}")
-    if args.route_by not in ROUTE_BY:
-        raise UserError("unknown --route-by", repr(args.route_by), f"use one of {ROUTE_BY}")
-    if args.route not in ROUTES:
-        raise UserError("unknown --route", repr(args.route), f"use one of {', '.join(ROUTES)}")
-    if args.limit is not None and args.limit < 1:
-        raise UserError("--limit is less than 1", args.limit, "give 1 or more, or leave it out")
-    facts = args.facts or args.atomic_numbers
-    if not facts and not args.text and not args.tasks:
-        remedy = "give --facts, --atomic-numbers, --text or --tasks"
-        raise UserError("there is nothing to score", "no file", remedy)
-    if args.tasks and not args.data:
-        raise UserError("--tasks needs their files", args.tasks, "name their folder with --data")
-    if args.corpus and not facts:
-        raise UserError("--corpus counts names of facts", args.corpus, "give --atomic-numbers too")
-    if args.block_best and not facts and not args.tasks:
-        raise UserError("nothing to block", args.block_best, "give --facts or --tasks with it")
-    if args.routing and not facts and not args.text:
-        raise UserError("nothing to route", "no file", "give --facts or --text with --routing")
-    if (args.block_best or args.routing) and args.route != "prompt":
-        raise UserError("facts are routed by their prompts here", args.route, "leave --route out")
-    if args.encoder and not (args.routing and args.text):
-        raise UserError("--encoder needs documents", args.encoder, "give --routing and --text")
-    if args.rag and (args.text or args.block_best or args.routing):
-        remedy = "leave --text, --block-best and --routing out"
-        raise UserError("--rag is for facts and tasks", args.rag, remedy)
-    return modes
+    modes = [mode.strip() for mode in args.memory.split(",")]
+    facts, routing = args.facts or args.atomic_numbers, args.block_best or args.routing
+    for wrong, what, value, remedy in (
+        (args.route_by not in ROUTE_BY, "unknown --route-by", repr(args.route_by),
+         f"use one of {ROUTE_BY}"),
+        (args.route not in ROUTES, "unknown --route", repr(args.route), f"use {', '.join(ROUTES)}"),
+        (args.limit is not None and args.limit < 1, "--limit is less than 1", args.limit,
+         "give 1 or more, or leave it out"),
+        (not (facts or args.text or args.tasks), "there is nothing to score", "no file",
+         "give --facts, --atomic-numbers, --text or --tasks"),
+        (args.tasks and not args.data, "--tasks needs their files", args.tasks,
+         "name their folder with --data"),
+        (args.corpus and not facts, "--corpus counts names of facts", args.corpus,
+         "give --atomic-numbers too"),
+        (args.block_best and not facts and not args.tasks, "nothing to block", args.block_best,
+         "give --facts or --tasks with it"),
+        (args.routing and not facts and not args.text, "nothing to route", "no file",
+         "give --facts or --text with --routing"),
+        (routing and args.route != "prompt", "facts are routed by their prompts here", args.route,
+         "leave --route out"),
+        (args.encoder and not (args.routing and args.text), "--encoder needs documents",
+         args.encoder, "give --routing and --text"),
+        (args.rag and (args.text or routing), "--rag is for facts and tasks", args.rag,
+         "leave --text, --block-best and --routing out"),
+    ):  # fmt: skip
+        if wrong:
+            raise UserError(what, value, remedy)
+    return [check_mode(mode) for mode in modes]
 
 
 def main(words: Sequence[str]) -> None:
@@ -164,9 +160,10 @@ def main(words: Sequence[str]) -> None:
     )
     if model.plan is not None:
         print(model.plan.line(), file=sys.stderr)
-    rag = None
+    arms: list[Arm] = [(mode, None) for mode in modes]
     if args.rag:
         rag = Rag(model, DocumentIndex.open(args.rag, model.require_bank().tree_hash))
+        arms += [(mode, rag) for mode in modes]
     levels = _levels(model, args.block_best) if args.block_best else []
     sets = [counted(each, args.corpus, args.out) for each in sets]
     name = ""
@@ -186,7 +183,7 @@ def main(words: Sequence[str]) -> None:
         if args.routing:
             routed += fact_rows(run, each.facts)
         if not levels and not args.routing:
-            _recall(run, each, modes, found, tables, rag)
+            tables.append(_recall(run, each, arms, found))
     if args.routing:
         if args.text:
             routed += document_rows(model, texts, encoder)
@@ -197,12 +194,12 @@ def main(words: Sequence[str]) -> None:
         found["perplexity"] = [score.to_dict() for score in scores]
         tables.append(perplexity_table(scores))
     if tasks:
-        results = _score_tasks(model, name, tasks, modes, levels, args, rag)
+        options = {"out": args.out, "model_name": name, "limit": args.limit}
+        results = [r for task in tasks for r in _score_task(model, task, arms, levels, options)]
+        print(f"results of every row: {args.out}", file=sys.stderr)
         means = averages(results)
-        found |= {
-            "tasks": [r.to_dict() for r in results],
-            "averages": [m.to_dict() for m in means],
-        }
+        found["tasks"] = [r.to_dict() for r in results]
+        found["averages"] = [m.to_dict() for m in means]
         tables.append(task_table(results, means))
     print(json.dumps(found) if args.json else "\n\n".join(tables))
 
@@ -211,75 +208,47 @@ def _levels(model: MemoryModel, text: str) -> list[int]:
     if text == "all":
         return list(range(1, model.require_bank().config.num_levels + 1))
     try:
-        levels = [int(part) for part in text.split(",")]
+        levels = list(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
         raise UserError("--block-best is no list of levels", text, "give 1 or 1,2 or all") from None
-    return check_levels(model, list(dict.fromkeys(levels)))
+    check_levels(model, levels)
+    return levels
 
 
-def _recall(
-    run: FactRun,
-    each: FactSet,
-    modes: Sequence[str],
-    found: dict[str, Any],
-    tables: list[str],
-    rag: Rag | None,
-) -> None:
-    """Adds the recall of one set of facts to what was ``found``, and its table."""
+def _recall(run: FactRun, each: FactSet, arms: Sequence[Arm], found: dict[str, Any]) -> str:
+    """Adds the recall of one set of facts to what was ``found``; its table."""
     by = "" if run.route == "prompt" else f", by {run.route}"
-    labels = {m: m + (by if m == "fetched" else "") for m in modes}
-    results = [run.recall(each.facts, m, label=labels[m]) for m in modes]
-    if rag is not None:
-        results += [
-            run.recall(each.facts, m, label=labels[m].replace(m, with_rag(m)), rag=rag)
-            for m in modes
-        ]
-        results = _with_flops(run.model, results, modes, each.name)
+    results = [
+        run.recall(each.facts, mode, None, named(mode, rag) + by * (mode == "fetched"), rag)
+        for mode, rag in arms
+    ]
+    results = with_flops(run.model, results, arms, each.name)
     if not each.is_table:
         found["recall"] += [result.to_dict() for result in results]
-        tables.append(recall_table(results))
-        return
+        return recall_table(results)
     found.setdefault("facts", []).append(each.to_dict(results))
-    tables.append(f"{each.name}\n{count_table(results, bool(each.corpus))}")
+    return f"{each.name}\n{count_table(results, bool(each.corpus))}"
 
 
-def _with_flops(
-    model: MemoryModel, results: Sequence[Result], modes: Sequence[str], name: str
-) -> list[Result]:
-    """The results of the kinds of memory, then with documents, with their FLOPs; says how many
-    documents were cut."""
-    arms = [(mode, shown) for shown in (False, True) for mode in modes]
-    print(results[-1].documents.line(name), file=sys.stderr)  # type: ignore[attr-defined]
-    return with_flops(model, results, arms)
-
-
-def _score_tasks(
+def _score_task(
     model: MemoryModel,
-    name: str,
-    tasks: Sequence[TaskData],
-    modes: Sequence[str],
+    task: TaskData,
+    arms: Sequence[Arm],
     levels: Sequence[int],
-    args: Namespace,
-    rag: Rag | None,
+    options: dict[str, Any],
 ) -> list[TaskResult]:
-    options = {"out": args.out, "model_name": name, "limit": args.limit}
-    results: list[TaskResult] = []
-    for task in tasks:
-        results += [score_task(model, task, mode, **options) for mode in modes]
-        if rag is not None:
-            shown = [score_task(model, task, mode, rag=rag, **options) for mode in modes]
-            both = [*results[-len(modes) :], *shown]
-            results[-len(modes) :] = _with_flops(model, both, modes, task.task.name)
-        last = results[-1]  # these two are the same for each kind of memory
-        if last.cut:
-            note = f"{last.cut} of {last.rows} prompts were cut to fit the context"
-            print(f"{task.task.name}: {note}", file=sys.stderr)
-        if last.left_out:
-            note = f"rows left out because an answer fills the context: {last.left_out}"
-            print(f"{task.task.name}: {note}", file=sys.stderr)
-        for level in sorted(levels, reverse=True):
-            label = f"best 1/{used_clusters(model, level)} withheld"
-            scored = score_task(model, task, "fetched", withheld=level, **options)
-            results.append(replace(scored, memory=label))
-    print(f"results of every row: {args.out}", file=sys.stderr)
+    """Of each kind of memory, and with the best cluster of each of ``levels`` withheld."""
+    results = [score_task(model, task, mode, rag=rag, **options) for mode, rag in arms]
+    results = with_flops(model, results, arms, task.task.name)
+    last = results[-1]  # these two are the same for each kind of memory
+    if last.cut:
+        note = f"{last.cut} of {last.rows} prompts were cut to fit the context"
+        print(f"{task.task.name}: {note}", file=sys.stderr)
+    if last.left_out:
+        note = f"rows left out because an answer fills the context: {last.left_out}"
+        print(f"{task.task.name}: {note}", file=sys.stderr)
+    for level in sorted(levels, reverse=True):
+        label = f"best 1/{len(used_clusters(model, level))} withheld"
+        scored = score_task(model, task, "fetched", withheld=level, **options)
+        results.append(replace(scored, memory=label))
     return results

@@ -5,29 +5,24 @@ A number is right when the *first* integer of the continuation equals it, or, wi
 other answer is right when the continuation starts with it, or with one of its aliases, and the next
 character does not extend the word. A continuation is two tokens longer than the longest answer of
 all facts asked: the paper does not say how long its are.
-
-Rows of a batch have prompts of one length, each with its own cluster path, and the whole row is
-computed again for every new token: prompts are short, and it needs no KV cache.
 """
 
-import dataclasses
 import json
 import math
 import random
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 from tqdm import tqdm
 
 from mlx_hmem.config import ClusterPath, JsonConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.rag.rag import RagSummary, in_json
 from mlx_hmem.evaluate.routing import route_texts
+from mlx_hmem.evaluate.scoring import continue_greedily
 from mlx_hmem.evaluate.texts import read_jsonl
 from mlx_hmem.model.model import MemoryModel
 
@@ -70,35 +65,31 @@ def format_facts(facts: Sequence[Fact]) -> str:
     return "".join(json.dumps(f.to_dict(), ensure_ascii=False) + "\n" for f in facts)
 
 
+@dataclass(frozen=True)
 class Proportion:
-    """``right`` of ``total``: the accuracy and its binomial standard error."""
+    """``right`` of ``total``, the accuracy and its binomial standard error; ``of`` says of what."""
 
     right: int
     total: int
+    of: dict[str, Any] = field(default_factory=dict)
 
     @property
     def accuracy(self) -> float:
         return self.right / self.total
 
     @property
+    def variance(self) -> float:
+        return self.accuracy * (1 - self.accuracy) / self.total
+
+    @property
     def standard_error(self) -> float:
-        return math.sqrt(self.accuracy * (1 - self.accuracy) / self.total)
+        return math.sqrt(self.variance)
 
     def to_dict(self) -> dict[str, Any]:
-        fields: dict[str, Any] = dataclasses.asdict(self)  # type: ignore[call-overload]
+        counts = self.of | {"right": self.right, "total": self.total}
         if not self.total:
-            return fields | {"accuracy": None, "standard_error": None}
-        return fields | {"accuracy": self.accuracy, "standard_error": self.standard_error}
-
-
-@dataclass(frozen=True)
-class RecallBucket(Proportion):
-    """Recall of the facts of one kind ("all" for every kind) stated ``times`` times (None: any)."""
-
-    kind: str
-    times: int | None
-    right: int
-    total: int
+            return counts | {"accuracy": None, "standard_error": None}
+        return counts | {"accuracy": self.accuracy, "standard_error": self.standard_error}
 
 
 @dataclass(frozen=True)
@@ -113,13 +104,14 @@ class FactRecall:
     documents: RagSummary | None = None
     flops: float | None = None
 
-    def bucket(self, kind: str = "all", times: int | None = None) -> RecallBucket:
+    def bucket(self, kind: str = "all", times: int | None = None) -> Proportion:
+        """Of the facts of one kind ("all" for every kind) stated ``times`` times (None: any)."""
         chosen = [
             right
             for fact, right in zip(self.facts, self.right, strict=True)
             if kind in ("all", fact.kind) and times in (None, fact.times)
         ]
-        return RecallBucket(kind, times, sum(chosen), len(chosen))
+        return Proportion(sum(chosen), len(chosen), {"kind": kind, "times": times})
 
     @property
     def kinds(self) -> list[str]:
@@ -129,7 +121,7 @@ class FactRecall:
     def times(self) -> list[int]:
         return sorted({f.times for f in self.facts})
 
-    def buckets(self) -> list[RecallBucket]:
+    def buckets(self) -> list[Proportion]:
         """All buckets that hold facts: "all" and every kind, by times stated and altogether."""
         kinds = ["all", *self.kinds] if len(self.kinds) > 1 else ["all"]
         found = [self.bucket(kind, times) for kind in kinds for times in [*self.times, None]]
@@ -163,7 +155,6 @@ def recall(
     seed: int = 0,
     routed_by: Sequence[str] | None = None,
     paths: Sequence[ClusterPath] | None = None,
-    batch_size: int = 64,
     progress: bool = True,
 ) -> FactRecall:
     """Greedy answers of ``model`` to the prompts of ``facts``.
@@ -181,33 +172,15 @@ def recall(
         raise UserError("paths needs one path per fact", len(paths), f"give {len(facts)}")
     if paths is None or memory != "fetched":
         paths = fact_paths(model, facts, memory, route, seed, routed_by, progress)
+    prompts, new = encode_prompts(model, facts)
     continuations = [""] * len(facts)
     with tqdm(total=len(facts), desc=f"facts, {memory}", unit="fact", disable=not progress) as bar:
-        for batch in continue_prompts(model, facts, range(len(facts)), memory, paths, batch_size):
-            for row, text in batch:
-                continuations[row] = text
+        for batch in continue_greedily(model, prompts, new, memory, paths):
+            for row, tokens in batch:
+                continuations[row] = model.tokenizer.decode(tokens)
             bar.update(len(batch))
     right = tuple(is_right(f, c) for f, c in zip(facts, continuations, strict=True))
     return FactRecall(memory, tuple(facts), tuple(continuations), right)
-
-
-def continue_prompts(
-    model: MemoryModel,
-    facts: Sequence[Fact],
-    rows: Sequence[int],
-    memory: str,
-    paths: Sequence[ClusterPath] | None,
-    batch_size: int = 64,
-) -> Iterator[list[tuple[int, str]]]:
-    """(row, greedy continuation) of those ``rows`` of ``facts``, a batch at a time; ``paths`` are
-    of all facts."""
-    tokenizer = model.tokenizer
-    prompts, num_tokens = encode_prompts(model, facts)
-    for batch in _same_length_batches(prompts, rows, batch_size):
-        logits = _last_logits(model, [paths[i] for i in batch] if paths else None, memory)
-        new = _greedy(logits, mx.array([prompts[i] for i in batch]), num_tokens)
-        texts = [tokenizer.decode(_until_end(tokens, tokenizer)) for tokens in new]
-        yield list(zip(batch, texts, strict=True))
 
 
 def encode_prompts(model: MemoryModel, facts: Sequence[Fact]) -> tuple[list[list[int]], int]:
@@ -241,45 +214,8 @@ def fact_paths(
     if route not in ROUTES:
         raise UserError("unknown route", repr(route), f"use one of {', '.join(ROUTES)}")
     if routed_by is None and route == "random" and memory == "fetched":
-        model.require_bank()
-        assert model.retriever is not None  # load() makes both or neither
-        leaves, rng = model.retriever.tree.leaves(), random.Random(seed)
+        leaves, rng = model.require_retriever().tree.leaves(), random.Random(seed)
         return [leaves[rng.randrange(len(leaves))] for _ in facts]
     if routed_by is None:
         routed_by = [f.statement if route == "statement" else f.prompt for f in facts]
     return route_texts(model, routed_by, memory, progress)
-
-
-def _same_length_batches(
-    prompts: list[list[int]], rows: Sequence[int], batch_size: int
-) -> Iterator[list[int]]:
-    by_length = defaultdict(list)
-    for i in rows:
-        by_length[len(prompts[i])].append(i)
-    for _, same in sorted(by_length.items()):
-        for start in range(0, len(same), batch_size):
-            yield same[start : start + batch_size]
-
-
-def _last_logits(
-    model: MemoryModel, paths: list[ClusterPath] | None, memory: str
-) -> Callable[[mx.array], mx.array]:
-    return lambda tokens: model(tokens, paths=paths, memory=memory)[:, -1]
-
-
-def _greedy(
-    logits: Callable[[mx.array], mx.array], tokens: mx.array, num_tokens: int
-) -> list[list[int]]:
-    """The ``num_tokens`` likeliest next tokens, one by one, of each row of ``tokens``."""
-    start = tokens.shape[1]
-    for _ in range(num_tokens):
-        new = mx.argmax(logits(tokens), axis=-1)[:, None].astype(tokens.dtype)
-        tokens = mx.concatenate([tokens, new], axis=1)
-        mx.eval(tokens)
-    rows: Any = tokens[:, start:].tolist()
-    return rows
-
-
-def _until_end(tokens: list[int], tokenizer: Any) -> list[int]:
-    ends = set(tokenizer.eos_token_ids)
-    return next((tokens[:i] for i, token in enumerate(tokens) if token in ends), tokens)

@@ -7,11 +7,12 @@ once; what a kill left of an unfinished line is dropped.
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import xxhash
+from tqdm import tqdm
 
 from mlx_hmem.errors import UserError
 from mlx_hmem.folders import add_lines, locked, whole_lines
@@ -54,3 +55,23 @@ class Journal:
         """Appends results, each with its ``row``, and puts them on the disk."""
         add_lines(self._file, [json.dumps(row, ensure_ascii=False) for row in rows])
         self.rows |= {row["row"]: row for row in rows}
+
+
+def kept_rows(
+    journal: Journal,
+    rows: Sequence[int],
+    score: Callable[[list[int]], Iterable[list[dict[str, Any]]]],
+    desc: str,
+    unit: str,
+    progress: bool,
+) -> list[dict[str, Any]]:
+    """The results of ``rows``, in their order: those that the journal has, and of the others what
+    ``score`` finds, each with its ``row``, kept a batch at a time."""
+    with journal.open():
+        missing = [row for row in rows if row not in journal.rows]
+        done = len(rows) - len(missing)
+        with tqdm(total=len(rows), initial=done, desc=desc, unit=unit, disable=not progress) as bar:
+            for batch in score(missing) if missing else ():
+                journal.add(batch)
+                bar.update(len(batch))
+    return [journal.rows[row] for row in rows]

@@ -14,19 +14,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from tqdm import tqdm
 
-from mlx_hmem.config import ClusterPath
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.routing import route_texts
-from mlx_hmem.evaluate.scoring import within_plan
+from mlx_hmem.evaluate.scoring import Candidate, longest_sequence, score_candidates
 from mlx_hmem.model.model import MemoryModel
 
 ROUTE_BY = ("window", "document", "first_sentence")
-LONGEST = 2048  # window, in tokens
 
 
 @dataclass(frozen=True)
@@ -61,13 +57,6 @@ class DocumentLosses:
     bytes: np.ndarray
 
 
-@dataclass(frozen=True)
-class _Window:
-    document: int
-    tokens: list[int]  # with end-of-text in front
-    text: str
-
-
 def first_sentence(text: str) -> str:
     """``text`` up to its first end of a sentence or line; all of it when it has none."""
     text = text.strip()
@@ -80,18 +69,9 @@ def perplexity(
     memory: str = "fetched",
     *,
     route_by: str = "window",
-    context: int | None = None,
-    tokens_per_batch: int = 2048,
-    progress: bool = True,
+    **options: Any,
 ) -> Perplexity:
-    """Perplexity of ``model`` over ``texts``.
-
-    ``memory`` is "fetched", "generic" or "none"; ``route_by`` says what routes a window: "window",
-    its own text, as in training; "document", the whole document (the paper, section 2; the same
-    where it fits one window); or "first_sentence", that of the window. ``context`` is the longest
-    window in tokens; that of the anchor, at most 2,048, unless given.
-    """
-    options: Any = {"context": context, "tokens_per_batch": tokens_per_batch, "progress": progress}
+    """Perplexity of ``model`` over ``texts``, with the options of :func:`document_losses`."""
     losses = document_losses(model, texts, memory, route_by=route_by, **options)
     return summed(losses, memory, route_by)
 
@@ -106,40 +86,44 @@ def document_losses(
     tokens_per_batch: int = 2048,
     progress: bool = True,
 ) -> DocumentLosses:
-    """What :func:`perplexity`, with the same arguments, is summed up from."""
+    """The loss of each of ``texts``.
+
+    ``memory`` is "fetched", "generic" or "none"; ``route_by`` says what routes a window: "window",
+    its own text, as in training; "document", the whole document (the paper, section 2; the same
+    where it fits one window); or "first_sentence", that of the window. ``context`` is the longest
+    window in tokens; that of the anchor, at most 2,048, unless given.
+    """
     if route_by not in ROUTE_BY:
         raise UserError("unknown route_by", repr(route_by), f"use one of {ROUTE_BY}")
-    context = min(model.context or LONGEST, context or LONGEST)
+    context = longest_sequence(model, context)
     if context < 2:
         raise UserError("a context needs 2 tokens or more", context, "give a longer one")
-    windows = [w for i, text in enumerate(texts) for w in _windows(model, i, text, context)]
-    if not windows:
+    owners, questions, routed = list[int](), list[list[Candidate]](), list[str]()
+    for document, text in enumerate(texts):
+        for ids, window in windows(model, text, context):
+            owners.append(document)
+            questions.append([Candidate(ids[:1], ids[1:])])
+            known = {"window": window, "document": text}
+            routed.append(known.get(route_by) or first_sentence(window))
+    if not questions:
         raise UserError("there is no text to score", f"{len(texts)} documents", "give some text")
-    routed = [_routed_by(w, texts, route_by) for w in windows]
     paths = route_texts(model, routed, memory, progress)
     losses, counts = np.zeros(len(texts)), np.zeros(len(texts))
     with tqdm(
-        total=len(windows), desc=f"perplexity, {memory}", unit="window", disable=not progress
+        total=len(questions), desc=f"perplexity, {memory}", unit="window", disable=not progress
     ) as bar:
-        for rows in _batches(windows, *within_plan(model, memory, tokens_per_batch)):
-            batch_paths = [paths[i] for i in rows] if paths else None
-            batch = _losses(model, [windows[i].tokens for i in rows], batch_paths, memory)
-            for i, loss in zip(rows, batch, strict=True):
-                losses[windows[i].document] += loss
-                counts[windows[i].document] += len(windows[i].tokens) - 1
-            bar.update(len(rows))
+        for batch in score_candidates(model, questions, memory, paths, tokens_per_batch):
+            for i, (score,) in batch:
+                losses[owners[i]] += score.nats
+                counts[owners[i]] += score.tokens
+            bar.update(len(batch))
     sizes = np.array([len(t.encode()) for t in texts], dtype=np.float64)
     scored = counts > 0
     return DocumentLosses(losses[scored], counts[scored], sizes[scored])
 
 
-def _routed_by(window: _Window, texts: Sequence[str], route_by: str) -> str:
-    if route_by == "document":
-        return texts[window.document]
-    return window.text if route_by == "window" else first_sentence(window.text)
-
-
-def _windows(model: MemoryModel, document: int, text: str, context: int) -> Iterator[_Window]:
+def windows(model: MemoryModel, text: str, context: int) -> Iterator[tuple[list[int], str]]:
+    """Parts of a text of at most ``context`` ids, end-of-text in front, each with its own text."""
     if not text.strip():
         return
     start, *tokens = model.tokenizer.encode(text)
@@ -147,35 +131,9 @@ def _windows(model: MemoryModel, document: int, text: str, context: int) -> Iter
     size = max(1, -(-len(tokens) // count))
     for i in range(0, len(tokens), size):
         part = tokens[i : i + size]
-        part_text = text if len(part) == len(tokens) else model.tokenizer.decode(part)
+        own = text if len(part) == len(tokens) else model.tokenizer.decode(part)
         # A window of spaces has no route of its own.
-        yield _Window(document, [start, *part], part_text if part_text.strip() else text)
-
-
-def _batches(windows: list[_Window], tokens_per_batch: int, most_rows: int) -> Iterator[list[int]]:
-    """Rows of windows, longest first, at most ``tokens_per_batch`` with padding (or one row)."""
-    order = sorted(range(len(windows)), key=lambda i: -len(windows[i].tokens))
-    start = 0
-    while start < len(order):
-        rows = max(1, min(most_rows, tokens_per_batch // len(windows[order[start]].tokens)))
-        yield order[start : start + rows]
-        start += rows
-
-
-def _losses(
-    model: MemoryModel,
-    rows: list[list[int]],
-    paths: list[ClusterPath] | None,
-    memory: str,
-) -> list[float]:
-    """Summed cross-entropy, in nats, of each row's tokens after the first."""
-    longest = max(len(row) for row in rows)
-    ids = mx.array([row + row[:1] * (longest - len(row)) for row in rows])
-    scored = mx.arange(longest - 1)[None] < mx.array([[len(row) - 1] for row in rows])
-    logits = model(ids[:, :-1], paths=paths, memory=memory).astype(mx.float32)
-    losses = nn.losses.cross_entropy(logits, ids[:, 1:], reduction="none")
-    sums: Any = mx.where(scored, losses, 0).sum(axis=1).tolist()
-    return sums
+        yield [start, *part], own if own.strip() else text
 
 
 def ratio_and_error(losses: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:

@@ -26,20 +26,24 @@ def route_texts(
         model.require_bank()
     if memory != "fetched":
         return None
-    assert model.retriever is not None  # load() makes both or neither
     if not withheld:
-        return model.retriever.route_many(texts, progress)
-    levels = check_levels(model, [withheld])
-    return withhold(model, texts, levels[0], progress=progress)
+        return model.require_retriever().route_many(texts, progress)
+    check_levels(model, [withheld])
+    return withhold(model, texts, withheld, progress=progress)
 
 
-def check_levels(model: MemoryModel, levels: Sequence[int]) -> list[int]:
-    """``levels`` if the model's tree has them."""
+def used_clusters(model: MemoryModel, level: int) -> list[int]:
+    """The clusters of ``level`` that have examples."""
+    counts = model.require_retriever().tree.counts[level - 1]
+    return [int(cluster) for cluster in counts.nonzero()[0]]
+
+
+def check_levels(model: MemoryModel, levels: Sequence[int]) -> None:
+    """Raises UserError unless the model's tree has these levels."""
     depth = model.require_bank().config.num_levels
     for level in levels:
         if not 1 <= level <= depth:
             raise UserError("the bank has no such level", level, f"use 1 to {depth}")
-    return list(levels)
 
 
 def withhold(
@@ -51,14 +55,10 @@ def withhold(
 ) -> list[ClusterPath]:
     """The best path of each text that avoids its own best cluster on ``level``; with ``others``,
     a cluster of that level per text, that one instead."""
-    assert model.retriever is not None
-    tree = model.retriever.tree
-    vectors = model.retriever.vectors(texts, progress)
+    retriever = model.require_retriever()
+    tree, vectors = retriever.tree, retriever.vectors(texts, progress)
     if others is None:
         others = tree.route_batch(vectors)[:, level - 1].tolist()
-    found = []
-    for vector, cluster in zip(
-        tqdm(vectors, desc="routing", unit="text", disable=not progress), others, strict=True
-    ):
-        found.append(tree.route(vector, barred=[(level, cluster)]))
-    return found
+    pairs = zip(vectors, others, strict=True)
+    bar = tqdm(pairs, desc="routing", total=len(texts), unit="text", disable=not progress)
+    return [tree.route(vector, barred=[(level, cluster)]) for vector, cluster in bar]

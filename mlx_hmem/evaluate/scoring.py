@@ -16,6 +16,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_hmem.config import ClusterPath
 from mlx_hmem.model.model import MemoryModel
 
+LONGEST = 2048  # tokens of a sequence, what the paper trains memories with
 TOKENS_PER_BATCH = 4096  # in all rows, padding included
 MEMORY_PER_BATCH = 1 << 30  # bytes of fetched memory in all rows
 CHECK_EVERY = 16  # generated tokens between looks at what they say
@@ -52,6 +53,11 @@ class _Question(NamedTuple):
     def lengths(self) -> tuple[int, int]:
         """Of the longest prefix and of the longest row behind one."""
         return max(map(len, self.prefixes)), max(len(row[1]) for row in self.rows)
+
+
+def longest_sequence(model: MemoryModel, asked: int | None = None) -> int:
+    """The tokens of a sequence, at most: the anchor's, 2,048, or those that were ``asked`` for."""
+    return min(model.context or LONGEST, asked or LONGEST)
 
 
 def score_candidates(
@@ -104,8 +110,14 @@ def plan_question(index: int, candidates: Sequence[Candidate]) -> _Question:
 def _batches(
     model: MemoryModel, sizes: Sequence[tuple[int, int]], memory: str, tokens: int
 ) -> Iterator[slice]:
-    """Runs of questions, each of (tokens per row, rows), that fit a batch; one at least."""
-    tokens, most = within_plan(model, memory, tokens)
+    """Runs of questions, each of (tokens per row, rows), that fit a batch and a memory budget; one
+    at least."""
+    most = MEMORY_PER_BATCH
+    if model.plan is not None:
+        tokens = min(tokens, model.plan.tokens_per_batch or tokens)
+        most = model.plan.memory_per_batch or most
+    if memory == "fetched":
+        most //= 4 * max(1, model.require_bank().config.fetched_parameters)
     start, rows, longest = 0, 0, 0
     for i, (length, count) in enumerate(sizes):
         longest, rows = max(longest, length), rows + count
@@ -116,17 +128,6 @@ def _batches(
         yield slice(start, len(sizes))
 
 
-def within_plan(model: MemoryModel, memory: str, tokens: int) -> tuple[int, int]:
-    """The tokens and the rows of a batch at most, so that a memory budget is kept."""
-    most = MEMORY_PER_BATCH
-    if model.plan is not None:
-        tokens = min(tokens, model.plan.tokens_per_batch or tokens)
-        most = model.plan.memory_per_batch or most
-    if memory == "fetched":
-        most //= 4 * max(1, model.require_bank().config.fetched_parameters)
-    return tokens, max(1, most)
-
-
 def _score(
     model: MemoryModel, batch: Sequence[_Question], memory: str, paths: Sequence[ClusterPath] | None
 ) -> list[Score]:
@@ -134,14 +135,16 @@ def _score(
     prefixes = [prefix for plan in batch for prefix in plan.prefixes]
     owners = [plan.number for plan in batch for _ in plan.prefixes]
     rows = [row for plan in batch for row in plan.rows]
-    cache = _read(model, prefixes, memory, paths and [paths[i] for i in owners])
     first, sources = 0, []
     for plan in batch:
         sources += [first + prefix for prefix, _, _ in plan.rows]
         first += len(plan.prefixes)
-    if sources != list(range(len(prefixes))):
-        for layer in cache:
-            layer.filter(mx.array(sources))  # repeats rows, too
+    cache = None
+    if any(prefixes):
+        cache = _read(model, prefixes, memory, paths and [paths[i] for i in owners])
+        if sources != list(range(len(prefixes))):
+            for layer in cache:
+                layer.filter(mx.array(sources))  # repeats rows, too
     longest = max(len(suffix) for _, suffix, _ in rows)
     ids = [suffix + [0] * (longest - len(suffix)) for _, suffix, _ in rows]
     # -1 where nothing is scored; the answers end where the rows end.

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from mlx_hmem.evaluate.facts import FactRecall, Proportion, RecallBucket
+from mlx_hmem.evaluate.facts import FactRecall, Proportion
 from mlx_hmem.evaluate.paper.blocking import BlockingRow
-from mlx_hmem.evaluate.paper.fact_runs import count_buckets
+from mlx_hmem.evaluate.paper.fact_runs import count_buckets, decade
 from mlx_hmem.evaluate.paper.routing_quality import RoutingRow
 from mlx_hmem.evaluate.perplexity import Perplexity
 from mlx_hmem.evaluate.tasks.benchmark import Average, TaskResult
@@ -38,7 +38,7 @@ def recall_table(results: Sequence[FactRecall]) -> str:
 def count_table(results: Sequence[FactRecall], counted: bool = True) -> str:
     """As :func:`recall_table`, one column per decade of counts in a corpus, if they are known."""
     buckets = count_buckets(results[0]) if counted else []
-    names = [b.name for b in buckets]
+    names = [decade(b) for b in buckets]
     rows = [["times in the corpus" if counted else "recall, %", *names, "all"]]
     rows.append(["facts", *(str(b.total) for b in buckets), str(len(results[0].facts))])
     for result in results:
@@ -55,11 +55,11 @@ def _with_flops(rows: list[list[str]], results: Sequence[FactRecall]) -> list[li
     return [[*row, cell] for row, cell in zip(rows, column, strict=True)]
 
 
-def cell(part: Proportion) -> str:
+def cell(part: Proportion | TaskResult | Average) -> str:
     """Per cent ± standard error."""
-    if not part.total:
+    if isinstance(part, Proportion) and not part.total:
         return "–"
-    return _per_cent(part.accuracy, part.standard_error)
+    return f"{100 * part.accuracy:.1f} ± {100 * part.standard_error:.1f}"
 
 
 def perplexity_table(results: Sequence[Perplexity]) -> str:
@@ -80,22 +80,17 @@ def task_table(results: Sequence[TaskResult], means: Sequence[Average]) -> str:
     lines: dict[tuple[str, str], dict[str, str]] = {}
     for r in results:
         of = f"{r.rows} of {r.of_rows}" if r.rows < r.of_rows else str(r.rows)
-        lines.setdefault((r.task.name, of), {})[r.memory] = _per_cent(r.accuracy, r.standard_error)
-        for name, (right, total) in r.categories.items():
-            part = RecallBucket(name, None, right, total)
-            lines.setdefault((f"  {name}", str(total)), {})[r.memory] = cell(part)
+        lines.setdefault((r.task.name, of), {})[r.memory] = cell(r)
+        for name, part in r.categories.items():
+            lines.setdefault((f"  {name}", str(part.total)), {})[r.memory] = cell(part)
         if r.flops is not None:
             name = f"  FLOPs of {r.task.name}"
             lines.setdefault((name, ""), {})[r.memory] = f"{r.flops:.2f}×"
     for m in means:
         count = f"{len(m.tasks)} of {len(m.tasks) + len(m.missing)} tasks"
-        lines.setdefault((m.name, count), {})[m.memory] = _per_cent(m.accuracy, m.standard_error)
+        lines.setdefault((m.name, count), {})[m.memory] = cell(m)
     rows += [[*key, *(cells[m] for m in memories)] for key, cells in lines.items()]
     return table(rows)
-
-
-def _per_cent(accuracy: float, error: float) -> str:
-    return f"{100 * accuracy:.1f} ± {100 * error:.1f}"
 
 
 def blocking_table(rows: Sequence[BlockingRow]) -> str:

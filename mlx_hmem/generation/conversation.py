@@ -25,7 +25,6 @@ from mlx_hmem.generation.template import chat_ids, check_system
 from mlx_hmem.model.fetch import Fetch, check_mode
 from mlx_hmem.model.model import MemoryModel
 from mlx_hmem.model.stream import check_length, check_options, first_or, prompt_ids, stream_text
-from mlx_hmem.retriever import Retriever
 from mlx_hmem.retriever.steady import likely_paths, steady_route
 
 # Measured on conversations made of articles (docs/chat.md).
@@ -164,7 +163,7 @@ class Conversation:
 
     def path_of(self, text: str) -> ClusterPath:
         """What ``text`` would be routed to by itself, as the first of a conversation."""
-        return self._retriever().route(text)
+        return self.model.require_retriever().route(text)
 
     def stop_prefetch(self) -> None:
         """Ends what is being read ahead; waits for one block at most."""
@@ -206,11 +205,6 @@ class Conversation:
             ids += each.answer_ids
         return ids
 
-    def _retriever(self) -> Retriever:
-        self.model.require_bank()
-        assert self.model.retriever is not None  # load() makes both or neither
-        return self.model.retriever
-
     def _remember(self, turn: Turn) -> tuple[np.ndarray | None, Fetch]:
         """The vector that the turn is routed by, and its memory; it is not waited for."""
         if self.memory == "none":
@@ -237,7 +231,7 @@ class Conversation:
         """The turn and the last words of the conversation, the turn's among them, as one vector."""
         said = " ".join(part for turn in self.turns for part in (turn.text, turn.answer))
         window = " ".join(f"{said} {text}".split()[-WINDOW:])
-        own, around = self._retriever().encoder.encode([text, window])
+        own, around = self.model.require_retriever().encoder.encode([text, window])
         if not self.turns:
             return own
         vector = WEIGHT * own + (1 - WEIGHT) * around
@@ -294,7 +288,7 @@ class Conversation:
         if self._prefetch is None or vector is None or fetch.path is None or fetch.bank:
             return  # of the banks that were added nothing is read ahead
         keys_of = self._prefetch.bank.keys_of
-        likely = likely_paths(self._retriever().tree, vector, fetch.path, LIKELY)
+        likely = likely_paths(self.model.require_retriever().tree, vector, fetch.path, LIKELY)
         wanted = [key for path in likely for key in keys_of(path, self._barred)]
         self._prefetch.begin(wanted, [(b["level"], b["cluster"]) for b in fetch.blocks])
 

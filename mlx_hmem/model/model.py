@@ -302,6 +302,10 @@ class MemoryModel:
             )
         return self.bank
 
+    def require_retriever(self) -> Retriever:
+        """The first bank's retriever; UserError as :meth:`require_bank`."""
+        return self.require_banks().retriever()
+
     def require_banks(self) -> Banks:
         """The bank and those beside it; UserError as :meth:`require_bank`."""
         self.require_bank()

@@ -20,9 +20,10 @@ from mlx_hmem.bank import Bank, write_bank
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate import Fact, format_facts, perplexity, read_facts, read_texts, recall
-from mlx_hmem.evaluate.command import main, perplexity_table, recall_table
+from mlx_hmem.evaluate.command import main
 from mlx_hmem.evaluate.facts import fact_paths, is_right
 from mlx_hmem.evaluate.perplexity import first_sentence
+from mlx_hmem.evaluate.tables import perplexity_table, recall_table
 from mlx_hmem.files import save_safetensors
 from mlx_hmem.model.model import MemoryModel
 from mlx_hmem.retriever import ClusterTree, Retriever
@@ -177,7 +178,7 @@ def generated(model, facts, fact, memory, route_text=None):
 @pytest.mark.parametrize("memory", ["none", "generic", "fetched"])
 def test_continuations_are_those_of_generation(model, memory):
     facts = corpus()[1]
-    found = recall(model, facts, memory, batch_size=5, progress=False)
+    found = recall(model, facts, memory, progress=False)
     for fact, continuation in zip(facts, found.continuations, strict=True):
         assert continuation == generated(model, facts, fact, memory)
 
@@ -241,7 +242,9 @@ def test_an_anchor_that_learnt_some_facts_recalls_those_and_no_others(folder):
     assert recall(model, wrong, "none", progress=False).bucket().right == 0
     aliased = [replace(f, answer="none of these", aliases=(f.answer,)) for f in learnt]
     assert recall(model, aliased, "none", progress=False).bucket().accuracy == 1
-    assert sum(b.total for b in found.buckets() if b.kind == "all" and b.times) == len(facts)
+    assert sum(b.total for b in found.buckets() if b.of["kind"] == "all" and b.of["times"]) == len(
+        facts
+    )
     assert "100.0 ± 0.0" in recall_table([found])
 
 

@@ -15,7 +15,7 @@ from mlx_hmem.evaluate.command import main
 from mlx_hmem.evaluate.facts import Fact, FactRecall, is_right
 from mlx_hmem.evaluate.paper import counting
 from mlx_hmem.evaluate.paper.counting import NameCounter, count_names
-from mlx_hmem.evaluate.paper.fact_runs import FactRun, count_buckets
+from mlx_hmem.evaluate.paper.fact_runs import FactRun, count_buckets, decade
 from mlx_hmem.evaluate.paper.fact_tables import atomic_numbers, read_fact_table
 from tests.helpers.places import SHARED
 from train.corpus.facts import make_facts
@@ -160,7 +160,7 @@ def test_buckets_are_decades_of_counts_and_hold_each_fact_once():
     facts = tuple(Fact(f"p{i}", "a", (), n, "k", "t") for i, n in enumerate(counts))
     right = (True, False, True, True, False, False, True)
     buckets = count_buckets(FactRecall("none", facts, ("",) * 7, right))
-    assert [(b.name, b.right, b.total) for b in buckets] == [
+    assert [(decade(b), b.right, b.total) for b in buckets] == [
         ("0", 1, 2), ("1–9", 2, 2), ("10–99", 0, 2), ("1,000–9,999", 1, 1)
     ]  # fmt: skip
     assert buckets[0].standard_error == pytest.approx((0.5 * 0.5 / 2) ** 0.5)
@@ -200,7 +200,7 @@ def test_a_wrong_csv_is_a_user_error_with_its_line(tmp_path, data, message):
 
 def test_kept_continuations_are_those_of_recall_and_are_not_made_again(model, tmp_path):
     facts, _ = atomic_numbers()
-    run = FactRun(model, tmp_path, "m", "first", progress=False, batch_size=5)
+    run = FactRun(model, tmp_path, "m", "first", progress=False)
     some = facts[:20]
     first = run.recall(some, "fetched")
     assert first == recall(model, some, "fetched", progress=False)

@@ -9,6 +9,7 @@ import pytest
 
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.command import main
+from mlx_hmem.evaluate.facts import Proportion
 from mlx_hmem.evaluate.journal import Journal
 from mlx_hmem.evaluate.tasks.benchmark import TaskResult, averages, model_fingerprint, score_task
 from mlx_hmem.evaluate.tasks.few_shot import PromptTokens, build_prompts
@@ -175,7 +176,7 @@ def test_averages_are_means_over_tasks_with_their_errors():
     assert specific.accuracy == pytest.approx(0.35)
     assert specific.standard_error == pytest.approx(math.sqrt(0.0025 + 0.0016) / 2)
     assert (set(specific.tasks), len(specific.missing)) == ({"piqa", "arc_easy"}, 5)
-    parted = result("j", "", 3, categories={"a": (1, 2), "b": (2, 8)})
+    parted = result("j", "", 3, categories={"a": Proportion(1, 2), "b": Proportion(2, 8)})
     assert parted.accuracy == pytest.approx((0.5 + 0.25) / 2)
     assert parted.standard_error == pytest.approx(
         math.sqrt(0.25 / 2 + 0.25 * 0.75 / 8) / 2

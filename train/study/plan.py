@@ -9,7 +9,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from mlx_hmem.evaluate.command import table
+from mlx_hmem.evaluate.tables import table
 
 from ..cost.costs import anchor_sizes_of, check_memory, context_of, has_memory, trainings_of
 from ..cost.plan import seconds_per_step, sequences_of

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from mlx_hmem.evaluate.command import table
 from mlx_hmem.evaluate.perplexity import ratio_and_error
+from mlx_hmem.evaluate.tables import table
 from mlx_hmem.files import write_atomic
 
 from .file import Study

@@ -20,14 +20,8 @@ from mlx_hmem.config import ClusterPath
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.facts import Fact, FactRecall, Proportion
 from mlx_hmem.evaluate.paper.fact_runs import FactRun
-from mlx_hmem.evaluate.routing import check_levels, withhold
+from mlx_hmem.evaluate.routing import check_levels, used_clusters, withhold
 from mlx_hmem.model.model import MemoryModel
-
-
-@dataclass(frozen=True)
-class Share(Proportion):
-    right: int
-    total: int
 
 
 @dataclass(frozen=True)
@@ -40,8 +34,8 @@ class BlockingRow:
     level: int
     withheld: float
     moved: int
-    accuracy: Share
-    known: Share
+    accuracy: Proportion
+    known: Proportion
 
     def to_dict(self) -> dict[str, Any]:
         return vars(self) | {"accuracy": self.accuracy.to_dict(), "known": self.known.to_dict()}
@@ -50,7 +44,7 @@ class BlockingRow:
 def blocking(run: FactRun, facts: Sequence[Fact], levels: Sequence[int]) -> list[BlockingRow]:
     """The table of the module's docstring; the facts are routed by their prompts."""
     model = run.model
-    levels = check_levels(model, levels)
+    check_levels(model, levels)
     if run.route != "prompt":
         raise UserError("blocking goes by the prompt", f"route {run.route}", "leave --route out")
     paths = run.paths(facts)
@@ -77,7 +71,7 @@ def _withheld_row(
     if other:
         clusters = other_clusters(run.model, paths, level, run.seed)
     left = withhold(run.model, prompts, level, clusters, run.progress)
-    count = used_clusters(run.model, level)
+    count = len(used_clusters(run.model, level))
     name = f"{'another' if other else 'best'} 1/{count} withheld"
     moved = sum(a != b for a, b in zip(left, paths, strict=True))
     found = run.recall(facts, "fetched", left, name)
@@ -88,22 +82,15 @@ def _row(
     name: str, level: int, withheld: float, moved: int, found: FactRecall, whole: FactRecall
 ) -> BlockingRow:
     known = [r for r, before in zip(found.right, whole.right, strict=True) if before]
-    parts = Share(sum(found.right), len(found.right)), Share(sum(known), len(known))
+    parts = [Proportion(sum(right), len(right)) for right in (found.right, known)]
     return BlockingRow(name, level, withheld, moved, *parts)
-
-
-def used_clusters(model: MemoryModel, level: int) -> int:
-    """How many clusters of ``level`` have examples."""
-    assert model.retriever is not None
-    return int((model.retriever.tree.counts[level - 1] > 0).sum())
 
 
 def other_clusters(
     model: MemoryModel, paths: Sequence[ClusterPath], level: int, seed: int
 ) -> list[int]:
     """For each path a cluster of ``level``, with examples, that it does not take."""
-    assert model.retriever is not None
-    used = model.retriever.tree.counts[level - 1].nonzero()[0].tolist()
+    used = used_clusters(model, level)
     if len(used) < 2:
         raise UserError("the level has one cluster", f"level {level}", "choose a deeper level")
     rng = random.Random(seed)

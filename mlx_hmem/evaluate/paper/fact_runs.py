@@ -7,12 +7,12 @@ need no new run.
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import xxhash
-from tqdm import tqdm
 
 from mlx_hmem.config import ClusterPath
 from mlx_hmem.errors import UserError
@@ -20,14 +20,13 @@ from mlx_hmem.evaluate.facts import (
     Fact,
     FactRecall,
     Proportion,
-    continue_prompts,
     encode_prompts,
     fact_paths,
     is_right,
 )
-from mlx_hmem.evaluate.journal import Journal
-from mlx_hmem.evaluate.rag.rag import LONGEST, Rag, RagSummary, with_rag
-from mlx_hmem.evaluate.scoring import Candidate, continue_greedily
+from mlx_hmem.evaluate.journal import Journal, kept_rows
+from mlx_hmem.evaluate.rag.rag import Rag, RagSummary, named
+from mlx_hmem.evaluate.scoring import LONGEST, Candidate, continue_greedily
 from mlx_hmem.model.model import MemoryModel
 
 
@@ -44,7 +43,6 @@ class FactRun:
     route: str = "prompt"
     seed: int = 0
     progress: bool = True
-    batch_size: int = field(default=64, repr=False)
 
     def paths(self, facts: Sequence[Fact], memory: str = "fetched") -> list[ClusterPath] | None:
         return fact_paths(self.model, facts, memory, self.route, self.seed, None, self.progress)
@@ -72,55 +70,40 @@ class FactRun:
             "paths": None if paths is None else _digest([list(path) for path in paths]),
             **({"rag": rag.index.fingerprint} if rag else {}),
         }
-        label = label or (with_rag(memory) if rag else memory)
-        name = f"facts.{with_rag(memory) if rag else memory}"
-        with Journal(self.out, name, settings).open() as journal:
-            missing = [i for i in range(len(facts)) if i not in journal.rows]
-            bar = tqdm(total=len(facts), initial=len(facts) - len(missing), unit="fact",
-                       desc=f"facts, {label}", disable=not self.progress)  # fmt: skip
-            with bar:
-                batches: Iterator[list[dict[str, Any]]]
-                if rag is None:
-                    options = (memory, paths, self.batch_size)
-                    found = continue_prompts(self.model, facts, missing, *options)
-                    batches = ([{"row": row, "text": text} for row, text in b] for b in found)
-                else:
-                    batches = _with_documents(rag, facts, missing, memory, paths)
-                for batch in batches:
-                    journal.add(batch)
-                    bar.update(len(batch))
-            rows = [journal.rows[i] for i in range(len(facts))]
+        name = named(memory, rag)
+        label = label or name
+        journal = Journal(self.out, f"facts.{name}", settings)
+        score = partial(self._continued, facts, memory=memory, paths=paths, rag=rag)
+        desc = f"facts, {label}"
+        rows = kept_rows(journal, range(len(facts)), score, desc, "fact", self.progress)
         texts = tuple(row["text"] for row in rows)
         right = tuple(is_right(f, t, self.integers) for f, t in zip(facts, texts, strict=True))
         documents = RagSummary.of(rows) if rag else None
         return FactRecall(label, tuple(facts), texts, right, documents)
 
-
-def _with_documents(
-    rag: Rag,
-    facts: Sequence[Fact],
-    rows: Sequence[int],
-    memory: str,
-    paths: Sequence[ClusterPath] | None,
-) -> Iterator[list[dict[str, Any]]]:
-    """What is kept of those ``rows`` of ``facts``, a batch at a time."""
-    tokenizer = rag.model.tokenizer
-    prompts, new = encode_prompts(rag.model, facts)
-    plain = [[Candidate(prompts[i], [])] for i in rows]
-    room = (rag.model.context or LONGEST) - new
-    shown = rag.show_all([facts[i].prompt for i in rows], plain, room)
-    ids = [each.candidates[0].context for each in shown]
-    some = None if paths is None else [paths[i] for i in rows]
-    for batch in continue_greedily(rag.model, ids, new, memory, some):
-        yield [
-            {
-                "row": rows[i],
-                "text": tokenizer.decode(tokens),
-                **shown[i].kept(plain[i], new),
-                "holds_answer": _holds(facts[rows[i]], rag.index.text(shown[i].found.document)),
-            }
-            for i, tokens in batch
-        ]
+    def _continued(
+        self,
+        facts: Sequence[Fact],
+        rows: Sequence[int],
+        memory: str,
+        paths: Sequence[ClusterPath] | None,
+        rag: Rag | None,
+    ) -> Iterator[list[dict[str, Any]]]:
+        """What is kept of those ``rows`` of ``facts``, a batch at a time."""
+        prompts, new = encode_prompts(self.model, facts)
+        ids, some = [prompts[i] for i in rows], paths and [paths[i] for i in rows]
+        documents: list[dict[str, Any]] = [{} for _ in rows]
+        if rag is not None:
+            plain = [[Candidate(each, [])] for each in ids]
+            room = (self.model.context or LONGEST) - new
+            shown = rag.show_all([facts[i].prompt for i in rows], plain, room)
+            ids = [each.candidates[0].context for each in shown]
+            documents = [s.kept(q, new) for s, q in zip(shown, plain, strict=True)]
+            for i, kept, each in zip(rows, documents, shown, strict=True):
+                kept["holds_answer"] = _holds(facts[i], rag.index.text(each.found.document))
+        for batch in continue_greedily(self.model, ids, new, memory, some):
+            texts = [(i, self.model.tokenizer.decode(tokens)) for i, tokens in batch]
+            yield [{"row": rows[i], "text": text} | documents[i] for i, text in texts]
 
 
 def _holds(fact: Fact, text: str) -> bool:
@@ -133,26 +116,18 @@ def _digest(values: Any) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(values, ensure_ascii=False).encode())
 
 
-@dataclass(frozen=True)
-class CountBucket(Proportion):
-    """Recall of the facts whose names stand ``least`` to ``most`` times in the corpus."""
-
-    least: int
-    most: int
-    right: int
-    total: int
-
-    @property
-    def name(self) -> str:
-        return str(self.least) if self.least == self.most else f"{self.least:,}–{self.most:,}"
-
-
-def count_buckets(result: FactRecall) -> list[CountBucket]:
+def count_buckets(result: FactRecall) -> list[Proportion]:
     """The result by decades of counts: 0, 1 to 9, 10 to 99 and so on, those that hold facts."""
     decades: dict[int, list[bool]] = {}
     for fact, right in zip(result.facts, result.right, strict=True):
         decades.setdefault(len(str(fact.times)) if fact.times else 0, []).append(right)
     return [
-        CountBucket(10 ** (d - 1) if d else 0, 10**d - 1, sum(right), len(right))
+        Proportion(sum(right), len(right), {"least": 10 ** (d - 1) if d else 0, "most": 10**d - 1})
         for d, right in sorted(decades.items())
     ]
+
+
+def decade(bucket: Proportion) -> str:
+    """The counts of one of :func:`count_buckets`, for people."""
+    least, most = bucket.of["least"], bucket.of["most"]
+    return str(least) if least == most else f"{least:,}–{most:,}"

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from mlx_hmem.errors import UserError
-from mlx_hmem.evaluate.facts import Fact
-from mlx_hmem.evaluate.paper.blocking import Share
+from mlx_hmem.evaluate.facts import Fact, Proportion
 from mlx_hmem.evaluate.paper.fact_runs import FactRun
 from mlx_hmem.model.model import MemoryModel
 from mlx_hmem.retriever import Encoder, Retriever
@@ -28,7 +27,7 @@ class RoutingRow:
 
     group: str
     name: str
-    shares: tuple[Share, ...]
+    shares: tuple[Proportion, ...]
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -38,9 +37,9 @@ class RoutingRow:
         }
 
 
-def same_cluster(first: np.ndarray, second: np.ndarray) -> tuple[Share, ...]:
+def same_cluster(first: np.ndarray, second: np.ndarray) -> tuple[Proportion, ...]:
     """On each level the share of equal clusters of two arrays of paths (n, depth)."""
-    return tuple(Share(int(column.sum()), len(first)) for column in (first == second).T)
+    return tuple(Proportion(int(column.sum()), len(first)) for column in (first == second).T)
 
 
 def document_rows(model: MemoryModel, texts: Sequence[str], other: Encoder | None = None,
@@ -50,9 +49,8 @@ def document_rows(model: MemoryModel, texts: Sequence[str], other: Encoder | Non
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise UserError("there is no text to route", "no document", "give some text")
-    model.require_bank()
-    assert model.retriever is not None
-    tree, retriever = model.retriever.tree, model.retriever
+    retriever = model.require_retriever()
+    tree = retriever.tree
     whole = tree.route_batch(retriever.vectors(texts, progress))
     rows = []
     if other is not None:
@@ -86,10 +84,7 @@ def encoder_rows(retriever: Retriever, other: Encoder, texts: Sequence[str], who
 def fact_rows(run: FactRun, facts: Sequence[Fact]) -> list[RoutingRow]:
     """Which prompts reach their statement's cluster, and the accuracy of those that do and do not;
     the facts are routed by their prompts."""
-    model = run.model
-    model.require_bank()
-    assert model.retriever is not None
-    route = model.retriever.route_many
+    route = run.model.require_retriever().route_many
     prompts, statements = (
         np.array(route([getattr(f, name) for f in facts], run.progress))
         for name in ("prompt", "statement")
@@ -99,6 +94,6 @@ def fact_rows(run: FactRun, facts: Sequence[Fact]) -> list[RoutingRow]:
     reached = prompts == statements
     rows = [RoutingRow("facts", "prompt reaches its statement", same_cluster(prompts, statements))]
     for name, chosen in (("answered where it does", reached), ("answered where not", ~reached)):
-        shares = [Share(int(right[column].sum()), int(column.sum())) for column in chosen.T]
+        shares = [Proportion(int(right[column].sum()), int(column.sum())) for column in chosen.T]
         rows.append(RoutingRow("facts", name, tuple(shares)))
     return rows

@@ -8,6 +8,7 @@ Document, empty line and prompt are tokenised apart.
 """
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -19,7 +20,6 @@ from mlx_hmem.evaluate.scoring import Candidate
 from mlx_hmem.model.model import MemoryModel
 
 SEPARATOR = "\n\n"
-LONGEST = 2048  # tokens, where the anchor does not say
 CHARACTERS = 32  # of a document that are tokenised, for each token of the context
 Result = TypeVar("Result")  # FactRecall or TaskResult
 
@@ -66,10 +66,9 @@ class Rag:
 
     def find(self, questions: Sequence[str]) -> list[Found]:
         """The document of each question."""
-        retriever = self.model.retriever
-        assert retriever is not None  # load() makes both or neither
         if not questions:
             return []
+        retriever = self.model.require_retriever()
         vectors = retriever.vectors(questions, self.progress)
         return self.index.nearest(vectors, retriever.tree.route_batch(vectors)[:, -1].tolist())
 
@@ -99,6 +98,9 @@ class Rag:
         shown = [c._replace(context=front + c.context[len(start) :]) for c in candidates]
         cut = len(ids) > room or len(part) < len(text)
         return Shown(shown, found, min(room, len(ids)), cut)
+
+
+Arm = tuple[str, Rag | None]  # a kind of memory, with documents or without
 
 
 @dataclass(frozen=True)
@@ -143,22 +145,26 @@ def in_json(documents: RagSummary | None, flops: float | None) -> dict[str, Any]
     return found if documents is None else found | {"documents": dataclasses.asdict(documents)}
 
 
-def with_rag(memory: str) -> str:
-    return f"{memory}+rag"
+def named(memory: str, rag: Rag | None) -> str:
+    """What results with this memory, and with documents or not, are called."""
+    return f"{memory}+rag" if rag else memory
 
 
 def with_flops(
-    model: MemoryModel, results: Sequence[Result], arms: Sequence[tuple[str, bool]]
+    model: MemoryModel, results: Sequence[Result], arms: Sequence[Arm], name: str
 ) -> list[Result]:
-    """The results with their FLOPs to those of the anchor alone on the same questions; ``arms``:
-    the kind of memory of each, and whether it had documents. At least one has."""
+    """The results of ``arms`` on one set of questions, of this ``name``, with their FLOPs to those
+    of the anchor alone; says what became of the documents. As they are where none had any."""
+    summary: RagSummary | None = vars(results[-1])["documents"]
+    if summary is None:
+        return list(results)
+    print(summary.line(name), file=sys.stderr)
     flops = Flops(model)
-    summary: RagSummary = next(s for s in (vars(r)["documents"] for r in results) if s)
     base = flops.of(summary.alone, "none")
     return [
         dataclasses.replace(  # type: ignore[type-var]
             result,
-            flops=flops.of(summary.with_document if shown else summary.alone, memory) / base,
+            flops=flops.of(summary.with_document if rag else summary.alone, memory) / base,
         )
-        for result, (memory, shown) in zip(results, arms, strict=True)
+        for result, (memory, rag) in zip(results, arms, strict=True)
     ]

@@ -13,17 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from mlx_hmem.anchors.load import anchor_hash
+from mlx_hmem.config import ClusterPath
 from mlx_hmem.errors import UserError
-from mlx_hmem.evaluate.journal import Journal
-from mlx_hmem.evaluate.rag.rag import Rag, RagSummary, in_json, with_rag
+from mlx_hmem.evaluate.facts import Proportion
+from mlx_hmem.evaluate.journal import Journal, kept_rows
+from mlx_hmem.evaluate.rag.rag import Rag, RagSummary, in_json, named
 from mlx_hmem.evaluate.routing import route_texts
 from mlx_hmem.evaluate.scoring import (
     TOKENS_PER_BATCH,
     Score,
     continue_greedily,
+    longest_sequence,
     score_candidates,
 )
 from mlx_hmem.evaluate.tasks.answers import is_right
@@ -40,7 +41,6 @@ from mlx_hmem.evaluate.tasks.task import (
 from mlx_hmem.files import fingerprint
 from mlx_hmem.model.model import MemoryModel
 
-LONGEST = 2048  # tokens, what the paper trains memories with
 Rows = Iterator[list[dict[str, Any]]]
 
 
@@ -56,21 +56,23 @@ class TaskResult:
     rows: int
     of_rows: int  # in the file
     cut: int  # prompts that lost a part of their text to the context
-    categories: dict[str, tuple[int, int]]  # right, rows; empty without categories
+    categories: dict[str, Proportion]  # empty without categories
     documents: RagSummary | None = None  # where prompts had them
     flops: float | None = None  # to those of the anchor alone
     left_out: int = 0  # rows that could not be scored: an answer fills the context
 
     @property
+    def _parts(self) -> list[Proportion]:
+        return [*self.categories.values()] or [Proportion(self.right, self.rows)]
+
+    @property
     def accuracy(self) -> float:
-        parts = self.categories.values() or [(self.right, self.rows)]
-        return sum(right / rows for right, rows in parts) / len(parts)
+        return sum(part.accuracy for part in self._parts) / len(self._parts)
 
     @property
     def standard_error(self) -> float:
         """Binomial."""
-        parts = self.categories.values() or [(self.right, self.rows)]
-        return math.sqrt(sum(_variance(*part) for part in parts)) / len(parts)
+        return math.sqrt(sum(part.variance for part in self._parts)) / len(self._parts)
 
     def to_dict(self) -> dict[str, Any]:
         values: dict[str, Any] = {
@@ -78,32 +80,21 @@ class TaskResult:
             "icl_task_type": self.task.icl_task_type,
             "num_fewshot": self.task.num_fewshot,
             "group": self.task.group or None,
-            "file": self.file,
-            "memory": self.memory,
-            "right": self.right,
-            "rows": self.rows,
-            "of_rows": self.of_rows,
-            "cut": self.cut,
-            "left_out": self.left_out,
-            "accuracy": self.accuracy,
-            "standard_error": self.standard_error,
         }
+        own = ("file", "memory", "right", "rows", "of_rows", "cut", "left_out", "accuracy")
+        values |= {name: getattr(self, name) for name in (*own, "standard_error")}
         values |= in_json(self.documents, self.flops)
         if self.categories:
             values["categories"] = {
                 name: {
-                    "right": right,
-                    "rows": rows,
-                    "accuracy": right / rows,
-                    "standard_error": math.sqrt(_variance(right, rows)),
+                    "right": part.right,
+                    "rows": part.total,
+                    "accuracy": part.accuracy,
+                    "standard_error": part.standard_error,
                 }
-                for name, (right, rows) in self.categories.items()
+                for name, part in self.categories.items()
             }
         return values
-
-
-def _variance(right: int, rows: int) -> float:
-    return right / rows * (1 - right / rows) / rows
 
 
 @dataclass(frozen=True)
@@ -173,51 +164,55 @@ def score_task(
     sequence in tokens: the anchor's, at most 2,048, unless given.
     """
     task, file, examples = data
-    context = min(model.context or LONGEST, context or LONGEST)
+    tokens = PromptTokens(model.tokenizer, longest_sequence(model, context))
     chosen: Sequence[int] = range(len(examples))
     if limit is not None and limit < len(examples):
         chosen = sorted(random.Random(0).sample(chosen, limit))
     asked = len(chosen)
     if task.icl_task_type != GENERATION:
-        chosen = _with_room(PromptTokens(model.tokenizer, context), examples, chosen, file)
+        chosen = _with_room(tokens, examples, chosen, file)
     settings = {
         "version": 1,
         "model": model_name,
         "task": dataclasses.asdict(task) | {"files": None, "group": None},
         "file": fingerprint(file),
         "memory": memory,
-        "context": context,
+        "context": tokens.context,
         **({"withheld": withheld} if withheld else {}),
         **({"rag": rag.index.fingerprint} if rag else {}),
     }
-    label = with_rag(memory) if rag else memory
+    label = named(memory, rag)
     name = re.sub(r"[^\w.+-]", "_", f"{task.label}.{task.num_fewshot}-shot.{label}")
-    with Journal(out, name, settings).open() as journal:
-        missing = [i for i in chosen if i not in journal.rows]
-        if missing:
-            prompts = build_prompts(task, examples)
-            scored = _score_rows(
-                model, task, file, prompts, missing, memory, context, tokens_per_batch, progress,
-                withheld, rag,
-            )  # fmt: skip
-            bar = tqdm(total=len(chosen), initial=len(chosen) - len(missing), unit="row",
-                       desc=f"{task.name}, {label}", disable=not progress)  # fmt: skip
-            with bar:
-                for rows in scored:
-                    journal.add(rows)
-                    bar.update(len(rows))
-    right = {i: bool(journal.rows[i]["right"]) for i in chosen}
+
+    def score(missing: list[int]) -> Rows:
+        prompts = build_prompts(task, examples)
+        routed = [prompts[i].route_text for i in missing]
+        paths = route_texts(model, routed, memory, progress, withheld)
+        return _score_rows(
+            model, data, prompts, missing, memory, paths, tokens, rag, tokens_per_batch
+        )
+
+    rows = kept_rows(
+        Journal(out, name, settings), chosen, score, f"{task.name}, {label}", "row", progress
+    )
     categories = {}
     for category in dict.fromkeys(e.category for e in examples if e.category):
-        own = [right[i] for i in chosen if examples[i].category == category]
+        pairs = zip(chosen, rows, strict=True)
+        own = [bool(row["right"]) for i, row in pairs if examples[i].category == category]
         if own:
-            categories[category] = (sum(own), len(own))
-    cut = sum(journal.rows[i]["cut"] > 0 for i in chosen)
-    documents = RagSummary.of([journal.rows[i] for i in chosen]) if rag else None
+            categories[category] = Proportion(sum(own), len(own))
     return TaskResult(
-        task, file.name, label, sum(right.values()), len(right), len(examples), cut, categories,
-        documents, left_out=asked - len(chosen),
-    )  # fmt: skip
+        task,
+        file.name,
+        label,
+        right=sum(bool(row["right"]) for row in rows),
+        rows=len(rows),
+        of_rows=len(examples),
+        cut=sum(row["cut"] > 0 for row in rows),
+        categories=categories,
+        documents=RagSummary.of(rows) if rag else None,
+        left_out=asked - len(chosen),
+    )
 
 
 def _with_room(
@@ -233,34 +228,30 @@ def _with_room(
 
 def _score_rows(
     model: MemoryModel,
-    task: Task,
-    file: Path,
+    data: TaskData,
     prompts: Sequence[Prompt],
     rows: Sequence[int],
     memory: str,
-    context: int,
-    tokens_per_batch: int,
-    progress: bool,
-    withheld: int,
+    paths: Sequence[ClusterPath] | None,
+    tokens: PromptTokens,
     rag: Rag | None,
+    tokens_per_batch: int,
 ) -> Rows:
     """The results of ``rows``, a batch at a time."""
-    tokens = PromptTokens(model.tokenizer, context)
-    some = [prompts[i] for i in rows]
-    texts = [prompt.route_text for prompt in some]
-    paths = route_texts(model, texts, memory, progress, withheld)
+    task, some = data.task, [prompts[i] for i in rows]
     longest, generates = 0, task.icl_task_type == GENERATION
     try:
         if generates:
-            longest = tokens.longest_answer(task, [prompt.example for prompt in prompts])
+            longest = tokens.longest_answer(task, data.examples)
             questions = [[tokens.question(prompt, longest)] for prompt in some]
         else:
             questions = [tokens.candidates(prompt) for prompt in some]
     except UserError as error:
-        raise UserError(f"{file}: {error.what}", error.value, error.remedy) from None
+        raise UserError(f"{data.file}: {error.what}", error.value, error.remedy) from None
     documents: list[dict[str, Any]] = [{} for _ in rows]
     if rag is not None:
-        shown = rag.show_all(texts, questions, context - longest)
+        texts = [prompt.route_text for prompt in some]
+        shown = rag.show_all(texts, questions, tokens.context - longest)
         documents = [s.kept(q, longest) for s, q in zip(shown, questions, strict=True)]
         questions = [each.candidates for each in shown]
     results: Iterator[list[tuple[int, dict[str, Any]]]]

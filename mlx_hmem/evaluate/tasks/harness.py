@@ -23,6 +23,7 @@ from mlx_hmem.evaluate.scoring import (
     TOKENS_PER_BATCH,
     Candidate,
     continue_greedily,
+    longest_sequence,
     score_candidates,
 )
 from mlx_hmem.model.fetch import check_mode
@@ -38,7 +39,6 @@ except ImportError as error:
         "lm-evaluation-harness cannot be imported", error, "pip install lm-eval"
     ) from None
 
-LONGEST = 2048  # tokens, what the paper trains memories with
 ROUTE_BY = ("question", "context")
 MAX_TOKENS = 256  # to generate, where a task does not say: the harness's own default
 
@@ -73,7 +73,7 @@ class MemoryLM(LM):
             raise UserError("unknown route_by", repr(route_by), f"use one of {', '.join(ROUTE_BY)}")
         self.model = model if isinstance(model, MemoryModel) else load(model)
         self.memory, self.route_by = check_mode(memory), route_by
-        self.max_length = min(self.model.context or LONGEST, max_length or LONGEST)
+        self.max_length = longest_sequence(self.model, max_length)
         self.tokens_per_batch = tokens_per_batch
         if memory != "none":
             self.model.require_bank()
