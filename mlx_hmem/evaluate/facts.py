@@ -23,7 +23,7 @@ from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.rag.rag import RagSummary, in_json
 from mlx_hmem.evaluate.routing import route_texts
 from mlx_hmem.evaluate.scoring import continue_greedily
-from mlx_hmem.evaluate.texts import read_jsonl
+from mlx_hmem.evaluate.texts import numbered_jsonl
 from mlx_hmem.model.model import MemoryModel
 
 EXTRA_TOKENS = 2  # beyond the longest answer: a leading space of its own, the next character
@@ -56,8 +56,8 @@ class Fact(JsonConfig):
 
 
 def read_facts(path: Path) -> list[Fact]:
-    """Reads one fact per line of JSON, as written by :func:`write_facts`."""
-    return [Fact.from_dict(row, f"{path}, fact {i}") for i, row in enumerate(read_jsonl(path), 1)]
+    """Reads one fact per line of JSON, as written by :func:`format_facts`."""
+    return [Fact.from_dict(row, f"{path}, line {n}") for n, row in numbered_jsonl(path)]
 
 
 def format_facts(facts: Sequence[Fact]) -> str:

@@ -22,7 +22,7 @@ from mlx_hmem.bank import Bank
 from mlx_hmem.bank.format import GENERIC
 from mlx_hmem.config import ClusterPath
 from mlx_hmem.errors import UserError
-from mlx_hmem.memory import FetchedMemory, Rows
+from mlx_hmem.memory import FetchedMemory
 from mlx_hmem.model.banks import Banks
 from mlx_hmem.model.fetch import check_mode
 from mlx_hmem.model.model import MemoryModel
@@ -32,19 +32,12 @@ from mlx_hmem.retriever.texts import check_texts
 Key = tuple[str, int, int]  # of a block: its bank, level and cluster
 
 
-class Route(tuple[Key, ...]):
-    """The blocks of one row, none for the anchor alone; ``banks`` fetches them for its user.
+class Route(NamedTuple):
+    """The blocks of one row, none for the anchor alone, and the banks that its user may fetch them
+    from."""
 
-    Rows with the same blocks are equal, whoever asks.
-    """
-
+    keys: tuple[Key, ...]
     banks: Banks
-
-    @classmethod
-    def of(cls, keys: Iterable[Key], banks: Banks) -> "Route":
-        route = cls(keys)
-        route.banks = banks
-        return route
 
 
 class RouteCache:
@@ -78,11 +71,12 @@ class RouteCache:
 
     def _change(self, routes: list[Route], blocks: dict[Key, mx.array]) -> None:
         """New rows: the blocks they still need stay, so they are not fetched again."""
+        before, after = ([route.keys for route in rows] for rows in (self.routes, routes))
         # One memory for all rows has no batch axis and outlives their coming and going.
-        if routes != self.routes and len({*routes, *self.routes}) > 1:
+        if after != before and len({*after, *before}) > 1:
             self.anchor = None
         self.routes = routes
-        self.blocks = {k: blocks[k] for k in chain.from_iterable(routes) if k in blocks}
+        self.blocks = {k: blocks[k] for k in chain.from_iterable(after) if k in blocks}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RouteCache":
         return copy.copy(self)  # what it holds is replaced, never changed in place
@@ -117,7 +111,7 @@ class BatchModel:
         self._model, self._bank = model, model.require_bank()
         # What some RouteCache holds, for others to share: blocks, and memories joined by rows.
         self._held: WeakValueDictionary[Key, mx.array] = WeakValueDictionary()
-        self._bound: WeakValueDictionary[tuple[Route, ...], AnchorWithMemory]
+        self._bound: WeakValueDictionary[tuple[tuple[Key, ...], ...], AnchorWithMemory]
         self._bound = WeakValueDictionary()
 
     def make_cache(
@@ -141,8 +135,8 @@ class BatchModel:
             keys = [(GENERIC, 0)]
         elif route != "none":
             raise UserError("no such route", repr(route), "use a cluster path, generic or none")
-        routed = Route.of(((bank, *key) for key in keys), banks)
-        return [*make_prompt_cache(self._model.anchor), RouteCache([routed])]
+        route_keys = tuple((bank, *key) for key in keys)
+        return [*make_prompt_cache(self._model.anchor), RouteCache([Route(route_keys, banks)])]
 
     def __call__(self, inputs: mx.array, cache: list[Any]) -> mx.array:
         """Logits (batch, time, vocabulary) of token ids (batch, time)."""
@@ -153,24 +147,27 @@ class BatchModel:
 
     def _bind(self, cache: RouteCache) -> None:
         """Fetches the blocks of the rows that are not held yet and joins them."""
-        keys = list(dict.fromkeys(chain.from_iterable(cache.routes)))
+        rows = [route.keys for route in cache.routes]
+        keys = list(dict.fromkeys(chain.from_iterable(rows)))
         held = {key: block for key in keys if (block := self._held.get(key)) is not None}
         held.update(self._fetch(cache.routes, set(keys) - set(held)))
         self._held.update(held)
-        shared = len(set(cache.routes)) == 1
-        routes = tuple(cache.routes[:1] if shared else cache.routes)
+        routes = tuple(rows[:1] if len(set(rows)) == 1 else rows)
         cache.blocks, cache.anchor = held, self._bound.get(routes)
         if cache.anchor is None:
-            joined = {route: self._join([held[key] for key in route]) for route in set(routes)}
-            rows = joined[routes[0]] if shared else _stack([joined[route] for route in routes])
-            mx.eval(rows)
-            cache.anchor = self._bound[routes] = self._model.with_rows(rows)
+            joined = {
+                route: FetchedMemory(tuple(held[key] for key in route), self._bank.config)
+                for route in routes
+            }
+            memory = self._model.rows_of([joined[route] for route in routes])
+            mx.eval(memory)
+            cache.anchor = self._bound[routes] = self._model.with_rows(memory)
 
     def _fetch(self, routes: Sequence[Route], missing: set[Key]) -> dict[Key, mx.array]:
         """The missing blocks, each read for a row that may have it."""
         wanted: dict[tuple[Bank, str], list[Key]] = {}
         for route in routes:
-            for key in missing.intersection(route):
+            for key in missing.intersection(route.keys):
                 missing.remove(key)
                 wanted.setdefault((route.banks.bank(key[0]), key[0]), []).append(key)
         found: dict[Key, mx.array] = {}
@@ -178,24 +175,6 @@ class BatchModel:
             blocks = bank.blocks([(level, cluster) for _, level, cluster in keys])
             found.update(zip(keys, blocks, strict=True))
         return found
-
-    def _join(self, blocks: list[mx.array]) -> Rows | None:
-        return self._model.rows_of([FetchedMemory(tuple(blocks), self._bank.config)])
-
-
-def _stack(memories: Sequence[Rows | None]) -> Rows:
-    """One memory per row; zeros, which add nothing, where one has fewer rows than another."""
-    some = next(memory for memory in memories if memory is not None)
-    most = max(memory[0].shape[-2] for memory in memories if memory is not None)
-    zeros = tuple(mx.zeros_like(group) for group in some)
-    filled = ((zeros if memory is None else memory) for memory in memories)
-    groups = zip(*filled, strict=True)
-    return tuple(mx.stack([_padded(rows, most) for rows in group]) for group in groups)
-
-
-def _padded(rows: mx.array, most: int) -> mx.array:
-    """A group (layers, rows, R, width) with zeros up to R = ``most``."""
-    return mx.pad(rows, [(0, 0), (0, 0), (0, most - rows.shape[-2]), (0, 0)])
 
 
 class Completion(NamedTuple):

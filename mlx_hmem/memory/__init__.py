@@ -66,6 +66,26 @@ def join_blocks(blocks: Sequence[mx.array], config: MemoryConfig) -> Rows:
     return tuple(mx.concatenate(list(group), axis=-2) for group in groups)
 
 
+def stack_rows(memories: Sequence[Rows | None]) -> Rows | None:
+    """Several memories with a batch axis in front, one as it is; None where all are.
+
+    Where one has fewer rows than another there are zeros, which add nothing.
+    """
+    some = [memory for memory in memories if memory is not None]
+    if len(memories) == 1 or not some:
+        return some[0] if some else None
+    most = max(memory[0].shape[-2] for memory in some)
+    zeros = tuple(mx.zeros_like(group) for group in some[0])
+    filled = ((zeros if memory is None else memory) for memory in memories)
+    groups = zip(*filled, strict=True)
+    return tuple(mx.stack([_padded(rows, most) for rows in group]) for group in groups)
+
+
+def _padded(rows: mx.array, most: int) -> mx.array:
+    """A group (layers, rows, R, width) with zeros up to R = ``most``."""
+    return mx.pad(rows, [(0, 0), (0, 0), (0, most - rows.shape[-2]), (0, 0)])
+
+
 def initial_block(config: MemoryConfig, r: int, rng: np.random.Generator) -> np.ndarray:
     """A float32 block of multiplier ``r`` that has no effect on the anchor."""
     return whole_block(KINDS[config.kind].initial(group_shapes(config, r), rng))

@@ -21,7 +21,7 @@ from mlx_hmem.budget.plan import BudgetPlan
 from mlx_hmem.budget.resident import Watch
 from mlx_hmem.config import ClusterPath
 from mlx_hmem.errors import UserError
-from mlx_hmem.memory import FetchedMemory, Rows, join_blocks
+from mlx_hmem.memory import FetchedMemory, Rows, stack_rows
 from mlx_hmem.model.banks import Banks, RoutedBank
 from mlx_hmem.model.fetch import Fetch, Memory, begin, check_mode
 from mlx_hmem.model.stream import AnchorWithMemory, first_or, prompt_ids, stream_text
@@ -267,20 +267,8 @@ class MemoryModel:
 
     def rows_of(self, memories: Sequence[FetchedMemory]) -> Rows | None:
         """Memories joined, in the anchor's dtype; with a batch axis in front for several."""
-        if len(memories) == 1:
-            rows = memories[0].rows
-            return None if rows is None else tuple(group.astype(self._dtype) for group in rows)
-        config = self.require_bank().config
-        stacks = []
-        for level in range(1, config.num_levels + 1):
-            blocks = [memory.blocks[level - 1] for memory in memories]
-            if all(block is None for block in blocks):
-                continue
-            zeros = mx.zeros(config.block_shape(level), self._dtype)
-            stacks.append(mx.stack([zeros if b is None else b for b in blocks]))
-        if not stacks:
-            return None
-        return tuple(group.astype(self._dtype) for group in join_blocks(stacks, config))
+        rows = stack_rows([memory.rows for memory in memories])
+        return None if rows is None else tuple(group.astype(self._dtype) for group in rows)
 
     def _rows_of_paths(self, batch: int, paths: Sequence[ClusterPath] | None) -> Rows | None:
         bank = self.require_bank()

@@ -8,7 +8,6 @@ import numpy as np
 
 from mlx_hmem.config import ClusterPath
 from mlx_hmem.errors import UserError
-from mlx_hmem.retriever.kmeans import distances
 from mlx_hmem.retriever.tree import ClusterTree
 
 
@@ -41,21 +40,12 @@ def steady_route(
     path: list[int] = []
     for level, cluster in enumerate(present):
         children = tree.children(level, path[-1] if path else 0)
-        nearest = int(children[distances(tree.centroids[level][children], vector).argmin()])
+        nearest = tree.nearest(level, children, vector)
         sides = beyond(tree, level, vector, cluster)
         if nearest != cluster and sides[children.tolist().index(nearest)] >= margin:
-            return descend(tree, vector, (*path, nearest))
+            return tree.route(vector, start=(*path, nearest))
         path.append(cluster)
     return tuple(path)
-
-
-def descend(tree: ClusterTree, vector: np.ndarray, path: ClusterPath) -> ClusterPath:
-    """The path down to a leaf from where ``path`` ends, as the tree routes."""
-    for level in range(len(path), tree.depth):
-        children = tree.children(level, path[-1] if path else 0)
-        at = distances(tree.centroids[level][children], vector).argmin()
-        path = (*path, int(children[at]))
-    return path
 
 
 def likely_paths(
@@ -68,4 +58,4 @@ def likely_paths(
         for side, other in zip(beyond(tree, level, vector, cluster), children, strict=True):
             if other != cluster:
                 others.append((-side, (*present[:level], int(other))))
-    return [descend(tree, vector, path) for _, path in sorted(others)[:most]]
+    return [tree.route(vector, start=path) for _, path in sorted(others)[:most]]

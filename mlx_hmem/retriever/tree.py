@@ -108,11 +108,17 @@ class ClusterTree:
                 members = below
         return cls(widths, centroids, counts, int(seed))
 
-    def route(self, vector: np.ndarray, barred: Collection[tuple[int, int]] = ()) -> ClusterPath:
+    def route(
+        self,
+        vector: np.ndarray,
+        barred: Collection[tuple[int, int]] = (),
+        start: ClusterPath = (),
+    ) -> ClusterPath:
         """The cluster path of one vector (dim,): the global cluster index on each level.
 
         ``barred`` are clusters, as (level, cluster) with 1 the coarsest level, that the path may
         not take: it goes on to the next nearest, as if those and what is below were not there.
+        ``start`` are the clusters of the first levels, where they are given.
         :class:`UserError` where nothing is left.
         """
         closed = self._closed(barred) if barred else set()
@@ -120,17 +126,19 @@ class ClusterTree:
         if x.ndim != 1:
             raise UserError("not one vector", f"shape {x.shape}", "use route_batch for many")
         x = _check_vectors(x[None], self.dim)[0]
-        path, cluster = [], 0
-        for level in range(self.depth):
-            children = self.children(level, cluster)
+        path = start
+        for level in range(len(start), self.depth):
+            children = self.children(level, path[-1] if path else 0)
             if closed:
                 children = np.array([c for c in children if (level + 1, c) not in closed], int)
             if not len(children):  # only above level 1
                 raise UserError("every cluster is barred", len(barred), "bar fewer of them")
-            at = distances(self.centroids[level][children], x).argmin()
-            cluster = int(children[at])
-            path.append(cluster)
-        return tuple(path)
+            path = (*path, self.nearest(level, children, x))
+        return path
+
+    def nearest(self, level: int, clusters: np.ndarray, vector: np.ndarray) -> int:
+        """That of ``clusters`` of the 0-based ``level`` which a vector lies nearest to."""
+        return int(clusters[distances(self.centroids[level][clusters], vector).argmin()])
 
     def _closed(self, barred: Collection[tuple[int, int]]) -> set[tuple[int, int]]:
         """``barred`` and the clusters above, whose children are all barred."""

@@ -174,7 +174,7 @@ def test_what_one_user_has_in_memory_another_does_not_get(guarded, paths):
         guest.bank.blocks([(1, path[0])])
     # Not even by a row of a batch whose blocks another's bank has named.
     *states, row = BatchModel(model).make_cache(path)
-    row.routes[0].banks = guest.banks
+    row.routes[0] = row.routes[0]._replace(banks=guest.banks)
     with pytest.raises(UserError, match="this view may not fetch"):
         BatchModel(model)(mx.array([[1, 2]]), [*states, row])
 

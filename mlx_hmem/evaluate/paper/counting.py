@@ -7,20 +7,19 @@ longest counts. Read are ``text`` of ``*.jsonl``, and ``*.txt`` and ``*.md`` as 
 not: other kinds of corpora belong to training, which this package does not import.
 """
 
-import gzip
 import json
 import re
-import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import xxhash
 from tqdm import tqdm
 
 from mlx_hmem.errors import UserError
-from mlx_hmem.evaluate.journal import Journal
-from mlx_hmem.evaluate.texts import numbered_jsonl
+from mlx_hmem.evaluate.journal import Journal, kept_rows
+from mlx_hmem.evaluate.texts import reading, records
 
 WORD = re.compile(r"\w+")
 RECORDS = (".jsonl", ".jsonl.gz")
@@ -33,8 +32,7 @@ class NameCounter:
     """Counts the things of ``keys`` by their names: ``counts[i]`` those of ``keys[i]``."""
 
     def __init__(self, keys: Keys):
-        self.counts: Counter[int] = Counter()
-        self.documents = 0
+        self.clear()
         things: dict[str, set[int]] = defaultdict(set)
         for number, names in enumerate(keys):
             for name in names:
@@ -47,6 +45,11 @@ class NameCounter:
                 raise UserError("a name has no letter or digit", repr(spelling), "correct the key")
             by_first[word.group()].append((spelling, word.start(), things[spelling]))
         self._by_first = dict(by_first)
+
+    def clear(self) -> None:
+        """Begins anew."""
+        self.counts: Counter[int] = Counter()
+        self.documents = 0
 
     def add(self, text: str) -> None:
         """Counts one document."""
@@ -98,21 +101,17 @@ def count_names(keys: Keys, corpus: Path, out: Path, progress: bool = True) -> l
         "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
     }
     counter = NameCounter(keys)
-    with (
-        Journal(out, "counts", settings).open() as journal,
-        tqdm(total=len(files), desc="counting names", unit="file", disable=not progress) as bar,
-    ):
-        for number, file in enumerate(files):
-            if number not in journal.rows:
-                counter.counts, counter.documents = Counter(), 0
-                for text in _documents(file, progress):
-                    if text.strip():
-                        counter.add(text)
-                counts = sorted(counter.counts.items())
-                found = {"row": number, "documents": counter.documents, "counts": counts}
-                journal.add([found])
-            bar.update()
-        rows = list(journal.rows.values())
+
+    def count(missing: list[int]) -> Iterator[list[dict[str, Any]]]:
+        for number in missing:
+            counter.clear()
+            for text in _documents(files[number], progress):
+                counter.add(text)
+            counts = sorted(counter.counts.items())
+            yield [{"row": number, "documents": counter.documents, "counts": counts}]
+
+    journal = Journal(out, "counts", settings)
+    rows = kept_rows(journal, range(len(files)), count, "counting names", "file", progress)
     if not sum(row["documents"] for row in rows):
         raise UserError("a corpus without text", corpus, "give one that has some")
     total = [0] * len(keys)
@@ -123,41 +122,25 @@ def count_names(keys: Keys, corpus: Path, out: Path, progress: bool = True) -> l
 
 
 def _documents(file: Path, progress: bool) -> Iterator[str]:
-    """The texts of one file, in pieces where it is plain."""
+    """The texts of one file that have words, in pieces where it is plain."""
     texts = records(file) if file.name.endswith(RECORDS) else _pieces(file)
-    yield from _shown(texts, file.name, progress)
-
-
-def _shown(texts: Iterable[str], name: str, progress: bool) -> Iterator[str]:
-    with tqdm(desc=name, unit="B", unit_scale=True, leave=False, disable=not progress) as bar:
+    with tqdm(desc=file.name, unit="B", unit_scale=True, leave=False, disable=not progress) as bar:
         for text in texts:
-            yield text
+            if text.strip():
+                yield text
             bar.update(len(text))
-
-
-def records(file: Path) -> Iterator[str]:
-    """`text` of each object of JSON lines."""
-    for number, row in numbered_jsonl(file):
-        if not isinstance(row.get("text"), str):
-            where = f"{file}, line {number}"
-            raise UserError(f"{where} has no `text`", sorted(row)[:9], "add the key `text`")
-        yield row["text"]
 
 
 def _pieces(file: Path) -> Iterator[str]:
     """A plain text in pieces that end with a line, or with a word where a line is long."""
-    opener = gzip.open if file.name.endswith(".gz") else open
     rest = ""
-    try:
-        with opener(file, "rt", encoding="utf-8") as lines:
-            while new := lines.read(PIECE):
-                text = rest + new
-                cut = max(text.rfind("\n"), text.rfind(" ") if len(text) > 2 * PIECE else -1) + 1
-                yield text[:cut]
-                rest = text[cut:]
-                if len(rest) > 4 * PIECE:
-                    yield rest
-                    rest = ""
-    except (gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read as text", error, "restore the file") from None
+    with reading(file) as lines:
+        while new := lines.read(PIECE):
+            text = rest + new
+            cut = max(text.rfind("\n"), text.rfind(" ") if len(text) > 2 * PIECE else -1) + 1
+            yield text[:cut]
+            rest = text[cut:]
+            if len(rest) > 4 * PIECE:
+                yield rest
+                rest = ""
     yield rest

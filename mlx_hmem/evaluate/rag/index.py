@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from mlx_hmem.config import HmemConfig, read_json
 from mlx_hmem.errors import ArgumentParser, UserError
-from mlx_hmem.evaluate.paper.counting import RECORDS, corpus_files, records
+from mlx_hmem.evaluate.paper.counting import RECORDS, corpus_files
 from mlx_hmem.evaluate.rag.document_index import MANIFEST, finish
-from mlx_hmem.evaluate.texts import read_articles
+from mlx_hmem.evaluate.texts import read_articles, records
 from mlx_hmem.files import sync, write_atomic
 from mlx_hmem.folders import identity_of, whole_folder
 from mlx_hmem.model.find import MODEL_FILES, find_model
