@@ -217,7 +217,7 @@ def to_pytorch(source: Path, dtype: str | None = None) -> Conversion:
     hmem = HmemConfig.from_file(source / "hmem.json")
     if anchor_hash(source) != hmem.anchor_hash:
         raise UserError("the anchor is not the one of this memory", source, "restore the anchor")
-    with open_bank(source, hmem, None, "", cache_bytes=0) as bank:
+    with open_bank(source, hmem, cache_bytes=0) as bank:
         manifest = bank.manifest
     if manifest.quantization is not None and dtype is None:
         raise UserError(
@@ -236,7 +236,7 @@ def to_pytorch(source: Path, dtype: str | None = None) -> Conversion:
 
     def write(part: Path) -> None:
         anchor.write(part / "anchor")
-        with open_bank(source, hmem, None, "", cache_bytes=0) as bank:
+        with open_bank(source, hmem, cache_bytes=0) as bank:
             write_bank_as_tables(part, bank, stored)
         write_atomic(part / "tree.safetensors", tree.read_bytes())
         if encoder is not None:

@@ -138,7 +138,7 @@ def _checked_bank(folder: Path, hmem: HmemConfig) -> Manifest:
         raise UserError(
             "the anchor is not the one this memory was made for", folder, "restore the anchor"
         )
-    with open_bank(folder, hmem, None, "", cache_bytes=0) as bank:
+    with open_bank(folder, hmem, cache_bytes=0) as bank:
         return bank.manifest
 
 

@@ -49,7 +49,7 @@ def _verify_blocks(folder: Path, hmem: HmemConfig) -> tuple[int, list[str]]:
     sound, damage = 0, []
     total = sum(manifest.layout(level).block_bytes for level, _ in keys)
     bar = tqdm(total=total, desc="verifying", unit="B", unit_scale=True, delay=2)
-    with open_bank(folder, hmem, None, BANK_FOLDER, cache_bytes=0) as bank, bar:
+    with open_bank(folder, hmem, cache_bytes=0) as bank, bar:
         for level, cluster in keys:
             try:
                 bank.stored(level, cluster)

@@ -48,7 +48,7 @@ def open_banks(folder: Path) -> list[OpenBank]:
     found = []
     for name, each in {"": hmem, **added_banks(folder, hmem)}.items():
         where = folder / BESIDE / name if name else folder
-        bank = open_bank(where, each, None, BANK_FOLDER, cache_bytes=0)
+        bank = open_bank(where, each, cache_bytes=0)
         found.append(OpenBank(name, where, each, bank, open_tree(where, each)))
     return found
 

@@ -55,8 +55,8 @@ def records(path: Path, limit: int | None = None) -> Iterator[str]:
 
 
 def read_texts(path: Path, limit: int | None = None) -> list[str]:
-    """The :func:`records` of ``path``; of one that is not ``.jsonl``, plain or gzip, the articles of
-    :func:`read_articles`."""
+    """The :func:`records` of ``path``; of a file that is not ``.jsonl`` the articles of
+    :func:`read_articles`. Plain or gzip."""
     if ".jsonl" not in path.suffixes and path.suffix != ".json":
         return read_articles(path)[:limit]
     return list(records(path, limit))

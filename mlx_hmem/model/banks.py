@@ -30,20 +30,24 @@ class Banks:
     Attributes: ``parts``, those that may be fetched from; ``views``, what each view bars.
     """
 
-    def __init__(self, parts: Mapping[str, RoutedBank], views: Views):
-        self._whole, self.parts, self.views = dict(parts), dict(parts), views
+    def __init__(
+        self,
+        whole: Mapping[str, RoutedBank],
+        views: Views,
+        allowed: Mapping[str, RoutedBank] | None = None,
+    ):
+        """``allowed``: what of the ``whole`` may be fetched from; None: all."""
+        self._whole, self.parts, self.views = whole, whole if allowed is None else allowed, views
 
     def under(self, view: str | None) -> "Banks":
         """The same open banks for someone who may fetch what this view allows; None: "default"."""
         barred = view_called(self.views, view)
-        result = Banks(self._whole, self.views)
-        of_each = {name: of_bank(barred, name) for name in self._whole}
-        result.parts = {
-            name: RoutedBank(part.retriever, part.bank.view(paths) if paths else part.bank)
+        allowed = {
+            name: part._replace(bank=part.bank.view(paths)) if paths else part
             for name, part in self._whole.items()
-            if (paths := of_each[name]) is not None
+            if (paths := of_bank(barred, name)) is not None
         }
-        return result
+        return Banks(self._whole, self.views, allowed)
 
     def retriever(self, name: str = "") -> Retriever:
         """That of the bank of this name, as :meth:`bank`."""

@@ -45,20 +45,14 @@ def find_model(path_or_repo: str | Path, only: Sequence[str] | None = None) -> P
         ) from None
 
 
-Obtain = Callable[[str, Sequence[str]], None]  # of files of one of a model's banks, by its folder
-
-
-def find_for_bank(path_or_repo: str | Path) -> tuple[Path, Obtain | None]:
-    """As :func:`find_model` without the banks' shards, and what fetches those by their names.
-
-    The second is None for a folder, which has no more to come.
-    """
-    folder = find_model(path_or_repo, MODEL_FILES)
+def shards_from_hub(path_or_repo: str | Path, folder: Path) -> Callable[..., None] | None:
+    """What fetches files of a model that lies in ``folder``, given the folder of one of its banks
+    and their names there; None for what is no repository, which has no more to come."""
     if Path(os.path.expanduser(path_or_repo)).is_dir():
-        return folder, None
+        return None
     repo, revision = str(path_or_repo), folder.name  # the cache has a folder for each commit
 
-    def fetch(bank: str, names: Sequence[str]) -> None:
+    def obtain(bank: str, names: Sequence[str]) -> None:
         from huggingface_hub import hf_hub_download
 
         for file in (f"{bank}/{name}" for name in names):
@@ -71,7 +65,7 @@ def find_for_bank(path_or_repo: str | Path) -> tuple[Path, Obtain | None]:
                     "connect and ask again; without --lazy, a load fetches the whole bank",
                 ) from None
 
-    return folder, fetch
+    return obtain
 
 
 def is_repo_name(name: str) -> bool:

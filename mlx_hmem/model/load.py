@@ -25,9 +25,8 @@ from mlx_hmem.model.find import (
     BANK_FOLDER,
     BESIDE,
     MODEL_FILES,
-    Obtain,
-    find_for_bank,
     find_model,
+    shards_from_hub,
 )
 from mlx_hmem.model.model import MemoryModel
 from mlx_hmem.retriever import ClusterTree, Encoder, Retriever, load_encoder
@@ -68,10 +67,8 @@ def load(
     A folder with an anchor but no ``hmem.json`` gives a model without memory.
     """
     limits = _Limits(memory_budget, context, scoring, resident_bytes() - IMPORTS)
-    if lazy:
-        folder, obtain = find_for_bank(path_or_repo)
-    else:
-        folder, obtain = find_model(path_or_repo, (*MODEL_FILES, *BANK_FILES)), None
+    folder = find_model(path_or_repo, MODEL_FILES if lazy else (*MODEL_FILES, *BANK_FILES))
+    obtain = shards_from_hub(path_or_repo, folder) if lazy else None
     if not (folder / "config.json").exists():
         raise UserError("not a model directory: no config.json", folder, "name one, or restore it")
     if not (folder / "hmem.json").exists():
@@ -89,34 +86,27 @@ def load(
             folder / "model.safetensors",
             "restore the anchor, or use the memory of this one",
         )
-    added = added_banks(folder, hmem)
-    models = [folder, *(folder / BESIDE / name for name in added)]
-    encoder = encoder_folder(folder, hmem)
-    plan = limits.plan(folder, models, encoder, resident_levels, cache_bytes)
+    configs = {"": hmem, **added_banks(folder, hmem)}
+    places = {name: folder / BESIDE / name if name else folder for name in configs}
+    files = encoder_folder(folder, hmem)
+    plan = limits.plan(folder, [*places.values()], files, resident_levels, cache_bytes)
     if plan is not None:
         cache_bytes, resident_levels = plan.cache_bytes, plan.resident_levels
-    cache_bytes //= 1 + len(added)
-    bank = open_bank(
-        folder,
-        hmem,
-        obtain,
-        BANK_FOLDER,
-        cache_bytes=cache_bytes,
-        resident_levels=resident_levels,
-        level_folders=level_folders,
-    )
-    retriever = _retriever(folder, hmem)
-    beside = {}
-    for name, own in added.items():
-        where = folder / BESIDE / name
-        prefix = f"{BESIDE}/{name}/{BANK_FOLDER}"
-        other = open_bank(where, own, obtain, prefix, cache_bytes=cache_bytes)
-        beside[name] = RoutedBank(_retriever(where, own, retriever.encoder), other)
-    configs = {"": bank.config} | {name: part.bank.config for name, part in beside.items()}
-    views = read_views(folder / BANK_FOLDER, configs)
+    options: dict[str, Any] = {"resident_levels": resident_levels, "level_folders": level_folders}
+    encoder, banks = None, dict[str, RoutedBank]()
+    for name, own in configs.items():
+        place = places[name]
+        if obtain is not None:
+            inside = (place / BANK_FOLDER).relative_to(folder).as_posix()
+            options["obtain"] = partial(obtain, inside)
+        bank = open_bank(place, own, cache_bytes=cache_bytes // len(configs), **options)
+        encoder = encoder or open_encoder(folder, hmem)
+        banks[name] = RoutedBank(Retriever(encoder, open_tree(place, own)), bank)
+        options = {}
+    views = read_views(folder / BANK_FOLDER, {name: own.memory for name, own in configs.items()})
     anchor, config = load_anchor(folder)
     tokenizer = read_tokenizer(folder, config)
-    model = MemoryModel(anchor, config, tokenizer, retriever, bank, beside, views)
+    model = MemoryModel(anchor, config, tokenizer, *banks.pop(""), banks, views)
     return limits.keep(model, plan).under(view)
 
 
@@ -154,12 +144,9 @@ def check_beside(hmem: HmemConfig, other: HmemConfig, what: str) -> None:
         )
 
 
-def open_bank(
-    folder: Path, hmem: HmemConfig, obtain: Obtain | None, prefix: str, **options: Any
-) -> Bank:
-    """The bank in a folder with an ``hmem.json``; ``prefix``: the bank's folder in the model."""
-    fetch = None if obtain is None else partial(obtain, prefix)
-    bank = Bank.open(folder / BANK_FOLDER, obtain=fetch, **options)
+def open_bank(folder: Path, hmem: HmemConfig, **options: Any) -> Bank:
+    """The bank in a folder with an ``hmem.json``, with options of :meth:`Bank.open`."""
+    bank = Bank.open(folder / BANK_FOLDER, **options)
     bank.check(anchor_hash=hmem.anchor_hash, tree_hash=hmem.retriever.tree_hash)
     if bank.config != hmem.memory:
         raise UserError(
@@ -233,12 +220,6 @@ def _ends(folder: Path, config: dict[str, Any]) -> list[int] | None:
         own = each.get("eos_token_id")
         ids += own if isinstance(own, list) else [] if own is None else [own]
     return ids or None
-
-
-def _retriever(folder: Path, hmem: HmemConfig, encoder: Encoder | None = None) -> Retriever:
-    """The retriever of a folder; with the ``encoder`` of another bank, which is found the same."""
-    encoder = open_encoder(folder, hmem) if encoder is None else encoder
-    return Retriever(encoder, open_tree(folder, hmem))
 
 
 def encoder_folder(folder: Path, hmem: HmemConfig) -> Path:
