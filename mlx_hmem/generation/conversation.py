@@ -24,7 +24,7 @@ from mlx_hmem.generation.session import SessionStats
 from mlx_hmem.generation.template import chat_ids, check_system
 from mlx_hmem.model.fetch import Fetch, check_mode
 from mlx_hmem.model.model import MemoryModel
-from mlx_hmem.model.stream import check_length, check_options, first_or, prompt_ids, stream_text
+from mlx_hmem.model.stream import check_length, check_options, num_held, prompt_ids
 from mlx_hmem.retriever.steady import likely_paths, steady_route
 
 # Measured on conversations made of articles (docs/chat.md).
@@ -240,23 +240,9 @@ class Conversation:
     def _stream(
         self, ids: list[int], fetch: Fetch, cache: list[Any]
     ) -> Iterator[GenerationResponse]:
-        context = self.model.context
-        room = self.max_tokens if context is None else min(self.max_tokens, context - len(ids))
-        options = self.model.options | self._options
+        options = dict(self._options)
         self._options.pop("seed", None)  # once in a session
-
-        def start() -> Iterator[GenerationResponse]:
-            model, rest = self.model.with_rows(fetch.rows), ids[_held(cache) or 0 :]
-            return stream_text(
-                model, self.model.tokenizer, rest, room, prompt_cache=cache, **options
-            )
-
-        def mended() -> Iterator[GenerationResponse]:
-            self.model.mend(fetch)
-            cache[:] = make_prompt_cache(self.model.anchor)  # it has seen the damage
-            return start()
-
-        return start() if self.damaged == "stop" else first_or(start(), mended)
+        return self.model.stream_ids(ids, fetch, self.max_tokens, cache, **options)
 
     def _take_cache(self, ids: list[int]) -> list[Any]:
         """The keys and values of the history, as far as ``ids`` begin with it."""
@@ -274,7 +260,7 @@ class Conversation:
 
     def _give_cache(self, cache: list[Any], ids: list[int]) -> None:
         """Keeps the keys and values of ``ids``; mlx-lm may have computed one token more or less."""
-        held = _held(cache)
+        held = num_held(cache)
         if held is None or held > len(ids):
             return  # stopped within a pass
         self._cache, self._cached = cache, ids[:held]
@@ -291,9 +277,3 @@ class Conversation:
         likely = likely_paths(self.model.require_retriever().tree, vector, fetch.path, LIKELY)
         wanted = [key for path in likely for key in keys_of(path, self._barred)]
         self._prefetch.begin(wanted, [(b["level"], b["cluster"]) for b in fetch.blocks])
-
-
-def _held(cache: list[Any]) -> int | None:
-    """How many tokens a prompt cache holds; None where its layers differ or do not say."""
-    offsets = {getattr(layer, "offset", None) for layer in cache}
-    return offsets.pop() if len(offsets) == 1 else None

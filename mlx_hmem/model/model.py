@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import GenerationResponse
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_hmem.anchors.attach import attach_memory
@@ -24,7 +25,7 @@ from mlx_hmem.errors import UserError
 from mlx_hmem.memory import FetchedMemory, Rows, stack_rows
 from mlx_hmem.model.banks import Banks, RoutedBank
 from mlx_hmem.model.fetch import Fetch, Memory, begin, check_mode
-from mlx_hmem.model.stream import AnchorWithMemory, first_or, prompt_ids, stream_text
+from mlx_hmem.model.stream import AnchorWithMemory, first_or, num_held, prompt_ids, stream_text
 from mlx_hmem.retriever import Retriever
 
 
@@ -134,25 +135,35 @@ class MemoryModel:
         return self.stream_ids(ids, fetch, max_tokens=max_tokens, **options)
 
     def stream_ids(
-        self, ids: list[int], fetch: Fetch, max_tokens: int, **options: Any
+        self,
+        ids: list[int],
+        fetch: Fetch,
+        max_tokens: int,
+        cache: list[Any] | None = None,
+        **options: Any,
     ) -> Iterator[GenerationResponse]:
-        """As :meth:`stream`, of token ids and a memory fetched before."""
+        """As :meth:`stream`, of token ids and a memory fetched before. ``cache``: a prompt cache
+        that holds the first of them, or none yet."""
         if self.context is not None:
             max_tokens = min(max_tokens, self.context - len(ids))
         options = self.options | options
+        if cache is not None:
+            options["prompt_cache"] = cache
 
         def start() -> Iterator[GenerationResponse]:
-            model = self.with_rows(fetch.rows)
-            return stream_text(model, self.tokenizer, ids, max_tokens, **options)
+            model, rest = self.with_rows(fetch.rows), ids[num_held(cache or []) or 0 :]
+            return stream_text(model, self.tokenizer, rest, max_tokens, **options)
 
         def mended() -> Iterator[GenerationResponse]:
             self.mend(fetch)
+            if cache is not None:
+                cache[:] = make_prompt_cache(self.anchor)  # it has seen the damage
             return start()
 
         arriving = fetch.rows is not None and not isinstance(fetch.rows, tuple)
         if fetch.damaged == "stop" or not arriving:
             return start()
-        if "prompt_cache" in options:  # it has the damaged memory in it then
+        if cache is None and "prompt_cache" in options:  # it has the damaged memory in it then
             raise UserError("prompt_cache given", "damaged skip", "fetch with wait, or stop")
         return first_or(start(), mended)
 

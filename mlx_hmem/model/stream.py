@@ -3,7 +3,7 @@
 Knows the anchor and its memory slot only; routing and fetching are done before.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -136,3 +136,9 @@ def first_or(
         first = next(stream)
     yield first
     yield from stream
+
+
+def num_held(cache: Iterable[Any]) -> int | None:
+    """How many tokens a prompt cache holds; None where its layers differ or do not say."""
+    offsets = {getattr(layer, "offset", None) for layer in cache}
+    return offsets.pop() if len(offsets) == 1 else None
