@@ -6,18 +6,18 @@ output of this small FFN equals widening the anchor's own FFN by the fetched row
 gate gets units without one: up and down alone.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import mlx.core as mx
-import numpy as np
 
 from mlx_hmem.memory.layer import (
     Activation,
     AnchorLayer,
     FFNLayer,
     LayerMemory,
+    MemoryKind,
     extend,
-    truncated_normal,
+    random_but_the_last,
 )
 
 
@@ -39,30 +39,18 @@ def ffn_memory(x: mx.array, rows: mx.array, activation: Activation) -> mx.array:
     return (activation(gate) * up) @ rows[..., 2, :, :]
 
 
-class FFNMemory:
-    joins = "ffn"
+def _attach(layer: AnchorLayer, memory: LayerMemory) -> None:
+    assert isinstance(layer.ffn, FFNLayer)
+    activation = layer.ffn.activation
 
-    def initial(
-        self, shapes: Sequence[tuple[int, ...]], rng: np.random.Generator
-    ) -> list[np.ndarray]:
-        """Gate and up truncated normal, down zero."""
-        ((layers, count, r, hidden),) = shapes
-        block = np.zeros((layers, count, r, hidden), np.float32)
-        block[:, :-1] = truncated_normal((layers, count - 1, r, hidden), rng)
-        return [block]
+    def call(before: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
+        output = before(x)
+        rows = memory(output)
+        if rows is None:
+            return output
+        return output + ffn_memory(x, rows[0].astype(x.dtype), activation)
 
-    def attach(self, layer: AnchorLayer, memory: LayerMemory) -> None:
-        assert isinstance(layer.ffn, FFNLayer)
-        activation = layer.ffn.activation
-
-        def call(before: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
-            output = before(x)
-            rows = memory(output)
-            if rows is None:
-                return output
-            return output + ffn_memory(x, rows[0].astype(x.dtype), activation)
-
-        extend(layer.ffn.module, call)
+    extend(layer.ffn.module, call)
 
 
-FFN = FFNMemory()
+FFN = MemoryKind("ffn", random_but_the_last, _attach)  # down is the last

@@ -7,17 +7,17 @@ grouped queries each query head has its own pairs, which makes 2 · r · layers 
 parameters for every anchor.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import mlx.core as mx
-import numpy as np
 
 from mlx_hmem.memory.layer import (
     AnchorLayer,
     AttentionLayer,
     LayerMemory,
+    MemoryKind,
     extend,
-    truncated_normal,
+    random_but_the_last,
 )
 
 
@@ -46,37 +46,25 @@ def _there(keys: mx.array) -> mx.array:
     return mx.where((keys != 0).any(axis=-1), 0.0, -1e4)
 
 
-class KVMemory:
-    joins = "attention"
+def _attach(layer: AnchorLayer, memory: LayerMemory) -> None:
+    attention = layer.attention
+    assert isinstance(attention, AttentionLayer)
+    query, seen = attention.query, list[mx.array]()
 
-    def initial(
-        self, shapes: Sequence[tuple[int, ...]], rng: np.random.Generator
-    ) -> list[np.ndarray]:
-        """Keys truncated normal, values zero."""
-        ((layers, _, r, width),) = shapes
-        block = np.zeros((layers, 2, r, width), np.float32)
-        block[:, 0] = truncated_normal((layers, r, width), rng)
-        return [block]
+    def query_call(before: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
+        output = before(x)
+        seen[:] = [output[..., query.start : query.start + query.size]]
+        return output
 
-    def attach(self, layer: AnchorLayer, memory: LayerMemory) -> None:
-        attention = layer.attention
-        assert isinstance(attention, AttentionLayer)
-        query, seen = attention.query, list[mx.array]()
+    def output_call(before: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
+        rows, queries = memory(x), _normed(seen.pop(), attention)
+        if rows is None:
+            return before(x)
+        pairs = rows[0].astype(x.dtype)
+        return before(x + kv_memory(queries, pairs, attention.num_heads, attention.scale))
 
-        def query_call(before: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
-            output = before(x)
-            seen[:] = [output[..., query.start : query.start + query.size]]
-            return output
-
-        def output_call(before: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
-            rows, queries = memory(x), _normed(seen.pop(), attention)
-            if rows is None:
-                return before(x)
-            pairs = rows[0].astype(x.dtype)
-            return before(x + kv_memory(queries, pairs, attention.num_heads, attention.scale))
-
-        extend(query.module, query_call)
-        extend(attention.output.module, output_call)
+    extend(query.module, query_call)
+    extend(attention.output.module, output_call)
 
 
 def _normed(queries: mx.array, attention: AttentionLayer) -> mx.array:
@@ -90,4 +78,4 @@ def _normed(queries: mx.array, attention: AttentionLayer) -> mx.array:
     return norm(heads).reshape(queries.shape)
 
 
-KV = KVMemory()
+KV = MemoryKind("attention", random_but_the_last, _attach)  # a value is the last

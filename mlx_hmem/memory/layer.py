@@ -6,7 +6,7 @@ names, and with them its files, stay as they are.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -62,20 +62,17 @@ class AnchorLayer:
     attention: AttentionLayer | str
 
 
-class MemoryKind(Protocol):
-    """A kind of memory. ``joins`` is the part of the layer that it changes: ffn or attention."""
+@dataclass(frozen=True)
+class MemoryKind:
+    """A kind of memory. ``joins`` is the part of the layer that it changes: ffn or attention.
+
+    ``initial`` gives starting values without effect for shapes (layers, rows, r, width), one a
+    group, as float32 arrays; ``attach`` makes a layer use a memory from its next call on.
+    """
 
     joins: str
-
-    def initial(
-        self, shapes: Sequence[tuple[int, ...]], rng: np.random.Generator
-    ) -> list[np.ndarray]:
-        """Starting values without effect: float32 arrays (layers, rows, r, width), one a group."""
-        ...
-
-    def attach(self, layer: AnchorLayer, memory: LayerMemory) -> None:
-        """Makes the layer use ``memory`` from its next call on."""
-        ...
+    initial: Callable[[Sequence[tuple[int, ...]], np.random.Generator], list[np.ndarray]]
+    attach: Callable[[AnchorLayer, LayerMemory], None]
 
 
 def extend(module: nn.Module, call: Callable[..., mx.array]) -> None:
@@ -94,3 +91,13 @@ def truncated_normal(shape: tuple[int, ...], rng: np.random.Generator) -> np.nda
     while (outside := np.abs(draws) > 3).any():
         draws[outside] = rng.standard_normal(int(outside.sum()), np.float32)
     return draws * shape[-1] ** -0.5
+
+
+def random_but_the_last(
+    shapes: Sequence[tuple[int, ...]], rng: np.random.Generator
+) -> list[np.ndarray]:
+    """Starting values of one group: truncated normal, of each unit the last row zero."""
+    ((layers, count, r, width),) = shapes
+    block = np.zeros((layers, count, r, width), np.float32)
+    block[:, :-1] = truncated_normal((layers, count - 1, r, width), rng)
+    return [block]

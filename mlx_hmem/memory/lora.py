@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlx_hmem.memory.layer import AnchorLayer, LayerMemory, Projection, extend
+from mlx_hmem.memory.layer import AnchorLayer, LayerMemory, MemoryKind, Projection, extend
 
 ALPHA = 2.0
 
@@ -23,18 +23,13 @@ class Row(NamedTuple):
     place: int
 
 
-class LoRAMemory:
+def _lora(joins: str, patches: dict[str, tuple[Row, Row]]) -> MemoryKind:
     """``patches``: the projections by their names in the layer, each with its A and its B."""
 
-    def __init__(self, joins: str, patches: dict[str, tuple[Row, Row]]):
-        self.joins, self.patches = joins, patches
-
-    def initial(
-        self, shapes: Sequence[tuple[int, ...]], rng: np.random.Generator
-    ) -> list[np.ndarray]:
-        """A uniform within ± inputs^-1/2 (Kaiming with a = √5, as LoRA starts), B zero."""
+    def initial(shapes: Sequence[tuple[int, ...]], rng: np.random.Generator) -> list[np.ndarray]:
+        # A uniform within ± inputs^-1/2 (Kaiming with a = √5, as LoRA starts), B zero.
         groups = [np.zeros(shape, np.float32) for shape in shapes]
-        for (group, place), _ in self.patches.values():
+        for (group, place), _ in patches.values():
             if place < -groups[group].shape[1]:
                 continue  # the gate of an FFN that has none
             layers, _, r, width = groups[group].shape
@@ -42,12 +37,14 @@ class LoRAMemory:
             groups[group][:, place] = draws * width**-0.5
         return groups
 
-    def attach(self, layer: AnchorLayer, memory: LayerMemory) -> None:
-        part = getattr(layer, self.joins)
-        for name, (a, b) in self.patches.items():
+    def attach(layer: AnchorLayer, memory: LayerMemory) -> None:
+        part = getattr(layer, joins)
+        for name, (a, b) in patches.items():
             projection = getattr(part, name)
             if projection is not None:
                 _patch(projection, memory, a, b)
+
+    return MemoryKind(joins, initial, attach)
 
 
 def _patch(projection: Projection, memory: LayerMemory, a: Row, b: Row) -> None:
@@ -69,7 +66,7 @@ def _patch(projection: Projection, memory: LayerMemory, a: Row, b: Row) -> None:
 
 
 # Groups: rows as wide as the hidden size first, then those of the other sizes.
-LORA_FFN = LoRAMemory(
+LORA_FFN = _lora(
     "ffn",
     {
         "gate": (Row(0, -3), Row(1, -3)),
@@ -77,7 +74,5 @@ LORA_FFN = LoRAMemory(
         "down": (Row(1, -1), Row(0, -1)),
     },
 )
-LORA_QK = LoRAMemory("attention", {"query": (Row(0, 0), Row(1, 0)), "key": (Row(0, 1), Row(2, 0))})
-LORA_VO = LoRAMemory(
-    "attention", {"value": (Row(0, 0), Row(2, 0)), "output": (Row(1, 0), Row(0, 1))}
-)
+LORA_QK = _lora("attention", {"query": (Row(0, 0), Row(1, 0)), "key": (Row(0, 1), Row(2, 0))})
+LORA_VO = _lora("attention", {"value": (Row(0, 0), Row(2, 0)), "output": (Row(1, 0), Row(0, 1))})
