@@ -100,7 +100,7 @@ def _measure_window(
 ) -> tuple[float, float]:
     """The loss of a window in nats with all its blocks and with none; adds what each saved."""
     source = model.require_banks().bank(bank)
-    keys, batch = source.keys_of(path, frozenset()), mx.array([ids])
+    keys, batch = source.keys_of(path), mx.array([ids])
     blocks = source.blocks(keys)
 
     def loss(kept: Sequence[mx.array]) -> float:

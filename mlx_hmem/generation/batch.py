@@ -130,7 +130,7 @@ class BatchModel:
         banks = (self._model if under is None else under).require_banks()
         keys: list[tuple[int, int]] = []
         if not isinstance(route, str):
-            keys = banks.bank(bank).keys_of(tuple(route), frozenset())
+            keys = banks.bank(bank).keys_of(tuple(route))
         elif route == "generic":
             keys = [(GENERIC, 0)]
         elif route != "none":

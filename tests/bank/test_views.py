@@ -191,12 +191,12 @@ def test_the_view_default_holds_for_who_asks_for_none(broken, paths):
 
 def test_a_bank_can_be_opened_without_some_clusters(model_folder, model):
     path = (1, 2, 5)
-    with Bank.open(model_folder / "bank", blocked=[(1, 2)]) as bank:
+    with Bank.open(model_folder / "bank").view([(1, 2)]) as bank:
         assert [key[0] for key in bank.keys_of(path, frozenset())] == [1]
         assert bank.view([(1,)]).keys_of(path, frozenset()) == []
         assert [key[0] for key in bank.view([(0,)]).keys_of(path, frozenset())] == [1]
     with pytest.raises(UserError, match="no such cluster on level 1: 9"):
-        Bank.open(model_folder / "bank", blocked=[(9,)])
+        model.bank.view([(9,)])
 
 
 DAMAGED = {

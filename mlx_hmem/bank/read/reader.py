@@ -71,7 +71,6 @@ class Bank:
         cache_bytes: int = CACHE_BYTES,
         level_folders: dict[int, Path] | None = None,
         obtain: Obtain | None = None,
-        blocked: Collection[ClusterPath] = (),
     ) -> "Bank":
         """Opens the bank in ``folder`` and validates it without touching a block.
 
@@ -81,7 +80,6 @@ class Bank:
             level_folders: folders of levels that lie elsewhere than ``folder``.
             obtain: shards may be missing; it is called with the names of those that a fetch needs
                 and must put them into ``folder``. No thread that needs none of them waits for it.
-            blocked: clusters to bar, as of :meth:`view`.
 
         Raises:
             UserError: a file is missing or damaged, of a newer format, or not as the manifest says.
@@ -90,7 +88,6 @@ class Bank:
         if cache_bytes < 0:
             raise UserError("cache_bytes is negative", cache_bytes, "use 0 for no cache")
         manifest = Manifest.from_file(folder / MANIFEST)
-        barred = manifest.memory.check_blocked(blocked)
         for number in (*resident_levels, *elsewhere):
             if not 1 <= number <= manifest.memory.num_levels:
                 raise UserError(
@@ -102,9 +99,7 @@ class Bank:
         except BaseException:
             shards.close()
             raise
-        bank = cls(manifest, shards, tuple(resident_levels), cache_bytes)
-        bank.barred = barred
-        return bank
+        return cls(manifest, shards, tuple(resident_levels), cache_bytes)
 
     def view(self, blocked: Collection[ClusterPath]) -> "Bank":
         """The same open bank, its files and kept blocks, for someone who may not fetch all of it.
@@ -264,7 +259,7 @@ class Bank:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def keys_of(self, path: ClusterPath, blocked: frozenset[Key]) -> list[Key]:
+    def keys_of(self, path: ClusterPath, blocked: frozenset[Key] = frozenset()) -> list[Key]:
         """(level, cluster) of the blocks of a path, as far down as is not blocked."""
         path = self.config.check_path(path)
         self._check_blocked(blocked)
