@@ -16,13 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from mlx_hmem.config import ClusterPath, JsonConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.rag.rag import RagSummary, in_json
 from mlx_hmem.evaluate.routing import route_texts
-from mlx_hmem.evaluate.scoring import continue_greedily
+from mlx_hmem.evaluate.scoring import continue_greedily, one_by_one
 from mlx_hmem.evaluate.texts import numbered_jsonl
 from mlx_hmem.model.model import MemoryModel
 
@@ -174,11 +172,9 @@ def recall(
         paths = fact_paths(model, facts, memory, route, seed, routed_by, progress)
     prompts, new = encode_prompts(model, facts)
     continuations = [""] * len(facts)
-    with tqdm(total=len(facts), desc=f"facts, {memory}", unit="fact", disable=not progress) as bar:
-        for batch in continue_greedily(model, prompts, new, memory, paths):
-            for row, tokens in batch:
-                continuations[row] = model.tokenizer.decode(tokens)
-            bar.update(len(batch))
+    batches = continue_greedily(model, prompts, new, memory, paths)
+    for row, tokens in one_by_one(batches, len(facts), f"facts, {memory}", "fact", progress):
+        continuations[row] = model.tokenizer.decode(tokens)
     right = tuple(is_right(f, c) for f, c in zip(facts, continuations, strict=True))
     return FactRecall(memory, tuple(facts), tuple(continuations), right)
 

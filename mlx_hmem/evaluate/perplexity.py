@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.routing import route_texts
-from mlx_hmem.evaluate.scoring import Candidate, longest_sequence, score_candidates
+from mlx_hmem.evaluate.scoring import Candidate, longest_sequence, one_by_one, score_candidates
 from mlx_hmem.model.model import MemoryModel
 
 ROUTE_BY = ("window", "document", "first_sentence")
@@ -109,14 +108,11 @@ def document_losses(
         raise UserError("there is no text to score", f"{len(texts)} documents", "give some text")
     paths = route_texts(model, routed, memory, progress)
     losses, counts = np.zeros(len(texts)), np.zeros(len(texts))
-    with tqdm(
-        total=len(questions), desc=f"perplexity, {memory}", unit="window", disable=not progress
-    ) as bar:
-        for batch in score_candidates(model, questions, memory, paths, tokens_per_batch):
-            for i, (score,) in batch:
-                losses[owners[i]] += score.nats
-                counts[owners[i]] += score.tokens
-            bar.update(len(batch))
+    batches = score_candidates(model, questions, memory, paths, tokens_per_batch)
+    desc = f"perplexity, {memory}"
+    for i, (score,) in one_by_one(batches, len(questions), desc, "window", progress):
+        losses[owners[i]] += score.nats
+        counts[owners[i]] += score.tokens
     sizes = np.array([len(t.encode()) for t in texts], dtype=np.float64)
     scored = counts > 0
     return DocumentLosses(losses[scored], counts[scored], sizes[scored])

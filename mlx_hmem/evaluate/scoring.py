@@ -6,12 +6,13 @@ it. Rows of a batch are padded on the left before the cache and on the right aft
 mask and the causal order hide. Questions of about one length share a batch.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
+from tqdm import tqdm
 
 from mlx_hmem.config import ClusterPath
 from mlx_hmem.model.model import MemoryModel
@@ -19,6 +20,7 @@ from mlx_hmem.model.model import MemoryModel
 LONGEST = 2048  # tokens of a sequence, what the paper trains memories with
 TOKENS_PER_BATCH = 4096  # in all rows, padding included
 MEMORY_PER_BATCH = 1 << 30  # bytes of fetched memory in all rows
+T = TypeVar("T")
 CHECK_EVERY = 16  # generated tokens between looks at what they say
 
 
@@ -83,6 +85,16 @@ def score_candidates(
             own = [next(scores) for _ in plan.rows]
             found.append((plan.number, [own[row] for row in plan.order]))
         yield found
+
+
+def one_by_one(
+    batches: Iterable[Sequence[T]], total: int, desc: str, unit: str, progress: bool = True
+) -> Iterator[T]:
+    """What ``batches`` have, under a progress bar."""
+    with tqdm(total=total, desc=desc, unit=unit, disable=not progress) as bar:
+        for batch in batches:
+            yield from batch
+            bar.update(len(batch))
 
 
 def plan_question(index: int, candidates: Sequence[Candidate]) -> _Question:

@@ -212,16 +212,9 @@ class Bank:
         return self._sources.touch(keys)
 
     def prefetch(self, key: Key) -> int:
-        """Reads a block that may be asked for soon, to be kept; the bytes read. 0 for one
-        that is kept, cannot be read, or lies in a shard that is not here yet."""
-        if key in self._kept or self.bars(*key) or self._sources.away(key):
-            return 0
-        try:
-            block = self.stored(*key)
-        except UserError:
-            return 0  # said when it is asked for
-        self._sources.keep(key, block)
-        return block.nbytes
+        """Reads a block that may be asked for soon, to be kept; the bytes read, none of one that is
+        barred (:meth:`Sources.prefetch`)."""
+        return 0 if self.bars(*key) else self._sources.prefetch(key)
 
     def stored(self, level: int, cluster: int) -> StoredBlock:
         """A block as it lies in its file, for making another bank of; errors as :meth:`blocks`."""

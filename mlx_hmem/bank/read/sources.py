@@ -13,6 +13,7 @@ from mlx_hmem.bank.read.blocks import StoredBlock
 from mlx_hmem.bank.read.cache import KeptBlocks, Key
 from mlx_hmem.bank.read.shards import MOST_OPEN, Shards
 from mlx_hmem.bank.read.storage import Missing, Storage
+from mlx_hmem.errors import UserError
 from mlx_hmem.memory import BlockRead, Source
 
 
@@ -61,20 +62,24 @@ class Sources:
         with self._lock:
             return self.storage.finish(*self.storage.begin([key]))
 
-    def keep(self, key: Key, block: StoredBlock) -> None:
-        """Keeps a block that was read, as far as there is room."""
+    def prefetch(self, key: Key) -> int:
+        """Reads a block to be kept, as far as there is room; the bytes read. 0 if it is kept,
+        cannot be read, or lies in a file that is not here."""
+        if key in self.kept or self._shards.away(*key):
+            return 0
+        try:
+            block = self.stored(key)
+        except UserError:
+            return 0  # said when it is asked for
         with self._lock:
             self.kept.keep(key, block)
+        return block.nbytes
 
     def touch(self, keys: Iterable[Key]) -> int:
         """Counts a use of those blocks that are kept; the bytes of the cache that they take."""
         with self._lock:
             found = [self.kept.get(key) for key in keys]
         return sum(each[0].nbytes for each in found if each is not None and each[1] == "cache")
-
-    def away(self, key: Key) -> bool:
-        """Whether the file that a block lies in is not here."""
-        return self._shards.away(*key)
 
     def forget(self, key: Key) -> None:
         """Closes the file that a block lies in; it is opened and checked anew when needed."""

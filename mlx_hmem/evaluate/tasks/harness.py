@@ -15,8 +15,6 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
-from tqdm import tqdm
-
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.routing import route_texts
 from mlx_hmem.evaluate.scoring import (
@@ -24,6 +22,7 @@ from mlx_hmem.evaluate.scoring import (
     Candidate,
     continue_greedily,
     longest_sequence,
+    one_by_one,
     score_candidates,
 )
 from mlx_hmem.model.fetch import check_mode
@@ -137,26 +136,22 @@ class MemoryLM(LM):
             batches = continue_greedily(
                 self.model, prompts, max_tokens, self.memory, paths, self.tokens_per_batch, enough
             )
-            with tqdm(total=len(members), desc=f"generating, {self.memory}", unit="text") as bar:
-                for batch in batches:
-                    for number, ids in batch:
-                        text = self.model.tokenizer.decode(ids, skip_special_tokens=True)
-                        for stop in stops:
-                            text = text.split(stop)[0]
-                        i = members[number]
-                        results[i] = text
-                        self.cache_hook.add_partial("generate_until", requests[i].args, text)
-                    bar.update(len(batch))
+            desc = f"generating, {self.memory}"
+            for number, ids in one_by_one(batches, len(members), desc, "text"):
+                text = self.model.tokenizer.decode(ids, skip_special_tokens=True)
+                for stop in stops:
+                    text = text.split(stop)[0]
+                i = members[number]
+                results[i] = text
+                self.cache_hook.add_partial("generate_until", requests[i].args, text)
         return results
 
     def _score(self, questions: list[list[Candidate]], texts: list[str]) -> Any:
         """Scores as they come, (question, scores), under a progress bar."""
         paths = route_texts(self.model, texts, self.memory)
-        budget = self.tokens_per_batch
-        with tqdm(total=len(questions), desc=f"scoring, {self.memory}", unit="question") as bar:
-            for batch in score_candidates(self.model, questions, self.memory, paths, budget):
-                yield from batch
-                bar.update(len(batch))
+        budget, desc = self.tokens_per_batch, f"scoring, {self.memory}"
+        batches = score_candidates(self.model, questions, self.memory, paths, budget)
+        return one_by_one(batches, len(questions), desc, "question")
 
     def _encode(self, text: str, special: bool = True) -> list[int]:
         return list(self.model.tokenizer.encode(text, add_special_tokens=special))
