@@ -45,14 +45,15 @@ class FactSet:
             }
             for i, fact in enumerate(self.facts)
         ]
-        of_memory: list[dict[str, Any]] = [
-            {"memory": r.memory, "all": r.bucket().to_dict()} for r in results
+        of_memory = [
+            {
+                "memory": r.memory,
+                "all": r.bucket().to_dict(),
+                **in_json(r.documents, r.flops),
+                **({"buckets": [b.to_dict() for b in count_buckets(r)]} if self.corpus else {}),
+            }
+            for r in results
         ]
-        for each, result in zip(of_memory, results, strict=True):
-            each |= in_json(result.documents, result.flops)
-        if self.corpus:
-            for each, result in zip(of_memory, results, strict=True):
-                each["buckets"] = [bucket.to_dict() for bucket in count_buckets(result)]
         return {"name": self.name, "corpus": self.corpus, "results": of_memory, "facts": rows}
 
 

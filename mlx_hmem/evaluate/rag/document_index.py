@@ -52,19 +52,12 @@ class IndexManifest(JsonConfig):
         counts = (self.documents, self.dim, *self.branching)
         if not all(type(n) is int and n > 0 for n in counts):
             raise UserError("an index needs whole numbers above 0", counts, REMEDY)
-        if self.sizes != self.wanted_sizes() | {"texts.utf8": self.sizes.get("texts.utf8")}:
+        entries = dict.fromkeys(TYPES, self.documents)
+        entries["vectors.f16"] *= self.dim
+        entries["starts.i64"] = int(np.prod(self.branching)) + 1
+        wanted = {name: n * np.dtype(TYPES[name]).itemsize for name, n in entries.items()}
+        if self.sizes != wanted | {"texts.utf8": self.sizes.get("texts.utf8")}:
             raise UserError("the sizes of an index do not agree", self.sizes, REMEDY)
-
-    def wanted_sizes(self) -> dict[str, int]:
-        """Bytes of each file but the texts."""
-        n, leaves = self.documents, int(np.prod(self.branching))
-        return {
-            "vectors.f16": 2 * n * self.dim,
-            "leaves.i32": 4 * n,
-            "ends.i64": 8 * n,
-            "order.i64": 8 * n,
-            "starts.i64": 8 * (leaves + 1),
-        }
 
 
 @dataclass(frozen=True)
