@@ -67,11 +67,11 @@ import mlx_hmem
 import convert.anchors.weights
 from convert.command import main
 from convert.memory.bank import write_tensors_as_bank
-from mlx_hmem.bank.writer import shard_cuts
+from mlx_hmem.bank.writer import rewrite_bank
 from mlx_hmem.errors import run_program
 size = int(sys.argv.pop(1))
 convert.anchors.weights.SHARD_BYTES = size
-shard_cuts.__defaults__ = (size,)
+rewrite_bank.__kwdefaults__["shard_bytes"] = size
 write_tensors_as_bank.__kwdefaults__["shard_bytes"] = size
 run_program(lambda: main(sys.argv[1:]))
 """

@@ -7,7 +7,7 @@ goes on behind those that exist; the checksums of a kept shard are computed from
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
@@ -21,23 +21,12 @@ from mlx_hmem.bank.format import (
     GENERIC,
     PAGE,
     STORED_TYPES,
-    Level,
-    RowType,
     Shard,
     num_blocks,
-    row_type,
-    shard_header,
-    shard_name,
     stored_r,
 )
-from mlx_hmem.bank.writer import (
-    SHARD_BYTES,
-    Cut,
-    shard_cuts,
-    shard_metadata,
-    write_manifest,
-    write_shard,
-)
+from mlx_hmem.bank.header import shard_header
+from mlx_hmem.bank.writer import SHARD_BYTES, Stored, rewrite_bank, shard_cuts
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.files import atomic_file, open_regular, read_exactly
 
@@ -74,60 +63,54 @@ def write_tensors_as_bank(
         UserError: a number is not finite, or the tensors have no common dtype.
     """
     dtype = common_dtype(levels, dtype)
-    done = {}
-    layouts = {number: Level.layout(config, number, dtype, None) for number in levels}
-    total = sum(num_blocks(config, n) * layout.block_bytes for n, layout in layouts.items())
-    with tqdm(total=total, desc="memory bank", unit="B", unit_scale=True, delay=2) as bar:
-        for number, tensors in levels.items():
-            layout, metadata = layouts[number], shard_metadata(number, anchor_hash)
-            row = row_type(layout, dtype, None)
-            cuts = shard_cuts(layout, num_blocks(config, number), shard_bytes)
-            blocks = _blocks_of(tensors, layout, dtype, cuts, bar)
-            shards = []
-            for cut, source in zip(cuts, blocks, strict=True):
-                shard = kept_shard(folder, layout, row, cut, metadata)
-                if shard is None:
-                    shard = write_shard(folder, layout, row, cut, source, metadata)
-                    _forget(folder / shard.file)
-                else:
-                    bar.update(cut.num_clusters * layout.block_bytes)
-                shards.append(shard)
-            done[number] = replace(layout, shards=tuple(shards))
-    return write_manifest(folder, config, done, dtype, None, anchor_hash, tree_hash)
+    planned = Manifest.planned(config, dtype, None, anchor_hash, tree_hash)
+    source = _Source(folder, planned, levels)
+    return rewrite_bank(
+        folder,
+        planned,
+        source.block,
+        found=source.found,
+        made=lambda level, shard: _forget(folder / shard.file),
+        shard_bytes=shard_bytes,
+    )
 
 
-def _blocks_of(
-    tensors: LevelTensors | None, layout: Level, dtype: str, cuts: list[Cut], bar: tqdm
-) -> Iterator[Iterator[list[memoryview] | None]]:
-    """For each shard its blocks, which are read when the first of them is asked for."""
-    most = max(cut.num_clusters for cut in cuts)
-    values = layout.block_bytes // STORED_TYPES[dtype].dtype.size
-    buffer = np.empty(most * values if tensors else 0, bits_type(dtype))
+class _Source:
+    """The blocks of tensors: a shard is read when the first of its blocks is asked for."""
 
-    def blocks(cut: Cut, following: Cut | None) -> Iterator[list[memoryview] | None]:
-        if tensors is None:
-            yield from [None] * cut.num_clusters
-            return
-        tag = STORED_TYPES[dtype].tag
-        read = tensors.read(cut.first_cluster, cut.num_clusters, tag, buffer)
-        _advise(tensors, cut, "POSIX_FADV_DONTNEED")
-        if following is not None:
-            _advise(tensors, following, "POSIX_FADV_WILLNEED")
-        for block in read:
-            bar.update(block.nbytes)
-            yield [block.data.cast("B")]
+    def __init__(
+        self, folder: Path, planned: Manifest, levels: Mapping[int, LevelTensors | None]
+    ) -> None:
+        self.folder, self.planned, self.levels = folder, planned, levels
+        self.buffer = np.empty(0, bits_type(planned.dtype))
 
-    for cut, following in zip(cuts, [*cuts[1:], None], strict=True):
-        yield blocks(cut, following)
+    def found(self, level: int, shard: Shard) -> Shard | None:
+        """A shard that an earlier call wrote whole, its checksums computed again."""
+        self.shard = shard
+        return kept_shard(self.folder, self.planned, level, shard)
+
+    def block(self, level: int, cluster: int) -> Stored | None:
+        if (tensors := self.levels[level]) is None:
+            return None
+        first, count = self.shard.first_cluster, self.shard.num_clusters
+        if cluster == first:
+            if self.buffer.size < (size := count * tensors.block_size()):
+                self.buffer = np.empty(size, self.buffer.dtype)
+            tag = STORED_TYPES[self.planned.dtype].tag
+            self.blocks = tensors.read(first, count, tag, self.buffer)
+            _advise(tensors, first, count, "POSIX_FADV_DONTNEED")
+            if left := num_blocks(self.planned.memory, level) - (first + count):
+                _advise(tensors, first + count, min(count, left), "POSIX_FADV_WILLNEED")
+        return [self.blocks[cluster - first].data.cast("B")]
 
 
-def _advise(tensors: LevelTensors, cut: Cut, advice: str) -> None:
-    """Tells the kernel of the rows of a shard: to read them ahead, or to forget them."""
+def _advise(tensors: LevelTensors, first: int, count: int, advice: str) -> None:
+    """Tells the kernel of the rows of some blocks: to read them ahead, or to forget them."""
     if not hasattr(os, advice):
         return
     with contextlib.ExitStack() as files:
         handles: dict[Path, int] = {}
-        for tensor, start, length in tensors.spans(cut.first_cluster, cut.num_clusters):
+        for tensor, start, length in tensors.spans(first, count):
             if tensor.path not in handles:
                 handles[tensor.path] = files.enter_context(open_regular(tensor.path)).fileno()
             with contextlib.suppress(OSError):
@@ -142,34 +125,27 @@ def _forget(path: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def kept_shard(
-    folder: Path, layout: Level, row: RowType, cut: Cut, metadata: dict[str, str]
-) -> Shard | None:
+def kept_shard(folder: Path, planned: Manifest, level: int, shard: Shard) -> Shard | None:
     """The shard that an earlier call wrote whole, its checksums computed again; None without it."""
-    name, (_, first, count) = shard_name(layout.level, cut.shard), cut
-    header = shard_header(layout, row, count, {**metadata, "first_cluster": str(first)})
-    size = PAGE + count * layout.block_stride
-    path = folder / name
+    path, layout = folder / shard.file, planned.layout(level)
     if not path.exists():
         return None
     with open_regular(path) as file:
-        if os.fstat(file.fileno()).st_size != size or file.read(PAGE) != header:
+        whole = os.fstat(file.fileno()).st_size == shard.bytes
+        if not whole or file.read(PAGE) != shard_header(planned, level, shard):
             return None
         sums = []
-        for _ in range(count):
+        for _ in range(shard.num_clusters):
             block = memoryview(read_exactly(file, layout.block_stride, path))
             sums.append(xxhash.xxh3_64_hexdigest(block[: layout.block_bytes]))
-    return Shard(name, first, count, size, "".join(sums))
+    return replace(shard, xxh3="".join(sums))
 
 
 def bank_bytes(config: MemoryConfig, dtype: str) -> int:
     """Bytes of a bank's files that is not quantised, without its manifest."""
-    total = 0
-    for number in stored_r(config):
-        layout, count = Level.layout(config, number, dtype, None), num_blocks(config, number)
-        cuts = shard_cuts(layout, count)
-        total += count * layout.block_stride + len(cuts) * PAGE
-    return total
+    planned = Manifest.planned(config, dtype, None, "", "")
+    levels = ((level, num_blocks(planned.memory, level.level)) for level in planned.all_levels)
+    return sum(shard.bytes for level in levels for shard in shard_cuts(*level))
 
 
 def tables_file(level: int) -> str:

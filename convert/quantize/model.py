@@ -7,7 +7,6 @@ merely been rounded.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from mlx_hmem.anchors.load import anchor_hash, load_anchor, weight_files
 from mlx_hmem.bank import Manifest, Quantization
 from mlx_hmem.bank.documents import DOCUMENTS
 from mlx_hmem.bank.format import MANIFEST
+from mlx_hmem.bank_tools.folders import model_files
 from mlx_hmem.config import HmemConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate import Perplexity, perplexity
@@ -63,8 +63,8 @@ class Plan:
             program="quantize",
             mlx=version("mlx"),  # another one may round in another way
             anchor=None if self.anchor is None else self.anchor.options,
-            dtype=None if self.bank is None else self.bank.dtype,
-            bank=[asdict(q) for q in (self.bank and self.bank.quantization) or ()],
+            dtype=None if self.bank is None else self.bank.after.dtype,
+            bank=[asdict(q) for q in (self.bank and self.bank.after.quantization) or ()],
         )
 
     @property
@@ -108,7 +108,7 @@ def plan(
     if hmem is not None:
         patterns.append(f"{hmem.retriever.encoder}/*")
     barred = [*REWRITTEN, *(ANCHOR_FILES if anchor else ())]
-    return Plan(folder, tuple(_matching(folder, patterns, barred)), anchor, bank, hmem)
+    return Plan(folder, tuple(model_files(folder, patterns, barred)), anchor, bank, hmem)
 
 
 def read_hmem(folder: Path) -> HmemConfig | None:
@@ -118,18 +118,6 @@ def read_hmem(folder: Path) -> HmemConfig | None:
     if (folder / BANK_FOLDER).exists():
         raise UserError("hmem.json is missing", folder, "restore it or make the model again")
     return None
-
-
-def _matching(folder: Path, patterns: list[str], barred: list[str]) -> list[Path]:
-    """The files of ``folder`` that a pattern names and none bars, none of them hidden."""
-    files = [file.relative_to(folder) for file in folder.rglob("*") if file.is_file()]
-    return sorted(
-        file
-        for file in files
-        if not any(part.startswith(".") for part in file.parts)
-        and any(fnmatch(str(file), pattern) for pattern in patterns)
-        and not any(fnmatch(str(file), pattern) for pattern in barred)
-    )
 
 
 def _checked_bank(folder: Path, hmem: HmemConfig) -> Manifest:
@@ -167,7 +155,7 @@ def write(chosen: Plan, part: Path, texts: Sequence[str] = ()) -> Report:
     bank_folder = part / BANK_FOLDER
     if chosen.bank is not None and chosen.hmem is not None:
         hash_ = anchor_hash(part)
-        dtype = chosen.bank.dtype
+        dtype = chosen.bank.after.dtype
         levels = change_bank(chosen.folder / BANK_FOLDER, bank_folder, chosen.bank, hash_)
         write_atomic(part / "hmem.json", replace(chosen.hmem, anchor_hash=hash_).to_json())
     load_anchor(part, lazy=True)  # config and weights go together

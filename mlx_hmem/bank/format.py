@@ -8,11 +8,14 @@ byte.
 
 import dataclasses
 import json
+from bisect import bisect_right
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import mlx.core as mx
+import xxhash
 
 from mlx_hmem.bank.quantization import (
     Part,
@@ -22,11 +25,7 @@ from mlx_hmem.bank.quantization import (
 )
 from mlx_hmem.config import JsonConfig, MemoryConfig, check_version, read_json
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import (
-    MAX_DIM,
-    read_safetensors_header,
-    strict_json,
-)
+from mlx_hmem.files import strict_json
 from mlx_hmem.memory import group_shapes
 
 FORMAT_VERSION = 1
@@ -51,8 +50,22 @@ STORED_TYPES = {
 }
 
 
+def check_dtype(dtype: Any) -> str:
+    """``dtype`` if a bank can have it."""
+    if not isinstance(dtype, str) or dtype not in STORED_TYPES:
+        known = ", ".join(STORED_TYPES)
+        raise UserError("unknown bank dtype", repr(dtype)[:80], f"use one of {known}")
+    return dtype
+
+
 def shard_name(level: int, index: int) -> str:
     return "generic.safetensors" if level == GENERIC else f"level-{level}.{index:05d}.safetensors"
+
+
+@lru_cache
+def checksum_of_zeros(num_bytes: int) -> str:
+    """The checksum of a block that is a hole."""
+    return xxhash.xxh3_64_hexdigest(bytes(num_bytes))
 
 
 @dataclass(frozen=True)
@@ -82,6 +95,17 @@ class Level(JsonConfig):
         """The level as it follows from the config, without its shards."""
         num_bytes = sum(p.nbytes for p in block_parts(config, level, dtype, quantization))
         return cls(level, num_bytes, -(-num_bytes // PAGE) * PAGE, ())
+
+    @property
+    def checksums(self) -> list[str]:
+        """Of every block, in order."""
+        text = "".join(shard.xxh3 for shard in self.shards)
+        return [text[at : at + 16] for at in range(0, len(text), 16)]
+
+    @property
+    def zeros(self) -> str:
+        """The checksum of a block of zeros."""
+        return checksum_of_zeros(self.block_bytes)
 
 
 def stored_r(config: MemoryConfig) -> dict[int, int]:
@@ -131,10 +155,7 @@ class Manifest(JsonConfig):
     def __post_init__(self) -> None:
         _same("byte_order", self.byte_order, "little")
         _same("page_size", self.page_size, PAGE)
-        if not isinstance(self.dtype, str) or self.dtype not in STORED_TYPES:
-            raise UserError(
-                "unknown bank dtype", repr(self.dtype), f"use one of {', '.join(STORED_TYPES)}"
-            )
+        check_dtype(self.dtype)
         for name in ("anchor_hash", "tree_hash"):
             if not isinstance(getattr(self, name), str):
                 raise UserError(f"{name} of the bank is not a text", getattr(self, name), REMEDY)
@@ -145,6 +166,35 @@ class Manifest(JsonConfig):
         for level in self.all_levels:
             _check_level(level, self.layout(level.level), num_blocks(self.memory, level.level))
 
+    @classmethod
+    def planned(
+        cls,
+        memory: MemoryConfig,
+        dtype: str,
+        quantization: tuple[Quantization, ...] | None,
+        anchor_hash: str,
+        tree_hash: str,
+    ) -> Self:
+        """The manifest of a bank whose files are still to be written: its levels have no shards."""
+        check_dtype(dtype)
+        check_quantization(quantization, memory, stored_r(memory))
+        how = {q.level: q for q in quantization or ()}
+        generic, *levels = (
+            Level.layout(memory, n, dtype, how.get(n)) for n in stored_levels(memory)
+        )
+        return cls(
+            format_version=FORMAT_VERSION,
+            memory=memory,
+            dtype=dtype,
+            quantization=quantization,
+            byte_order="little",
+            page_size=PAGE,
+            anchor_hash=anchor_hash,
+            tree_hash=tree_hash,
+            levels=tuple(levels),
+            generic=generic,
+        )
+
     def quantization_of(self, level: int) -> Quantization | None:
         return next((q for q in self.quantization or () if q.level == level), None)
 
@@ -152,8 +202,16 @@ class Manifest(JsonConfig):
         """The level as it follows from the rest of the manifest, without its shards."""
         return Level.layout(self.memory, level, self.dtype, self.quantization_of(level))
 
-    def row_type(self, level: int) -> "RowType":
-        return row_type(self.layout(level), self.dtype, self.quantization_of(level))
+    def parts(self, level: int) -> tuple[Part, ...]:
+        """The arrays of which a stored block of the level consists."""
+        return block_parts(self.memory, level, self.dtype, self.quantization_of(level))
+
+    def is_zeros(self, level: int, cluster: int) -> bool:
+        """Whether a block is zeros, by its checksum."""
+        own = next(each for each in self.all_levels if each.level == level)
+        at = bisect_right(own.shards, cluster, key=lambda shard: shard.first_cluster) - 1
+        row = cluster - own.shards[at].first_cluster
+        return own.shards[at].xxh3[16 * row : 16 * row + 16] == own.zeros
 
     @property
     def all_levels(self) -> tuple[Level, ...]:
@@ -179,11 +237,15 @@ class Manifest(JsonConfig):
                 values["generic"] = _level_from_dict(values["generic"], str(path))
             if "levels" in values:
                 values["levels"] = [_level_from_dict(v, str(path)) for v in values["levels"]]
-            return cls.from_dict(values, str(path))
+            result = cls.from_dict(values, str(path))
         except UserError:
             raise
         except (TypeError, ValueError) as error:  # a list where a number belongs, and the like
             raise UserError(f"{path} is not a bank manifest", error, REMEDY) from None
+        for level in result.all_levels:
+            if not level.shards:
+                raise UserError("the bank has no files of a level", level.level, REMEDY)
+        return result
 
 
 def _level_from_dict(values: Any, source: str) -> Level:
@@ -217,77 +279,5 @@ def _check_level(level: Level, layout: Level, count: int) -> None:
             raise UserError(f"wrong number of checksums of {shard.file}", where, REMEDY)
         if not set(shard.xxh3) <= set("0123456789abcdef"):
             raise UserError(f"checksums of {shard.file} are not hex digits", where, REMEDY)
-    _same(f"number of clusters on {where}", at, count)
-
-
-class RowType(NamedTuple):
-    """What a shard's header says of a row of `blocks`: its dtype, its length, and what the bytes of
-    quantised blocks mean."""
-
-    tag: str
-    length: int
-    quantization: str | None
-
-
-def row_type(level: Level, dtype: str, quantization: Quantization | None) -> RowType:
-    if quantization is not None:
-        meaning = " ".join(map(str, (*quantization.options.values(), dtype)))
-        return RowType("U8", level.block_stride, meaning)
-    stored = STORED_TYPES[dtype]
-    return RowType(stored.tag, level.block_stride // stored.dtype.size, None)
-
-
-def shard_header(level: Level, row: RowType, num_clusters: int, metadata: dict[str, str]) -> bytes:
-    """The first page of a shard: length, JSON and spaces, so that block 0 begins at byte 16,384."""
-    if row.length > MAX_DIM:
-        raise UserError(
-            f"a block of level {level.level} is too large",
-            f"{level.block_bytes} bytes",
-            "make r smaller",
-        )
-    if row.quantization is not None:
-        metadata = {**metadata, "quantization": row.quantization}
-    header = {
-        "__metadata__": metadata,
-        "blocks": {
-            "dtype": row.tag,
-            "shape": [num_clusters, row.length],
-            "data_offsets": [0, num_clusters * level.block_stride],
-        },
-    }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    assert len(text) <= PAGE - 8, "a header of fixed keys fits a page"
-    return (PAGE - 8).to_bytes(8, "little") + text.ljust(PAGE - 8)
-
-
-def check_shard(path: Path, level: Level, shard: Shard, row: RowType) -> None:
-    """Compares a shard's length and header with the manifest; its data is not touched."""
-    try:
-        size = path.stat().st_size
-    except FileNotFoundError:
-        raise UserError(
-            f"the bank lacks a file of level {level.level}",
-            path,
-            "restore it, or say with level_folders where that level lies",
-        ) from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}", error.strerror, "check the path") from None
-    if size != shard.bytes:
-        raise UserError(f"{path} is damaged", f"{size} bytes instead of {shard.bytes}", REMEDY)
-    tensors, metadata = read_safetensors_header(path)
-    if list(tensors) != ["blocks"]:
-        raise UserError(f"{path} must hold one tensor `blocks`", repr(list(tensors))[:80], REMEDY)
-    info = tensors["blocks"]
-    expected = (row.tag, (shard.num_clusters, row.length), PAGE)
-    if (info.dtype, info.shape, info.start) != expected:
-        raise UserError(
-            f"{path} does not match {MANIFEST}",
-            f"{info.dtype} {info.shape} at byte {info.start}",
-            f"it needs {expected[0]} {expected[1]} at byte {PAGE}; {REMEDY}",
-        )
-    if row.quantization is not None and metadata.get("quantization") != row.quantization:
-        raise UserError(
-            f"{path} is not quantised as {MANIFEST} says",
-            repr(metadata.get("quantization"))[:80],
-            f"it needs {row.quantization!r}; {REMEDY}",
-        )
+    if level.shards:
+        _same(f"number of clusters on {where}", at, count)

@@ -1,15 +1,16 @@
 """Writes a memory bank, block by block, in memory bounded by one block.
 
-Every file is written beside its place, synced and renamed, and ``bank.json`` comes last: a killed
-run leaves shards but no bank. A block of zeros given as None becomes a hole in the file and costs
-neither time nor, on most file systems, disk space.
+:func:`rewrite_bank` is the one place where a bank is written, out of whatever there is: arrays, the
+blocks of other banks, bytes. Every file is written beside its place, synced and renamed, and
+``bank.json`` comes last: a killed run leaves shards but no bank. A block of zeros given as None
+becomes a hole in the file and costs neither time nor, on most file systems, disk space.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, Literal
 
 import mlx.core as mx
 import numpy as np
@@ -17,33 +18,29 @@ import xxhash
 from tqdm import tqdm
 
 from mlx_hmem.bank.format import (
-    FORMAT_VERSION,
-    GENERIC,
     MANIFEST,
     PAGE,
     STORED_TYPES,
     Level,
     Manifest,
-    RowType,
     Shard,
-    block_parts,
     block_shape,
     num_blocks,
-    row_type,
-    shard_header,
     shard_name,
-    stored_levels,
-    stored_r,
 )
-from mlx_hmem.bank.quantization import Part, Quantization, check_quantization, quantize_block
+from mlx_hmem.bank.header import shard_header
+from mlx_hmem.bank.quantization import Part, Quantization, quantize_block
+from mlx_hmem.bank.read.reader import Bank
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import atomic_file, write_atomic
+from mlx_hmem.files import atomic_file, link_or_copy, write_atomic
 
 # The unit in which a bank is copied or downloaded: of the paper's 9.2 GB for OpenLM-160M one route
 # needs 184 MB in shards of 64 MiB, 5.9 GB in shards of 4 GiB (docs/bank_format.md).
 SHARD_BYTES = 64 << 20
 Block = np.ndarray | mx.array | None
+Stored = list[memoryview]  # the bytes of the parts of a block
+Given = Block | Stored | Literal["keep"]
 
 
 def write_bank(
@@ -76,77 +73,125 @@ def write_bank(
             ``dtype`` or is lost in the quantisation; a level has too few or too many blocks; rows
             cannot be cut into groups of ``group_size``.
     """
-    folder = Path(folder)
-    if (folder / MANIFEST).exists():
+    if (Path(folder) / MANIFEST).exists():
         raise UserError("a bank is already there", folder, "choose another folder or delete it")
-    if dtype not in STORED_TYPES:
-        raise UserError("unknown bank dtype", dtype, f"use one of {', '.join(STORED_TYPES)}")
     if len(levels) != config.num_levels:
         raise UserError(
             "the bank needs the blocks of each level", len(levels), f"give {config.num_levels}"
         )
-    by_level = {q.level: q for q in quantization or ()}
     chosen = tuple(sorted(quantization or (), key=lambda q: q.level)) or None
-    check_quantization(chosen, config, stored_r(config))
-    total = sum(num_blocks(config, level) for level in stored_levels(config))
-    done = {}
-    with tqdm(total=total, desc="writing bank", unit="block", delay=2) as progress:
-        for number in stored_levels(config):
-            source = [generic] if number == GENERIC else levels[number - 1]
-            how = by_level.get(number)
-            blocks = _encoded(source, config, number, dtype, how, progress)
-            layout = Level.layout(config, number, dtype, how)
-            row = row_type(layout, dtype, how)
-            meta = shard_metadata(number, anchor_hash)
-            done[number] = _write_level(folder, config, layout, row, blocks, meta, shard_bytes)
-    return write_manifest(folder, config, done, dtype, chosen, anchor_hash, tree_hash)
+    planned = Manifest.planned(config, dtype, chosen, anchor_hash, tree_hash)
+    sources = [iter(() if blocks is None else blocks) for blocks in ([generic], *levels)]
+    end = object()
+
+    def block_of(level: int, cluster: int) -> Block:
+        block, expected = next(sources[level], end), num_blocks(config, level)
+        if block is end:
+            raise UserError(f"too few blocks on level {level}", cluster, f"give {expected}")
+        return block  # type: ignore[return-value]
+
+    def made(level: int, shard: Shard) -> None:
+        expected = num_blocks(config, level)
+        last = shard.first_cluster + shard.num_clusters == expected
+        if last and next(sources[level], end) is not end:
+            raise UserError(f"too many blocks on level {level}", f"over {expected}", "check r")
+
+    return rewrite_bank(folder, planned, block_of, made=made, shard_bytes=shard_bytes)
 
 
-def write_manifest(
-    folder: Path,
-    config: MemoryConfig,
-    levels: Mapping[int, Level],
-    dtype: str,
-    quantization: tuple[Quantization, ...] | None,
-    anchor_hash: str,
-    tree_hash: str,
+def rewrite_bank(
+    folder: str | Path,
+    planned: Manifest,
+    block_of: Callable[[int, int], Given],
+    old: Path | None = None,
+    *,
+    found: Callable[[int, Shard], Shard | None] = lambda level, shard: None,
+    made: Callable[[int, Shard], object] = lambda level, shard: None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Manifest:
-    """Writes ``bank.json`` when all shards are there; ``levels`` by number, GENERIC among them."""
-    manifest = Manifest(
-        format_version=FORMAT_VERSION,
-        memory=config,
-        dtype=dtype,
-        quantization=quantization,
-        byte_order="little",
-        page_size=PAGE,
-        anchor_hash=anchor_hash,
-        tree_hash=tree_hash,
-        levels=tuple(level for number, level in levels.items() if number != GENERIC),
-        generic=levels[GENERIC],
-    )
+    """Writes a bank into ``folder``; its manifest, which comes last.
+
+    Args:
+        planned: what the bank is to be (:meth:`Manifest.planned`).
+        block_of: gives the block of (level, cluster), asked in order, the generic memory first: an
+            array, to be stored as ``planned`` says; its bytes in that form; None for zeros; "keep"
+            for what the bank ``old`` has there. With ``old`` it may be asked twice for a block.
+        old: the folder of a bank of the same form and anchor. A level that has no fewer clusters
+            than there is cut into files as there, and what is new follows in files of its own; a
+            file of which all is kept is a hard link, or a copy where the file system has none.
+        found: asked, with its level, of each shard that is to be written; one that is there already
+            comes back with its checksums.
+        made: told of each shard that was written, and its level.
+        shard_bytes: a file is cut, between blocks, before it grows beyond this.
+
+    Raises:
+        UserError: an array has another shape, is not finite in the dtype or is lost in the
+            quantisation.
+    """
+    folder = Path(folder)
+    counts = {level.level: num_blocks(planned.memory, level.level) for level in planned.all_levels}
+    levels, done = list[Level](), 0
+    with (
+        tqdm(total=sum(counts.values()), desc="writing bank", unit="block", delay=2) as bar,
+        nullcontext() if old is None else Bank.open(old, cache_bytes=0) as bank,
+    ):
+        before = {} if bank is None else {n.level: n.shards for n in bank.manifest.all_levels}
+        for level in planned.all_levels:
+            number, shards = level.level, list[Shard]()
+            for cut in shard_cuts(level, counts[number], shard_bytes, before.get(number, ())):
+                clusters = range(cut.first_cluster, cut.first_cluster + cut.num_clusters)
+                if cut.xxh3 and all(isinstance(block_of(number, c), str) for c in clusters):
+                    link_or_copy(Path(old or "") / cut.file, folder / cut.file)
+                    shard = cut
+                elif (kept := found(number, cut)) is not None:
+                    shard = kept
+                else:
+                    blocks = (
+                        _stored(block_of(number, c), planned, bank, number, c) for c in clusters
+                    )
+                    shard = write_shard(folder, planned, level, cut, blocks, bar)
+                    made(number, shard)
+                shards.append(shard)
+                done += len(clusters)
+                bar.update(done - bar.n)
+            levels.append(replace(level, shards=tuple(shards)))
+    manifest = replace(planned, generic=levels[0], levels=tuple(levels[1:]))
     write_atomic(folder / MANIFEST, manifest.to_json())
     return manifest
 
 
-def shard_metadata(level: int, anchor_hash: str) -> dict[str, str]:
-    """What a shard's header says for people; cut so that it always fits its page."""
-    return {"format": "mlx_hmem bank", "level": str(level), "anchor_hash": anchor_hash[:100]}
+def stored_bytes(bank: Bank, level: int, cluster: int) -> Stored | None:
+    """A block of an open bank as it lies there, for :func:`rewrite_bank`; zeros are not read."""
+    if bank.manifest.is_zeros(level, cluster):
+        return None
+    buffers = bank.stored(level, cluster).buffers
+    return [memoryview(buffer).cast("B") for buffer in buffers]  # type: ignore[arg-type]
 
 
-def encode_block(
-    block: np.ndarray | mx.array,
-    config: MemoryConfig,
-    level: int,
-    dtype: str,
-    quantization: Quantization | None,
-) -> list[memoryview]:
-    """The bytes of a block's parts as the bank stores them, rounded to nearest, ties to even.
-
-    Raises ValueError: it is not finite in ``dtype``, or lost in the quantisation.
-    """
-    array = stored_block(block, dtype)
-    arrays = [array] if quantization is None else quantize_block(array, config, quantization)
-    return bytes_of_parts(arrays, block_parts(config, level, dtype, quantization))
+def _stored(
+    block: Given, planned: Manifest, bank: Bank | None, level: int, cluster: int
+) -> Stored | None:
+    """What :func:`rewrite_bank` was given as bytes; arrays are rounded to nearest, ties to even."""
+    if isinstance(block, str):
+        assert bank is not None, "nothing can be kept without an old bank"
+        return stored_bytes(bank, level, cluster)
+    if block is None or isinstance(block, list):
+        return block
+    shape = block_shape(planned.memory, level)
+    where = f"block {cluster} on level {level}"
+    if tuple(block.shape) != shape:
+        raise UserError(f"wrong shape of {where}", tuple(block.shape), f"the config needs {shape}")
+    how = planned.quantization_of(level)
+    try:
+        array = stored_block(block, planned.dtype)
+        arrays = [array] if how is None else quantize_block(array, planned.memory, how)
+    except ValueError as error:
+        raise UserError(
+            f"{where} cannot be stored",
+            error,
+            "use bfloat16 or float32, another quantisation, or mend the training run",
+        ) from None
+    return bytes_of_parts(arrays, planned.parts(level))
 
 
 def stored_block(block: np.ndarray | mx.array, dtype: str) -> mx.array:
@@ -158,116 +203,50 @@ def stored_block(block: np.ndarray | mx.array, dtype: str) -> mx.array:
     return array
 
 
-def bytes_of_parts(arrays: Sequence[mx.array], parts: Sequence[Part]) -> list[memoryview]:
+def bytes_of_parts(arrays: Sequence[mx.array], parts: Sequence[Part]) -> Stored:
     return [
         memoryview(mx.contiguous(array).view(part.bits).reshape(-1)).cast("B")  # type: ignore[arg-type]
         for array, part in zip(arrays, parts, strict=True)
     ]
 
 
-def _encoded(
-    source: Iterable[Block] | None,
-    config: MemoryConfig,
-    level: int,
-    dtype: str,
-    quantization: Quantization | None,
-    progress: tqdm,
-) -> Iterator[list[memoryview] | None]:
-    """Checks and converts the blocks of one level; counts that there are neither more nor fewer."""
-    shape, count = block_shape(config, level), 0
-    expected = num_blocks(config, level)
-    for cluster, block in enumerate(source if source is not None else ()):
-        if cluster == expected:
-            raise UserError(f"too many blocks on level {level}", f"over {expected}", "check r")
-        if block is not None and tuple(block.shape) != shape:
-            raise UserError(
-                f"wrong shape of block {cluster} on level {level}",
-                tuple(block.shape),
-                f"the config needs {shape}",
-            )
-        try:
-            data = (
-                None if block is None else encode_block(block, config, level, dtype, quantization)
-            )
-        except ValueError as error:
-            raise UserError(
-                f"block {cluster} on level {level} cannot be stored",
-                error,
-                "use bfloat16 or float32, another quantisation, or mend the training run",
-            ) from None
-        yield data
-        progress.update()
-        count += 1
-    if count < expected:
-        raise UserError(f"too few blocks on level {level}", count, f"give {expected}")
-
-
-def _write_level(
-    folder: Path,
-    config: MemoryConfig,
-    layout: Level,
-    row: RowType,
-    blocks: Iterator[list[memoryview] | None],
-    metadata: dict[str, str],
-    shard_bytes: int,
-) -> Level:
-    shards = tuple(
-        write_shard(folder, layout, row, cut, blocks, metadata)
-        for cut in shard_cuts(layout, num_blocks(config, layout.level), shard_bytes)
-    )
-    next(blocks, None)  # an iterator that still has blocks is refused
-    return replace(layout, shards=shards)
-
-
-class Cut(NamedTuple):
-    """The blocks of one shard, which is number ``shard`` of its level."""
-
-    shard: int
-    first_cluster: int
-    num_clusters: int
-
-
-def shard_cuts(layout: Level, total: int, shard_bytes: int = SHARD_BYTES) -> list[Cut]:
-    """How the ``total`` blocks of a level are cut into shards of at most ``shard_bytes``."""
-    most = max(1, (shard_bytes - PAGE) // layout.block_stride)
-    starts = range(0, total, most)
-    return [Cut(shard, first, min(most, total - first)) for shard, first in enumerate(starts)]
-
-
-@lru_cache
-def checksum_of_zeros(num_bytes: int) -> str:
-    """The checksum of a block that is a hole."""
-    return xxhash.xxh3_64_hexdigest(bytes(num_bytes))
+def shard_cuts(
+    level: Level, total: int, shard_bytes: int = SHARD_BYTES, before: Sequence[Shard] = ()
+) -> list[Shard]:
+    """How the ``total`` blocks of a level are cut into shards of at most ``shard_bytes``, which
+    have no checksums yet. Those of ``before`` come first, unless they hold more blocks than that.
+    """
+    cuts = list(before) if sum(shard.num_clusters for shard in before) <= total else []
+    most = max(1, (shard_bytes - PAGE) // level.block_stride)
+    for first in range(sum(shard.num_clusters for shard in cuts), total, most):
+        count = min(most, total - first)
+        name = shard_name(level.level, len(cuts))
+        cuts.append(Shard(name, first, count, PAGE + count * level.block_stride, ""))
+    return cuts
 
 
 def write_shard(
     folder: Path,
-    layout: Level,
-    row: RowType,
-    cut: Cut,
-    blocks: Iterator[list[memoryview] | None],
-    metadata: dict[str, str],
+    planned: Manifest,
+    level: Level,
+    cut: Shard,
+    blocks: Iterator[Stored | None],
+    bar: tqdm,
 ) -> Shard:
-    """Writes one shard whole or not at all; takes its blocks, and no more, from ``blocks``.
-
-    A block is the bytes of its parts (:func:`encode_block`), or None for zeros.
-    """
-    zeros = checksum_of_zeros(layout.block_bytes)
-    name, (_, first, count) = shard_name(layout.level, cut.shard), cut
-    size = PAGE + count * layout.block_stride
-    header = shard_header(layout, row, count, {**metadata, "first_cluster": str(first)})
-    with atomic_file(folder / name) as file:
-        file.write(header)
-        sums = [_write_block(file, next(blocks), layout, zeros) for _ in range(count)]
-        file.truncate(size)
-    return Shard(name, first, count, size, "".join(sums))
+    """Writes one shard whole or not at all; it comes back with its checksums."""
+    with atomic_file(folder / cut.file) as file:
+        file.write(shard_header(planned, level.level, cut))
+        sums = [_write_block(file, next(blocks), level, bar) for _ in range(cut.num_clusters)]
+        file.truncate(cut.bytes)
+    return replace(cut, xxh3="".join(sums))
 
 
-def _write_block(file: BinaryIO, data: list[memoryview] | None, layout: Level, zeros: str) -> str:
+def _write_block(file: BinaryIO, block: Stored | None, level: Level, bar: tqdm) -> str:
     """Writes one block, or leaves a hole, and moves to the next; returns its checksum in hex."""
     start, digest = file.tell(), xxhash.xxh3_64()
-    for part in data or ():
+    for part in block or ():
         file.write(part)
         digest.update(part)
-    file.seek(start + layout.block_stride)
-    return zeros if data is None else digest.hexdigest()
+    file.seek(start + level.block_stride)
+    bar.update()
+    return level.zeros if block is None else digest.hexdigest()

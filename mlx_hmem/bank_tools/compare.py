@@ -14,7 +14,6 @@ from tqdm import tqdm
 from mlx_hmem.bank import Bank
 from mlx_hmem.bank.format import STORED_TYPES, block_shape
 from mlx_hmem.bank_tools.contents import OpenBank
-from mlx_hmem.bank_tools.rewrite import checksums
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import atomic_file
 
@@ -63,7 +62,7 @@ def differences(first: Bank, second: Bank) -> Iterator[Difference]:
     for mine, theirs in zip(first.manifest.all_levels, second.manifest.all_levels, strict=True):
         number = mine.level
         how = (bank.manifest.quantization_of(number) for bank in (first, second))
-        pairs = list(zip(checksums(first, mine), checksums(second, theirs), strict=True))
+        pairs = list(zip(mine.checksums, theirs.checksums, strict=True))
         comparable = same_format and len(set(how)) == 1
         keys = [c for c, (a, b) in enumerate(pairs) if a != b or not comparable]
         for cluster in tqdm(keys, desc=f"level {number}", unit="block", delay=2):

@@ -13,7 +13,6 @@ from typing import NamedTuple
 from mlx_hmem.bank import Bank
 from mlx_hmem.bank.documents import MAX_TERMS, Document, read_documents
 from mlx_hmem.bank.views import Views, read_views
-from mlx_hmem.bank.writer import checksum_of_zeros
 from mlx_hmem.config import ClusterPath, HmemConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.model.find import BANK_FILES, BANK_FOLDER, BESIDE, MODEL_FILES, find_model
@@ -129,8 +128,6 @@ class Contents:
 def empty_blocks(bank: Bank) -> Iterator[Key]:
     """The blocks that are zeros, by their checksums."""
     for level in bank.manifest.levels:
-        zeros = checksum_of_zeros(level.block_bytes)
-        for shard in level.shards:
-            for row in range(shard.num_clusters):
-                if shard.xxh3[16 * row : 16 * row + 16] == zeros:
-                    yield level.level, shard.first_cluster + row
+        for cluster, checksum in enumerate(level.checksums):
+            if checksum == level.zeros:
+                yield level.level, cluster

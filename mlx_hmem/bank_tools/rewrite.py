@@ -6,28 +6,21 @@ What they are made of stays as it is.
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
 from mlx_hmem.bank import Bank, Manifest
-from mlx_hmem.bank.documents import DOCUMENTS, Document, read_documents, write_documents
-from mlx_hmem.bank.format import GENERIC, MANIFEST, Level, Shard
+from mlx_hmem.bank.documents import Document, read_documents, write_documents
+from mlx_hmem.bank.format import GENERIC
 from mlx_hmem.bank.views import VIEWS, Barred, Views, check_name, of_bank, write_views
-from mlx_hmem.bank.writer import Cut, checksum_of_zeros, shard_cuts, write_manifest
+from mlx_hmem.bank.writer import Given, rewrite_bank, stored_bytes
 from mlx_hmem.bank_tools.contents import OpenBank, views_of
-from mlx_hmem.bank_tools.folders import (
-    added_folder,
-    bytes_of,
-    link_bank,
-    link_model,
-    write_level_shard,
-)
+from mlx_hmem.bank_tools.folders import BANK, TREE, link_model
 from mlx_hmem.config import ClusterPath, MemoryConfig
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import fingerprint, link_or_copy, write_atomic
+from mlx_hmem.files import fingerprint, write_atomic
 from mlx_hmem.folders import whole_folder
 from mlx_hmem.memory import initial_block
 from mlx_hmem.model.find import BANK_FOLDER, BESIDE
@@ -47,7 +40,7 @@ def add(folder: Path, banks: Sequence[OpenBank], other: OpenBank, name: str, out
     views = views_of(folder, banks)
     with whole_folder(out) as part:
         link_model(folder, part, but=[f"{BANK_FOLDER}/{VIEWS}"] if views else [])
-        link_bank(other.folder, added_folder(part, name))
+        link_model(other.folder, part / BESIDE / name, only=["hmem.json", TREE, *BANK])
         if views:
             write_views(
                 part / BANK_FOLDER, {view: [*barred, (name,)] for view, barred in views.items()}
@@ -70,12 +63,8 @@ def split(folder: Path, opened: OpenBank, views: Views, path: ClusterPath, out: 
     width = (2,) * len(path) + old.branching[len(path) :]
     config = replace(old, branching=width)
     with whole_folder(out) as part:
-        link_model(
-            folder,
-            part,
-            but=["hmem.json", BANK_FOLDER, BESIDE, "retriever/tree.safetensors"],
-        )
-        tree = part / "retriever" / "tree.safetensors"
+        link_model(folder, part, but=["hmem.json", f"{BANK_FOLDER}/*", f"{BESIDE}/*", TREE])
+        tree = part / TREE
         _subtree(opened.tree, old, path, width).save(tree, str(opened.tree.encoder_hash))
         tree_hash = fingerprint(tree)
         manifest = _write_subtree(opened, path, config, tree_hash, part / BANK_FOLDER)
@@ -124,28 +113,16 @@ def _write_subtree(
     opened: OpenBank, path: ClusterPath, config: MemoryConfig, tree_hash: str, target: Path
 ) -> Manifest:
     bank, old = opened.bank, opened.bank.manifest
-    levels: dict[int, Level] = {GENERIC: old.generic}
-    link_or_copy(
-        opened.folder / BANK_FOLDER / old.generic.shards[0].file,
-        target / old.generic.shards[0].file,
-    )
-    for level in old.levels:
-        clusters, number = clusters_on(bank.config, path, level.level), level.level
 
-        def block(cluster: int, clusters: range = clusters, number: int = number) -> Any:
-            if cluster >= len(clusters):
-                return None
-            return bytes_of(bank.stored(number, clusters[cluster]))
+    def block(level: int, cluster: int) -> Given:
+        if level == GENERIC:
+            return "keep"
+        clusters = clusters_on(bank.config, path, level)
+        return stored_bytes(bank, level, clusters[cluster]) if cluster < len(clusters) else None
 
-        layout = replace(level, shards=())
-        cuts = tqdm(
-            shard_cuts(layout, config.num_clusters[number - 1]),
-            desc=f"level {number}", unit="file", delay=2,
-        )  # fmt: skip
-        shards = [write_level_shard(target, old, layout, cut, block) for cut in cuts]
-        levels[number] = replace(layout, shards=tuple(shards))
     hashes = (bank.anchor_hash, tree_hash)
-    return write_manifest(target, config, levels, old.dtype, old.quantization, *hashes)
+    planned = Manifest.planned(config, old.dtype, old.quantization, *hashes)
+    return rewrite_bank(target, planned, block, opened.folder / BANK_FOLDER)
 
 
 def _documents_below(opened: OpenBank, path: ClusterPath) -> Iterator[Document]:
@@ -189,25 +166,19 @@ def merge(first: OpenBank, second: OpenBank, out: Path) -> str:
     """
     _check_same(first, second)
     choice = _choose(first.bank, second.bank)
+
+    def block(level: int, cluster: int) -> Given:
+        taken = (level, cluster) in choice
+        return stored_bytes(second.bank, level, cluster) if taken else "keep"
+
     with whole_folder(out) as part:
-        link_model(
-            first.folder,
-            part,
-            but=[
-                f"{BANK_FOLDER}/{MANIFEST}",
-                f"{BANK_FOLDER}/{DOCUMENTS}",
-                *_shard_names(first.bank.manifest),
-            ],
-        )
-        _write_merged(first, second, choice, part / BANK_FOLDER)
+        link_model(first.folder, part, but=BANK)
+        old = first.folder / BANK_FOLDER
+        rewrite_bank(part / BANK_FOLDER, first.bank.manifest, block, old)
         documents = _all_documents(first, second)
         if documents:
             write_documents(part / BANK_FOLDER, documents)
     return f"{out}: {len(choice)} blocks of {second.folder}, all others of {first.folder}"
-
-
-def _shard_names(manifest: Manifest) -> list[str]:
-    return [f"{BANK_FOLDER}/{shard.file}" for level in manifest.levels for shard in level.shards]
 
 
 def _check_same(first: OpenBank, second: OpenBank) -> None:
@@ -226,25 +197,18 @@ def _check_same(first: OpenBank, second: OpenBank) -> None:
             )
 
 
-def checksums(bank: Bank, level: Level) -> list[str]:
-    """Of every block of a level, in order."""
-    text = "".join(shard.xxh3 for shard in level.shards)
-    return [text[at : at + 16] for at in range(0, len(text), 16)]
-
-
 def _choose(first: Bank, second: Bank) -> set[tuple[int, int]]:
     """The blocks to take from the second bank. What differs is read, nothing else."""
     taken, conflicts = set(), []
     for mine, theirs in zip(first.manifest.levels, second.manifest.levels, strict=True):
-        zeros = checksum_of_zeros(mine.block_bytes)
-        pairs = zip(checksums(first, mine), checksums(second, theirs), strict=True)
+        pairs = zip(mine.checksums, theirs.checksums, strict=True)
         differ = [(cluster, a, b) for cluster, (a, b) in enumerate(pairs) if a != b]
         silent = silent_values(first.config, mine.level)
         for cluster, a, b in tqdm(differ, desc=f"level {mine.level}", unit="block", delay=2):
             key = (mine.level, cluster)
-            if b == zeros or _is_untrained(second, key, silent):
+            if b == mine.zeros or _is_untrained(second, key, silent):
                 continue
-            if a != zeros and not _is_untrained(first, key, silent):
+            if a != mine.zeros and not _is_untrained(first, key, silent):
                 conflicts.append(key)
             taken.add(key)
     if conflicts:
@@ -266,46 +230,6 @@ def silent_values(config: MemoryConfig, level: int) -> mx.array:
 def _is_untrained(bank: Bank, key: tuple[int, int], silent: mx.array) -> bool:
     (block,) = bank.blocks([key])
     return not mx.any(mx.where(silent, block, 0)).item()
-
-
-def _write_merged(
-    first: OpenBank, second: OpenBank, choice: set[tuple[int, int]], target: Path
-) -> None:
-    manifest = first.bank.manifest
-    levels: dict[int, Level] = {GENERIC: manifest.generic}
-    for level in manifest.levels:
-        shards: list[Shard] = []
-        bar = tqdm(level.shards, desc=f"level {level.level}", unit="file", delay=2)
-        for index, shard in enumerate(bar):
-            shards.append(_merged_shard(first, second, choice, level, index, shard, target))
-        levels[level.level] = replace(level, shards=tuple(shards))
-    hashes = (first.bank.anchor_hash, first.bank.tree_hash)
-    write_manifest(
-        target, first.bank.config, levels, manifest.dtype, manifest.quantization, *hashes
-    )
-
-
-def _merged_shard(
-    first: OpenBank,
-    second: OpenBank,
-    choice: set[tuple[int, int]],
-    level: Level,
-    index: int,
-    shard: Shard,
-    target: Path,
-) -> Shard:
-    """A shard linked where none of its blocks is the second bank's, else written anew."""
-    clusters = range(shard.first_cluster, shard.first_cluster + shard.num_clusters)
-    if not any((level.level, cluster) in choice for cluster in clusters):
-        link_or_copy(first.folder / BANK_FOLDER / shard.file, target / shard.file)
-        return shard
-
-    def block(cluster: int) -> list[memoryview]:
-        key = (level.level, cluster)
-        return bytes_of((second if key in choice else first).bank.stored(*key))
-
-    cut = Cut(index, shard.first_cluster, shard.num_clusters)
-    return write_level_shard(target, first.bank.manifest, replace(level, shards=()), cut, block)
 
 
 def _all_documents(first: OpenBank, second: OpenBank) -> list[Document]:

@@ -9,9 +9,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from convert.memory import bank as convert_bank
 from convert.memory.bank import write_tensors_as_bank
 from convert.memory.tensors import find_levels, finite_bits, short_names
+from mlx_hmem.bank import writer
 from mlx_hmem.bank.format import PAGE, STORED_TYPES
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
@@ -136,7 +136,7 @@ def test_it_goes_on_behind_the_last_whole_shard_wherever_it_stopped(layout, tmp_
     (tmp_path / "whole").mkdir()
     whole = written(tmp_path / "whole", layout)
     assert len(whole) == 1 + 1 + 2 + 6  # manifest, generic, levels 1 and 3
-    write, made = convert_bank.write_shard, list[str]()
+    write, made = writer.write_shard, list[str]()
 
     def stopping_after(count: int) -> Callable[..., Any]:
         def write_shard(folder: Path, *rest: Any) -> Any:
@@ -152,12 +152,12 @@ def test_it_goes_on_behind_the_last_whole_shard_wherever_it_stopped(layout, tmp_
         made.clear()
         folder = tmp_path / str(count)
         folder.mkdir()
-        monkeypatch.setattr(convert_bank, "write_shard", stopping_after(count))
+        monkeypatch.setattr(writer, "write_shard", stopping_after(count))
         with pytest.raises(KeyboardInterrupt):
             written(folder, layout)
         assert "bank.json" not in {file.name for file in folder.iterdir()}
         first = list(made)
-        monkeypatch.setattr(convert_bank, "write_shard", stopping_after(99))
+        monkeypatch.setattr(writer, "write_shard", stopping_after(99))
         assert written(folder, layout) == whole
         assert len(first) == count
         assert len(set(made)) == len(made) == 9  # none was written twice

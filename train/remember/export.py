@@ -5,8 +5,7 @@ text has touched are zeros: where they are fetched the level above speaks alone.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,29 +13,13 @@ import numpy as np
 
 from mlx_hmem.anchors.load import anchor_hash, read_config
 from mlx_hmem.bank.documents import Document, read_documents, write_documents
-from mlx_hmem.bank.format import (
-    GENERIC,
-    MANIFEST,
-    Level,
-    Manifest,
-    Shard,
-    num_blocks,
-    row_type,
-    stored_levels,
-)
+from mlx_hmem.bank.format import MANIFEST, Manifest
 from mlx_hmem.bank.views import VIEWS, read_views, write_views
-from mlx_hmem.bank.writer import (
-    Cut,
-    encode_block,
-    shard_cuts,
-    shard_metadata,
-    write_manifest,
-    write_shard,
-)
-from mlx_hmem.bank_tools.folders import link_model
-from mlx_hmem.config import FORMAT_VERSION, HmemConfig, MemoryConfig, RetrieverConfig
+from mlx_hmem.bank.writer import Given, rewrite_bank
+from mlx_hmem.bank_tools.folders import TREE, link_model
+from mlx_hmem.config import FORMAT_VERSION, HmemConfig, RetrieverConfig
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import fingerprint, link_or_copy, write_atomic
+from mlx_hmem.files import fingerprint, write_atomic
 from mlx_hmem.folders import whole_folder
 from mlx_hmem.model.find import BANK_FILES, BANK_FOLDER, MODEL_FILES, find_model
 from mlx_hmem.model.load import added_banks, open_encoder, open_tree
@@ -104,47 +87,6 @@ def joined_tree(base: ClusterTree | None, own: ClusterTree) -> ClusterTree:
     return ClusterTree(branching, centroids, counts, base.seed)
 
 
-class BankWriter:
-    """Writes shards of new blocks in the layout of the bank that they join."""
-
-    def __init__(self, target: Path, config: MemoryConfig, anchor: str, old: Manifest | None):
-        self.target, self.config, self.anchor, self.old = target, config, anchor, old
-        self.dtype = "float16" if old is None else old.dtype
-        self.quantization = None if old is None else old.quantization
-
-    def layout(self, level: int) -> Level:
-        how = next((q for q in self.quantization or () if q.level == level), None)
-        return Level.layout(self.config, level, self.dtype, how)
-
-    def shard(self, level: int, cut: Cut, block: Callable[[int], mx.array | None]) -> Shard:
-        """One file of the blocks that ``block`` gives by cluster; None is a hole."""
-        how = next((q for q in self.quantization or () if q.level == level), None)
-        layout = self.layout(level)
-
-        def encoded() -> Iterator[list[memoryview] | None]:
-            for cluster in range(cut.first_cluster, cut.first_cluster + cut.num_clusters):
-                values = block(cluster)
-                if values is None:
-                    yield None
-                    continue
-                try:
-                    yield encode_block(values, self.config, level, self.dtype, how)
-                except ValueError as error:
-                    raise UserError(
-                        f"block {cluster} of level {level} cannot be stored", error,
-                        "remember the documents again in another --run",
-                    ) from None  # fmt: skip
-
-        row = row_type(layout, self.dtype, how)
-        metadata = shard_metadata(level, self.anchor)
-        return write_shard(self.target, layout, row, cut, encoded(), metadata)
-
-    def manifest(self, levels: dict[int, Level], tree_hash: str) -> None:
-        write_manifest(
-            self.target, self.config, levels, self.dtype, self.quantization, self.anchor, tree_hash
-        )
-
-
 def export(
     base: Base,
     settings: Settings,
@@ -155,9 +97,9 @@ def export(
 ) -> None:
     """Writes the model directory ``out``, whole or not at all."""
     with whole_folder(out) as part:
-        changed = ["README.md", "hmem.json", "retriever/tree.safetensors"]
-        link_model(base.folder, part, but=[*changed, BANK_FOLDER] if base.hmem else changed)
-        tree_file = part / "retriever" / "tree.safetensors"
+        changed = ["README.md", "hmem.json", TREE]
+        link_model(base.folder, part, but=[*changed, f"{BANK_FOLDER}/*"] if base.hmem else changed)
+        tree_file = part / TREE
         tree_file.parent.mkdir(exist_ok=True)
         joined_tree(base.tree, own_tree).save(tree_file, settings.encoder_hash)
         known = RetrieverConfig(
@@ -183,29 +125,16 @@ def _write_bank(
     base: Base, settings: Settings, blocks: dict[Key, mx.array], tree_hash: str, target: Path
 ) -> None:
     """The old shards as they are, then those of the new clusters."""
-    config, old = settings.memory, base.manifest
-    writer = BankWriter(target, config, base.anchor_hash, old)
-    levels = {}
-    for level in stored_levels(config):
-        there = {} if old is None else {each.level: each for each in old.all_levels}
-        shards = list(there[level].shards) if level in there else []
-        for shard in shards:
-            link_or_copy(base.folder / BANK_FOLDER / shard.file, target / shard.file)
-        if level == GENERIC:
-            cuts = [Cut(0, 0, 1)] if old is None else []
-        else:
-            first = settings.offsets[level - 1]
-            new = shard_cuts(writer.layout(level), num_blocks(config, level) - first)
-            cuts = [
-                Cut(c.shard + len(shards), c.first_cluster + first, c.num_clusters) for c in new
-            ]
+    old = base.manifest
+    form = ("float16", None) if old is None else (old.dtype, old.quantization)
+    planned = Manifest.planned(settings.memory, *form, base.anchor_hash, tree_hash)
+    firsts = (1, *settings.offsets)
 
-        def block(cluster: int, level: int = level) -> mx.array | None:
-            return blocks.get((level, cluster))
+    def block(level: int, cluster: int) -> Given:
+        kept = old is not None and cluster < firsts[level]
+        return "keep" if kept else blocks.get((level, cluster))
 
-        shards += [writer.shard(level, cut, block) for cut in cuts]
-        levels[level] = replace(writer.layout(level), shards=tuple(shards))
-    writer.manifest(levels, tree_hash)
+    rewrite_bank(target, planned, block, None if old is None else base.folder / BANK_FOLDER)
 
 
 def _bar_in_views(base: Base, settings: Settings, target: Path) -> None:

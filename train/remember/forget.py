@@ -11,8 +11,9 @@ to delete them: they hold the document.
 
 import hashlib
 import json
+import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,18 +21,10 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_hmem.anchors.load import load_anchor
-from mlx_hmem.bank import Bank
-from mlx_hmem.bank.documents import DOCUMENTS, Document, find_document, write_documents
-from mlx_hmem.bank.format import GENERIC, MANIFEST, Level, Shard
-from mlx_hmem.bank.writer import (
-    Cut,
-    checksum_of_zeros,
-    encode_block,
-    shard_metadata,
-    write_manifest,
-    write_shard,
-)
-from mlx_hmem.bank_tools.folders import bytes_of, link_model
+from mlx_hmem.bank.documents import Document, find_document, write_documents
+from mlx_hmem.bank.format import GENERIC
+from mlx_hmem.bank.writer import Given, rewrite_bank
+from mlx_hmem.bank_tools.folders import BANK, link_model
 from mlx_hmem.errors import ArgumentParser, UserError
 from mlx_hmem.files import link_or_copy, write_atomic
 from mlx_hmem.folders import whole_folder
@@ -94,66 +87,6 @@ def begin_without(
     return new, rest, rest_paths, touched
 
 
-class Rewriter:
-    """Writes the bank again with other blocks in the clusters of some subtrees."""
-
-    def __init__(self, base: Base, bank: Bank, settings: Settings, touched: set[int]):
-        self.base, self.bank, self.settings, self.touched = base, bank, settings, touched
-
-    def is_touched(self, level: int, cluster: int) -> bool:
-        below = int(np.prod(self.settings.memory.branching[1:level]))
-        return cluster // below - self.settings.first in self.touched
-
-    def shard(
-        self, level: Level, shard: Shard, index: int, blocks: dict[Key, mx.array], target: Path
-    ) -> Shard:
-        """A shard linked where none of its blocks changes, else written anew."""
-        clusters = range(shard.first_cluster, shard.first_cluster + shard.num_clusters)
-        if level.level == GENERIC or not any(self.is_touched(level.level, c) for c in clusters):
-            link_or_copy(self.base.folder / BANK_FOLDER / shard.file, target / shard.file)
-            return shard
-        manifest = self.bank.manifest
-        row, meta = (
-            manifest.row_type(level.level),
-            shard_metadata(level.level, self.bank.anchor_hash),
-        )
-        cut = Cut(index, shard.first_cluster, shard.num_clusters)
-        data = self._blocks(level, shard, blocks)
-        return write_shard(target, replace(level, shards=()), row, cut, data, meta)
-
-    def _blocks(
-        self, level: Level, shard: Shard, blocks: dict[Key, mx.array]
-    ) -> Iterator[list[memoryview] | None]:
-        manifest, zeros = self.bank.manifest, checksum_of_zeros(level.block_bytes)
-        for row in range(shard.num_clusters):
-            key = (level.level, shard.first_cluster + row)
-            if self.is_touched(*key):
-                how = manifest.quantization_of(level.level)
-                block = blocks.get(key)
-                yield (
-                    None
-                    if block is None
-                    else encode_block(block, self.bank.config, level.level, manifest.dtype, how)
-                )
-            elif shard.xxh3[16 * row : 16 * row + 16] == zeros:
-                yield None
-            else:
-                yield bytes_of(self.bank.stored(*key))
-
-    def write(self, blocks: dict[Key, mx.array], target: Path) -> None:
-        manifest, levels = self.bank.manifest, {}
-        for level in manifest.all_levels:
-            shards = [
-                self.shard(level, shard, index, blocks, target)
-                for index, shard in enumerate(level.shards)
-            ]
-            levels[level.level] = replace(level, shards=tuple(shards))
-        write_manifest(
-            target, self.bank.config, levels, manifest.dtype, manifest.quantization,
-            self.bank.anchor_hash, self.bank.tree_hash,
-        )  # fmt: skip
-
-
 def write_model(
     base: Base,
     settings: Settings,
@@ -163,11 +96,18 @@ def write_model(
     out: Path,
 ) -> None:
     """The model with the new ``blocks`` in the subtrees ``touched``, whole or not at all."""
-    with Bank.open(base.folder / BANK_FOLDER, cache_bytes=0) as bank, whole_folder(out) as part:
-        shards = [s.file for level in bank.manifest.all_levels for s in level.shards]
-        changed = [f"{BANK_FOLDER}/{name}" for name in (*shards, MANIFEST, DOCUMENTS)]
-        link_model(base.folder, part, but=[*changed, "README.md"])
-        Rewriter(base, bank, settings, touched).write(blocks, part / BANK_FOLDER)
+    manifest, bank = base.manifest, base.folder / BANK_FOLDER
+    assert manifest is not None
+
+    def block(level: int, cluster: int) -> Given:
+        below = math.prod(settings.memory.branching[1:level])
+        if level != GENERIC and cluster // below - settings.first in touched:
+            return blocks.get((level, cluster))
+        return "keep"
+
+    with whole_folder(out) as part:
+        link_model(base.folder, part, but=[*BANK, "README.md"])
+        rewrite_bank(part / BANK_FOLDER, manifest, block, bank)
         write_documents(part / BANK_FOLDER, documents)
         write_card(base, part)
 

@@ -13,7 +13,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from mlx_hmem.bank.format import Level, Manifest, Shard, check_shard
+from mlx_hmem.bank.format import Level, Manifest, Shard
+from mlx_hmem.bank.header import check_shard
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import open_regular
 
@@ -109,7 +110,7 @@ class Shards:
 
     def _check_shard(self, level: Level, shard: Shard) -> Path:
         path = self._path(level, shard)
-        check_shard(path, level, shard, self._manifest.row_type(level.level))
+        check_shard(path, self._manifest, level.level, shard)
         return path
 
     def _open_shard(self, level: Level, index: int) -> None:
