@@ -17,8 +17,9 @@ from mlx_hmem.bank.quantization import MODES
 from mlx_hmem.errors import ArgumentParser, UserError
 from mlx_hmem.evaluate import read_texts
 from mlx_hmem.model.find import find_model
+from mlx_hmem.model.load import read_hmem
 
-from .model import plan, quantize, read_hmem
+from .model import plan, quantize
 from .report import report_table
 
 DEFAULTS = {"affine": (4, 64)}  # bits and group size of mlx-lm; the other modes have one of each
@@ -49,16 +50,6 @@ def level_option(text: str) -> tuple[int, Quantization | None]:
     if parts == ["none"]:
         return int(level), None
     return int(level), quantization_for(int(level), parts[0], *map(int, parts[1:]))
-
-
-def read_text(path: Path) -> list[str]:
-    """The documents of a file: one of plain text (``.txt``), or one for each JSON object."""
-    if path.suffix != ".txt":
-        return read_texts(path)
-    try:
-        return [path.read_text(encoding="utf-8")]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as text", error, "give a file of UTF-8") from None
 
 
 def _all_levels(
@@ -115,7 +106,7 @@ def main(words: Sequence[str]) -> None:
         raise UserError(
             "there is nothing to quantise", args.model, "give --anchor-bits or --bank-bits, or both"
         )
-    texts = read_text(args.text) if args.text else []
+    texts = read_texts(args.text) if args.text else []
     folder = find_model(args.model)
     anchor = None if for_anchor == NOT_GIVEN else quantization_for(0, *for_anchor)
     levels = {} if for_bank == NOT_GIVEN else _all_levels(folder, *for_bank)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_hmem.anchors.load import anchor_hash, load_anchor, weight_files
-from mlx_hmem.bank import Manifest, Quantization
+from mlx_hmem.bank import Quantization
 from mlx_hmem.bank.documents import DOCUMENTS
 from mlx_hmem.bank.format import MANIFEST
 from mlx_hmem.bank_tools.folders import model_files
@@ -22,7 +22,7 @@ from mlx_hmem.evaluate import Perplexity, perplexity
 from mlx_hmem.files import write_atomic
 from mlx_hmem.folders import RECORD, REPLACED, copy_missing, identity_of, whole_folder
 from mlx_hmem.model.find import BANK_FOLDER, BESIDE, MODEL_FILES
-from mlx_hmem.model.load import load, open_bank
+from mlx_hmem.model.load import load, open_bank, read_hmem
 
 from .anchor import (
     INDEX,
@@ -101,7 +101,8 @@ def plan(
         quantized_anchor(folder, anchor)
     hmem, bank = read_hmem(folder), None
     if hmem is not None:
-        bank = BankChange.planned(_checked_bank(folder, hmem), levels, dtype)
+        with open_bank(folder, hmem, cache_bytes=0) as opened:
+            bank = BankChange.planned(opened.manifest, levels, dtype)
     elif levels or dtype:
         raise UserError("this model has no memory bank", folder, "leave out --bank-…")
     patterns = [*COPIED, *([] if anchor else ANCHOR_FILES)]
@@ -109,25 +110,6 @@ def plan(
         patterns.append(f"{hmem.retriever.encoder}/*")
     barred = [*REWRITTEN, *(ANCHOR_FILES if anchor else ())]
     return Plan(folder, tuple(model_files(folder, patterns, barred)), anchor, bank, hmem)
-
-
-def read_hmem(folder: Path) -> HmemConfig | None:
-    """``hmem.json``; None if the model has no memory."""
-    if (folder / "hmem.json").exists():
-        return HmemConfig.from_file(folder / "hmem.json")
-    if (folder / BANK_FOLDER).exists():
-        raise UserError("hmem.json is missing", folder, "restore it or make the model again")
-    return None
-
-
-def _checked_bank(folder: Path, hmem: HmemConfig) -> Manifest:
-    """The bank's manifest, once anchor, hmem.json and bank are found to belong together."""
-    if anchor_hash(folder) != hmem.anchor_hash:
-        raise UserError(
-            "the anchor is not the one this memory was made for", folder, "restore the anchor"
-        )
-    with open_bank(folder, hmem, cache_bytes=0) as bank:
-        return bank.manifest
 
 
 def quantize(chosen: Plan, out: Path, texts: Sequence[str] = (), overwrite: bool = False) -> Report:

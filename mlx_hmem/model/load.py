@@ -71,21 +71,13 @@ def load(
     obtain = shards_from_hub(path_or_repo, folder) if lazy else None
     if not (folder / "config.json").exists():
         raise UserError("not a model directory: no config.json", folder, "name one, or restore it")
-    if not (folder / "hmem.json").exists():
-        if (folder / "bank").exists() or (folder / "retriever").exists():
-            raise UserError("hmem.json is missing", folder, "restore it or make the model again")
+    hmem = read_hmem(folder)
+    if hmem is None:
         if view is not None:
             raise UserError("a model without memory has no views", view, "leave it out")
         plan = limits.plan(folder)
         anchor, config = load_anchor(folder)
         return limits.keep(MemoryModel(anchor, config, read_tokenizer(folder, config)), plan)
-    hmem = HmemConfig.from_file(folder / "hmem.json")
-    if anchor_hash(folder) != hmem.anchor_hash:
-        raise UserError(
-            "the anchor is not the one this memory was made for",
-            folder / "model.safetensors",
-            "restore the anchor, or use the memory of this one",
-        )
     configs = {"": hmem, **added_banks(folder, hmem)}
     places = {name: folder / BESIDE / name if name else folder for name in configs}
     files = encoder_folder(folder, hmem)
@@ -108,6 +100,22 @@ def load(
     tokenizer = read_tokenizer(folder, config)
     model = MemoryModel(anchor, config, tokenizer, *banks.pop(""), banks, views)
     return limits.keep(model, plan).under(view)
+
+
+def read_hmem(folder: Path) -> HmemConfig | None:
+    """``hmem.json``, once the anchor beside it is found to be its own; None without memory."""
+    if not (folder / "hmem.json").exists():
+        if (folder / BANK_FOLDER).exists() or (folder / "retriever").exists():
+            raise UserError("hmem.json is missing", folder, "restore it or make the model again")
+        return None
+    hmem = HmemConfig.from_file(folder / "hmem.json")
+    if anchor_hash(folder) != hmem.anchor_hash:
+        raise UserError(
+            "the anchor is not the one this memory was made for",
+            folder / "model.safetensors",
+            "restore the anchor, or use the memory of this one",
+        )
+    return hmem
 
 
 def added_banks(folder: Path, hmem: HmemConfig) -> dict[str, HmemConfig]:

@@ -18,11 +18,10 @@ from mlx_hmem.bank.views import VIEWS, read_views, write_views
 from mlx_hmem.bank.writer import Given, rewrite_bank
 from mlx_hmem.bank_tools.folders import TREE, link_model
 from mlx_hmem.config import FORMAT_VERSION, HmemConfig, RetrieverConfig
-from mlx_hmem.errors import UserError
 from mlx_hmem.files import fingerprint, write_atomic
 from mlx_hmem.folders import whole_folder
 from mlx_hmem.model.find import BANK_FILES, BANK_FOLDER, MODEL_FILES, find_model
-from mlx_hmem.model.load import added_banks, open_encoder, open_tree
+from mlx_hmem.model.load import added_banks, open_encoder, open_tree, read_hmem
 from mlx_hmem.retriever import ClusterTree, Encoder, load_encoder
 
 from ..export import place_encoder
@@ -62,18 +61,12 @@ def open_base(path_or_repo: str) -> Base:
     """A folder or Hub id, with its memory if it has one; UserError where the parts do not fit."""
     folder = find_model(path_or_repo, (*MODEL_FILES, *BANK_FILES, f"{BANK_FOLDER}/*.jsonl"))
     read_config(folder)
-    found = anchor_hash(folder)
-    if not (folder / "hmem.json").exists():
-        if (folder / BANK_FOLDER).exists():
-            raise UserError("hmem.json is missing", folder, "restore it or make the model again")
-        return Base(folder, None, None, None, load_encoder("static"), found)
-    hmem = HmemConfig.from_file(folder / "hmem.json")
-    if found != hmem.anchor_hash:
-        raise UserError(
-            "the anchor is not the one this memory was made for", folder, "restore the anchor"
-        )
+    hmem = read_hmem(folder)
+    if hmem is None:
+        return Base(folder, None, None, None, load_encoder("static"), anchor_hash(folder))
     manifest = Manifest.from_file(folder / BANK_FOLDER / MANIFEST)
-    return Base(folder, hmem, open_tree(folder, hmem), manifest, open_encoder(folder, hmem), found)
+    tree, encoder = open_tree(folder, hmem), open_encoder(folder, hmem)
+    return Base(folder, hmem, tree, manifest, encoder, hmem.anchor_hash)
 
 
 def joined_tree(base: ClusterTree | None, own: ClusterTree) -> ClusterTree:
