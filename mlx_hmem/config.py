@@ -247,6 +247,22 @@ class MemoryConfig(JsonConfig):
                 )
         return result
 
+    def path_to(self, level: int, cluster: int) -> ClusterPath:
+        """The path that leads to a cluster."""
+        path = [cluster]
+        for width in reversed(self.branching[1:level]):
+            path.append(path[-1] // width)
+        return tuple(reversed(path))
+
+    def clusters_on(self, path: ClusterPath, level: int) -> range:
+        """The clusters of ``level`` that lie on the path or below it; all of them for ()."""
+        if not path:
+            return range(self.num_clusters[level - 1])
+        if level <= len(path):
+            return range(path[level - 1], path[level - 1] + 1)
+        count = math.prod(self.branching[len(path) : level])
+        return range(path[-1] * count, (path[-1] + 1) * count)
+
     def check_blocked(self, blocked: Iterable[Any]) -> frozenset[tuple[int, int]]:
         """(level, cluster) of clusters that may not be fetched, each given as the path to it."""
         paths = [self.check_path(path, whole=False) for path in blocked]

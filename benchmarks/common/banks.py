@@ -40,12 +40,7 @@ def paper_config(anchor: str, branching: tuple[int, ...] = BRANCHING) -> MemoryC
 def spread_paths(config: MemoryConfig, count: int) -> list[ClusterPath]:
     """Paths spread over the bank; as far as there are so many, each in another level-1 cluster."""
     last = config.num_clusters[-1]
-    return [path_to(config, last * i // count + i) for i in range(count)]
-
-
-def path_to(config: MemoryConfig, leaf: int) -> ClusterPath:
-    below = [math.prod(config.branching[i + 1 :]) for i in range(config.num_levels)]
-    return tuple(leaf // n for n in below)
+    return [config.path_to(config.num_levels, last * i // count + i) for i in range(count)]
 
 
 def sibling(config: MemoryConfig, path: ClusterPath, level: int) -> ClusterPath:
@@ -53,7 +48,7 @@ def sibling(config: MemoryConfig, path: ClusterPath, level: int) -> ClusterPath:
     below = math.prod(config.branching[level:])
     first = (path[level - 2] if level > 1 else 0) * config.branching[level - 1]
     cluster = first + (path[level - 1] - first + 1) % config.branching[level - 1]
-    return path_to(config, cluster * below)
+    return config.path_to(config.num_levels, cluster * below)
 
 
 def keys_of(config: MemoryConfig, paths: Iterable[ClusterPath]) -> set[Key]:

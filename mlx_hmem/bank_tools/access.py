@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlx_hmem.bank.views import Barred, check_barred, check_name, write_views
-from mlx_hmem.bank_tools.contents import OpenBank, views_of
+from mlx_hmem.bank_tools.contents import OpenBank, configs_of, views_of
 from mlx_hmem.errors import UserError
 from mlx_hmem.model.find import BANK_FOLDER
 
@@ -13,7 +13,7 @@ def block(folder: Path, banks: Sequence[OpenBank], name: str, paths: Sequence[Ba
     """Bars clusters in a view, which is made if it is new; a line that says what it bars now."""
     check_name(name, "view")
     views = views_of(folder, banks)
-    configs = {each.name: each.bank.config for each in banks}
+    configs = configs_of(banks)
     barred = list(views.get(name, ()))
     barred += [path for each in paths if (path := check_barred(each, configs)) not in barred]
     write_views(folder / BANK_FOLDER, {**views, name: _least(barred)})
@@ -25,8 +25,7 @@ def unblock(folder: Path, banks: Sequence[OpenBank], name: str, paths: Sequence[
     views = views_of(folder, banks)
     if name not in views:
         raise UserError("no such view", name, f"known: {', '.join(views) or 'none'}")
-    configs = {each.name: each.bank.config for each in banks}
-    wanted = [check_barred(path, configs) for path in paths]
+    wanted = [check_barred(path, configs_of(banks)) for path in paths]
     for path in wanted:
         if path not in views[name]:
             above = next((b for b in views[name] if _leads_to(b, path)), None)

@@ -6,10 +6,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from mlx_hmem.bank.views import Barred, barred_path
+from mlx_hmem.bank.views import Barred, barred_path, check_barred
 from mlx_hmem.bank_tools import access, compare, rewrite
 from mlx_hmem.bank_tools.checks import verify
-from mlx_hmem.bank_tools.contents import Contents, OpenBank, model_folder, open_banks, views_of
+from mlx_hmem.bank_tools.contents import (
+    Contents,
+    OpenBank,
+    configs_of,
+    model_folder,
+    open_banks,
+    views_of,
+)
 from mlx_hmem.bank_tools.effects import measure, read_named_texts
 from mlx_hmem.bank_tools.page import write_page
 from mlx_hmem.bank_tools.table import cluster_lines, table_lines
@@ -31,13 +38,10 @@ def opened(folder: Path) -> Iterator[list[OpenBank]]:
 
 def bank_called(banks: Sequence[OpenBank], path: Barred) -> tuple[OpenBank, tuple[int, ...]]:
     """The bank that a path names, and the path in it, checked; () for all of it."""
+    path = check_barred(path, configs_of(banks)) if path else ()
     name = path[0] if path and isinstance(path[0], str) else ""
-    rest = path[1:] if name else path
-    for each in banks:
-        if each.name == name:
-            return each, each.bank.config.check_path(rest, whole=False) if rest else ()
-    known = ", ".join(each.name for each in banks if each.name) or "none was added"
-    raise UserError("no such bank", name, f"known: {known}")
+    found = next(each for each in banks if each.name == name)
+    return found, path[1:] if name else path  # type: ignore[return-value]
 
 
 def inspect_command(args: argparse.Namespace) -> None:
@@ -107,8 +111,9 @@ def merge_command(args: argparse.Namespace) -> None:
 
 def diff_command(args: argparse.Namespace) -> None:
     with opened(model_folder(args.model)) as first, opened(model_folder(args.other)) as second:
-        lines = compare.headlines(first[0], second[0])
+        unlike = compare.unlike(first[0], second[0])
         found = list(compare.differences(first[0].bank, second[0].bank))
+    lines = [f"{what}: {mine} and {theirs}" for what, mine, theirs in unlike]
     print("\n".join(lines or ["anchor, tree, encoder and format are the same"]))
     if found:
         print(f"{'level':>5} {'cluster':>8} {'bytes':>12} {'|A|':>10} {'|B|':>10} {'|A - B|':>10}")
@@ -129,7 +134,7 @@ def export_command(args: argparse.Namespace) -> None:
         wanted = levels if args.level is None else [args.level]
         keys = []
         for level in wanted:
-            clusters = rewrite.clusters_on(bank.bank.config, path, level)
+            clusters = bank.bank.config.clusters_on(path, level) if level else range(1)
             keys += [(level, cluster) for cluster in clusters]
         print(compare.export(bank, keys, args.out))
 

@@ -32,19 +32,17 @@ class Difference:
     difference: float
 
 
-def headlines(first: OpenBank, second: OpenBank) -> list[str]:
-    """How the two differ as a whole, a line each."""
-    lines = []
-    for what, mine, theirs in (
+def unlike(first: OpenBank, second: OpenBank) -> list[tuple[str, object, object]]:
+    """In what the two differ as a whole: its name, and what it is in either."""
+    pairs = (
         ("anchor", first.bank.anchor_hash, second.bank.anchor_hash),
         ("cluster tree", first.bank.tree_hash, second.bank.tree_hash),
         ("encoder", first.hmem.retriever.encoder_hash, second.hmem.retriever.encoder_hash),
+        ("memory", first.bank.config, second.bank.config),
         ("dtype", first.bank.dtype, second.bank.dtype),
         ("quantisation", first.bank.manifest.quantization, second.bank.manifest.quantization),
-    ):
-        if mine != theirs:
-            lines.append(f"{what}: {mine} and {theirs}")
-    return lines
+    )
+    return [each for each in pairs if each[1] != each[2]]
 
 
 def differences(first: Bank, second: Bank) -> Iterator[Difference]:

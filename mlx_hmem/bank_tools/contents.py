@@ -13,7 +13,7 @@ from typing import NamedTuple
 from mlx_hmem.bank import Bank
 from mlx_hmem.bank.documents import MAX_TERMS, Document, read_documents
 from mlx_hmem.bank.views import Views, read_views
-from mlx_hmem.config import ClusterPath, HmemConfig
+from mlx_hmem.config import ClusterPath, HmemConfig, MemoryConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.model.find import BANK_FILES, BANK_FOLDER, BESIDE, MODEL_FILES, find_model
 from mlx_hmem.model.load import added_banks, open_bank, open_tree
@@ -52,9 +52,22 @@ def open_banks(folder: Path) -> list[OpenBank]:
     return found
 
 
+def configs_of(banks: Collection[OpenBank]) -> dict[str, MemoryConfig]:
+    """By the names of the banks."""
+    return {each.name: each.bank.config for each in banks}
+
+
 def views_of(folder: Path, banks: Collection[OpenBank]) -> Views:
     """The views of a model directory."""
-    return read_views(folder / BANK_FOLDER, {each.name: each.bank.config for each in banks})
+    return read_views(folder / BANK_FOLDER, configs_of(banks))
+
+
+def stored_as(bank: Bank, level: int) -> str:
+    """How the blocks of a level are stored, in words."""
+    how = bank.manifest.quantization_of(level)
+    if not bank.config.r[level - 1]:
+        return "no memory"
+    return bank.dtype if how is None else f"{how.mode} {how.bits} bits"
 
 
 @dataclass
@@ -89,19 +102,13 @@ class Contents:
 
     def path_to(self, key: Key) -> ClusterPath:
         """The path that leads to a cluster."""
-        level, cluster = key
-        path = [cluster]
-        for width in reversed(self.config.branching[1:level]):
-            path.append(path[-1] // width)
-        return tuple(reversed(path))
+        return self.config.path_to(*key)
 
     def below(self, path: ClusterPath) -> Iterator[Key]:
         """The cluster at a path and all under it, level by level."""
-        first, last = path[-1], path[-1] + 1
         for level in range(len(path), self.config.num_levels + 1):
-            if level > len(path):
-                first, last = (n * self.config.branching[level - 1] for n in (first, last))
-            yield from ((level, c) for c in range(first, last) if (level, c) in self.clusters)
+            found = self.config.clusters_on(path, level)
+            yield from ((level, c) for c in found if (level, c) in self.clusters)
 
     def _add(self, number: int, document: Document) -> None:
         leaves = set(document.clusters)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mlx_hmem.bank.views import Views
-from mlx_hmem.bank_tools.contents import Contents
+from mlx_hmem.bank_tools.contents import Contents, stored_as
 from mlx_hmem.bank_tools.effects import Effects
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import load_safetensors, write_atomic
@@ -107,11 +107,6 @@ def _bank(contents: Contents, effects: Effects | None) -> dict[str, Any]:
                 ],
             }
         )
-    stored = []
-    for level, r in enumerate(config.r, 1):
-        how = bank.manifest.quantization_of(level)
-        as_is = bank.dtype if how is None else f"{how.mode}, {how.bits} bits"
-        stored.append(as_is if r else "no memory on this level")
     return {
         "name": contents.opened.name,
         "kind": config.kind,
@@ -121,7 +116,7 @@ def _bank(contents: Contents, effects: Effects | None) -> dict[str, Any]:
         "anchor": bank.anchor_hash,
         "tree": bank.tree_hash,
         "blockBytes": [bank.block_bytes(n) if r else 0 for n, r in enumerate(config.r, 1)],
-        "stored": stored,
+        "stored": [stored_as(bank, n) for n in range(1, config.num_levels + 1)],
         "levels": levels,
         "documents": [vars(document) for document in contents.documents],
     }

@@ -16,6 +16,7 @@ from mlx_hmem.bank.documents import Document, read_documents, write_documents
 from mlx_hmem.bank.format import GENERIC
 from mlx_hmem.bank.views import VIEWS, Barred, Views, check_name, of_bank, write_views
 from mlx_hmem.bank.writer import Given, rewrite_bank, stored_bytes
+from mlx_hmem.bank_tools.compare import unlike
 from mlx_hmem.bank_tools.contents import OpenBank, views_of
 from mlx_hmem.bank_tools.folders import BANK, TREE, link_model
 from mlx_hmem.config import ClusterPath, MemoryConfig
@@ -80,19 +81,6 @@ def split(folder: Path, opened: OpenBank, views: Views, path: ClusterPath, out: 
     return f"{out} has the subtree {path} alone, in {count} files; {len(documents)} documents"
 
 
-def clusters_on(config: MemoryConfig, path: ClusterPath, level: int) -> range:
-    """The clusters of ``level`` that lie on the path or below it; all of them for (); level 0 is
-    the generic memory."""
-    if level == GENERIC:
-        return range(1)
-    if not path:
-        return range(config.num_clusters[level - 1])
-    if level <= len(path):
-        return range(path[level - 1], path[level - 1] + 1)
-    count = int(np.prod(config.branching[len(path) : level]))
-    return range(path[-1] * count, (path[-1] + 1) * count)
-
-
 def _subtree(
     tree: ClusterTree, config: MemoryConfig, path: ClusterPath, width: tuple[int, ...]
 ) -> ClusterTree:
@@ -101,7 +89,7 @@ def _subtree(
     centroids, counts = [], []
     for level in range(1, len(width) + 1):
         size = int(np.prod(width[:level]))
-        rows = np.array(clusters_on(config, path, level))
+        rows = np.array(config.clusters_on(path, level))
         centroids.append(np.zeros((size, tree.dim), np.float32))
         centroids[-1][: len(rows)] = tree.centroids[level - 1][rows]
         counts.append(np.zeros(size, np.int64))
@@ -117,7 +105,7 @@ def _write_subtree(
     def block(level: int, cluster: int) -> Given:
         if level == GENERIC:
             return "keep"
-        clusters = clusters_on(bank.config, path, level)
+        clusters = bank.config.clusters_on(path, level)
         return stored_bytes(bank, level, clusters[cluster]) if cluster < len(clusters) else None
 
     hashes = (bank.anchor_hash, tree_hash)
@@ -132,7 +120,7 @@ def _documents_below(opened: OpenBank, path: ClusterPath) -> Iterator[Document]:
     for document in read_documents(opened.folder / BANK_FOLDER, config):
         leaves = [leaf for leaf in document.clusters if leaf[: len(path)] == path]
         if leaves:
-            starts = [clusters_on(config, path, n)[0] for n in range(1, config.num_levels + 1)]
+            starts = [config.clusters_on(path, n)[0] for n in range(1, config.num_levels + 1)]
             moved = tuple(
                 tuple(c - s for c, s in zip(leaf, starts, strict=True)) for leaf in leaves
             )
@@ -143,7 +131,7 @@ def _documents_below(opened: OpenBank, path: ClusterPath) -> Iterator[Document]:
 def _views_below(opened: OpenBank, views: Views, path: ClusterPath) -> Views:
     """What each view bars of the subtree, as its clusters are called now."""
     config = opened.bank.config
-    starts = [clusters_on(config, path, level)[0] for level in range(1, config.num_levels + 1)]
+    starts = [config.clusters_on(path, level)[0] for level in range(1, config.num_levels + 1)]
 
     def moved(barred: Sequence[Barred]) -> list[Barred]:
         paths = of_bank(barred, opened.name)
@@ -164,7 +152,12 @@ def merge(first: OpenBank, second: OpenBank, out: Path) -> str:
     Of each block that one has trained and the other not, the trained one is taken. Raises UserError
     where both have trained a block and differ.
     """
-    _check_same(first, second)
+    for what, mine, theirs in unlike(first, second):
+        raise UserError(
+            f"the two banks have another {what}",
+            f"{mine} and {theirs}",
+            "merge banks of one anchor and tree; add puts others side by side",
+        )
     choice = _choose(first.bank, second.bank)
 
     def block(level: int, cluster: int) -> Given:
@@ -179,22 +172,6 @@ def merge(first: OpenBank, second: OpenBank, out: Path) -> str:
         if documents:
             write_documents(part / BANK_FOLDER, documents)
     return f"{out}: {len(choice)} blocks of {second.folder}, all others of {first.folder}"
-
-
-def _check_same(first: OpenBank, second: OpenBank) -> None:
-    for what, mine, theirs in (
-        ("anchor", first.bank.anchor_hash, second.bank.anchor_hash),
-        ("cluster tree", first.bank.tree_hash, second.bank.tree_hash),
-        ("memory", first.bank.config, second.bank.config),
-        ("dtype", first.bank.dtype, second.bank.dtype),
-        ("quantisation", first.bank.manifest.quantization, second.bank.manifest.quantization),
-    ):
-        if mine != theirs:
-            raise UserError(
-                f"the two banks have another {what}",
-                f"{mine} and {theirs}",
-                "merge banks of one anchor and tree; add puts others side by side",
-            )
 
 
 def _choose(first: Bank, second: Bank) -> set[tuple[int, int]]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from mlx_hmem.bank.views import Views
 from mlx_hmem.bank_tools.access import shown
-from mlx_hmem.bank_tools.contents import Cluster, Contents, Key
+from mlx_hmem.bank_tools.contents import Cluster, Contents, Key, stored_as
 from mlx_hmem.bank_tools.effects import Effects
 from mlx_hmem.config import ClusterPath
 
@@ -38,33 +38,33 @@ def _bank_lines(contents: Contents, effects: Effects | None) -> list[str]:
         zip(bank.config.r, bank.config.num_clusters, strict=True), 1
     ):
         own = [c for (n, _), c in contents.clusters.items() if n == level]
-        stored = "no memory"
-        nbytes = 0
-        if r:
-            how, nbytes = bank.manifest.quantization_of(level), bank.block_bytes(level)
-            stored = bank.dtype if how is None else f"{how.mode} {how.bits} bits"
+        nbytes = bank.block_bytes(level) if r else 0
         lines.append(
             f"{level:5} {count:9,} {len(own):8,} {sum(c.empty for c in own):6,} {r:4} "
-            f"{nbytes:12,} {count * nbytes:15,}  {stored}"
+            f"{nbytes:12,} {count * nbytes:15,}  {stored_as(bank, level)}"
         )
     return [*lines, "", *_cluster_table(contents, effects)]
 
 
 def _cluster_table(contents: Contents, effects: Effects | None) -> list[str]:
-    effect = f" {'effect':>8}" if effects else ""
-    lines = [
-        f"{'cluster':<14} {'examples':>9} {'documents':>9} {'tokens':>10}{effect}  words",
-    ]
     ranked = sorted(contents.clusters, key=contents.path_to)
     if len(ranked) > MOST_CLUSTERS:  # the largest of them, in order of the tree
         size = {key: _size(contents.clusters[key], key) for key in ranked}
         kept = set(sorted(ranked, key=lambda key: size[key])[:MOST_CLUSTERS])
         ranked = [key for key in ranked if key in kept]
-    for key in ranked:
-        lines.append(_cluster_row(contents, key, effects))
-    if (rest := len(contents.clusters) - len(ranked)) > 0:
-        lines.append(f"… and {rest:,} more; name a CLUSTER, or see them with --html")
-    return lines
+    rest = _more(len(contents.clusters), MOST_CLUSTERS, "; name a CLUSTER, or see them with --html")
+    return [*_cluster_rows(contents, ranked, effects), *rest]
+
+
+def _more(count: int, most: int, where: str = "") -> list[str]:
+    """The line that says how many are left out."""
+    return [f"… and {count - most:,} more{where}"] if count > most else []
+
+
+def _cluster_rows(contents: Contents, keys: Sequence[Key], effects: Effects | None) -> list[str]:
+    effect = f" {'effect':>8}" if effects else ""
+    head = f"{'cluster':<14} {'examples':>9} {'documents':>9} {'tokens':>10}{effect}  words"
+    return [head, *(_cluster_row(contents, key, effects) for key in keys)]
 
 
 def _size(cluster: Cluster, key: Key) -> tuple[float, int, Key]:
@@ -88,13 +88,9 @@ def cluster_lines(contents: Contents, path: ClusterPath, effects: Effects | None
     """One cluster, or a whole bank for (): what lies below it, and its documents."""
     if not path:
         return _bank_lines(contents, effects)
-    lines = [f"{'cluster':<14} {'examples':>9} {'documents':>9} {'tokens':>10}  words"]
     below = list(contents.below(path))
-    if effects is not None:
-        lines = [lines[0].replace("  words", f" {'effect':>8}  words")]
-    lines += [_cluster_row(contents, key, effects) for key in below[:MOST_CLUSTERS]]
-    if len(below) > MOST_CLUSTERS:
-        lines.append(f"… and {len(below) - MOST_CLUSTERS:,} more")
+    lines = _cluster_rows(contents, below[:MOST_CLUSTERS], effects)
+    lines += _more(len(below), MOST_CLUSTERS)
     key = (len(path), path[-1])
     found = contents.clusters[key].documents if key in contents.clusters else {}
     numbers = sorted(found, key=lambda number: (-found[number], number))
@@ -104,9 +100,7 @@ def cluster_lines(contents: Contents, path: ClusterPath, effects: Effects | None
         words = " ".join(document.terms)
         share = f"{found[number]:4.0%} of {document.tokens:7,} tokens"
         lines.append(f"{document.sha256[:12]} {share}  {document.name}  {words}")
-    if len(numbers) > MOST_DOCUMENTS:
-        lines.append(f"… and {len(numbers) - MOST_DOCUMENTS:,} more")
-    return lines
+    return lines + _more(len(numbers), MOST_DOCUMENTS)
 
 
 def _text_lines(effects: Effects) -> list[str]:
@@ -118,8 +112,7 @@ def _text_lines(effects: Effects) -> list[str]:
             f"{text.without:8.4f} {text.fetched:8.4f} {text.tokens:8,} tokens  {where}{path}  "
             f"{text.name}"
         )
-    if len(effects.texts) > MOST_DOCUMENTS:
-        lines.append(f"… and {len(effects.texts) - MOST_DOCUMENTS:,} more")
+    lines += _more(len(effects.texts), MOST_DOCUMENTS)
     tokens = sum(text.tokens for text in effects.texts)
     without = sum(text.without * text.tokens for text in effects.texts) / tokens
     fetched = sum(text.fetched * text.tokens for text in effects.texts) / tokens
