@@ -106,7 +106,7 @@ def file_parts(folder: Path, manifest: Manifest, keys: Iterable[Key]) -> list[Fi
     parts = []
     for number, cluster in keys:
         level = levels[number]
-        shard = next(s for s in reversed(level.shards) if s.first_cluster <= cluster)
+        shard = level.shards[level.shard_of(cluster)]
         offset = manifest.page_size + (cluster - shard.first_cluster) * level.block_stride
         parts.append(FilePart(folder / shard.file, offset, level.block_bytes))
     return parts

@@ -127,7 +127,7 @@ def _forget(path: Path) -> None:
 
 def kept_shard(folder: Path, planned: Manifest, level: int, shard: Shard) -> Shard | None:
     """The shard that an earlier call wrote whole, its checksums computed again; None without it."""
-    path, layout = folder / shard.file, planned.layout(level)
+    path, layout = folder / shard.file, planned.level(level)
     if not path.exists():
         return None
     with open_regular(path) as file:

@@ -107,6 +107,10 @@ class Level(JsonConfig):
         """The checksum of a block of zeros."""
         return checksum_of_zeros(self.block_bytes)
 
+    def shard_of(self, cluster: int) -> int:
+        """The number of the shard that holds a block."""
+        return bisect_right(self.shards, cluster, key=lambda shard: shard.first_cluster) - 1
+
 
 def stored_r(config: MemoryConfig) -> dict[int, int]:
     """The multiplier r of the generic memory and of every level that has memory."""
@@ -164,7 +168,9 @@ class Manifest(JsonConfig):
         if repr(found) != repr(stored_levels(self.memory)):  # repr: 1 is not True
             raise UserError("levels of the bank do not match its r", found, REMEDY)
         for level in self.all_levels:
-            _check_level(level, self.layout(level.level), num_blocks(self.memory, level.level))
+            n, how = level.level, self.quantization_of(level.level)
+            layout = Level.layout(self.memory, n, self.dtype, how)
+            _check_level(level, layout, num_blocks(self.memory, n))
 
     @classmethod
     def planned(
@@ -198,9 +204,9 @@ class Manifest(JsonConfig):
     def quantization_of(self, level: int) -> Quantization | None:
         return next((q for q in self.quantization or () if q.level == level), None)
 
-    def layout(self, level: int) -> Level:
-        """The level as it follows from the rest of the manifest, without its shards."""
-        return Level.layout(self.memory, level, self.dtype, self.quantization_of(level))
+    def level(self, number: int) -> Level:
+        """The level of this number, GENERIC being one."""
+        return next(level for level in self.all_levels if level.level == number)
 
     def parts(self, level: int) -> tuple[Part, ...]:
         """The arrays of which a stored block of the level consists."""
@@ -208,10 +214,10 @@ class Manifest(JsonConfig):
 
     def is_zeros(self, level: int, cluster: int) -> bool:
         """Whether a block is zeros, by its checksum."""
-        own = next(each for each in self.all_levels if each.level == level)
-        at = bisect_right(own.shards, cluster, key=lambda shard: shard.first_cluster) - 1
-        row = cluster - own.shards[at].first_cluster
-        return own.shards[at].xxh3[16 * row : 16 * row + 16] == own.zeros
+        own = self.level(level)
+        shard = own.shards[own.shard_of(cluster)]
+        row = cluster - shard.first_cluster
+        return shard.xxh3[16 * row : 16 * row + 16] == own.zeros
 
     @property
     def all_levels(self) -> tuple[Level, ...]:

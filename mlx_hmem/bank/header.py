@@ -20,7 +20,7 @@ class RowType(NamedTuple):
     @classmethod
     def of(cls, manifest: Manifest, level: int) -> Self:
         how, stored = manifest.quantization_of(level), STORED_TYPES[manifest.dtype]
-        stride = manifest.layout(level).block_stride
+        stride = manifest.level(level).block_stride
         if how is None:
             return cls(stored.tag, stride // stored.dtype.size, None)
         return cls("U8", stride, " ".join(map(str, (*how.options.values(), manifest.dtype))))
@@ -28,7 +28,7 @@ class RowType(NamedTuple):
 
 def shard_header(manifest: Manifest, level: int, shard: Shard) -> bytes:
     """Length, JSON and spaces, so that block 0 begins at byte 16,384."""
-    layout, row = manifest.layout(level), RowType.of(manifest, level)
+    layout, row = manifest.level(level), RowType.of(manifest, level)
     if row.length > MAX_DIM:
         size = f"{layout.block_bytes} bytes"
         raise UserError(f"a block of level {level} is too large", size, "make r smaller")

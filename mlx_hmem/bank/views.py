@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_hmem.config import MemoryConfig, read_json
+from mlx_hmem.config import ClusterPath, MemoryConfig, read_json
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import strict_json, write_atomic
 
@@ -67,11 +67,16 @@ def _view(view: Any, configs: Mapping[str, MemoryConfig]) -> Sequence[Barred]:
     return tuple(check_barred(path, configs) for path in view["blocked"])
 
 
+def in_bank(path: Barred) -> tuple[str, ClusterPath]:
+    """The bank that a barred path names, "" being the first, and the path in it; () for all."""
+    return (path[0], path[1:]) if isinstance(path[0], str) else ("", path)  # type: ignore[return-value]
+
+
 def check_barred(path: Any, configs: Mapping[str, MemoryConfig]) -> Barred:
     """``path`` as a tuple, or a UserError if it leads to no cluster of these banks."""
     if not isinstance(path, list | tuple) or not path:
         raise UserError("not the path of a cluster", repr(path)[:80], "write it as 3 or 3,51")
-    bank, rest = (path[0], path[1:]) if isinstance(path[0], str) else ("", path)
+    bank, rest = in_bank(tuple(path))
     if bank not in configs:
         known = ", ".join(filter(None, configs)) or "none was added"
         raise UserError("no such bank", bank, f"known: {known}")
@@ -97,11 +102,9 @@ def view_called(views: Views, name: str | None) -> Sequence[Barred]:
     return views[name]
 
 
-def of_bank(barred: Collection[Barred], bank: str) -> list[tuple[int, ...]] | None:
+def of_bank(barred: Collection[Barred], bank: str) -> list[ClusterPath] | None:
     """The barred clusters of one bank, as paths in it; None if all of that bank is barred."""
-    of_named: list[Any] = [path[1:] for path in barred if path[0] == bank]
-    plain: list[Any] = [path for path in barred if not isinstance(path[0], str)]
-    paths = of_named if bank else plain
+    paths = [path for name, path in map(in_bank, barred) if name == bank]
     return None if () in paths else paths
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlx_hmem.bank.views import Barred, check_barred, check_name, write_views
+from mlx_hmem.bank.views import Barred, check_barred, check_name, in_bank, write_views
 from mlx_hmem.bank_tools.contents import OpenBank, configs_of, views_of
 from mlx_hmem.errors import UserError
 from mlx_hmem.model.find import BANK_FOLDER
@@ -42,7 +42,7 @@ def unblock(folder: Path, banks: Sequence[OpenBank], name: str, paths: Sequence[
 
 def shown(path: Barred) -> str:
     """A barred path as the command line takes it."""
-    name, clusters = (str(path[0]), path[1:]) if isinstance(path[0], str) else ("", path)
+    name, clusters = in_bank(path)
     numbers = ",".join(map(str, clusters))
     return f"{name}:{numbers}" if name and numbers else name or numbers
 

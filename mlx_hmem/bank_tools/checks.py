@@ -47,7 +47,7 @@ def _verify_blocks(folder: Path, hmem: HmemConfig) -> tuple[int, list[str]]:
         for cluster in range(num_blocks(manifest.memory, level.level))
     ]
     sound, damage = 0, []
-    total = sum(manifest.layout(level).block_bytes for level, _ in keys)
+    total = sum(manifest.level(level).block_bytes for level, _ in keys)
     bar = tqdm(total=total, desc="verifying", unit="B", unit_scale=True, delay=2)
     with open_bank(folder, hmem, cache_bytes=0) as bank, bar:
         for level, cluster in keys:

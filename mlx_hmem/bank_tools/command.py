@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from mlx_hmem.bank.views import Barred, barred_path, check_barred
+from mlx_hmem.bank.views import Barred, barred_path, check_barred, in_bank
 from mlx_hmem.bank_tools import access, compare, rewrite
 from mlx_hmem.bank_tools.checks import verify
 from mlx_hmem.bank_tools.contents import (
@@ -38,10 +38,8 @@ def opened(folder: Path) -> Iterator[list[OpenBank]]:
 
 def bank_called(banks: Sequence[OpenBank], path: Barred) -> tuple[OpenBank, tuple[int, ...]]:
     """The bank that a path names, and the path in it, checked; () for all of it."""
-    path = check_barred(path, configs_of(banks)) if path else ()
-    name = path[0] if path and isinstance(path[0], str) else ""
-    found = next(each for each in banks if each.name == name)
-    return found, path[1:] if name else path  # type: ignore[return-value]
+    name, rest = in_bank(check_barred(path, configs_of(banks))) if path else ("", ())
+    return next(each for each in banks if each.name == name), rest
 
 
 def inspect_command(args: argparse.Namespace) -> None:

@@ -6,7 +6,6 @@ what means, the bank does not know. It is then checked like any other file.
 
 import os
 import threading
-from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -98,8 +97,7 @@ class Shards:
 
     def _index(self, level: int, cluster: int) -> tuple[int, int]:
         """Level and number of the shard that holds a block."""
-        shards = self._levels[level].shards
-        return level, bisect_right(shards, cluster, key=lambda s: s.first_cluster) - 1
+        return level, self._levels[level].shard_of(cluster)
 
     def _missing(self, wanted: Iterable[tuple[int, int]]) -> list[str]:
         shards = [(self._levels[n], self._levels[n].shards[i]) for n, i in wanted]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlx_hmem.bank.format import GENERIC, PAGE, REMEDY, STORED_TYPES, Manifest, block_parts
+from mlx_hmem.bank.format import GENERIC, PAGE, REMEDY, STORED_TYPES, Manifest
 from mlx_hmem.bank.quantization import Part, dequantize_block
 from mlx_hmem.bank.read.blocks import BlockReader, Place, Reading, StoredBlock
 from mlx_hmem.bank.read.cache import Key
@@ -45,9 +45,7 @@ class Storage:
         self.config, self.dtype = manifest.memory, STORED_TYPES[manifest.dtype].dtype
         self.layouts = {level.level: level for level in manifest.all_levels}
         self.quantization = {n: manifest.quantization_of(n) for n in self.layouts}
-        self.parts = {
-            n: block_parts(self.config, n, manifest.dtype, q) for n, q in self.quantization.items()
-        }
+        self.parts = {n: manifest.parts(n) for n in self.layouts}
         self.layers = {
             n: [Part(part.dtype, part.shape[1:])] * part.shape[0]
             for n, (part, *_) in self.parts.items()
