@@ -120,3 +120,10 @@ def barred_path(text: str) -> Barred:
     if (colon and not (NAME.fullmatch(bank) and clusters)) or not (bank or clusters):
         raise UserError("not a cluster path", repr(text), "write it as 3, 3,51 or BANK:3,51")
     return (bank, *clusters) if bank else clusters
+
+
+def shown(path: Barred) -> str:
+    """A barred path as the command line takes it."""
+    bank, clusters = in_bank(path)
+    numbers = ",".join(map(str, clusters))
+    return f"{bank}:{numbers}" if bank and numbers else bank or numbers

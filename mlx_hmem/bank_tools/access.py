@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlx_hmem.bank.views import Barred, check_barred, check_name, in_bank, write_views
+from mlx_hmem.bank.views import Barred, check_barred, check_name, shown, write_views
 from mlx_hmem.bank_tools.contents import OpenBank, configs_of, views_of
 from mlx_hmem.errors import UserError
 from mlx_hmem.model.find import BANK_FOLDER
@@ -38,13 +38,6 @@ def unblock(folder: Path, banks: Sequence[OpenBank], name: str, paths: Sequence[
     rest = [path for path in views[name] if path not in wanted]
     write_views(folder / BANK_FOLDER, {**views, name: rest})
     return _said(name, rest)
-
-
-def shown(path: Barred) -> str:
-    """A barred path as the command line takes it."""
-    name, clusters = in_bank(path)
-    numbers = ",".join(map(str, clusters))
-    return f"{name}:{numbers}" if name and numbers else name or numbers
 
 
 def _leads_to(above: Barred, path: Barred) -> bool:

@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 
-from mlx_hmem.bank.views import Views
-from mlx_hmem.bank_tools.access import shown
+from mlx_hmem.bank.views import Views, shown
 from mlx_hmem.bank_tools.contents import Cluster, Contents, Key, stored_as
 from mlx_hmem.bank_tools.effects import Effects
 from mlx_hmem.config import ClusterPath
@@ -78,7 +77,7 @@ def _cluster_row(contents: Contents, key: Key, effects: Effects | None) -> str:
     if effects is not None:
         found = effects.blocks.get((contents.opened.name, *key))
         effect = f" {'' if found is None else f'{found.per_token:+.4f}':>8}"
-    name = "  " * (len(path) - 1) + ",".join(map(str, path))
+    name = "  " * (len(path) - 1) + shown(path)
     words = ("(empty block) " if cluster.empty else "") + " ".join(cluster.terms)
     row = f"{name:<14} {cluster.examples:9,} {len(cluster.documents):9,} {cluster.tokens:10,.0f}"
     return f"{row}{effect}  {words}".rstrip()
@@ -106,11 +105,9 @@ def cluster_lines(contents: Contents, path: ClusterPath, effects: Effects | None
 def _text_lines(effects: Effects) -> list[str]:
     lines = ["", "loss in nats for each token, without memory and with it, and the route:"]
     for text in effects.texts[:MOST_DOCUMENTS]:
-        where = f"{text.bank}:" if text.bank else ""
-        path = ",".join(map(str, text.path))
+        where = shown((text.bank, *text.path) if text.bank else text.path)
         lines.append(
-            f"{text.without:8.4f} {text.fetched:8.4f} {text.tokens:8,} tokens  {where}{path}  "
-            f"{text.name}"
+            f"{text.without:8.4f} {text.fetched:8.4f} {text.tokens:8,} tokens  {where}  {text.name}"
         )
     lines += _more(len(effects.texts), MOST_DOCUMENTS)
     tokens = sum(text.tokens for text in effects.texts)
