@@ -35,7 +35,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from benchmarks.common.banks import paper_config, path_to
+from benchmarks.common.banks import paper_config
 from benchmarks.common.counting import (
     Timed,
     bare,
@@ -83,7 +83,7 @@ def data(config: MemoryConfig, sequences: int, context: int, vocabulary: int) ->
     rng = np.random.default_rng(0)
     tokens = rng.integers(1, vocabulary, (sequences, context + 1)).astype(np.uint16)
     leaves = rng.integers(0, config.num_clusters[-1], sequences)
-    return tokens, np.array([path_to(config, int(leaf)) for leaf in leaves])
+    return tokens, np.array([config.path_to(config.num_levels, int(leaf)) for leaf in leaves])
 
 
 def anchor_of(args: ModelArgs) -> Model:

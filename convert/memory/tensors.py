@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mlx_hmem.anchors.openlm import PREFIXES
-from mlx_hmem.bank.format import GENERIC, STORED_TYPES, check_dtype, num_blocks, stored_r
+from mlx_hmem.bank.format import GENERIC, STORED_TYPES, num_blocks, stored_r
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
 
