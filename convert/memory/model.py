@@ -25,7 +25,7 @@ from mlx_hmem.config import (
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import fingerprint, strict_json, write_atomic
 from mlx_hmem.folders import copy_missing
-from mlx_hmem.model.load import open_bank
+from mlx_hmem.model.load import open_bank, read_hmem
 from mlx_hmem.retriever import ClusterTree, Retriever, load_encoder
 
 from ..anchors import hugging_face, openlm
@@ -214,9 +214,8 @@ def to_pytorch(source: Path, dtype: str | None = None) -> Conversion:
     Raises:
         UserError: the model is not whole, or quantised and no dtype is given.
     """
-    hmem = HmemConfig.from_file(source / "hmem.json")
-    if anchor_hash(source) != hmem.anchor_hash:
-        raise UserError("the anchor is not the one of this memory", source, "restore the anchor")
+    hmem = read_hmem(source)
+    assert hmem is not None, "kind_of says so"
     with open_bank(source, hmem, cache_bytes=0) as bank:
         manifest = bank.manifest
     if manifest.quantization is not None and dtype is None:

@@ -41,7 +41,7 @@ REWRITTEN = ("hmem.json", RECORD, f"{REPLACED}/*", *BANK_REWRITTEN)
 
 
 @dataclass(frozen=True)
-class Plan:
+class ModelChange:
     """What is to become of a model directory; ``bank`` and ``hmem`` are None without memory."""
 
     folder: Path
@@ -79,7 +79,7 @@ def plan(
     anchor: Quantization | None,
     levels: dict[int, Quantization],
     dtype: str | None = None,
-) -> Plan:
+) -> ModelChange:
     """Checks a model directory and what is to become of it; nothing is written.
 
     ``levels`` are those of the bank to quantise, 0 being the generic memory; ``dtype`` is the
@@ -109,11 +109,13 @@ def plan(
     if hmem is not None:
         patterns.append(f"{hmem.retriever.encoder}/*")
     barred = [*REWRITTEN, *(ANCHOR_FILES if anchor else ())]
-    return Plan(folder, tuple(model_files(folder, patterns, barred)), anchor, bank, hmem)
+    return ModelChange(folder, tuple(model_files(folder, patterns, barred)), anchor, bank, hmem)
 
 
-def quantize(chosen: Plan, out: Path, texts: Sequence[str] = (), overwrite: bool = False) -> Report:
-    """Carries out a plan: ``out`` appears when it is whole. A stopped run goes on where it was.
+def quantize(
+    chosen: ModelChange, out: Path, texts: Sequence[str] = (), overwrite: bool = False
+) -> Report:
+    """Makes ``out`` as was planned; it appears when it is whole. A stopped run goes on where it was.
 
     With ``texts``, their perplexity is measured before and after.
     """
@@ -122,8 +124,8 @@ def quantize(chosen: Plan, out: Path, texts: Sequence[str] = (), overwrite: bool
         return replace(write(chosen, part, texts), model=out)
 
 
-def write(chosen: Plan, part: Path, texts: Sequence[str] = ()) -> Report:
-    """Writes what a plan says into the folder ``part``."""
+def write(chosen: ModelChange, part: Path, texts: Sequence[str] = ()) -> Report:
+    """Writes what was planned into the folder ``part``."""
     before = _scores(chosen.folder, texts)
     if chosen.bank is not None:  # first: else the anchor would load alone
         (part / BANK_FOLDER).mkdir(exist_ok=True)
