@@ -14,15 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mlx_hmem import files
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import (
-    fingerprint,
-    link_or_copy,
-    load_safetensors,
-    read_safetensors_header,
-    save_safetensors,
-    write_atomic,
-)
 from tests.helpers.places import ROOT
 
 
@@ -91,7 +84,7 @@ HOSTILE = {
 def test_hostile_file_is_one_line_with_a_remedy(tmp_path: Path, name: str) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(HOSTILE[name])
-    for read in (read_safetensors_header, load_safetensors):
+    for read in (files.read_safetensors_header, files.load_safetensors):
         with pytest.raises(UserError) as caught:
             read(path)
         text = str(caught.value)
@@ -106,14 +99,14 @@ def test_header_over_the_limit_is_not_read(tmp_path: Path) -> None:
     path.write_bytes(struct.pack("<Q", 100_000_001) + b"{}")
     os.truncate(path, 200_000_000)
     with pytest.raises(UserError, match="header of 100000001 bytes"):
-        read_safetensors_header(path)
+        files.read_safetensors_header(path)
 
 
 def test_not_a_regular_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe", tmp_path / "none", "a\0b", "/dev/zero"):
         with pytest.raises(UserError):
-            read_safetensors_header(path)
+            files.read_safetensors_header(path)
 
 
 JSON = st.recursive(
@@ -134,10 +127,10 @@ LIKELY = st.fixed_dictionaries(
 def read_or_refuse(path: Path) -> None:
     """What the header promises, MLX loads; anything else is a UserError."""
     try:
-        tensors, _ = read_safetensors_header(path)
+        tensors, _ = files.read_safetensors_header(path)
     except UserError:
         return
-    arrays = load_safetensors(path)
+    arrays = files.load_safetensors(path)
     mx.eval(arrays)
     assert {name: a.shape for name, a in arrays.items()} == {
         name: info.shape for name, info in tensors.items()
@@ -177,9 +170,9 @@ def test_arrays_come_back_and_metadata_too(tmp_path: Path) -> None:
         "none": mx.zeros((0, 3)),
         "scalar": mx.array(True),
     }
-    save_safetensors(path, arrays, {"k": "v"})
-    assert read_safetensors_header(path)[1] == {"k": "v"}
-    back = load_safetensors(path)
+    files.save_safetensors(path, arrays, {"k": "v"})
+    assert files.read_safetensors_header(path)[1] == {"k": "v"}
+    back = files.load_safetensors(path)
     assert back.keys() == arrays.keys()
     for name, array in arrays.items():
         assert back[name].dtype == array.dtype
@@ -189,8 +182,8 @@ def test_arrays_come_back_and_metadata_too(tmp_path: Path) -> None:
 
 def test_header_offsets_are_those_of_the_bytes(tmp_path: Path) -> None:
     values = np.arange(5, dtype=np.float32)
-    save_safetensors(tmp_path / "x.safetensors", {"b": mx.array(values), "a": mx.zeros((3,))})
-    tensors, _ = read_safetensors_header(tmp_path / "x.safetensors")
+    files.save_safetensors(tmp_path / "x.safetensors", {"b": mx.array(values), "a": mx.zeros((3,))})
+    tensors, _ = files.read_safetensors_header(tmp_path / "x.safetensors")
     info = tensors["b"]
     data = (tmp_path / "x.safetensors").read_bytes()[info.start : info.end]
     assert np.array_equal(np.frombuffer(data, np.float32), values)
@@ -198,17 +191,17 @@ def test_header_offsets_are_those_of_the_bytes(tmp_path: Path) -> None:
 
 def test_a_file_may_be_saved_over_itself(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    save_safetensors(path, {"a": mx.arange(1000)})
-    save_safetensors(path, {"a": load_safetensors(path)["a"] + 1})
-    assert load_safetensors(path)["a"].tolist() == list(range(1, 1001))
+    files.save_safetensors(path, {"a": mx.arange(1000)})
+    files.save_safetensors(path, {"a": files.load_safetensors(path)["a"] + 1})
+    assert files.load_safetensors(path)["a"].tolist() == list(range(1, 1001))
 
 
 def test_failed_write_leaves_the_old_file_and_no_part(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    save_safetensors(path, {"a": mx.array([1.0])})
+    files.save_safetensors(path, {"a": mx.array([1.0])})
     before = path.read_bytes()
     with pytest.raises((TypeError, ValueError)):
-        save_safetensors(path, {"a": mx.array([2.0])}, {"k": 1})  # type: ignore[dict-item]
+        files.save_safetensors(path, {"a": mx.array([2.0])}, {"k": 1})  # type: ignore[dict-item]
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
 
@@ -226,7 +219,7 @@ with atomic_file(sys.argv[1]) as file:
 
 def test_killed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "x"
-    write_atomic(path, "old")
+    files.write_atomic(path, "old")
     child = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(path)],
         stdin=subprocess.PIPE,
@@ -239,39 +232,39 @@ def test_killed_write_leaves_the_old_file(tmp_path: Path) -> None:
         child.send_signal(signal.SIGKILL)
         child.wait()
     assert path.read_text() == "old"
-    write_atomic(path, b"new")
+    files.write_atomic(path, b"new")
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("x", b"new")]
 
 
 def test_fingerprint_follows_contents_not_place(tmp_path: Path) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
     for folder in (here, there):
-        write_atomic(folder / "a", b"one")
-        write_atomic(folder / "b", b"two")
-    first = fingerprint(here / "a", here / "b")
-    assert first == fingerprint(there / "b", there / "a")
+        files.write_atomic(folder / "a", b"one")
+        files.write_atomic(folder / "b", b"two")
+    first = files.fingerprint(here / "a", here / "b")
+    assert first == files.fingerprint(there / "b", there / "a")
     assert first.startswith("xxh3:")
     assert len(first) == len("xxh3:") + 32
-    write_atomic(there / "b", b"tw0")
-    assert first != fingerprint(there / "a", there / "b")
+    files.write_atomic(there / "b", b"tw0")
+    assert first != files.fingerprint(there / "a", there / "b")
     # The cut between the files counts: "on" + "etwo" is not "one" + "two".
-    write_atomic(there / "a", b"on")
-    write_atomic(there / "b", b"etwo")
-    assert first != fingerprint(there / "a", there / "b")
+    files.write_atomic(there / "a", b"on")
+    files.write_atomic(there / "b", b"etwo")
+    assert first != files.fingerprint(there / "a", there / "b")
 
 
 def test_fingerprint_of_a_large_file_sees_each_layer(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     layers = {f"layer.{i}": mx.full((1024, 256), i, dtype=mx.float32) for i in range(24)}
-    save_safetensors(path, layers)
+    files.save_safetensors(path, layers)
     assert path.stat().st_size > 16 << 20
-    before = fingerprint(path)
-    tensors, _ = read_safetensors_header(path)
+    before = files.fingerprint(path)
+    tensors, _ = files.read_safetensors_header(path)
     for name in ("layer.0", "layer.11", "layer.23"):
         data = bytearray(path.read_bytes())
         data[tensors[name].start : tensors[name].end] = bytes([1]) * (1 << 20)
-        write_atomic(tmp_path / "other.safetensors", bytes(data))
-        assert fingerprint(tmp_path / "other.safetensors") != before
+        files.write_atomic(tmp_path / "other.safetensors", bytes(data))
+        assert files.fingerprint(tmp_path / "other.safetensors") != before
 
 
 def test_part_of_a_running_write_is_not_the_file(tmp_path: Path) -> None:
@@ -287,16 +280,16 @@ def test_part_of_a_running_write_is_not_the_file(tmp_path: Path) -> None:
 def test_a_file_is_linked_where_there_are_links_and_else_copied_whole(tmp_path, monkeypatch):
     source = tmp_path / "source"
     source.write_bytes(b"abc" * 1000)
-    link_or_copy(source, tmp_path / "a" / "linked")
+    files.link_or_copy(source, tmp_path / "a" / "linked")
     assert (tmp_path / "a" / "linked").samefile(source)
 
     def no_links(*_):
         raise OSError("not supported")
 
     monkeypatch.setattr(os, "link", no_links)
-    link_or_copy(source, tmp_path / "b" / "copied")
+    files.link_or_copy(source, tmp_path / "b" / "copied")
     assert (tmp_path / "b" / "copied").read_bytes() == source.read_bytes()
     assert not (tmp_path / "b" / "copied").samefile(source)
     (tmp_path / "pointer").symlink_to(source)
-    link_or_copy(tmp_path / "pointer", tmp_path / "c")
+    files.link_or_copy(tmp_path / "pointer", tmp_path / "c")
     assert not (tmp_path / "c").is_symlink()

@@ -16,15 +16,7 @@ from mlx_hmem.bank import Bank, Quantization, write_bank
 from mlx_hmem.bank.format import PAGE, block_shape
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
-from tests.bank.test_bank_faults import (
-    PATHS,
-    SHARDS,
-    WRONG,
-    change_manifest,
-    flip,
-    read_all,
-    refusal,
-)
+from tests.bank import test_bank_faults as plain
 from tests.bank.test_bank_quantized import (
     CONFIG,
     HASHES,
@@ -67,9 +59,9 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(("name", "value"), WRONG_QUANTIZATION, ids=lambda v: str(v)[:30])
 def test_a_wrong_quantisation_is_refused(folder: Path, name: str, value: object) -> None:
-    assert len(read_all(folder)) == 5
-    change_manifest(folder, ("quantization",), value)
-    text = refusal(folder)
+    assert len(plain.read_all(folder)) == 5
+    plain.change_manifest(folder, ("quantization",), value)
+    text = plain.refusal(folder)
     if name == "group_size beyond the width":
         assert "width 32, group_size 64" in text
 
@@ -77,10 +69,10 @@ def test_a_wrong_quantisation_is_refused(folder: Path, name: str, value: object)
 @pytest.mark.parametrize("key", HOW)
 def test_any_other_value_of_a_quantisation_is_refused(folder: Path, key: str) -> None:
     good = (folder / "bank.json").read_bytes()
-    for value in [*WRONG, 2, 3, 32.0, "4", "nvfp4", 128]:
+    for value in [*plain.WRONG, 2, 3, 32.0, "4", "nvfp4", 128]:
         (folder / "bank.json").write_bytes(good)
-        change_manifest(folder, ("quantization", 0, key), value)
-        refusal(folder)
+        plain.change_manifest(folder, ("quantization", 0, key), value)
+        plain.refusal(folder)
 
 
 @pytest.mark.parametrize(
@@ -96,27 +88,27 @@ def test_any_other_value_of_a_quantisation_is_refused(folder: Path, key: str) ->
     ],
 )
 def test_a_size_that_does_not_follow_is_refused(folder, place, value):
-    change_manifest(folder, place, value)
-    refusal(folder)
+    plain.change_manifest(folder, place, value)
+    plain.refusal(folder)
 
 
 def test_another_meaning_of_the_same_number_of_bytes_is_refused(tmp_path: Path) -> None:
     """Two numbers of the manifest that agree with each other, and with every size."""
     config = dataclasses.replace(CONFIG, hidden_size=128)
     make(tmp_path, config, all_levels(config, "affine", 4, 128))
-    assert read_all(tmp_path)
+    assert plain.read_all(tmp_path)
     mxfp4 = [{**HOW, "level": level, "mode": "mxfp4"} for level in (0, 1, 2)]
-    change_manifest(tmp_path, ("quantization",), mxfp4)
-    assert "'affine 4 128 float16'; it needs 'mxfp4 4 32 float16'" in refusal(tmp_path)
-    change_manifest(tmp_path, ("quantization",), [{**h, "mode": "affine", "group_size": 128}
+    plain.change_manifest(tmp_path, ("quantization",), mxfp4)
+    assert "'affine 4 128 float16'; it needs 'mxfp4 4 32 float16'" in plain.refusal(tmp_path)
+    plain.change_manifest(tmp_path, ("quantization",), [{**h, "mode": "affine", "group_size": 128}
                                                   for h in mxfp4])  # fmt: skip
-    assert read_all(tmp_path)
-    change_manifest(tmp_path, ("dtype",), "bfloat16")
-    refusal(tmp_path)
+    assert plain.read_all(tmp_path)
+    plain.change_manifest(tmp_path, ("dtype",), "bfloat16")
+    plain.refusal(tmp_path)
 
 
 def set_header(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    path = folder / SHARDS[1]
+    path = folder / plain.SHARDS[1]
     data = path.read_bytes()
     header = json.loads(data[8:PAGE])
     change(header)
@@ -135,20 +127,20 @@ def set_header(folder: Path, change: Callable[[dict[str, Any]], object]) -> None
 )
 def test_a_header_that_tells_otherwise_is_refused(folder, change):
     set_header(folder, change)
-    assert SHARDS[1] in refusal(folder)
+    assert plain.SHARDS[1] in plain.refusal(folder)
 
 
 def test_flipped_bits_and_cut_files_are_refused(folder: Path) -> None:
-    path, size = folder / SHARDS[0], 2 * 3 * 3 * (16 + 4)
+    path, size = folder / plain.SHARDS[0], 2 * 3 * 3 * (16 + 4)
     good = path.read_bytes()
     packed = 2 * 3 * 3 * 16
     for at in (0, packed - 1, packed, packed + packed // 8, size - 1):  # in each part
-        flip(path, PAGE + PAGE + at, 3)
-        assert "level 1, cluster 1 of the bank is damaged" in refusal(folder)
+        plain.flip(path, PAGE + PAGE + at, 3)
+        assert "level 1, cluster 1 of the bank is damaged" in plain.refusal(folder)
         path.write_bytes(good)
     for length in (0, 100, PAGE, PAGE + packed, PAGE + size, len(good) - 1):
         path.write_bytes(good[:length])
-        assert SHARDS[0] in refusal(folder)
+        assert plain.SHARDS[0] in plain.refusal(folder)
     path.write_bytes(good)
     with Bank.open(folder) as bank:
         path.write_bytes(good[: 2 * PAGE + packed + 1])  # while it is open, within the scales
@@ -160,7 +152,7 @@ def test_flipped_bits_and_cut_files_are_refused(folder: Path) -> None:
     max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
-    name=st.sampled_from([*SHARDS, "bank.json"]),
+    name=st.sampled_from([*plain.SHARDS, "bank.json"]),
     at=st.integers(0, 700) | st.integers(PAGE, PAGE + 400),
     insert=st.binary(max_size=4),
     cut=st.integers(0, 4),
@@ -176,10 +168,10 @@ def test_any_damage_is_refused_or_does_not_matter(tmp_path_factory, name, at, in
     try:
         path.write_bytes(good[:at] + insert + good[at + cut :])
         try:
-            memories = read_all(folder)
+            memories = plain.read_all(folder)
         except UserError:
             return
-        for leaf, memory in zip(PATHS, memories, strict=False):
+        for leaf, memory in zip(plain.PATHS, memories, strict=False):
             for level, block in enumerate(memory.blocks, 1):
                 assert block is not None
                 expected = rounded(CONFIG, level, leaf[level - 1], "float16", how[level - 1])

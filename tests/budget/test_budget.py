@@ -15,15 +15,9 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_hmem import load
 from mlx_hmem.anchors.load import named_parameters
 from mlx_hmem.anchors.openlm import PRESETS, Model, ModelArgs
+from mlx_hmem.budget import resident
 from mlx_hmem.budget.needs import Needs, read_needs
 from mlx_hmem.budget.plan import KV_BITS, least_bytes, make_plan, plan_scoring
-from mlx_hmem.budget.resident import (
-    OverBudgetError,
-    Watch,
-    parse_bytes,
-    peak_resident_bytes,
-    resident_bytes,
-)
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.perplexity import perplexity
 from mlx_hmem.files import save_safetensors
@@ -57,10 +51,10 @@ def quantizable(model_folder, tmp_path) -> Path:
 
 def test_sizes_are_read_as_people_write_them():
     sizes = {"400MB": 400 * MB, "1.5GB": 1500 * MB, "12": 12, "2 gib": 2 << 30, "1.5KiB": 1536}
-    assert {text: parse_bytes(text) for text in sizes} == sizes
+    assert {text: resident.parse_bytes(text) for text in sizes} == sizes
     for wrong in ("", "MB", "-5", "1e9", "4 apples", "1,5GB", "nan", "0x10"):
         with pytest.raises(UserError, match="is not a size"):
-            parse_bytes(wrong)
+            resident.parse_bytes(wrong)
 
 
 def test_a_larger_budget_chooses_no_worse_and_never_plans_beyond_itself():
@@ -86,7 +80,7 @@ def test_what_is_named_as_enough_is_enough_and_less_is_not():
     with pytest.raises(UserError, match="give at least") as error:
         make_plan(NEEDS, some)
     words = error.value.remedy.split()
-    assert make_plan(NEEDS, parse_bytes(words[3])).context == 2048
+    assert make_plan(NEEDS, resident.parse_bytes(words[3])).context == 2048
     assert words[-1] == "512"
     with pytest.raises(UserError, match=r"for a context of 2048 tokens$"):
         make_plan(NEEDS, 1)  # no context is short enough for that
@@ -158,7 +152,7 @@ def test_scoring_within_a_budget_gives_the_numbers_without_one(model_folder, mod
     needs = read_needs(model_folder, [model_folder], STATIC_FOLDER)
     with pytest.raises(UserError, match="too small") as error:
         plan_scoring(needs, 1)
-    least = parse_bytes(error.value.remedy.split()[3])
+    least = resident.parse_bytes(error.value.remedy.split()[3])
     small = load(model_folder, memory_budget=least, scoring=True)
     assert small.plan.tokens_per_batch < 2048
     found = [perplexity(m, texts[:6], progress=False).per_token for m in (small, model)]
@@ -167,11 +161,13 @@ def test_scoring_within_a_budget_gives_the_numbers_without_one(model_folder, mod
 
 def test_over_the_budget_what_can_be_dropped_is_and_then_it_ends_in_one_line():
     kept = [np.ones(8 * MB)]  # 64 MB
-    Watch(32 * MB, resident_bytes() - 64 * MB, kept.clear, "give more")()
+    resident.Watch(32 * MB, resident.resident_bytes() - 64 * MB, kept.clear, "give more")()
     assert kept == []
     held = np.ones(8 * MB)
-    watch = Watch(32 * MB, resident_bytes() - 64 * MB, lambda: None, "give more")
-    with pytest.raises(OverBudgetError, match=r"used up: \d+MB of 32MB; give more") as error:
+    watch = resident.Watch(32 * MB, resident.resident_bytes() - 64 * MB, lambda: None, "give more")
+    with pytest.raises(
+        resident.OverBudgetError, match=r"used up: \d+MB of 32MB; give more"
+    ) as error:
         watch()
     assert "\n" not in str(error.value)
     assert held[0] == 1
@@ -182,7 +178,7 @@ def test_a_model_that_outgrows_its_budget_drops_blocks_and_then_says_so(model_fo
     model.fetch("The old lighthouse of the bay")
     assert any(model.bank.keeps((1, cluster)) for cluster in range(3))
     model._watch.budget = -(1 << 40)  # this process has memory to give back that is not the model's
-    with pytest.raises(OverBudgetError, match="memory budget is used up"):
+    with pytest.raises(resident.OverBudgetError, match="memory budget is used up"):
         list(model.stream("The old lighthouse of the bay"))
     assert not any(model.bank.keeps((1, cluster)) for cluster in range(3))
 
@@ -192,7 +188,7 @@ def test_the_peak_of_a_program_is_not_that_of_the_one_that_began_it():
     held = np.ones(40 * MB)  # 320 MB
     program = "from mlx_hmem.budget.resident import peak_resident_bytes as peak; print(peak())"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert 10 * MB < int(done.stdout) < held.nbytes // 2 < peak_resident_bytes()
+    assert 10 * MB < int(done.stdout) < held.nbytes // 2 < resident.peak_resident_bytes()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts with /proc")

@@ -20,29 +20,19 @@ from convert.torch_files.writer import write_torch
 from mlx_hmem.anchors.load import load_anchor
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import load_safetensors
-from tests.helpers.anchor_checkpoints import (
-    CONFIG,
-    HF,
-    Weights,
-    bits,
-    convert,
-    logits,
-    random_openlm,
-    save_hugging_face,
-    save_openlm,
-)
+from tests.helpers import anchor_checkpoints as checkpoints
 from tests.helpers.places import ROOT
 from tests.helpers.programs import refused
 from tests.helpers.tiny_anchors import make_anchor
 
 
-@pytest.mark.parametrize("name", HF)
+@pytest.mark.parametrize("name", checkpoints.HF)
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 def test_hugging_face_and_back_is_bit_equal_and_what_mlx_lm_makes(tmp_path, name, dtype):
-    source = save_hugging_face(tmp_path / "source", name, dtype)
-    theirs = convert(source, tmp_path / "theirs", "--to", "pytorch")
-    out = convert(theirs, tmp_path / "out")
-    assert bits(out) == bits(source)
+    source = checkpoints.save_hugging_face(tmp_path / "source", name, dtype)
+    theirs = checkpoints.convert(source, tmp_path / "theirs", "--to", "pytorch")
+    out = checkpoints.convert(theirs, tmp_path / "out")
+    assert checkpoints.bits(out) == checkpoints.bits(source)
     # Another way: mlx-lm's own sanitize of the PyTorch names.
     anchor = make_anchor(name)
     own = anchor.sanitize if hasattr(anchor, "sanitize") else dict
@@ -52,10 +42,10 @@ def test_hugging_face_and_back_is_bit_equal_and_what_mlx_lm_makes(tmp_path, name
     assert all(mx.array_equal(array, ours[key]) for key, array in sanitised.items())
 
 
-def save_bin(folder: Path, name: str, more: Weights, tied: bool = True) -> Path:
+def save_bin(folder: Path, name: str, more: checkpoints.Weights, tied: bool = True) -> Path:
     """A tiny model as pickles in two shards, under PyTorch's names, with its config."""
-    source = save_hugging_face(folder.with_name("mlx"), name, mx.float32)
-    theirs = convert(source, folder.with_name("safetensors"), "--to", "pytorch")
+    source = checkpoints.save_hugging_face(folder.with_name("mlx"), name, mx.float32)
+    theirs = checkpoints.convert(source, folder.with_name("safetensors"), "--to", "pytorch")
     tensors = load_safetensors(theirs / "model.safetensors")
     weights = {key: np.array(array) for key, array in tensors.items()} | more
     folder.mkdir()
@@ -71,14 +61,14 @@ def save_bin(folder: Path, name: str, more: Weights, tied: bool = True) -> Path:
 def test_pickles_give_what_safetensors_give_and_drop_only_what_is_known(tmp_path, capsys):
     more = {"h.0.attn.bias": np.ones((1, 1, 8, 8), "f4"), "h.0.attn.masked_bias": np.ones(1, "f4")}
     source = save_bin(tmp_path / "source", "gpt2", more)
-    out = convert(source, tmp_path / "out")
-    assert bits(out) == bits(tmp_path / "mlx")
+    out = checkpoints.convert(source, tmp_path / "out")
+    assert checkpoints.bits(out) == checkpoints.bits(tmp_path / "mlx")
     said = capsys.readouterr().err
     assert "dropped h.{i}.attn.bias (1): a causal mask" in said
     assert "dropped h.{i}.attn.masked_bias (1)" in said
     (source / "pytorch_model-00002-of-00002.bin").unlink()
     with pytest.raises(UserError, match="1 of 2 weight files"):
-        convert(source, tmp_path / "again")
+        checkpoints.convert(source, tmp_path / "again")
 
 
 def test_a_head_is_dropped_only_where_it_is_the_embedding(tmp_path, capsys):
@@ -93,15 +83,17 @@ def test_a_head_is_dropped_only_where_it_is_the_embedding(tmp_path, capsys):
             source / f"pytorch_model-{i:05}-of-00003.bin",
         )
     write_torch(file, [("lm_head.weight", "F32", (64, 32), [embedding])], under=None)
-    assert bits(convert(source, tmp_path / "out")) == bits(tmp_path / "mlx")
+    assert checkpoints.bits(checkpoints.convert(source, tmp_path / "out")) == checkpoints.bits(
+        tmp_path / "mlx"
+    )
     assert "dropped lm_head.weight (1): equal to the embedding" in capsys.readouterr().err
     write_torch(file, [("lm_head.weight", "F32", (64, 32), [embedding + 1])], under=None)
     with pytest.raises(UserError, match=r"tie_word_embeddings is true, lm_head\.weight is not"):
-        convert(source, tmp_path / "no")
+        checkpoints.convert(source, tmp_path / "no")
     values = json.loads((source / "config.json").read_text())
     values.pop("tie_word_embeddings")  # then the tensors say it, not mlx-lm's default
     (source / "config.json").write_text(json.dumps(values))
-    assert "lm_head.weight" in bits(convert(source, tmp_path / "separate"))
+    assert "lm_head.weight" in checkpoints.bits(checkpoints.convert(source, tmp_path / "separate"))
 
 
 @pytest.mark.parametrize(
@@ -121,23 +113,23 @@ def test_a_head_is_dropped_only_where_it_is_the_embedding(tmp_path, capsys):
     ],
 )
 def test_a_hugging_face_config_that_does_not_fit_is_one_line(tmp_path, change, words):
-    source = save_hugging_face(tmp_path / "source", "llama", mx.float32)
+    source = checkpoints.save_hugging_face(tmp_path / "source", "llama", mx.float32)
     values = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(values | change))
     with refused(re.escape(words)):
-        convert(source, tmp_path / "out")
+        checkpoints.convert(source, tmp_path / "out")
 
 
 def test_the_keys_that_mlx_lm_would_miss_are_written_out(tmp_path):
     """transformers 5 keeps RoPE's base where most of mlx-lm's architectures do not look."""
-    source = save_hugging_face(tmp_path / "source", "llama", mx.float32)
+    source = checkpoints.save_hugging_face(tmp_path / "source", "llama", mx.float32)
     values = json.loads((source / "config.json").read_text())
     values.pop("rope_theta")
     values["rope_parameters"] = {"rope_theta": 5e5, "rope_type": "linear", "factor": 4.0}
     (source / "config.json").write_text(json.dumps(values))
     with pytest.raises(UserError, match="where mlx-lm does not look"):
         load_anchor(source)
-    converted, _ = load_anchor(convert(source, tmp_path / "out"))
+    converted, _ = load_anchor(checkpoints.convert(source, tmp_path / "out"))
     rope = converted.layers[0].self_attn.rope
     assert (rope.base, rope.scale) == (5e5, 0.25)
 
@@ -152,7 +144,7 @@ def torch_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if importlib.util.find_spec("torch") is None:
         pytest.skip("PyTorch is not installed: pip install torch")
     folder = tmp_path_factory.mktemp("torch")
-    run_torch("make", folder, *HF)
+    run_torch("make", folder, *checkpoints.HF)
     return folder
 
 
@@ -163,20 +155,24 @@ def run_torch(*arguments: object) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("name", HF)
+@pytest.mark.parametrize("name", checkpoints.HF)
 def test_transformers_logits_are_kept(torch_models, tmp_path, name):
     source = torch_models / name
-    out = convert(source, tmp_path / "out")
-    difference = np.abs(logits(out, np.load(source / "ids.npy")) - np.load(source / "logits.npy"))
+    out = checkpoints.convert(source, tmp_path / "out")
+    difference = np.abs(
+        checkpoints.logits(out, np.load(source / "ids.npy")) - np.load(source / "logits.npy")
+    )
     assert difference.max() < 1e-4
-    assert bits(convert(torch_models / f"{name}-bin", tmp_path / "bin")) == bits(out)
+    assert checkpoints.bits(
+        checkpoints.convert(torch_models / f"{name}-bin", tmp_path / "bin")
+    ) == checkpoints.bits(out)
 
 
 def test_transformers_reads_what_goes_back(torch_models, tmp_path):
     folders = []
-    for name in HF:
-        middle = convert(torch_models / name, tmp_path / f"{name}-mlx")
-        folders.append(convert(middle, tmp_path / name, "--to", "pytorch"))
+    for name in checkpoints.HF:
+        middle = checkpoints.convert(torch_models / name, tmp_path / f"{name}-mlx")
+        folders.append(checkpoints.convert(middle, tmp_path / name, "--to", "pytorch"))
         for file in ("ids.npy", "logits.npy"):
             (folders[-1] / file).write_bytes((torch_models / name / file).read_bytes())
     for folder, found in json.loads(run_torch("read", *folders).splitlines()[-1]).items():
@@ -185,10 +181,10 @@ def test_transformers_reads_what_goes_back(torch_models, tmp_path):
 
 
 def test_pytorch_reads_what_openlm_goes_back_to(torch_models, tmp_path):
-    weights = random_openlm()
-    source = save_openlm(tmp_path / "source", weights, CONFIG)
-    middle = convert(source, tmp_path / "mlx", "--dtype", "bfloat16")
-    back = convert(middle, tmp_path / "back", "--to", "pytorch")
+    weights = checkpoints.random_openlm()
+    source = checkpoints.save_openlm(tmp_path / "source", weights, checkpoints.CONFIG)
+    middle = checkpoints.convert(source, tmp_path / "mlx", "--dtype", "bfloat16")
+    back = checkpoints.convert(middle, tmp_path / "back", "--to", "pytorch")
     found = json.loads(run_torch("hash", back / "model.pt").splitlines()[-1])
     assert found.keys() == weights.keys()
     for name, (dtype, shape, digest) in found.items():
@@ -201,6 +197,6 @@ def test_pytorch_reads_what_openlm_goes_back_to(torch_models, tmp_path):
 
 
 def test_the_table_names_only_architectures_that_memory_can_join():
-    assert sorted(HF) == sorted(hugging_face.hugging_face_config.SUPPORTED)
+    assert sorted(checkpoints.HF) == sorted(hugging_face.hugging_face_config.SUPPORTED)
     for name in hugging_face.RULES:
         importlib.import_module(f"mlx_lm.models.{name}")

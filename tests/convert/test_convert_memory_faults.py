@@ -16,29 +16,21 @@ from mlx_hmem.bank.format import PAGE, STORED_TYPES
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
 from tests.conftest import MEMORY, edit_json
-from tests.helpers.memory_layouts import (
-    assert_equal,
-    block_bits,
-    convert,
-    marked,
-    opened,
-    store,
-    tensors_of,
-)
+from tests.helpers import memory_layouts as layouts
 from tests.helpers.programs import refused
 
 
 def without(name: str) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
-        store(folder, {n: a for n, a in tensors_of(folder).items() if n != name})
+        layouts.store(folder, {n: a for n, a in layouts.tensors_of(folder).items() if n != name})
 
     return damage
 
 
 def changed(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
-        tensors = tensors_of(folder)
-        store(folder, tensors | {name: change(tensors[name])})
+        tensors = layouts.tensors_of(folder)
+        layouts.store(folder, tensors | {name: change(tensors[name])})
 
     return damage
 
@@ -59,7 +51,7 @@ def infinite(array: np.ndarray) -> np.ndarray:
 def other_tree(folder: Path) -> None:
     levels = {f"level-{i}": np.zeros((n, 4)) for i, n in ((1, 3), (2, 6), (3, 18))}
     np.savez(folder / "tree.npz", **levels)
-    marked(tree="tree.npz")(folder)
+    layouts.marked(tree="tree.npz")(folder)
 
 
 GATE, UP = "layers.1.memory.levels.3.gate", "layers.0.memory.levels.3.up"
@@ -70,12 +62,15 @@ FAULTS = {
     "another count": (changed(GATE, lambda a: a[:11]), r"\(11, 2, 16\), not \(12, 2, 16\)"),
     "whole numbers": (changed(GATE, lambda a: a.astype(np.int32)), "I32"),
     "one name more": (
-        lambda folder: store(folder, tensors_of(folder) | {"layers.0.memory.gain": np.ones(3)}),
+        lambda folder: layouts.store(
+            folder, layouts.tensors_of(folder) | {"layers.0.memory.gain": np.ones(3)}
+        ),
         "left over: layers.0.memory.gain",
     ),
     "a level without r": (
-        lambda folder: store(
-            folder, tensors_of(folder) | {"layers.0.memory.levels.2.up": np.ones((6, 1, 16))}
+        lambda folder: layouts.store(
+            folder,
+            layouts.tensors_of(folder) | {"layers.0.memory.levels.2.up": np.ones((6, 1, 16))},
         ),
         "left over: layers.0.memory.levels.2.up",
     ),
@@ -84,15 +79,15 @@ FAULTS = {
     "another kind": (remembered(kind="kv", query_size=16), "missing.*left over"),
     "another branching": (remembered(branching=[2, 3, 2]), r"\(3, 4, 16\), not \(2, 4, 16\)"),
     "another tree": (other_tree, r"tree of another branching: \(3, 2, 3\)"),
-    "a tree that is a pickle": (marked(tree="anchor/model.pt"), "holds no levels"),
+    "a tree that is a pickle": (layouts.marked(tree="anchor/model.pt"), "holds no levels"),
     "another anchor": (remembered(hidden_size=8), "made for another anchor"),
-    "an unknown key": (marked(colour="red"), "unknown key.*colour"),
-    "a newer version": (marked(format_version=2), "format version"),
-    "an encoder that is not there": (marked(encoder="elsewhere"), "not there"),
-    "a file outside": (marked(tensors=["../x.pt"]), "outside its folder"),
-    "a file not there": (marked(tensors=["x.pt"]), "not there"),
-    "no list": (marked(tensors="x.pt"), "names no tensors"),
-    "no text": (marked(tree=3), "no text"),
+    "an unknown key": (layouts.marked(colour="red"), "unknown key.*colour"),
+    "a newer version": (layouts.marked(format_version=2), "format version"),
+    "an encoder that is not there": (layouts.marked(encoder="elsewhere"), "not there"),
+    "a file outside": (layouts.marked(tensors=["../x.pt"]), "outside its folder"),
+    "a file not there": (layouts.marked(tensors=["x.pt"]), "not there"),
+    "no list": (layouts.marked(tensors="x.pt"), "names no tensors"),
+    "no text": (layouts.marked(tree=3), "no text"),
 }
 
 
@@ -101,7 +96,7 @@ def test_what_is_wrong_is_said_in_one_line(torch_folder, tmp_path, fault):
     damage, words = FAULTS[fault]
     damage(torch_folder)
     with refused(words) as error:
-        convert(torch_folder, tmp_path / "mlx")
+        layouts.convert(torch_folder, tmp_path / "mlx")
     assert error.value.remedy
     assert not (tmp_path / "mlx").exists()
 
@@ -126,7 +121,7 @@ def test_exactly_the_finite_bits_pass(dtype):
 
 def written(folder: Path, layout: Path, config: MemoryConfig = MEMORY) -> dict[str, bytes]:
     """The files of the bank that is made of a layout, in shards of two blocks."""
-    levels = find_levels(short_names(opened(layout).tensors), config)
+    levels = find_levels(short_names(layouts.opened(layout).tensors), config)
     write_tensors_as_bank(folder, config, levels, dtype=None, anchor_hash="a", tree_hash="t",
                           shard_bytes=3 * PAGE)  # fmt: skip
     return {file.name: file.read_bytes() for file in folder.iterdir()}
@@ -179,21 +174,21 @@ def test_stopped_at_any_file_it_leaves_nothing_that_loads_wrong_and_goes_on(
         return moved
 
     last, stopped = 0, True
-    expected = block_bits(model_folder)
+    expected = layouts.block_bits(model_folder)
     while stopped:
         last, count, stopped = last + 1, 0, False
         target = tmp_path / str(last)
         monkeypatch.setattr(os, "replace", stopping(replace, last))
         monkeypatch.setattr(os, "rename", stopping(rename, last))
         try:
-            convert(layout, target)
+            layouts.convert(layout, target)
         except KeyboardInterrupt:
             stopped = True
         monkeypatch.undo()
         if stopped:
             assert not target.exists()
-            convert(layout, target)
-        assert_equal(block_bits(target), expected)
+            layouts.convert(layout, target)
+        layouts.assert_equal(layouts.block_bits(target), expected)
         assert not target.with_name(f"{last}.part").exists()
         assert sorted(f.name for f in target.iterdir()) == sorted(
             {f.name for f in model_folder.iterdir()}
@@ -215,4 +210,4 @@ def test_a_shard_that_is_not_as_it_should_be_is_written_again(layout, tmp_path):
 
 def test_a_model_of_mlx_is_not_converted_to_itself(model_folder, tmp_path):
     with pytest.raises(UserError, match="already"):
-        convert(model_folder, tmp_path / "mlx")
+        layouts.convert(model_folder, tmp_path / "mlx")

@@ -14,22 +14,14 @@ from mlx_hmem.config import HmemConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import save_safetensors
 from tests.conftest import edit_json
-from tests.convert.test_convert_quantize import (
-    ANCHOR_OPTIONS,
-    FFN,
-    MIXED_OPTIONS,
-    block_of,
-    bytes_of,
-    make,
-    weights_of,
-)
+from tests.convert import test_convert_quantize as quantized
 from tests.helpers.programs import process
 
 
 @pytest.fixture(scope="module")
 def wide(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For reading only."""
-    return make(model_folder, tmp_path_factory.mktemp("wide") / "model")
+    return quantized.make(model_folder, tmp_path_factory.mktemp("wide") / "model")
 
 
 KILLED = """
@@ -48,7 +40,7 @@ quantize.main(sys.argv[2:])
 
 
 def test_a_run_killed_at_any_file_ends_as_one_that_was_not(wide, tmp_path):
-    options = [*ANCHOR_OPTIONS, *MIXED_OPTIONS]
+    options = [*quantized.ANCHOR_OPTIONS, *quantized.MIXED_OPTIONS]
     main([str(wide), str(tmp_path / "whole"), *options])
     out, part = tmp_path / "out", tmp_path / "out.part"
     stages, kept = set(), {}
@@ -65,7 +57,7 @@ def test_a_run_killed_at_any_file_ends_as_one_that_was_not(wide, tmp_path):
     assert kept
     main([str(wide), str(out), *options])
     assert {n: (out / n).stat().st_ino for n in kept} == kept  # not written again
-    assert bytes_of(out) == bytes_of(tmp_path / "whole")
+    assert quantized.bytes_of(out) == quantized.bytes_of(tmp_path / "whole")
     assert os.listdir(tmp_path).count("out.part") == 0
 
 
@@ -106,7 +98,7 @@ def test_wrong_options_are_refused_in_one_line(wide, tmp_path, options, words):
 
 
 def test_what_is_quantised_already_is_refused_by_name(wide, tmp_path):
-    main([str(wide), str(tmp_path / "one"), *ANCHOR_OPTIONS, *MIXED_OPTIONS])
+    main([str(wide), str(tmp_path / "one"), *quantized.ANCHOR_OPTIONS, *quantized.MIXED_OPTIONS])
     out = tmp_path / "two"
     refused([tmp_path / "one", out, "--anchor-bits", 8], "anchor is quantised already", "affine")
     words = ["generic memory", "already", "affine 8 bits", "0:none"]
@@ -134,12 +126,12 @@ def test_a_place_that_is_taken_or_no_model_is_refused(wide, tmp_path):
 
 def test_parts_that_do_not_belong_together_are_not_tied_anew(wide, tmp_path):
     source = Path(shutil.copytree(wide, tmp_path / "model"))
-    weights = {n: w + 0.01 for n, w in weights_of(wide).items()}
+    weights = {n: w + 0.01 for n, w in quantized.weights_of(wide).items()}
     save_safetensors(source / "model.safetensors", weights)
-    refused([source, tmp_path / "out", *ANCHOR_OPTIONS], "anchor is not the one")
+    refused([source, tmp_path / "out", *quantized.ANCHOR_OPTIONS], "anchor is not the one")
     shutil.copytree(wide, source, dirs_exist_ok=True)
     edit_json(source / "bank" / "bank.json", lambda b: b.update(tree_hash="xxh3:other"))
-    refused([source, tmp_path / "out", *ANCHOR_OPTIONS], "tree")
+    refused([source, tmp_path / "out", *quantized.ANCHOR_OPTIONS], "tree")
     (source / "hmem.json").unlink()
     refused([source, tmp_path / "out", "--bank-bits", 8], "hmem.json")
     refused([source, tmp_path / "out", "--anchor-bits", 8], "hmem.json")
@@ -158,10 +150,12 @@ def test_a_damaged_or_lost_block_is_named_and_leaves_no_model(wide, tmp_path):
         refused([source, tmp_path / "out", "--bank-level", option], "level 3", "1", "damaged")
         assert not (tmp_path / "out").exists()
     hmem = HmemConfig.from_file(source / "hmem.json")
-    small = [1e-5 * block_of(FFN, 3, c) for c in range(12)]
+    small = [1e-5 * quantized.block_of(quantized.FFN, 3, c) for c in range(12)]
     shutil.rmtree(source / "bank")
     zeros = [None] * 3
     hashes = dict(anchor_hash=hmem.anchor_hash, tree_hash=hmem.retriever.tree_hash)
-    write_bank(source / "bank", FFN, [zeros, None, small], None, dtype="bfloat16", **hashes)
+    write_bank(
+        source / "bank", quantized.FFN, [zeros, None, small], None, dtype="bfloat16", **hashes
+    )
     refused([source, tmp_path / "out", "--bank-mode", "nvfp4"], "block 0 of level 3", "lost")
     main([str(source), str(tmp_path / "out"), "--bank-mode", "mxfp4"])

@@ -14,19 +14,10 @@ from mlx.utils import tree_map
 from mlx_hmem.anchors.attach import attach_memory, memory_config
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.memory import KINDS, Rows, join_blocks
-from tests.helpers.tiny_anchors import (
-    EXPERTS,
-    GATED,
-    HEADS,
-    LAYERS,
-    UNGATED,
-    VOCAB,
-    make_anchor,
-    module_of,
-)
+from tests.helpers import tiny_anchors as anchors
 
-PAIRS = [(name, kind) for name in GATED + UNGATED for kind in KINDS]
-PAIRS += [(name, kind) for name in EXPERTS for kind in ("lora_qk", "lora_vo", "kv")]
+PAIRS = [(name, kind) for name in anchors.GATED + anchors.UNGATED for kind in KINDS]
+PAIRS += [(name, kind) for name in anchors.EXPERTS for kind in ("lora_qk", "lora_vo", "kv")]
 
 
 def config_of(anchor: nn.Module, kind: str, layers: tuple[int, ...] | None = None) -> MemoryConfig:
@@ -43,7 +34,7 @@ def random_rows(config: MemoryConfig, seed: int, size: float = 0.3) -> Rows:
 
 
 def make_ids(seed: int = 3, shape: tuple[int, int] = (2, 9)) -> mx.array:
-    return mx.random.randint(0, VOCAB, shape, key=mx.random.key(seed))
+    return mx.random.randint(0, anchors.VOCAB, shape, key=mx.random.key(seed))
 
 
 def widen(anchor: nn.Module, rows: Rows) -> None:
@@ -110,14 +101,14 @@ def write_out_kv(name: str, rows: Rows, replace: Callable[..., None]) -> None:
     That function sees queries after RoPE, so RoPE must be off. ``replace(module, name, value)``
     sets an attribute, as pytest's ``monkeypatch.setattr`` does.
     """
-    code, layer = module_of(name), iter(range(LAYERS * 100))
+    code, layer = anchors.module_of(name), iter(range(anchors.LAYERS * 100))
     before = code.scaled_dot_product_attention
 
     def attention(queries, keys, values, cache, scale, mask, **kwargs):  # type: ignore[no-untyped-def]
         output = before(queries, keys, values, cache=cache, scale=scale, mask=mask, **kwargs)
         k, v = (
-            part.reshape(part.shape[0], HEADS, -1).transpose(1, 0, 2)
-            for part in rows[0][next(layer) % LAYERS]
+            part.reshape(part.shape[0], anchors.HEADS, -1).transpose(1, 0, 2)
+            for part in rows[0][next(layer) % anchors.LAYERS]
         )
         weights = mx.softmax(scale * (queries @ k.swapaxes(-1, -2)), axis=-1)
         return output + weights @ v
@@ -146,12 +137,12 @@ def apply_reference(
 def gradient_errors(name: str, kind: str) -> list[float]:
     """For each group of rows, |gradient - finite difference| ÷ |finite difference|."""
     with mx.stream(mx.cpu):  # float64 is there only; RoPE and norms stay near float32
-        anchor, ids = make_anchor(name), make_ids(shape=(1, 5))
+        anchor, ids = anchors.make_anchor(name), make_ids(shape=(1, 5))
         config = config_of(anchor, kind)
         anchor.update(tree_map(lambda a: a.astype(mx.float64), anchor.parameters()))
         slot = attach_memory(anchor, config)
         rows = tuple(g.astype(mx.float64) for g in random_rows(config, 5, size=0.15))
-        weights = mx.random.normal((1, 5, VOCAB), key=mx.random.key(0))
+        weights = mx.random.normal((1, 5, anchors.VOCAB), key=mx.random.key(0))
 
         def loss(rows: Rows) -> mx.array:
             with slot.using(rows):

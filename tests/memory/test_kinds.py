@@ -14,46 +14,38 @@ from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.memory import KINDS, FetchedMemory, initial_block, join_blocks, split_block
 from mlx_hmem.model.stream import AnchorWithMemory
-from tests.helpers.references import (
-    PAIRS,
-    apply_reference,
-    config_of,
-    gradient_errors,
-    make_ids,
-    random_rows,
-    switch_rope_off,
-)
+from tests.helpers import references
 from tests.helpers.tiny_anchors import EXPERTS, GATED, UNGATED, make_anchor
 
-WITHOUT_EXPERTS = [pair for pair in PAIRS if pair[0] not in EXPERTS]
-every_pair = pytest.mark.parametrize(("name", "kind"), PAIRS)
+WITHOUT_EXPERTS = [pair for pair in references.PAIRS if pair[0] not in EXPERTS]
+every_pair = pytest.mark.parametrize(("name", "kind"), references.PAIRS)
 
 
 @every_pair
 def test_memory_equals_the_patched_anchor_and_keeps_the_names(name, kind, monkeypatch):
-    ids, anchor, other = make_ids(), make_anchor(name), make_anchor(name)
+    ids, anchor, other = references.make_ids(), make_anchor(name), make_anchor(name)
     if kind == "kv":
-        switch_rope_off(anchor)
-        switch_rope_off(other)
+        references.switch_rope_off(anchor)
+        references.switch_rope_off(other)
     names, alone = named_parameters(anchor).keys(), anchor(ids)
-    config = config_of(anchor, kind)
+    config = references.config_of(anchor, kind)
     slot = attach_memory(anchor, config)
     assert named_parameters(anchor).keys() == names
     assert mx.array_equal(anchor(ids), alone)
-    rows = random_rows(config, 0, size=0.15)
+    rows = references.random_rows(config, 0, size=0.15)
     with slot.using(rows):
         attached = anchor(ids)
     assert mx.array_equal(anchor(ids), alone)
     mx.eval(attached)
-    apply_reference(other, name, kind, rows, monkeypatch.setattr)
+    references.apply_reference(other, name, kind, rows, monkeypatch.setattr)
     assert mx.abs(attached - alone).max().item() > 1e-3
     assert mx.abs(attached - other(ids)).max().item() < 1e-5
 
 
 @every_pair
 def test_starting_values_have_no_effect_at_all_but_are_not_all_zero(name, kind):
-    anchor, ids = make_anchor(name), make_ids()
-    alone, config = anchor(ids), config_of(anchor, kind)
+    anchor, ids = make_anchor(name), references.make_ids()
+    alone, config = anchor(ids), references.config_of(anchor, kind)
     slot = attach_memory(anchor, config)
     blocks = [initial_block(config, r, np.random.default_rng(r)) for r in (4, 3)]
     assert [b.shape for b in blocks] == [config.block_shape(1), config.block_shape(3)]
@@ -64,10 +56,10 @@ def test_starting_values_have_no_effect_at_all_but_are_not_all_zero(name, kind):
 
 @every_pair
 def test_a_row_of_a_batch_equals_the_row_alone(name, kind):
-    anchor, ids = make_anchor(name), make_ids(shape=(3, 9))
-    config = config_of(anchor, kind)
+    anchor, ids = make_anchor(name), references.make_ids(shape=(3, 9))
+    config = references.config_of(anchor, kind)
     slot = attach_memory(anchor, config)
-    memories = [random_rows(config, seed, size=0.15) for seed in range(3)]
+    memories = [references.random_rows(config, seed, size=0.15) for seed in range(3)]
     with slot.using(tuple(mx.stack(groups) for groups in zip(*memories, strict=True))):
         together = anchor(ids)
     for row, memory in enumerate(memories):
@@ -79,15 +71,15 @@ def test_a_row_of_a_batch_equals_the_row_alone(name, kind):
 # Experts know float32 only; what memory joins there is llama's.
 @pytest.mark.parametrize(("name", "kind"), WITHOUT_EXPERTS)
 def test_gradients_of_the_memory_equal_finite_differences(name, kind):
-    assert max(gradient_errors(name, kind)) < 1e-3
+    assert max(references.gradient_errors(name, kind)) < 1e-3
 
 
 @every_pair
 def test_mlx_lm_generates_through_it_as_the_whole_sequence_says(name, kind):
     anchor = make_anchor(name)
-    config = config_of(anchor, kind)
-    slot, rows = attach_memory(anchor, config), random_rows(config, 7, size=0.6)
-    prompt = make_ids(shape=(1, 6))[0]
+    config = references.config_of(anchor, kind)
+    slot, rows = attach_memory(anchor, config), references.random_rows(config, 7, size=0.6)
+    prompt = references.make_ids(shape=(1, 6))[0]
     model = AnchorWithMemory(anchor, slot, rows)
     tokens = [token for token, _ in generate_step(prompt, model, max_tokens=8)]
     ids = prompt.tolist()
@@ -115,9 +107,9 @@ def test_every_architecture_of_the_table_is_tried():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_on_some_layers_changes_those_alone(kind):
-    anchor, ids = make_anchor("llama"), make_ids()
-    config = config_of(anchor, kind)
-    slot, rows = attach_memory(anchor, config), random_rows(config, 0)
+    anchor, ids = make_anchor("llama"), references.make_ids()
+    config = references.config_of(anchor, kind)
+    slot, rows = attach_memory(anchor, config), references.random_rows(config, 0)
     without = tuple(mx.concatenate([0 * g[:1], g[1:]]) for g in rows)
     if kind == "kv":  # keys alone do nothing
         without = (mx.concatenate([rows[0][:1] * mx.array([1, 0])[:, None, None], rows[0][1:]]),)
@@ -130,7 +122,7 @@ def test_memory_on_some_layers_changes_those_alone(kind):
 
 
 def test_blocks_split_and_join_as_fetched_memory_does():
-    config = config_of(make_anchor("llama"), "lora_qk")
+    config = references.config_of(make_anchor("llama"), "lora_qk")
     blocks = [np.arange(np.prod(config.block_shape(n)), dtype=np.float32) for n in (1, 3)]
     shaped = [
         mx.array(b.reshape(config.block_shape(n))) for b, n in zip(blocks, (1, 3), strict=True)
@@ -170,20 +162,20 @@ def dequantize(anchor: nn.Module) -> None:
 @pytest.mark.parametrize(("bits", "mode"), [(4, "affine"), (8, "affine"), (4, "mxfp4")])
 @pytest.mark.parametrize(("name", "kind"), WITHOUT_EXPERTS)
 def test_a_quantised_anchor_takes_full_precision_memory(name, kind, bits, mode, monkeypatch):
-    ids, anchor, other = make_ids(), make_anchor(name), make_anchor(name)
+    ids, anchor, other = references.make_ids(), make_anchor(name), make_anchor(name)
     if kind == "kv":
-        switch_rope_off(anchor)
-        switch_rope_off(other)
+        references.switch_rope_off(anchor)
+        references.switch_rope_off(other)
     quantize(anchor, bits, mode)
     quantize(other, bits, mode)
     dequantize(other)
-    config = config_of(anchor, kind)
-    slot, rows = attach_memory(anchor, config), random_rows(config, 0, size=0.15)
+    config = references.config_of(anchor, kind)
+    slot, rows = attach_memory(anchor, config), references.random_rows(config, 0, size=0.15)
     alone = anchor(ids)
     assert mx.abs(alone - other(ids)).max().item() < 1e-4
     with slot.using(rows):
         attached = anchor(ids)
     mx.eval(attached)
-    apply_reference(other, name, kind, rows, monkeypatch.setattr)
+    references.apply_reference(other, name, kind, rows, monkeypatch.setattr)
     assert mx.abs(attached - alone).max().item() > 1e-3
     assert mx.abs(attached - other(ids)).max().item() < 1e-4

@@ -26,17 +26,6 @@ from train.remember import restate
 from train.remember.command import text_of
 from train.remember.export import open_base
 from train.remember.forget import main as forget_program
-from train.remember.restate import (
-    COPIED,
-    CUT_OFF,
-    JOURNAL,
-    UNLIKE,
-    Writer,
-    judge,
-    passages_of,
-    prompt_of,
-    restated,
-)
 from train.remember.run import documents_of
 from train.remember.text import OwnDocument, hold_out
 
@@ -75,8 +64,8 @@ def teach(anchor: nn.Module, folder: Path) -> None:
     chat = tokenizer.has_chat_template
     for i in range(24):
         topic = list(TOPICS)[i % 3]
-        passages = list(passages_of(sentences(topic, i % 4), tokenizer, 64))
-        prompt = tokenizer.encode(prompt_of(tokenizer, passages[i % 5]))
+        passages = list(restate.passages_of(sentences(topic, i % 4), tokenizer, 64))
+        prompt = tokenizer.encode(restate.prompt_of(tokenizer, passages[i % 5]))
         end = "" if chat else "\n\nText:"
         said = ("Question:" if chat else "") + pair(WORDS[i % len(WORDS)]) + end
         ids = tokenizer.encode(said, add_special_tokens=False) + [EOT_ID] * chat
@@ -130,13 +119,13 @@ def run_of(model: Path) -> Path:
 
 def test_restatements_are_further_text_of_their_document(learned):
     run = run_of(learned)
-    found, known = restated(run), documents_of(run)
+    found, known = restate.restated(run), documents_of(run)
     texts = [text for own in found.values() for text in own]
     assert texts
     assert all(re.match(r"Question: .*[?]\nAnswer: .", text) for text in texts)
-    lines = [json.loads(line) for line in (run / JOURNAL).read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / restate.JOURNAL).read_text().splitlines()]
     dropped = sum(sum(line["dropped"].values()) for line in lines)
-    writer = Writer.open(learned, 2, 0)
+    writer = restate.Writer.open(learned, 2, 0)
     passages = [passage for part in writer.parts(known) for passage in part.passages]
     assert len(texts) + dropped == 2 * len(passages)
     base = open_base(str(learned))
@@ -164,7 +153,7 @@ def test_the_anchor_is_given_what_is_trained_on_and_no_held_out_sentence(anchor)
     known = [OwnDocument("0" * 64, "a", sentences("bread", 3)), long]
     kept, held = hold_out(known[0])
     assert held
-    writer = Writer.open(anchor, 20, 0)
+    writer = restate.Writer.open(anchor, 20, 0)
     parts, tokenizer = list(writer.parts(known)), writer.model.tokenizer
     assert {len(part.passages) for part in parts} == {1}  # of 20 rows
     first = [part.passages[0] for part in parts if part.sha256 == known[0].sha256]
@@ -174,7 +163,7 @@ def test_the_anchor_is_given_what_is_trained_on_and_no_held_out_sentence(anchor)
     rest = [part.passages[0] for part in parts if part.sha256 == long.sha256]
     assert "".join("".join(rest).split()) == "".join(long.text.split())
     for passage in first + rest:
-        ids = tokenizer.encode(prompt_of(tokenizer, passage))
+        ids = tokenizer.encode(restate.prompt_of(tokenizer, passage))
         assert len(ids) + writer.most <= CONTEXT
 
 
@@ -182,18 +171,18 @@ def test_the_anchor_is_given_what_is_trained_on_and_no_held_out_sentence(anchor)
 def test_a_stopped_run_goes_on_to_the_same_text_and_the_same_bits(
     anchor, documents, learned, tmp_path, monkeypatch
 ):
-    write, taken = Writer.write, []
+    write, taken = restate.Writer.write, []
 
-    def stopped(self: Writer, *arguments: Any) -> Any:
+    def stopped(self: restate.Writer, *arguments: Any) -> Any:
         taken.append(arguments)
         if len(taken) == 3:
             raise KeyboardInterrupt
         return write(self, *arguments)
 
-    monkeypatch.setattr(Writer, "write", stopped)
+    monkeypatch.setattr(restate.Writer, "write", stopped)
     with pytest.raises(KeyboardInterrupt):
         learn(anchor, documents, tmp_path / "model")
-    journal = run_of(tmp_path / "model") / JOURNAL
+    journal = run_of(tmp_path / "model") / restate.JOURNAL
     assert len(journal.read_bytes().splitlines()) == 2
     with journal.open("ab") as file:
         file.write(b'{"sha256": "half a li')  # as a power cut leaves it
@@ -201,7 +190,7 @@ def test_a_stopped_run_goes_on_to_the_same_text_and_the_same_bits(
         remember(documents, anchor, tmp_path / "model", "--passes", "1")
     learn(anchor, documents, tmp_path / "model")
     assert len(taken) == 4
-    assert journal.read_bytes() == (run_of(learned) / JOURNAL).read_bytes()
+    assert journal.read_bytes() == (run_of(learned) / restate.JOURNAL).read_bytes()
     assert files_of(tmp_path / "model") == files_of(learned)
 
 
@@ -209,17 +198,19 @@ def test_a_stopped_run_goes_on_to_the_same_text_and_the_same_bits(
 def test_a_forgotten_document_takes_its_restatements_along(learned, tmp_path):
     run, known = run_of(learned), documents_of(run_of(learned))
     gone = next(d for d in known if d.name == "bread/0.txt")
-    assert restated(run)[gone.sha256]
+    assert restate.restated(run)[gone.sha256]
     forget_program([str(learned), gone.name, "--out", str(tmp_path / "model")])
     target = run_of(tmp_path / "model")
     others = [d for d in known if d != gone]
     # What is left is what the anchor writes where the document has never been.
     (tmp_path / "never").mkdir()
-    restate.restate(tmp_path / "never", Writer.open(learned, 2, 0), others)
-    assert (target / JOURNAL).read_bytes() == (tmp_path / "never" / JOURNAL).read_bytes()
-    text, _ = text_of(open_base(str(learned)), others, restated(tmp_path / "never"))
+    restate.restate(tmp_path / "never", restate.Writer.open(learned, 2, 0), others)
+    assert (target / restate.JOURNAL).read_bytes() == (
+        tmp_path / "never" / restate.JOURNAL
+    ).read_bytes()
+    text, _ = text_of(open_base(str(learned)), others, restate.restated(tmp_path / "never"))
     assert len(np.load(target / "paths.npy")) == len(text.windows)
-    assert gone.sha256 not in (target / JOURNAL).read_text()
+    assert gone.sha256 not in (target / restate.JOURNAL).read_text()
     assert not any(gone.sha256.encode() in data for data in files_of(tmp_path / "model").values())
 
 
@@ -230,23 +221,23 @@ def test_a_forgotten_document_takes_its_restatements_along(learned, tmp_path):
         ("<think>Question: Eh?\nAnswer: No.</think>\n\n**Question:** Who came?\n\n"
          "**Answer:** Ann came.\n\nI hope that helps", False, ""),
         ("Question: Who came?\nAnswer: Ann came.\nQuestion: And", False, ""),
-        ("Question: Who came?\nAnswer: Ann ca", False, CUT_OFF),
-        ("Question: Who came and", False, CUT_OFF),
-        ("", True, UNLIKE),
-        ("Ann came in May.", True, UNLIKE),
-        ("Question: Ann came.\nAnswer: In May.", True, UNLIKE),
-        ("Question: Who came?\nAnswer: ...", True, UNLIKE),
-        ("Question: ?\nAnswer: Ann.", True, UNLIKE),
-        ("Question: Who came?\nAnswer: Who?", True, UNLIKE),
-        ("Question: Was it  MAY?\nAnswer: It was.", True, COPIED),
-        ("Question: What do herons eat?\nAnswer: Ann.", True, COPIED),
-        ("Question: Who came?\nAnswer: Herons eat fish.", True, COPIED),
-        ("Question: When?\nAnswer: In May.", True, COPIED),
+        ("Question: Who came?\nAnswer: Ann ca", False, restate.CUT_OFF),
+        ("Question: Who came and", False, restate.CUT_OFF),
+        ("", True, restate.UNLIKE),
+        ("Ann came in May.", True, restate.UNLIKE),
+        ("Question: Ann came.\nAnswer: In May.", True, restate.UNLIKE),
+        ("Question: Who came?\nAnswer: ...", True, restate.UNLIKE),
+        ("Question: ?\nAnswer: Ann.", True, restate.UNLIKE),
+        ("Question: Who came?\nAnswer: Who?", True, restate.UNLIKE),
+        ("Question: Was it  MAY?\nAnswer: It was.", True, restate.COPIED),
+        ("Question: What do herons eat?\nAnswer: Ann.", True, restate.COPIED),
+        ("Question: Who came?\nAnswer: Herons eat fish.", True, restate.COPIED),
+        ("Question: When?\nAnswer: In May.", True, restate.COPIED),
     ],
 )  # fmt: skip
 def test_what_is_no_restatement_is_dropped(said, ended, wrong):
     passage, known = "Ann came. Was it May?", {"Question: When?\nAnswer: In May."}
-    text, found = judge(said, ended, passage, known)
+    text, found = restate.judge(said, ended, passage, known)
     assert found == wrong
     assert found or text == "Question: Who came?\nAnswer: Ann came."
 

@@ -13,20 +13,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_hmem.anchors.load import named_parameters
-from tests.helpers.loop_runs import (
-    CONFIG,
-    CONTEXT,
-    EOT,
-    KINDS,
-    VOCABULARY,
-    checkpoint,
-    make_model,
-    order,
-    run,
-    saved,
-    sequences,
-    trainee_of,
-)
+from tests.helpers import loop_runs as runs
 from tests.helpers.programs import refused
 from train.loop.loop import MOST_SKIPPED, learning_rate_at, train
 from train.recipe.recipe import TrainerConfig
@@ -46,9 +33,9 @@ def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
 
 
 def test_the_anchor_is_trained_by_adamw_that_leaves_norm_gains_undecayed():
-    config = replace(CONFIG, weight_decay=0.5, grad_clip=0.05)
-    model, (tokens, _) = make_model(), sequences()
-    trainee = AnchorTrainee(make_model(), tokens, EOT, config)
+    config = replace(runs.CONFIG, weight_decay=0.5, grad_clip=0.05)
+    model, (tokens, _) = runs.make_model(), runs.sequences()
+    trainee = AnchorTrainee(runs.make_model(), tokens, runs.EOT, config)
     optimizers = {
         decay: optim.AdamW(1.0, [0.9, 0.95], weight_decay=decay, bias_correction=True)
         for decay in (0.0, 0.5)
@@ -56,7 +43,7 @@ def test_the_anchor_is_trained_by_adamw_that_leaves_norm_gains_undecayed():
 
     def loss(batch: mx.array) -> mx.array:
         inputs = batch[:, :-1]
-        return masked_loss(model(inputs, mask=packed_mask(inputs, EOT)), batch, EOT)
+        return masked_loss(model(inputs, mask=packed_mask(inputs, runs.EOT)), batch, runs.EOT)
 
     for rows, rate in (([1, 2, 3], 0.01), ([0, 4, 1], 0.02), ([5, 6, 7], 0.005)):
         value, norm = trainee.step(np.array(rows), rate)
@@ -79,18 +66,18 @@ def test_the_anchor_is_trained_by_adamw_that_leaves_norm_gains_undecayed():
 
 
 def test_the_curve_holds_every_step(tmp_path):
-    run("anchor", tmp_path)
+    runs.run("anchor", tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "loss.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(13))
     assert [row["learning_rate"] for row in rows] == [
-        learning_rate_at(step, 13, CONFIG) for step in range(13)
+        learning_rate_at(step, 13, runs.CONFIG) for step in range(13)
     ]
-    assert rows[0]["loss"] == pytest.approx(math.log(VOCABULARY), rel=0.3)
+    assert rows[0]["loss"] == pytest.approx(math.log(runs.VOCABULARY), rel=0.3)
     assert rows[-1]["loss"] < rows[0]["loss"]
 
 
 def test_the_log_sums_up_the_steps_between_its_lines(tmp_path):
-    run("memory", tmp_path)
+    runs.run("memory", tmp_path)
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     curve = (tmp_path / "loss.jsonl").read_text().splitlines()
@@ -99,34 +86,36 @@ def test_the_log_sums_up_the_steps_between_its_lines(tmp_path):
     for record, first in zip(records, [0, 4, 8, 12], strict=True):
         last = record["step"]
         assert record["loss"] == pytest.approx(np.mean(losses[first:last]), abs=2e-5)
-        assert record["learning_rate"] == learning_rate_at(last - 1, 13, CONFIG)
+        assert record["learning_rate"] == learning_rate_at(last - 1, 13, runs.CONFIG)
         assert record["peak_memory_bytes"] > 0
         assert record["peak_resident_bytes"] > 10_000_000  # Python alone
     seconds = np.diff([0, *(record["seconds"] for record in records)])
     for record, steps, passed in zip(records, [4, 4, 4, 1], seconds, strict=True):
-        tokens = steps * CONFIG.batch_size * CONTEXT
+        tokens = steps * runs.CONFIG.batch_size * runs.CONTEXT
         # As precise as milliseconds of a run of milliseconds allow.
         assert record["tokens_per_s"] * (passed - 2e-3) < tokens
         assert tokens < record["tokens_per_s"] * (passed + 2e-3)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", runs.KINDS)
 def test_a_run_that_is_no_longer_finite_stops_and_has_saved_only_what_was(kind, tmp_path):
-    config = replace(CONFIG, learning_rate=1e30, warmup_steps=0, save_every=1)
+    config = replace(runs.CONFIG, learning_rate=1e30, warmup_steps=0, save_every=1)
     with refused("loss or gradient is not finite") as error:
-        run(kind, tmp_path, config)
+        runs.run(kind, tmp_path, config)
     assert "the 10th step skipped" in str(error.value)
-    progress = saved(tmp_path, kind)
+    progress = runs.saved(tmp_path, kind)
     assert progress.skipped == MOST_SKIPPED - 1
     assert len(progress.curve) >= 1
-    for name, array in checkpoint(tmp_path).items():
+    for name, array in runs.checkpoint(tmp_path).items():
         if array.dtype == np.float32:
             assert np.isfinite(array).all(), name
 
 
 def test_a_step_that_is_not_finite_leaves_the_anchor_and_its_moments_as_they_were():
-    tokens, _ = sequences()
-    trainee, again = (AnchorTrainee(make_model(), tokens, EOT, CONFIG) for _ in range(2))
+    tokens, _ = runs.sequences()
+    trainee, again = (
+        AnchorTrainee(runs.make_model(), tokens, runs.EOT, runs.CONFIG) for _ in range(2)
+    )
     batches = [np.arange(3), np.arange(3, 6)]
     for each in (trainee, again):
         each.step(batches[0], 1e-2)
@@ -141,17 +130,17 @@ def test_a_step_that_is_not_finite_leaves_the_anchor_and_its_moments_as_they_wer
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path):
-    _, paths = sequences()
+    _, paths = runs.sequences()
     leaves, counts = np.unique(paths[:, 1], return_counts=True)
     leaf = int(leaves[counts == 1][0])
     row = int(np.flatnonzero(paths[:, 1] == leaf)[0])
-    spoiled = [step for step in range(13) if row in order().batch(step).rows]
-    with trainee_of("memory", tmp_path) as trainee:
+    spoiled = [step for step in range(13) if row in runs.order().batch(step).rows]
+    with runs.trainee_of("memory", tmp_path) as trainee:
         trainee.store.gather(2, np.array([leaf]), 1)
         trainee.store._entry((2, leaf)).states[0] = np.nan
-        progress = train(trainee, order(), CONFIG, tmp_path, "memory")
+        progress = train(trainee, runs.order(), runs.CONFIG, tmp_path, "memory")
     assert len(spoiled) == progress.skipped >= 3
     assert [row[0] for row in progress.curve] == [n for n in range(13) if n not in spoiled]
-    state = checkpoint(tmp_path)
+    state = runs.checkpoint(tmp_path)
     assert state["2.steps"][leaf] == 0  # not written at all
     assert all(np.isfinite(state[f"{level}.weights"]).all() for level in (1, 2))

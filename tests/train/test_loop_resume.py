@@ -10,25 +10,7 @@ from pathlib import Path
 import pytest
 
 from mlx_hmem.errors import UserError
-from tests.helpers.loop_runs import (
-    CONFIG,
-    EOT,
-    KINDS,
-    MEMORY,
-    ROWS,
-    SEED,
-    Ended,
-    assert_equal_runs,
-    interrupt,
-    killed_run,
-    logged,
-    make_model,
-    order,
-    run,
-    saved,
-    sequences,
-    trainee_of,
-)
+from tests.helpers import loop_runs as runs
 from train.data.order import ShuffledOrder
 from train.loop.loop import train
 from train.step.memories import MemoryTrainee
@@ -39,22 +21,28 @@ from train.store.checkpoint import check_identity
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Uninterrupted runs."""
-    folders = {kind: tmp_path_factory.mktemp(kind) for kind in KINDS}
+    folders = {kind: tmp_path_factory.mktemp(kind) for kind in runs.KINDS}
     for kind, folder in folders.items():
-        run(kind, folder)
+        runs.run(kind, folder)
     return folders
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", runs.KINDS)
 def test_a_stopped_run_that_goes_on_equals_an_uninterrupted_one(kind, whole, tmp_path):
     # Before the first checkpoint, in the 7th step of all, in the 10th.
     for steps, done in ((3, None), (6, 4), (5, 8)):
-        with trainee_of(kind, tmp_path) as trainee, pytest.raises(KeyboardInterrupt):
-            train(Ended(trainee, steps, interrupt), order(), CONFIG, tmp_path, kind)
+        with runs.trainee_of(kind, tmp_path) as trainee, pytest.raises(KeyboardInterrupt):
+            train(
+                runs.Ended(trainee, steps, runs.interrupt),
+                runs.order(),
+                runs.CONFIG,
+                tmp_path,
+                kind,
+            )
         assert (tmp_path / "loss.jsonl").exists() == (done is not None)
-        assert done is None or saved(tmp_path, kind).step == done
-    assert run(kind, tmp_path).step == CONFIG.num_steps(ROWS) == 13
-    assert_equal_runs(tmp_path, whole[kind])
+        assert done is None or runs.saved(tmp_path, kind).step == done
+    assert runs.run(kind, tmp_path).step == runs.CONFIG.num_steps(runs.ROWS) == 13
+    runs.assert_equal_runs(tmp_path, whole[kind])
 
 
 @pytest.mark.parametrize(
@@ -62,34 +50,34 @@ def test_a_stopped_run_that_goes_on_equals_an_uninterrupted_one(kind, whole, tmp
 )
 def test_a_killed_process_leaves_a_checkpoint_to_go_on_from(kind, moment, whole, tmp_path):
     process = multiprocessing.get_context("spawn").Process(
-        target=killed_run, args=(kind, tmp_path, moment)
+        target=runs.killed_run, args=(kind, tmp_path, moment)
     )
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    assert saved(tmp_path, kind).step == 4
-    run(kind, tmp_path)
-    assert_equal_runs(tmp_path, whole[kind])
+    assert runs.saved(tmp_path, kind).step == 4
+    runs.run(kind, tmp_path)
+    runs.assert_equal_runs(tmp_path, whole[kind])
 
 
 def test_a_finished_run_is_not_trained_further(whole, tmp_path):
     shutil.copytree(whole["memory"], tmp_path, dirs_exist_ok=True)
     (tmp_path / "loss.jsonl").unlink()  # killed between the last commit and this file
-    with trainee_of("memory", tmp_path) as trainee:
-        train(Ended(trainee, 0, interrupt), order(), CONFIG, tmp_path, "memory")
-    assert_equal_runs(tmp_path, whole["memory"])
+    with runs.trainee_of("memory", tmp_path) as trainee:
+        train(runs.Ended(trainee, 0, runs.interrupt), runs.order(), runs.CONFIG, tmp_path, "memory")
+    runs.assert_equal_runs(tmp_path, whole["memory"])
 
 
 def test_a_log_is_cut_where_the_run_goes_on(tmp_path):
-    with trainee_of("memory", tmp_path) as trainee, pytest.raises(KeyboardInterrupt):
-        train(Ended(trainee, 6, interrupt), order(), CONFIG, tmp_path, "memory")
+    with runs.trainee_of("memory", tmp_path) as trainee, pytest.raises(KeyboardInterrupt):
+        train(runs.Ended(trainee, 6, runs.interrupt), runs.order(), runs.CONFIG, tmp_path, "memory")
     path = tmp_path / "log.jsonl"
     before = json.loads(path.read_text())
     assert before["step"] == 4
     # A longer run logs every 20 steps: of what came after the checkpoint, the last half-written.
     with path.open("a") as file:
         file.write(json.dumps({**before, "step": 5}) + '\n{"step": 6, "lo')
-    run("memory", tmp_path)
+    runs.run("memory", tmp_path)
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert [record["step"] for record in records] == [4, 8, 12, 13]
     assert records[0] == before
@@ -100,50 +88,54 @@ def test_a_log_is_cut_where_the_run_goes_on(tmp_path):
 
 def test_a_run_that_begins_again_from_the_start_leaves_no_old_log(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 0, "validation": {"none": 3.0}}\n')
-    run("anchor", tmp_path)
-    assert [record["step"] for record in logged(tmp_path)] == [4, 8, 12, 13]
+    runs.run("anchor", tmp_path)
+    assert [record["step"] for record in runs.logged(tmp_path)] == [4, 8, 12, 13]
 
 
 def test_how_a_run_is_watched_may_change_while_it_goes_on(whole, tmp_path):
-    with trainee_of("memory", tmp_path) as trainee, pytest.raises(KeyboardInterrupt):
-        train(Ended(trainee, 6, interrupt), order(), CONFIG, tmp_path, "memory")
-    run("memory", tmp_path, replace(CONFIG, validate_every=3, validation_sequences=5))
-    assert_equal_runs(tmp_path, whole["memory"])
+    with runs.trainee_of("memory", tmp_path) as trainee, pytest.raises(KeyboardInterrupt):
+        train(runs.Ended(trainee, 6, runs.interrupt), runs.order(), runs.CONFIG, tmp_path, "memory")
+    runs.run("memory", tmp_path, replace(runs.CONFIG, validate_every=3, validation_sequences=5))
+    runs.assert_equal_runs(tmp_path, whole["memory"])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", runs.KINDS)
 @pytest.mark.parametrize(
     ("changed", "seed", "rows", "named"),
     [
-        ({"learning_rate": 2e-2}, SEED, ROWS, "training.learning_rate was 0.01, is 0.02"),
-        ({}, SEED + 1, ROWS, "seed was 5, is 6"),
-        ({}, SEED, ROWS - 1, "num_sequences was 10, is 9"),
+        ({"learning_rate": 2e-2}, runs.SEED, runs.ROWS, "training.learning_rate was 0.01, is 0.02"),
+        ({}, runs.SEED + 1, runs.ROWS, "seed was 5, is 6"),
+        ({}, runs.SEED, runs.ROWS - 1, "num_sequences was 10, is 9"),
     ],
     ids=["recipe", "seed", "data"],
 )
 def test_what_another_run_saved_is_refused(kind, changed, seed, rows, named, whole, tmp_path):
     shutil.copytree(whole[kind], tmp_path, dirs_exist_ok=True)
-    config = replace(CONFIG, **changed)
+    config = replace(runs.CONFIG, **changed)
     wanted = rf"belongs to another run: {named}; use another --out or delete"
-    with trainee_of(kind, tmp_path) as trainee, pytest.raises(UserError, match=wanted):
+    with runs.trainee_of(kind, tmp_path) as trainee, pytest.raises(UserError, match=wanted):
         train(
-            Ended(trainee, 0, interrupt), ShuffledOrder(rows, config, seed), config, tmp_path, kind
+            runs.Ended(trainee, 0, runs.interrupt),
+            ShuffledOrder(rows, config, seed),
+            config,
+            tmp_path,
+            kind,
         )
-    assert_equal_runs(tmp_path, whole[kind])
+    runs.assert_equal_runs(tmp_path, whole[kind])
 
 
 def test_a_run_goes_on_only_with_the_same_sizes_and_files(tmp_path):
     files = {"tokenizer": "a", "tree": "b"}
-    with trainee_of("memory", tmp_path) as trainee:
-        train(trainee, order(), CONFIG, tmp_path, "memory", files)
-    tokens, paths = sequences()
-    other = replace(MEMORY, r=(3, 1))
-    with BlockStore(tmp_path / "store", other, SEED) as store:
-        trainee = MemoryTrainee(make_model(), store, tokens, paths, EOT, CONFIG)
+    with runs.trainee_of("memory", tmp_path) as trainee:
+        train(trainee, runs.order(), runs.CONFIG, tmp_path, "memory", files)
+    tokens, paths = runs.sequences()
+    other = replace(runs.MEMORY, r=(3, 1))
+    with BlockStore(tmp_path / "store", other, runs.SEED) as store:
+        trainee = MemoryTrainee(runs.make_model(), store, tokens, paths, runs.EOT, runs.CONFIG)
         files["tokenizer"] = "c"
         wanted = r"another run: files.tokenizer was a, is c, sizes.r was \[3, 2\], is \[3, 1\];"
         with pytest.raises(UserError, match=wanted):
-            train(trainee, order(), CONFIG, tmp_path, "memory", files)
+            train(trainee, runs.order(), runs.CONFIG, tmp_path, "memory", files)
 
 
 def test_a_difference_is_named_also_where_a_key_is_new_and_the_many_are_cut(tmp_path):

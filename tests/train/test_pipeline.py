@@ -20,14 +20,7 @@ from tests.helpers.recipes import write_recipe
 from train.command import main
 from train.export import run_export
 from train.loop.arms import trained_blocks, trained_generic
-from train.recipe.recipe import (
-    CotrainSection,
-    ExportSection,
-    MemoriesSection,
-    Recipe,
-    TreeSection,
-    load_recipe,
-)
+from train.recipe import recipe as recipes
 from train.stages import STAGES, run_stages
 
 
@@ -41,8 +34,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     return recipe, folder / "run", said.out
 
 
-def recipe_of(made: tuple[Path, Path, str]) -> Recipe:
-    return load_recipe(made[0])
+def recipe_of(made: tuple[Path, Path, str]) -> recipes.Recipe:
+    return recipes.load_recipe(made[0])
 
 
 def test_every_stage_says_what_it_made_and_the_last_prints_the_table(made):
@@ -133,8 +126,8 @@ def test_a_second_run_skips_everything(made):
 def test_a_changed_recipe_is_refused_by_the_name_of_what_changed(made):
     recipe, run, _ = made
     for changed, named in (
-        (replace(recipe_of(made), tree=TreeSection(branching=(2, 3))), "tree"),
-        (replace(recipe_of(made), memories=MemoriesSection(r=(4, 4))), "memories"),
+        (replace(recipe_of(made), tree=recipes.TreeSection(branching=(2, 3))), "tree"),
+        (replace(recipe_of(made), memories=recipes.MemoriesSection(r=(4, 4))), "memories"),
         (replace(recipe_of(made), seed=2), "seed"),
     ):
         with pytest.raises(UserError, match=rf"made with another recipe: changed: {named};"):
@@ -148,7 +141,7 @@ def test_a_quantised_export_answers_as_quantised_blocks_do(made, tmp_path):
     _, run, _ = made
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     how = {"mode": "nvfp4", "bits": 4, "group_size": 16}
-    recipe = replace(recipe_of(made), export=ExportSection(quantization=how))
+    recipe = replace(recipe_of(made), export=recipes.ExportSection(quantization=how))
     run_export(recipe, copy)
     model = load(copy / "model")
     assert model.bank is not None
@@ -175,7 +168,7 @@ def test_a_model_that_names_the_packages_encoder_holds_none_and_answers_the_same
 
 def test_anchor_and_memories_trained_together_from_nothing(made, tmp_path):
     """The anchor stage leaves its start values, the memories stage the anchor of the model."""
-    cotrain = CotrainSection(learning_rate_scale=0.5, generic_probability=0.5)
+    cotrain = recipes.CotrainSection(learning_rate_scale=0.5, generic_probability=0.5)
     recipe = recipe_of(made)
     recipe = replace(
         recipe,

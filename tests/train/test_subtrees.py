@@ -21,15 +21,7 @@ from tests.helpers.programs import run as program
 from tests.helpers.recipes import write_recipe
 from train.command import main
 from train.data.order import Order
-from train.loop.arms import (
-    arm_order,
-    open_store,
-    run_generic,
-    run_memories,
-    sequences,
-    subtree_order,
-    train_memory,
-)
+from train.loop import arms
 from train.parallel.merge import merge_subtrees
 from train.parallel.subtrees import run_subtree, subtree_name
 from train.recipe.recipe import CotrainSection, Recipe, load_recipe
@@ -97,7 +89,7 @@ def merge(recipe: Recipe, run: Path, *others: Path) -> None:
 
 def state_of(recipe: Recipe, run: Path, name: str = "memories") -> dict[object, bytes]:
     """Weights, moments and steps of every touched block, and the place of the run."""
-    with open_store(recipe, run, name, readonly=True) as store:
+    with arms.open_store(recipe, run, name, readonly=True) as store:
         state: dict[object, bytes] = {k: store._record(k).tobytes() for k in store.touched()}
         progress = store.progress()
     assert progress is not None
@@ -124,7 +116,7 @@ def test_merged_subtrees_are_one_job_bit_for_bit(recipe, apart, one, tmp_path):
     assert levels == {1: 3, 3: 12}  # r is 0 on level 2
     steps = [np.frombuffer(state[1, n][-4:], np.int32)[0] for n in range(3)]
     assert min(steps) > 4  # more than one checkpoint each
-    assert sum(steps) == subtree_order(recipe, sequences(run)[1]).num_steps
+    assert sum(steps) == arms.subtree_order(recipe, arms.sequences(run)[1]).num_steps
     # Again, and on to the next stage.
     merge(recipe, run)
     run_stages(recipe, run, ["generic"])
@@ -194,7 +186,7 @@ def test_a_subtree_of_another_run_is_refused_by_what_differs(what, recipe, apart
     if what == "whole":
         shutil.copytree(one / "memories", foreign / subtree_name(2))
     else:
-        train_memory(other, foreign, subtree_name(2), subtree=2)  # not asking for the stages before
+        arms.train_memory(other, foreign, subtree_name(2), subtree=2)
     with refused(rf"subtree-02 belongs to another run: {named}"):
         merge(recipe, run, foreign / subtree_name(2))
     assert not is_done(STAGES["memories"], recipe, run)
@@ -225,7 +217,7 @@ def test_a_killed_merge_leaves_nothing_or_all(moment, recipe, apart, one, tmp_pa
     assert process.exitcode == -signal.SIGKILL
     assert not is_done(STAGES["memories"], recipe, run)
     if moment == "before":
-        with open_store(recipe, run, "memories", readonly=True) as store:
+        with arms.open_store(recipe, run, "memories", readonly=True) as store:
             assert store.touched() == []
             assert store.progress() is None
     else:
@@ -239,10 +231,10 @@ def test_a_merge_does_not_mix_with_an_unfinished_job_nor_one_job_with_subtrees(
 ):
     run = copy_of(apart, tmp_path / "run")
     with pytest.raises(UserError, match=r"trained apart: .*subtree-00, .*train merge"):
-        run_memories(recipe, run)
+        arms.run_memories(recipe, run)
     with (
-        open_store(recipe, run, "memories") as store,
-        open_store(recipe, one, "memories", readonly=True) as source,
+        arms.open_store(recipe, run, "memories") as store,
+        arms.open_store(recipe, one, "memories", readonly=True) as source,
     ):
         progress = source.progress()
         assert progress is not None
@@ -279,7 +271,7 @@ def test_a_subtree_without_sequences_has_nothing_to_train(
         capsys.readouterr().out
     )
     merge(recipe, run)
-    with open_store(recipe, run, "memories", readonly=True) as store:
+    with arms.open_store(recipe, run, "memories", readonly=True) as store:
         assert {cluster for level, cluster in store.touched() if level == 1} == {0, 2}
 
 
@@ -312,10 +304,10 @@ def test_the_programs_refuse_in_one_line_and_show_their_help(tmp_path):
 
 def test_all_arms_of_a_grouped_run_see_the_same_sequences(recipe, prepared, one, tmp_path):
     run = copy_of(prepared, tmp_path / "run")
-    paths, training = sequences(run)[1], recipe.memories.training
-    arm, memories = arm_order(recipe, paths, training), subtree_order(recipe, paths)
+    paths, training = arms.sequences(run)[1], recipe.memories.training
+    arm, memories = arms.arm_order(recipe, paths, training), arms.subtree_order(recipe, paths)
     assert rows_of(arm) == rows_of(memories)
-    run_generic(recipe, run)
+    arms.run_generic(recipe, run)
     curves = [
         (r / "loss.jsonl").read_text().splitlines() for r in (one / "memories", run / "generic")
     ]
