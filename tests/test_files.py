@@ -2,21 +2,18 @@
 
 import json
 import os
-import signal
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_hmem import files
 from mlx_hmem.errors import UserError
-from tests.helpers.places import ROOT
+from tests.helpers.faults import any_input, kill_half_way
 
 
 def raw(header: object, data: bytes = b"", length: int | None = None) -> bytes:
@@ -137,9 +134,7 @@ def read_or_refuse(path: Path) -> None:
     }
 
 
-@settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@any_input(300)
 @given(
     header=st.dictionaries(st.sampled_from(["a", "b", "__metadata__"]), LIKELY | JSON) | JSON,
     data=st.integers(0, 16),
@@ -150,9 +145,7 @@ def test_any_header_is_read_or_refused(tmp_path: Path, header: object, data: int
     read_or_refuse(path)
 
 
-@settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@any_input(300)
 @given(st.integers(0, len(GOOD) - 1), st.integers(0, 255), st.integers(0, len(GOOD)))
 def test_any_changed_byte_and_any_cut_is_read_or_refused(tmp_path, at, value, cut):
     path = tmp_path / "x.safetensors"
@@ -220,17 +213,7 @@ with atomic_file(sys.argv[1]) as file:
 def test_killed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "x"
     files.write_atomic(path, "old")
-    child = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(path)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        cwd=ROOT,
-    )
-    with child:
-        assert child.stdout is not None
-        assert child.stdout.readline() == b"half\n"
-        child.send_signal(signal.SIGKILL)
-        child.wait()
+    kill_half_way(KILLED, path)
     assert path.read_text() == "old"
     files.write_atomic(path, b"new")
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("x", b"new")]

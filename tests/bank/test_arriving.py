@@ -19,6 +19,7 @@ from mlx_hmem.bank.read.unfilled import unfilled
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.memory import KINDS
+from tests.helpers.faults import flip
 
 PATH = (1, 5)
 LAYERS = 4
@@ -93,10 +94,7 @@ def test_blocks_that_the_cache_will_not_hold_are_the_same_and_never_whole(tmp_pa
 
 def test_one_that_could_not_be_read_says_so_each_time_it_is_asked(tmp_path):
     make(tmp_path, config_of("ffn"), dtype="float32")
-    shard = tmp_path / "level-2.00000.safetensors"
-    data = bytearray(shard.read_bytes())
-    data[-PAGE] ^= 1
-    shard.write_bytes(data)
+    flip(tmp_path / "level-2.00000.safetensors", -PAGE)
     with Bank.open(tmp_path, cache_bytes=0) as bank:
         arriving = bank.begin(PATH)
         for _ in range(2):
@@ -140,16 +138,14 @@ def test_no_layer_waits_for_what_only_later_ones_need(tmp_path, monkeypatch, cac
 def test_damage_ends_it_before_the_last_layer(tmp_path):
     make(tmp_path, config_of("ffn"), dtype="float32")
     shard = tmp_path / "level-2.00000.safetensors"
-    data = bytearray(shard.read_bytes())
-    data[-PAGE] ^= 1  # the first byte of the last block, cluster 5
-    shard.write_bytes(data)
+    flip(shard, -PAGE)  # the first byte of the last block, cluster 5
     with Bank.open(tmp_path) as bank:
         arriving = bank.begin(PATH)
         for layer in range(LAYERS - 1):
             arriving[layer]
         with pytest.raises(UserError, match="level 2, cluster 5 of the bank is damaged"):
             arriving[LAYERS - 1]
-        os.truncate(shard, len(data) - PAGE)
+        os.truncate(shard, shard.stat().st_size - PAGE)
         with pytest.raises(UserError, match="level 2, cluster 5 of the bank is cut off"):
             bank.begin(PATH).wait()
 

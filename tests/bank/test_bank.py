@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import xxhash
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_hmem.bank import Bank, write_bank
@@ -19,6 +19,7 @@ from mlx_hmem.bank.format import PAGE, STORED_TYPES, block_shape
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import read_safetensors_header
+from tests.helpers.faults import any_input
 
 CONFIG = MemoryConfig(hidden_size=8, num_hidden_layers=2, r=(3, 0, 2), branching=(2, 2, 3))
 PATH = (1, 3, 10)
@@ -131,9 +132,7 @@ def test_none_is_a_block_of_zeros_and_a_hole(tmp_path: Path) -> None:
         assert not mx.any(bank.generic().blocks[0]).item()
 
 
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@any_input(25)
 @given(
     hidden=st.integers(1, 40),
     layers=st.integers(1, 3),

@@ -3,9 +3,6 @@
 import json
 import os
 import random
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_hmem.bank import Bank, Manifest, write_bank
@@ -21,7 +18,7 @@ from mlx_hmem.bank.format import PAGE, block_shape
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.memory import FetchedMemory
-from tests.helpers.places import ROOT
+from tests.helpers.faults import any_input, flip, kill_half_way
 
 CONFIG = MemoryConfig(hidden_size=8, num_hidden_layers=2, r=(3, 2), branching=(2, 2))
 PATHS = [(0, 0), (0, 1), (1, 2), (1, 3)]
@@ -69,12 +66,6 @@ def folder(tmp_path: Path) -> Path:
     return make(tmp_path / "bank")
 
 
-def flip(path: Path, at: int, bit: int = 0) -> None:
-    data = bytearray(path.read_bytes())
-    data[at] ^= 1 << bit
-    path.write_bytes(data)
-
-
 @pytest.mark.parametrize("level", [1, 2])
 def test_any_flipped_bit_of_a_block_is_found_and_placed(folder: Path, level: int) -> None:
     path = folder / SHARDS[level - 1]
@@ -83,7 +74,7 @@ def test_any_flipped_bit_of_a_block_is_found_and_placed(folder: Path, level: int
     rng = random.Random(level)
     for cluster in range(2**level):
         for at in (0, size - 1, *(rng.randrange(size) for _ in range(5))):
-            flip(path, PAGE * (1 + cluster) + at, rng.randrange(8))
+            flip(path, PAGE * (1 + cluster) + at, bit=rng.randrange(8))
             assert f"level {level}, cluster {cluster} of the bank is damaged" in refusal(folder)
             # The other clusters still answer.
             with Bank.open(folder) as bank:
@@ -263,9 +254,7 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(tmp_path_factory.mktemp("banks") / "bank")
 
 
-@settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@any_input(300)
 @given(
     name=st.sampled_from([*SHARDS, "bank.json"]),
     at=st.integers(0, 400) | st.integers(0, 6 * PAGE),
@@ -310,18 +299,7 @@ write_bank(sys.argv[1], CONFIG, [[block_of(1, c) for c in (0, 1)], deep()], bloc
 
 @pytest.mark.parametrize("cluster", [0, 2, 4])
 def test_killed_writer_leaves_no_bank_and_can_start_again(tmp_path: Path, cluster: int) -> None:
-    child = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(tmp_path), str(cluster)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    with child:
-        assert child.stdout is not None
-        assert child.stdout.readline() == b"half\n"
-        child.send_signal(signal.SIGKILL)
-        child.wait()
+    kill_half_way(KILLED, tmp_path, cluster)
     assert (tmp_path / SHARDS[0]).exists()
     assert (tmp_path / SHARDS[1]).exists() == (cluster == 4)
     assert "bank.json" in refusal(tmp_path)

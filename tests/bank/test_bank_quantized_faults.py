@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_hmem.bank import Bank, Quantization, write_bank
@@ -26,6 +26,7 @@ from tests.bank.test_bank_quantized import (
     make,
     rounded,
 )
+from tests.helpers.faults import any_input, flip
 
 HOW = {"level": 1, "mode": "affine", "bits": 4, "group_size": 32}
 WRONG_QUANTIZATION: list[tuple[str, object]] = [
@@ -135,7 +136,7 @@ def test_flipped_bits_and_cut_files_are_refused(folder: Path) -> None:
     good = path.read_bytes()
     packed = 2 * 3 * 3 * 16
     for at in (0, packed - 1, packed, packed + packed // 8, size - 1):  # in each part
-        plain.flip(path, PAGE + PAGE + at, 3)
+        flip(path, PAGE + PAGE + at, bit=3)
         assert "level 1, cluster 1 of the bank is damaged" in plain.refusal(folder)
         path.write_bytes(good)
     for length in (0, 100, PAGE, PAGE + packed, PAGE + size, len(good) - 1):
@@ -148,9 +149,7 @@ def test_flipped_bits_and_cut_files_are_refused(folder: Path) -> None:
             bank.fetch((1, 2))
 
 
-@settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@any_input(100)
 @given(
     name=st.sampled_from([*plain.SHARDS, "bank.json"]),
     at=st.integers(0, 700) | st.integers(PAGE, PAGE + 400),

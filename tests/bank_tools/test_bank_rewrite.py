@@ -19,7 +19,8 @@ from mlx_hmem.memory import initial_block
 from mlx_hmem.model.load import load
 from mlx_hmem.retriever import ClusterTree
 from tests.conftest import MEMORY, edit_json, save_anchor, save_bank
-from tests.helpers.banks import blocks_of, flip_block, refused, said, state
+from tests.helpers.banks import blocks_of, flip_block, refused, said
+from tests.helpers.places import bytes_of
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def colleague(model_folder, texts, tmp_path) -> Path:
 
 
 def test_an_added_bank_answers_what_lies_nearer_to_it(known, colleague, texts, tmp_path, capsys):
-    before, out = state(known), tmp_path / "both"
+    before, out = bytes_of(known), tmp_path / "both"
     said(capsys, "block", known, 0, "--view", "guest")
     said(capsys, "add", known, colleague, "--name", "notes", "--out", out)
     both, alone, other = load(out), load(known), load(colleague)
@@ -66,7 +67,7 @@ def test_an_added_bank_answers_what_lies_nearer_to_it(known, colleague, texts, t
     shard = "level-1.00000.safetensors"
     assert os.path.samefile(colleague / "bank" / shard, out / "banks" / "notes" / "bank" / shard)
     assert "19 blocks are sound, nothing found damaged" in said(capsys, "verify", out)
-    del (after := state(known))["bank/views.json"]
+    del (after := bytes_of(known))["bank/views.json"]
     assert after == before
     assert "a bank of this name is there already: notes" in refused(
         "add", out, colleague, "--name", "notes", "--out", tmp_path / "third"
@@ -119,7 +120,7 @@ def test_a_subtree_split_off_routes_and_answers_as_it_did(length, known, texts, 
     leaf = next(iter(by_path))
     path, out = leaf[:length], tmp_path / "part"
     said(capsys, "block", known, ",".join(map(str, leaf)), "--view", "guest")
-    before = state(known)
+    before = bytes_of(known)
     said(capsys, "split", known, ",".join(map(str, path)), "--out", out)
     part = load(out)
     for old, text in by_path.items():
@@ -134,7 +135,7 @@ def test_a_subtree_split_off_routes_and_answers_as_it_did(length, known, texts, 
     guest = [block["level"] for block in load(out, view="guest").fetch(by_path[leaf]).blocks]
     assert guest == [1]
     assert "nothing found damaged" in said(capsys, "verify", out)
-    assert state(known) == before
+    assert bytes_of(known) == before
 
 
 def test_what_cannot_be_split_is_one_line(known, tmp_path):

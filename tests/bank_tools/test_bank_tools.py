@@ -17,7 +17,8 @@ from mlx_hmem.errors import UserError
 from mlx_hmem.files import write_atomic
 from mlx_hmem.model.load import load
 from tests.conftest import MEMORY
-from tests.helpers.banks import flip_block, refused, said, state
+from tests.helpers.banks import flip_block, refused, said
+from tests.helpers.places import bytes_of
 
 
 def test_documents_come_back_and_are_found_by_name_and_hash(known, model):
@@ -133,7 +134,7 @@ def test_verify_names_every_damaged_block_and_ends_with_1(known, capsys):
 
 
 def test_block_and_unblock_change_one_small_file(known, model, texts, capsys):
-    before = state(known)
+    before = bytes_of(known)
     text = texts[0][:120]
     path = model.retriever.route(text)
     name = ",".join(map(str, path))
@@ -151,7 +152,7 @@ def test_block_and_unblock_change_one_small_file(known, model, texts, capsys):
     assert "view guest bars nothing" in said(capsys, "unblock", known, path[0], "--view", "guest")
     assert "view guest is removed" in said(capsys, "unblock", known, "--view", "guest")
     assert "no such view: guest; known: all" in refused("unblock", known, "--view", "guest")
-    after = state(known)
+    after = bytes_of(known)
     del after["bank/views.json"]
     assert after == before
 

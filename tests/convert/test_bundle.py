@@ -288,14 +288,6 @@ def test_what_cannot_be_in_a_bundle_is_named(model_folder, broken, tmp_path, mon
     assert not (tmp_path / "out").exists()
 
 
-def one_line(process: subprocess.CompletedProcess[str], *words: str) -> None:
-    assert (process.returncode, process.stdout) == (2, "")
-    assert process.stderr.startswith("error: ")
-    assert process.stderr.count("\n") == 1
-    for word in words:
-        assert word in process.stderr
-
-
 def test_the_runner_names_what_is_wrong_in_one_line(made, opened, tmp_path, capsys, monkeypatch):
     module = runner_of(made)
 

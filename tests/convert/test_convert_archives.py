@@ -7,13 +7,14 @@ import zlib
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from convert.torch_files import pickle_machine, zips
 from convert.torch_files.pickles import open_torch
 from convert.torch_files.tensors import Checkpoint, open_safetensors
 from mlx_hmem.errors import UserError
+from tests.helpers.faults import any_input
 from tests.helpers.torch_files import Part, archive, parts, pickled, refusal, tensor, write
 
 
@@ -206,9 +207,7 @@ WHOLE = archive(
 )
 
 
-@settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@any_input(300)
 @given(
     changes=st.lists(
         st.tuples(st.integers(0, len(WHOLE) - 1), st.integers(1, 255)), min_size=1, max_size=4
@@ -231,9 +230,7 @@ def test_a_flipped_byte_is_refused_or_changes_no_name_and_no_shape(changes, tmp_
         assert found_tensor.read().nbytes == found_tensor.nbytes
 
 
-@settings(
-    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@any_input(400)
 @given(
     start=st.integers(0, 300),
     put=st.binary(min_size=1, max_size=12),

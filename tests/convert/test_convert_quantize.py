@@ -24,6 +24,7 @@ from mlx_hmem.evaluate import perplexity
 from mlx_hmem.files import save_safetensors
 from mlx_hmem.memory import KINDS, split_block
 from tests.conftest import CONTEXT, MEMORY, edit_json
+from tests.helpers.places import bytes_of
 from tests.helpers.tiny_anchors import EXPERTS, GATED, LLAMA_LIKE, OTHER_KEYS, UNGATED, make_anchor
 
 ARGS = ModelArgs(
@@ -102,10 +103,6 @@ def assert_same(first: dict[str, mx.array], second: dict[str, mx.array]) -> None
     for name, array in first.items():
         assert array.dtype == second[name].dtype, name
         assert mx.array_equal(array, second[name]).item(), name
-
-
-def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
 
 def rounded(config: MemoryConfig, level: int, cluster: int, how: tuple | None) -> np.ndarray:

@@ -15,6 +15,7 @@ from mlx_hmem.errors import UserError
 from mlx_hmem.files import save_safetensors
 from tests.conftest import edit_json
 from tests.convert import test_convert_quantize as quantized
+from tests.helpers.places import bytes_of
 from tests.helpers.programs import process
 
 
@@ -57,7 +58,7 @@ def test_a_run_killed_at_any_file_ends_as_one_that_was_not(wide, tmp_path):
     assert kept
     main([str(wide), str(out), *options])
     assert {n: (out / n).stat().st_ino for n in kept} == kept  # not written again
-    assert quantized.bytes_of(out) == quantized.bytes_of(tmp_path / "whole")
+    assert bytes_of(out) == bytes_of(tmp_path / "whole")
     assert os.listdir(tmp_path).count("out.part") == 0
 
 

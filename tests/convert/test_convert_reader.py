@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.lib.stride_tricks import as_strided
 
@@ -19,6 +19,7 @@ from convert.torch_files.tensors import MLX_TYPES, LazyTensor, bits_of, open_saf
 from convert.torch_files.writer import write_torch
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import save_safetensors
+from tests.helpers.faults import any_input
 from tests.helpers.torch_files import archive, name, opcodes, parts, storage, tensor, write
 
 BYTES = np.random.default_rng(0).integers(0, 256, 1 << 12, dtype=np.uint8)
@@ -75,9 +76,7 @@ def test_what_the_writer_writes_is_read_back(tmp_path: Path) -> None:
         assert np.array_equal(found.tensors[label].read(1, 2), array.reshape(3, 4)[1:])
 
 
-@settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@any_input(150)
 @given(data=st.data())
 def test_rows_of_any_strides_equal_the_strided_view(data, small_pieces, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "strided"

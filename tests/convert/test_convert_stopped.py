@@ -20,6 +20,7 @@ from mlx_hmem import load
 from mlx_hmem.errors import UserError, run_program
 from mlx_hmem.folders import RECORD, REPLACED
 from tests.convert.test_convert_quantize import make
+from tests.helpers.places import bytes_of
 from tests.test_folders import ONE, write
 
 KINDS = ("from pytorch", "to pytorch", "quantise")
@@ -31,24 +32,12 @@ def wide(model_folder, tmp_path_factory) -> Path:
     return make(model_folder, tmp_path_factory.mktemp("wide") / "model")
 
 
-@pytest.fixture(scope="module")
-def layout(model_folder, tmp_path_factory) -> Path:
-    """The model of conftest in PyTorch's layout; for reading only."""
-    folder = tmp_path_factory.mktemp("torch") / "model"
-    main([str(model_folder), str(folder), "--to", "pytorch"])
-    return folder
-
-
 def command(kind: str, wide: Path, layout: Path, out: Path) -> list[str]:
     return {
         "from pytorch": [str(layout), str(out)],
         "to pytorch": [str(wide), str(out), "--to", "pytorch"],
         "quantise": ["quantize", str(wide), str(out), "--bank-bits", "8", "--bank-level", "1:none"],
     }[kind]
-
-
-def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
 
 @contextmanager

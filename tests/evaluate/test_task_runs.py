@@ -14,6 +14,7 @@ from mlx_hmem.evaluate.journal import Journal
 from mlx_hmem.evaluate.tasks.benchmark import TaskResult, averages, model_fingerprint, score_task
 from mlx_hmem.evaluate.tasks.few_shot import PromptTokens, build_prompts
 from mlx_hmem.evaluate.tasks.task import CHOICE, LANGUAGE, Task, load_tasks
+from tests.helpers.faults import flip
 from tests.helpers.programs import assert_refused, process
 from tests.helpers.task_helpers import alone, greedy_alone, run_task, write_tasks
 
@@ -151,9 +152,7 @@ def test_a_model_is_known_by_all_that_it_computes_with(broken):
         (broken / name).write_bytes(old + b" ")
         assert model_fingerprint(broken) != before
         (broken / name).write_bytes(old)
-    weights = bytearray((broken / "model.safetensors").read_bytes())
-    weights[-1] ^= 1
-    (broken / "model.safetensors").write_bytes(weights)
+    flip(broken / "model.safetensors", -1)
     assert model_fingerprint(broken) != before
 
 

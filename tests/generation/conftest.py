@@ -6,25 +6,20 @@ import sys
 import pytest
 
 import generate
-from mlx_hmem.errors import run_program
+from tests.helpers import programs
 
 PROMPT = "The old lighthouse of the bay"
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(monkeypatch):
     """Runs generate.py in this process: exit status, standard output, standard error."""
 
     def run(*args, stdin: io.BytesIO | bytes = b"", main=generate.main):
         source = io.BytesIO(stdin) if isinstance(stdin, bytes) else stdin
         monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, args)])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(source, encoding="utf-8"))
-        status = 0
-        try:
-            run_program(main)
-        except SystemExit as end:
-            status = end.code
-        return (status, *capsys.readouterr())
+        return programs.run(lambda words: main())
 
     return run
 

@@ -15,6 +15,7 @@ import pytest
 from mlx_hmem import load
 from mlx_hmem.generation.chat import HELP, chat, main
 from mlx_hmem.generation.conversation import Conversation
+from tests.helpers.faults import flip_blocks
 from tests.helpers.places import ROOT
 from tests.helpers.programs import Said, assert_refused, process, run
 
@@ -128,11 +129,7 @@ def test_what_is_wrong_from_the_start_is_one_line_and_status_2(piped, args, stdi
 
 
 def test_a_damaged_block_is_said_in_one_line_and_strictly_it_is_an_error(broken, piped):
-    shard = broken / "bank" / "level-3.00000.safetensors"
-    raw = bytearray(shard.read_bytes())
-    for start in range(16384, len(raw), 16384):
-        raw[start] ^= 1
-    shard.write_bytes(raw)
+    flip_blocks(broken / "bank" / "level-3.00000.safetensors")
     status, out, err = piped("--model", broken, stdin="The old lighthouse\n")
     assert (status, out.count("\n") >= 1) == (0, True)
     assert err.count("the answer goes on without level 3: ") == 1

@@ -9,21 +9,15 @@ from mlx_hmem import load
 from mlx_hmem.errors import UserError
 from mlx_hmem.generation.conversation import Conversation
 from tests.generation.test_conversation import OPTIONS, tokens, turns_of
+from tests.helpers.faults import flip
 
 
 def shard_of(folder: Path, level: int) -> Path:
     return folder / "bank" / f"level-{level}.00000.safetensors"
 
 
-def flip(shard: Path, block: int) -> None:
-    raw = bytearray(shard.read_bytes())
-    raw[(1 + block) * 16384] ^= 1
-    with open(shard, "r+b") as file:  # the same file, which the bank has open
-        file.write(raw)
-
-
 def damage_by_flip(folder: Path, leaf: int) -> None:
-    flip(shard_of(folder, 3), leaf)
+    flip(shard_of(folder, 3), (1 + leaf) * 16384)
 
 
 def damage_by_cut(folder: Path, leaf: int) -> None:
@@ -62,11 +56,11 @@ def test_a_block_that_is_mended_is_used_again(broken, texts):
     turns = turns_of(model, texts)
     near = turns["near"][0]
     path = model.retriever.route(near)
-    flip(shard_of(broken, 3), path[2])
+    damage_by_flip(broken, path[2])
     talk = Conversation(model, notify=said.append, **OPTIONS)
     list(talk.say(near))
     assert len(said) == 1
-    flip(shard_of(broken, 3), path[2])
+    damage_by_flip(broken, path[2])
     talk.turns.clear()
     assert tokens(talk.say(near)) == tokens(load(broken).stream(near, max_tokens=8))
     assert (len(said), talk.fetch.damage) == (1, [])
@@ -100,7 +94,7 @@ def test_a_strict_conversation_stops_and_goes_on_with_the_next_turn(broken, text
     start, near = turns["start"][0], turns["near"][0]
     talk = Conversation(model, damaged="stop", **OPTIONS)
     list(talk.say(start))
-    flip(shard_of(broken, 3), model.retriever.route(near)[2])
+    damage_by_flip(broken, model.retriever.route(near)[2])
     talk.turns.clear()
     with pytest.raises(UserError, match=r"level 3, cluster .* damaged"):
         list(talk.say(near))

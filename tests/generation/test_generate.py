@@ -15,7 +15,9 @@ import pytest
 
 from tests.conftest import edit_json, save_anchor
 from tests.generation.conftest import PROMPT
+from tests.helpers.faults import flip_blocks
 from tests.helpers.places import ROOT
+from tests.helpers.programs import assert_refused as refused
 
 PROGRAM = ROOT / "generate.py"
 
@@ -26,14 +28,6 @@ class Interrupt(io.BytesIO):
     def read(self, size: int | None = -1) -> bytes:
         signal.raise_signal(signal.SIGINT)
         return b""
-
-
-def refused(result, *words: str) -> None:
-    status, out, err = result
-    assert (status, out) == (2, "")
-    assert re.fullmatch(r"error: [^\n]+: [^\n]*; [^\n]+\n", err)
-    for word in words:
-        assert word in err
 
 
 def answer(result) -> dict:
@@ -225,10 +219,7 @@ def test_a_damaged_model_is_one_line(ask, broken, damage, words):
 
 def test_the_text_goes_on_without_a_damaged_block_or_stops_before_any(ask, broken):
     whole = answer(ask("--json"))
-    raw = bytearray((shard := broken / "bank" / "level-3.00000.safetensors").read_bytes())
-    for start in range(16384, len(raw), 16384):
-        raw[start] ^= 1
-    shard.write_bytes(raw)
+    flip_blocks(broken / "bank" / "level-3.00000.safetensors")
     refused(ask("--model", broken, "--strict-memory"), "level 3, cluster", "is damaged")
     status, out, err = ask("--model", broken, "--json")
     found = json.loads(out)

@@ -33,10 +33,6 @@ def refused(*words) -> str:
     return str(error.value)
 
 
-def state(folder: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
-
-
 def blocks_of(bank: Bank) -> dict[tuple[int, int], np.ndarray]:
     keys = [(level.level, cluster) for level in bank.manifest.all_levels
             for cluster in range(sum(s.num_clusters for s in level.shards))]  # fmt: skip

@@ -4,13 +4,11 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from mlx_hmem.anchors.load import anchor_hash
 from mlx_hmem.bank import Bank, write_bank
 from mlx_hmem.bank.format import PAGE
 from mlx_hmem.config import HmemConfig
-from mlx_hmem.errors import UserError
 from mlx_hmem.model.model import MemoryModel
 from tests.conftest import MEMORY, save_anchor
 
@@ -50,14 +48,6 @@ def blocks(model: MemoryModel, path: tuple[int, ...]) -> list[np.ndarray]:
 
 def same(found: list[np.ndarray], wanted: list[np.ndarray]) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True))
-
-
-def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
-    text = str(error.value)
-    assert "\n" not in text
-    assert len(text) < 700
-    assert error.value.remedy
-    return text
 
 
 def other_model(directory: Path) -> None:

@@ -5,3 +5,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SHARED = Path(os.environ.get("HMEM_SHARED", ROOT.parent / "shared"))
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    """All files below a folder."""
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}

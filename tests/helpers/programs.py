@@ -54,4 +54,5 @@ def refused(pattern: str) -> Iterator[pytest.ExceptionInfo[UserError]]:
     with pytest.raises(UserError, match=pattern) as error:
         yield error
     assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 1000
     assert error.value.remedy

@@ -5,6 +5,7 @@ The Hub is a server on this computer (hub_server.py); huggingface_hub itself is 
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -30,12 +31,12 @@ from tests.helpers.hub_models import (
     REPO,
     SHARDS,
     blocks,
-    one_line,
     other_model,
     same,
 )
 from tests.helpers.hub_server import Hub
 from tests.helpers.places import ROOT
+from tests.helpers.programs import refused
 
 PROGRAM = ROOT / "generate.py"
 
@@ -121,14 +122,11 @@ def test_without_a_connection_what_is_here_works_and_what_is_not_is_named(
         online.stop()
     model, local = load(REPO, lazy=True), load(directory)
     assert same(blocks(model, FIRST), blocks(local, FIRST))
-    with pytest.raises(UserError) as error:
+    with refused("bank/level-1.00001.safetensors of user/tiny is not on this computer.*connect"):
         blocks(model, LAST)
-    for word in ("bank/level-1.00001.safetensors of user/tiny is not on this computer", "connect"):
-        assert word in one_line(error)
     assert same(blocks(model, FIRST), blocks(local, FIRST))
-    with pytest.raises(UserError) as error:
+    with refused(re.escape("no model directory user/other, and the Hub does not give it")):
         load("user/other", lazy=True)
-    assert "no model directory user/other, and the Hub does not give it" in one_line(error)
     if how == "offline":
         monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
         assert same(blocks(model, LAST), blocks(local, LAST))
@@ -239,9 +237,8 @@ def test_a_shard_that_comes_wrong_is_refused(hub, directory, change, words):
     hub.add(REPO, directory)
     model = load(REPO, lazy=True)
     for _ in range(2):
-        with pytest.raises(UserError) as error:
+        with refused(re.escape(words)):
             blocks(model, (2, 5, 10))
-        assert words in one_line(error)
     assert len(blocks(model, FIRST)) == 2
 
 

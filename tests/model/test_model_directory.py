@@ -18,6 +18,7 @@ from mlx_hmem.memory import KINDS
 from mlx_hmem.retriever import ClusterTree, load_encoder
 from mlx_hmem.retriever.encoder import STATIC_FOLDER
 from tests.conftest import MEMORY, edit_json, save_anchor, save_bank
+from tests.helpers.faults import flip
 
 
 def refused(folder: Path, *words: str) -> str:
@@ -186,9 +187,7 @@ def test_a_changed_encoder_is_refused_and_its_copy_is_not(broken, model, texts):
     own = Path(shutil.copytree(STATIC_FOLDER, broken / "retriever" / "encoder"))
     edit_json(broken / "hmem.json", lambda h: h["retriever"].update(encoder="retriever/encoder"))
     assert load(broken).retriever.route(texts[0]) == model.retriever.route(texts[0])
-    weights = bytearray((own / "encoder.safetensors").read_bytes())
-    weights[-1000] ^= 1
-    (own / "encoder.safetensors").write_bytes(weights)
+    flip(own / "encoder.safetensors", -1000)
     refused(broken, "the encoder is not the one this memory was routed with", "retriever/encoder")
     shutil.rmtree(own)
     refused(broken, "no such encoder", str(own))
@@ -209,11 +208,7 @@ def test_a_flipped_bit_in_a_block_is_found_when_the_block_is_used(broken, model,
     path = model.retriever.route(texts[0])
     other = next(t for t in texts if model.retriever.route(t)[0] != path[0])
     stride, shard = 16384, broken / "bank" / "level-1.00000.safetensors"
-    with open(shard, "rb+") as file:
-        file.seek(stride * (1 + path[0]) + 77)
-        byte = file.read(1)[0]
-        file.seek(-1, 1)
-        file.write(bytes([byte ^ 4]))
+    flip(shard, stride * (1 + path[0]) + 77, bit=2)
     damaged = load(broken)
     assert damaged.fetch(other).bytes_read
     assert damaged.fetch(texts[0], memory="generic").bytes_read

@@ -15,9 +15,9 @@ from mlx_hmem.bank.format import Manifest
 from mlx_hmem.errors import UserError
 from mlx_hmem.model.load import load
 from tests.helpers.own_documents import remember, sentences, write_documents
-from tests.helpers.places import ROOT
+from tests.helpers.places import ROOT, bytes_of
 from tests.helpers.programs import refused
-from tests.remember.test_remember import anchor, eager, files_of  # noqa: F401
+from tests.remember.test_remember import anchor, eager  # noqa: F401
 from train.data.arrays import save_array
 from train.remember.blocks import Trainer, subtree_folder, subtrees_of
 from train.remember.command import text_of
@@ -61,11 +61,11 @@ def checksums(model: Path) -> dict[tuple[int, int], str]:
 def test_a_forgotten_block_is_bit_equal_to_one_that_never_saw_the_document(
     learned, tmp_path, capsys
 ):
-    before = files_of(learned), files_of(Path(f"{learned}.run"))
+    before = bytes_of(learned), bytes_of(Path(f"{learned}.run"))
     known = read_documents(learned / "bank")
     gone = next(d for d in known if d.name == "bread/1.txt")
     forget(learned, tmp_path / "model", "bread/1.txt")
-    assert (files_of(learned), files_of(Path(f"{learned}.run"))) == before
+    assert (bytes_of(learned), bytes_of(Path(f"{learned}.run"))) == before
     # One that never saw the document: trained from nothing on the others, given the same tree.
     run, never = Path(f"{learned}.run"), tmp_path / "never"
     base, settings = open_base(str(learned)), Settings.load(run)
@@ -90,7 +90,7 @@ def test_a_forgotten_block_is_bit_equal_to_one_that_never_saw_the_document(
     assert [d for d in known if d != gone] == read_documents(tmp_path / "model" / "bank")
     secret = sentences("bread", 1).split(".")[0].encode()
     for folder in (tmp_path / "model", Path(f"{tmp_path / 'model'}.run")):
-        assert not any(secret in data for data in files_of(folder).values())
+        assert not any(secret in data for data in bytes_of(folder).values())
     assert "still hold the documents: delete them" in capsys.readouterr().out
 
 
@@ -108,7 +108,7 @@ def test_a_forgetting_that_was_killed_goes_on_to_the_same_bytes(learned, tmp_pat
     forget(learned, killed, "bread/1.txt")
     assert all(file.stat().st_mtime_ns == when for file, when in done.items())  # not trained again
     for folder in ("model", "model.run"):
-        assert files_of(tmp_path / "killed" / folder) == files_of(tmp_path / "whole" / folder)
+        assert bytes_of(tmp_path / "killed" / folder) == bytes_of(tmp_path / "whole" / folder)
     assert sorted(p.name for p in killed.parent.iterdir()) == ["model", "model.run"]
 
 

@@ -15,6 +15,7 @@ from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate import perplexity
 from mlx_hmem.model.load import load
 from tests.helpers.own_documents import TOPICS, remember, sentences, write_documents
+from tests.helpers.places import bytes_of
 from tests.helpers.programs import refused
 from train.corpus.readers import Faults
 from train.corpus.readers_files import html_text, own_files, read_own
@@ -55,12 +56,6 @@ def learned(anchor: Path, documents: Path, tmp_path_factory: pytest.TempPathFact
     return remember(documents, anchor, out, "--passes", "3")
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {
-        str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()
-    }
-
-
 def test_a_model_without_memory_learns_the_documents(learned, anchor, documents):
     model = load(learned)
     texts = [file.read_text() for file in sorted(documents.rglob("*.txt"))]
@@ -88,13 +83,13 @@ def test_provenance_names_the_documents_and_the_leaves_that_they_route_to(learne
 def test_the_text_lies_in_the_run_and_not_in_the_model(learned):
     secret = sentences("boats", 2).split(".")[0].encode()
     assert secret in (Path(f"{learned}.run") / "documents.jsonl").read_bytes()
-    assert not any(secret in data for data in files_of(learned).values())
+    assert not any(secret in data for data in bytes_of(learned).values())
 
 
 def test_a_model_with_memory_gets_new_clusters_behind_its_own(model_folder, documents, tmp_path):
-    before = files_of(model_folder)
+    before = bytes_of(model_folder)
     out = remember(documents, model_folder, tmp_path / "model", "--passes", "2")
-    assert files_of(model_folder) == before
+    assert bytes_of(model_folder) == before
     old, new = load(model_folder), load(out)
     assert new.bank.config.branching[0] > old.bank.config.branching[0]
     assert new.bank.config.branching[1:] == old.bank.config.branching[1:]
@@ -142,7 +137,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(anchor, documents, learned, tmp_
             remember(documents, anchor, tmp_path / "model", "--passes", "3")
         assert not (tmp_path / "model").exists()
     remember(documents, anchor, tmp_path / "model", "--passes", "3")
-    assert files_of(tmp_path / "model") == files_of(learned)
+    assert bytes_of(tmp_path / "model") == bytes_of(learned)
 
 
 def test_training_stops_where_held_out_loss_stops_falling_and_keeps_the_best(

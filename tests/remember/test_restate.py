@@ -19,8 +19,9 @@ from mlx_hmem.errors import UserError
 from mlx_hmem.files import save_safetensors
 from mlx_hmem.model.load import read_tokenizer
 from tests.helpers.own_documents import TOPICS, remember, sentences, write_documents
+from tests.helpers.places import bytes_of
 from tests.helpers.programs import refused
-from tests.remember.test_remember import eager, files_of  # noqa: F401
+from tests.remember.test_remember import eager  # noqa: F401
 from train.data.tokenizer import EOT_ID, train_tokenizer
 from train.remember import restate
 from train.remember.command import text_of
@@ -191,7 +192,7 @@ def test_a_stopped_run_goes_on_to_the_same_text_and_the_same_bits(
     learn(anchor, documents, tmp_path / "model")
     assert len(taken) == 4
     assert journal.read_bytes() == (run_of(learned) / restate.JOURNAL).read_bytes()
-    assert files_of(tmp_path / "model") == files_of(learned)
+    assert bytes_of(tmp_path / "model") == bytes_of(learned)
 
 
 @pytest.mark.parametrize("anchor", ["plain"], indirect=True)
@@ -211,7 +212,7 @@ def test_a_forgotten_document_takes_its_restatements_along(learned, tmp_path):
     text, _ = text_of(open_base(str(learned)), others, restate.restated(tmp_path / "never"))
     assert len(np.load(target / "paths.npy")) == len(text.windows)
     assert gone.sha256 not in (target / restate.JOURNAL).read_text()
-    assert not any(gone.sha256.encode() in data for data in files_of(tmp_path / "model").values())
+    assert not any(gone.sha256.encode() in data for data in bytes_of(tmp_path / "model").values())
 
 
 @pytest.mark.parametrize(

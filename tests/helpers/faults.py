@@ -1,0 +1,38 @@
+"""Damage to files, processes that are killed half-way, and any input that Hypothesis thinks of."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from hypothesis import HealthCheck, settings
+
+from tests.helpers.places import ROOT
+
+
+def flip(path: Path, *places: int, bit: int = 0) -> None:
+    """Flips a bit of the bytes at ``places``, in the file that others may have open."""
+    data = bytearray(path.read_bytes())
+    for at in places:
+        data[at] ^= 1 << bit
+    with path.open("r+b") as file:
+        file.write(data)
+
+
+def flip_blocks(shard: Path) -> None:
+    """Damages every block of a shard."""
+    flip(shard, *range(16384, shard.stat().st_size, 16384))
+
+
+def kill_half_way(program: str, *arguments: object) -> None:
+    """Runs ``program``, which says ``half`` and waits, as far as that."""
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, cwd=ROOT) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"half\n"
+        child.kill()
+
+
+def any_input(examples: int) -> settings:
+    unchanged = [HealthCheck.function_scoped_fixture]
+    return settings(max_examples=examples, deadline=None, suppress_health_check=unchanged)
