@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from mlx_hmem.bank.format import PAGE, STORED_TYPES, block_shape
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import read_safetensors_header
-from tests.helpers.faults import any_input
+from tests.helpers.faults import any_input, in_threads
 
 CONFIG = MemoryConfig(hidden_size=8, num_hidden_layers=2, r=(3, 0, 2), branching=(2, 2, 3))
 PATH = (1, 3, 10)
@@ -340,11 +339,7 @@ def test_threads_get_their_own_paths(folder: Path) -> None:
                 if block is None or not np.array_equal(np.array(block), block_of(3, leaf)):
                     wrong.append(leaf)
 
-        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads(work, 4)
     assert wrong == []
 
 

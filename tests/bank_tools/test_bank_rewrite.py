@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from mlx_hmem.anchors.load import anchor_hash
-from mlx_hmem.bank import Bank, write_bank
 from mlx_hmem.bank.documents import read_documents
 from mlx_hmem.config import HmemConfig
 from mlx_hmem.errors import UserError
@@ -19,7 +18,7 @@ from mlx_hmem.memory import initial_block
 from mlx_hmem.model.load import load
 from mlx_hmem.retriever import ClusterTree
 from tests.conftest import MEMORY, edit_json, save_anchor, save_bank
-from tests.helpers.banks import blocks_of, flip_block, refused, said
+from tests.helpers.banks import blocks_of, flip_block, refused, rewrite, said
 from tests.helpers.places import bytes_of
 
 
@@ -149,20 +148,14 @@ def half(model_folder: Path, target: Path, subtrees: set[int]) -> Path:
     """The model with the blocks of some subtrees trained, the others as they were at first."""
     shutil.copytree(model_folder, target)
     rng = np.random.default_rng(len(subtrees))
-    with Bank.open(model_folder / "bank") as bank:
-        levels = []
-        for level, count in enumerate(MEMORY.num_clusters, 1):
-            below = count // MEMORY.branching[0]
-            levels.append([
-                np.array(bank.blocks([(level, c)])[0]) if c // below in subtrees
-                else initial_block(MEMORY, MEMORY.r[level - 1], rng)
-                for c in range(count)
-            ] if MEMORY.r[level - 1] else None)  # fmt: skip
-        generic = bank.blocks([(0, 0)])[0]
-        hashes = {"anchor_hash": bank.anchor_hash, "tree_hash": bank.tree_hash}
-        shutil.rmtree(target / "bank")
-        write_bank(target / "bank", MEMORY, levels, generic, dtype="float32", **hashes,
-                   shard_bytes=40_000)  # fmt: skip
+
+    def change(level: int, cluster: int, block: np.ndarray) -> np.ndarray:
+        below = MEMORY.num_clusters[level - 1] // MEMORY.branching[0]
+        if level == 0 or cluster // below in subtrees:
+            return block
+        return initial_block(MEMORY, MEMORY.r[level - 1], rng)
+
+    rewrite(target, change, shard_bytes=40_000)
     return target
 
 
@@ -175,7 +168,7 @@ def test_two_banks_that_trained_other_subtrees_become_one(model_folder, model, t
     shard = "bank/level-1.00000.safetensors"  # of the first subtree alone
     assert os.path.samefile(first / shard, out / shard)
     third = half(model_folder, tmp_path / "third", {0, 1})
-    flip_block(third, model)
+    flip_block(third)
     line = refused("merge", first, third, "--out", tmp_path / "no")
     assert "1 blocks were trained in both banks and differ: the first is level 1" in line
     assert not (tmp_path / "no").exists()

@@ -159,7 +159,7 @@ def test_block_and_unblock_change_one_small_file(known, model, texts, capsys):
 
 def test_diff_says_which_blocks_differ_and_by_how_much(broken, model_folder, model, capsys):
     assert "0 blocks differ" in said(capsys, "diff", model_folder, broken)
-    flip_block(broken, model)
+    flip_block(broken)
     out = said(capsys, "diff", model_folder, broken)
     (row,) = [line.split() for line in out.splitlines() if line.startswith("    1 ")]
     difference = np.sqrt(np.prod(MEMORY.block_shape(1))) * 0.5

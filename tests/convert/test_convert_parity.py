@@ -15,6 +15,10 @@ from tests.helpers.torch_files import tensor, write
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: parity is not tested")
 
 
+def bytes_of(array: Any) -> bytes:
+    return array.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
 def test_every_tensor_equals_torch_load(tmp_path: Path) -> None:
     base = torch.arange(120, dtype=torch.float32).reshape(2, 3, 4, 5)
     layer = torch.nn.Linear(4, 3)
@@ -43,19 +47,9 @@ def test_every_tensor_equals_torch_load(tmp_path: Path) -> None:
         for label, want in loaded.items():
             mine = found.tensors[label]
             assert mine.shape == tuple(want.shape), label
-            flat = want.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-            assert mine.read().tobytes() == flat.tobytes(), label
+            assert mine.read().tobytes() == bytes_of(want), label
             if mine.shape:
-                assert (
-                    mine.read(0, 1).tobytes()
-                    == want[:1]
-                    .detach()
-                    .contiguous()
-                    .reshape(-1)
-                    .view(torch.uint8)
-                    .numpy()
-                    .tobytes()
-                )
+                assert mine.read(0, 1).tobytes() == bytes_of(want[:1]), label
         assert found.left_out == ("optimizer",)
         assert found.values == {
             "epoch": 3, "size": (2, 3, 4, 5), "dtype": "torch.bfloat16", "device": "cpu",

@@ -3,6 +3,7 @@
 import hashlib
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,6 @@ from mlx_hmem.bank import Bank, write_bank
 from mlx_hmem.bank.documents import Document
 from mlx_hmem.bank_tools.command import main
 from mlx_hmem.errors import UserError
-from tests.conftest import MEMORY
 
 
 def document(text: str, paths, model) -> Document:
@@ -39,13 +39,22 @@ def blocks_of(bank: Bank) -> dict[tuple[int, int], np.ndarray]:
     return {key: np.array(bank.blocks([key])[0]) for key in keys}
 
 
-def flip_block(folder: Path, model) -> None:
-    """Another block of level 1, cluster 0, with its checksum."""
+Change = Callable[[int, int, np.ndarray], np.ndarray]
+
+
+def rewrite(folder: Path, change: Change = lambda level, cluster, block: block, **options) -> None:
+    """Writes the bank of a model anew, each block as ``change(level, cluster, block)`` gives it."""
     with Bank.open(folder / "bank") as bank:
-        blocks, hashes = blocks_of(bank), (bank.anchor_hash, bank.tree_hash)
-    blocks[1, 0] = blocks[1, 0] + np.float32(0.5)
+        config, old = bank.config, blocks_of(bank)
+        options = {"anchor_hash": bank.anchor_hash, "tree_hash": bank.tree_hash} | options
+    new = {key: change(*key, block) for key, block in old.items()}
     shutil.rmtree(folder / "bank")
-    levels = [[blocks[n, c] for c in range(count)] if MEMORY.r[n - 1] else None
-              for n, count in enumerate(MEMORY.num_clusters, 1)]  # fmt: skip
-    write_bank(folder / "bank", MEMORY, levels, blocks[0, 0], dtype="float32",
-               anchor_hash=hashes[0], tree_hash=hashes[1])  # fmt: skip
+    sizes = enumerate(zip(config.r, config.num_clusters, strict=True), 1)
+    levels = [[new[n, c] for c in range(count)] if r else None for n, (r, count) in sizes]
+    write_bank(folder / "bank", config, levels, new[0, 0], dtype="float32", **options)
+
+
+def flip_block(folder: Path) -> None:
+    """Another block of level 1, cluster 0, with its checksum."""
+    more = np.float32(0.5)
+    rewrite(folder, lambda n, c, block: block + more if (n, c) == (1, 0) else block)

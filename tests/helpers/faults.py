@@ -1,7 +1,9 @@
-"""Damage to files, processes that are killed half-way, and any input that Hypothesis thinks of."""
+"""Damage to files, processes killed half-way, threads, and any input that Hypothesis thinks of."""
 
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from hypothesis import HealthCheck, settings
@@ -31,6 +33,15 @@ def kill_half_way(program: str, *arguments: object) -> None:
         assert child.stdout is not None
         assert child.stdout.readline() == b"half\n"
         child.kill()
+
+
+def in_threads(work: Callable[[int], None], count: int) -> None:
+    """``work(number)`` in so many threads at once."""
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def any_input(examples: int) -> settings:

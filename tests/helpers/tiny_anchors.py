@@ -11,14 +11,9 @@ from mlx_hmem.anchors.openlm import Model, ModelArgs
 HIDDEN, LAYERS, INNER, VOCAB, CONTEXT = 32, 3, 64, 64, 128
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
 SIZES: dict[str, Any] = dict(
-    hidden_size=HIDDEN,
-    num_hidden_layers=LAYERS,
-    intermediate_size=INNER,
-    num_attention_heads=HEADS,
-    head_dim=HEAD_DIM,
-    vocab_size=VOCAB,
-    max_position_embeddings=CONTEXT,
-)
+    hidden_size=HIDDEN, num_hidden_layers=LAYERS, intermediate_size=INNER, vocab_size=VOCAB,
+    num_attention_heads=HEADS, head_dim=HEAD_DIM, max_position_embeddings=CONTEXT,
+)  # fmt: skip
 LLAMA_LIKE = dict(
     SIZES, num_key_value_heads=KV_HEADS, rms_norm_eps=1e-5, rope_theta=1e4, tie_word_embeddings=True
 )
@@ -28,35 +23,17 @@ UNGATED = ["starcoder2", "nemotron", "gpt2"]
 EXPERTS = ["qwen3_moe", "mixtral"]
 OTHER_KEYS: dict[str, dict[str, Any]] = {
     "gemma3_text": {"sliding_window_pattern": 3},
-    "granite": {
-        "logits_scaling": 2.0,
-        "attention_multiplier": 0.2,
-        "embedding_multiplier": 3.0,
-        "residual_multiplier": 0.7,
-        "attention_bias": False,
-        "mlp_bias": False,
-    },
+    "granite": {"logits_scaling": 2.0, "attention_multiplier": 0.2, "embedding_multiplier": 3.0,
+                "residual_multiplier": 0.7, "attention_bias": False, "mlp_bias": False},
     "phi3": {"rope_scaling": None},
     "nemotron": {"hidden_act": "relu2", "norm_eps": 1e-5, "partial_rotary_factor": 0.5},
     "starcoder2": {"norm_epsilon": 1e-5},
-    "gpt2": {
-        "n_ctx": CONTEXT,
-        "n_embd": HIDDEN,
-        "n_head": HEADS,
-        "n_layer": LAYERS,
-        "n_positions": CONTEXT,
-        "layer_norm_epsilon": 1e-5,
-    },
-    "qwen3_moe": {
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [0],
-        "moe_intermediate_size": 16,
-        "norm_topk_prob": True,
-    },
+    "gpt2": {"n_ctx": CONTEXT, "n_embd": HIDDEN, "n_head": HEADS, "n_layer": LAYERS,
+             "n_positions": CONTEXT, "layer_norm_epsilon": 1e-5},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1,
+                  "mlp_only_layers": [0], "moe_intermediate_size": 16, "norm_topk_prob": True},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-}
+}  # fmt: skip
 
 
 def module_of(name: str) -> Any:

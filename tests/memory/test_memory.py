@@ -161,22 +161,12 @@ def test_the_papers_placements_keep_the_number_of_parameters():
         assert placed.bank_parameters == whole.bank_parameters
 
 
-WRONG = {
-    "last 4": "last 4",
-    "last": "last",
-    "some 2": "some 2",
-    "no layer": (),
-    "twice": (1, 1),
-    "falling": (2, 1),
-    "beyond": (1, 3),
-    "text": ("1",),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_placement_is_refused(name):
+@pytest.mark.parametrize(
+    "layers", ["last 4", "last", "some 2", (), (1, 1), (2, 1), (1, 3), ("1",)], ids=repr
+)
+def test_a_wrong_placement_is_refused(layers):
     with pytest.raises(UserError, match=r"layers|placement"):
-        MemoryConfig(32, 3, (4,), (2,)).placed(WRONG[name])
+        MemoryConfig(32, 3, (4,), (2,)).placed(layers)
 
 
 def test_a_memory_of_another_anchor_is_refused_with_both_sides():

@@ -24,6 +24,7 @@ from mlx_hmem.bank.format import PAGE
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.command import main as evaluate
 from mlx_hmem.model.load import load
+from tests.helpers.faults import in_threads
 from tests.helpers.hub_models import (
     BASE,
     FIRST,
@@ -145,11 +146,7 @@ def test_many_threads_fetch_a_shard_once(online, directory):
             if not same(blocks(model, (leaf // 4, leaf // 2, leaf)), wanted[leaf]):
                 wrong.append(leaf)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 8)
     assert wrong == []
     downloads = online.downloads()
     assert len(downloads) == len(set(downloads)) == 2 + 6
@@ -171,16 +168,12 @@ def test_a_bank_asks_once_for_a_shard_whoever_obtains_it(directory, tmp_path):
     with Bank.open(here, obtain=obtain, cache_bytes=0) as bank:
         assert asked == []
 
-        def work() -> None:
+        def work(_: int) -> None:
             start.wait()
             for path in (FIRST, LAST):
                 bank.fetch(path)
 
-        threads = [threading.Thread(target=work) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads(work, 8)
     assert sorted(f"bank/{name}" for name in asked) == sorted(SHARDS[FIRST] | SHARDS[LAST])
     with pytest.raises(UserError, match="the bank is closed"):
         bank.fetch((1, 2, 4))

@@ -14,6 +14,7 @@ from mlx_hmem.files import load_safetensors, read_safetensors_header, save_safet
 from mlx_hmem.retriever.retriever import Retriever
 from mlx_hmem.retriever.rows import RowsInFile
 from mlx_hmem.retriever.tree import ClusterTree
+from tests.helpers.programs import refused
 from tests.retriever.test_kmeans import topics
 
 
@@ -186,9 +187,8 @@ def test_an_unsound_tree_file_is_one_line(change, tmp_path):
     mx.eval(arrays)
     change(arrays, metadata)
     save_safetensors(path, arrays, metadata)
-    with pytest.raises(UserError) as caught:
+    with refused(""):
         ClusterTree.load(path)
-    assert "\n" not in str(caught.value)
 
 
 def test_a_header_with_an_overflowing_shape_never_reaches_mlx(tmp_path):
@@ -202,14 +202,9 @@ def test_a_header_with_an_overflowing_shape_never_reaches_mlx(tmp_path):
 
 @pytest.mark.parametrize(
     "vector",
-    [
-        np.zeros(23),
-        np.zeros((1, 24)),
-        np.full(24, np.nan),
-        np.full(24, 1e300),
-        np.array(["a"] * 24),
-    ],
-)
+    [np.zeros(23), np.zeros((1, 24)), np.full(24, np.nan), np.full(24, 1e300),
+     np.array(["a"] * 24)],
+)  # fmt: skip
 def test_what_is_not_a_vector_of_this_tree_is_refused(tree, vector):
     with pytest.raises(UserError):
         tree.route(vector)
@@ -225,20 +220,11 @@ def test_a_very_long_vector_still_has_one_route(tree, vectors):
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        {"branching": 1},
-        {"branching": 2.5},
-        {"branching": "16"},
-        {"branching": ()},
-        {"branching": (4, 4), "depth": 3},
-        {"branching": 4, "depth": 0},
-        {"branching": 2, "depth": 9},
-        {"branching": 2, "depth": 10**12},
-        {"branching": 65536, "depth": 2},
-        {"seed": -1},
-        {"seed": 0.5},
-    ],
-)
+    [{"branching": 1}, {"branching": 2.5}, {"branching": "16"}, {"branching": ()},
+     {"branching": (4, 4), "depth": 3}, {"branching": 4, "depth": 0}, {"branching": 2, "depth": 9},
+     {"branching": 2, "depth": 10**12}, {"branching": 65536, "depth": 2}, {"seed": -1},
+     {"seed": 0.5}],
+)  # fmt: skip
 def test_wrong_settings_are_refused(vectors, settings):
     with pytest.raises(UserError):
         ClusterTree.fit(vectors, **settings)
@@ -246,14 +232,9 @@ def test_wrong_settings_are_refused(vectors, settings):
 
 @pytest.mark.parametrize(
     "wrong",
-    [
-        np.zeros((0, 4)),
-        np.zeros(4),
-        np.zeros((3, 0)),
-        np.full((2, 2), np.inf),
-        np.full((2, 2), 1e20),
-    ],
-)
+    [np.zeros((0, 4)), np.zeros(4), np.zeros((3, 0)), np.full((2, 2), np.inf),
+     np.full((2, 2), 1e20)],
+)  # fmt: skip
 def test_vectors_that_cannot_be_clustered_are_refused(wrong):
     with pytest.raises(UserError):
         ClusterTree.fit(wrong)

@@ -154,9 +154,8 @@ def test_the_stage_writes_plain_and_fact_documents_and_keeps_facts_exact(tmp_pat
 
 @pytest.mark.parametrize("documents", [None, 90])
 def test_shards_do_not_change_the_corpus(tmp_path, monkeypatch, documents):
-    monkeypatch.setattr(
-        "train.corpus.shards.num_cores", lambda: 1
-    )  # others would not know what follows
+    # others would not know what follows
+    monkeypatch.setattr("train.corpus.shards.num_cores", lambda: 1)
     source = tmp_path / "in"
     source.mkdir()
     for number in range(20):

@@ -14,13 +14,8 @@ from train.corpus.facts import documents_of_facts, make_facts
 from train.corpus.facts.invented import read_topics
 from train.corpus.facts.words import CITIES, NAMES
 
-SMALL = {
-    "kind": "invented",
-    "topics": 3,
-    "entities_per_topic": 8,
-    "frequencies": [1, 2, 5, 9],
-    "plain_documents": 40,
-}
+SMALL = {"kind": "invented", "topics": 3, "entities_per_topic": 8, "frequencies": [1, 2, 5, 9],
+         "plain_documents": 40}  # fmt: skip
 TABLE = [
     {"name": "Iron", "number": 26, "symbol": "Fe", "melt": 1811, "discovered_by": "5000 BC"},
     {"name": "Neon", "number": 10, "symbol": "Ne", "melt": 24.56, "boil": 27.104,

@@ -16,9 +16,9 @@ from mlx_hmem import load
 from mlx_hmem.anchors.load import load_anchor, named_parameters
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import save_safetensors
-from tests.helpers.places import ROOT
 from tests.helpers.programs import refused
 from tests.helpers.tiny_anchors import LLAMA_LIKE, OTHER_KEYS
+from tests.train.test_paper_recipes import FOLDER, MEMORY, SMALL
 from train.corpus.facts import make_facts
 from train.corpus.stage import read_texts
 from train.data.tokenizer import eot_of, load_tokenizer
@@ -26,23 +26,9 @@ from train.data.windows import load_windows
 from train.recipe.recipe import Recipe, load_recipe
 from train.stages import STAGES, run_stages
 
-RECIPES = ROOT / "train" / "recipes" / "paper"
 FACTS = {"kind": "invented", "topics": 4, "entities_per_topic": 4, "frequencies": [1, 8]}
 FACTS |= {"plain_documents": 80}
-SCALED = [
-    "corpus.documents=0",
-    "corpus.held_out=0.2",
-    f"corpus.facts=[{json.dumps(FACTS)}]",
-    "windows.context=64",
-    "tree.branching=[2,2,2,2]",
-    "tree.encoder=static",
-    "memories.r=[4,2,1,0]",
-    "memories.training.steps=16",
-    "memories.training.batch_size=4",
-    "memories.training.micro_batch_size=2",
-    "memories.training.warmup_steps=4",
-    "memories.training.learning_rate=2e-2",
-]
+SCALED = [*SMALL, *MEMORY, "memories.training.steps=16", "memories.training.learning_rate=2e-2"]
 SHIFT = 66_000  # ids that 16 bits do not hold
 
 
@@ -101,7 +87,7 @@ def save_model(
 
 
 def recipe_of(file: str, source: Path, *more: str) -> Recipe:
-    return load_recipe(RECIPES / file, [*SCALED, f"anchor.path={source}", *more])
+    return load_recipe(FOLDER / file, [*SCALED, f"anchor.path={source}", *more])
 
 
 MODELS: dict[str, dict[str, Any]] = {

@@ -69,9 +69,8 @@ def test_windows_of_a_document_that_fits_are_its_text(processor):
 
 @pytest.mark.parametrize("size", [1, 50, 999, 1 << 20])
 def test_windows_cut_in_shards_are_those_cut_at_once(run, windows, monkeypatch, size):
-    monkeypatch.setattr(
-        "train.corpus.shards.num_cores", lambda: 1
-    )  # others would not know the size
+    # others would not know the size
+    monkeypatch.setattr("train.corpus.shards.num_cores", lambda: 1)
     monkeypatch.setattr("train.data.windows.SHARD_BYTES", size)
     (run / "corpus").mkdir(exist_ok=True)
     lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS[: 9 if size == 1 else None])
