@@ -14,6 +14,7 @@ from benchmarks.kills import cases, run_case
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import write_atomic
 from mlx_hmem.folders import RECORD, identity_of, whole_folder
+from tests.helpers.programs import refused
 
 ONE, TWO = {"sources": {}, "what": 1}, {"sources": {}, "what": 2}
 
@@ -68,8 +69,7 @@ def test_a_destination_that_exists_is_replaced_only_when_told(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "config.json").write_text("old")
-    with pytest.raises(UserError, match=r"exists: .*out; choose another or add --overwrite"):
-        write(out, ONE, "a")
+    refused(r"exists: .*out; choose another or add --overwrite", write, out, ONE, "a")
     assert not (tmp_path / "out.part").exists()
     with pytest.raises(KeyboardInterrupt):
         write(out, ONE, "ab", stop="b", replace=True)
@@ -89,8 +89,7 @@ def test_a_destination_that_exists_is_replaced_only_when_told(tmp_path):
 def test_nothing_but_a_model_is_ever_overwritten(tmp_path, make, words):
     out = tmp_path / "out"
     make(out)
-    with pytest.raises(UserError, match=words):
-        write(out, ONE, "a", replace=True)
+    refused(words, write, out, ONE, "a", replace=True)
     assert out.exists()
     assert not (tmp_path / "out.part").exists()
 
@@ -108,8 +107,7 @@ def test_a_folder_that_no_conversion_made_is_not_deleted(tmp_path):
     part = tmp_path / "out.part"
     part.mkdir()
     (part / "letters.txt").write_text("dear")
-    with pytest.raises(UserError, match="something else lies in the way"):
-        write(tmp_path / "out", ONE, "a")
+    refused("something else lies in the way", write, tmp_path / "out", ONE, "a")
     assert (part / "letters.txt").exists()
 
 
@@ -126,8 +124,7 @@ def test_two_conversions_do_not_write_into_one_folder(tmp_path):
     part.mkdir()
     handle = os.open(part, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
-    with pytest.raises(UserError, match="another program writes here"):
-        write(out, ONE, "a")
+    refused("another program writes here", write, out, ONE, "a")
     os.close(handle)
     assert write(out, ONE, "a") == ["a"]
 
@@ -164,8 +161,7 @@ def test_what_was_replaced_comes_back_where_another_conversion_begins(tmp_path):
     (part / "replaced").mkdir(parents=True)
     (part / "replaced" / "config.json").write_text("old")
     (part / RECORD).write_text(json.dumps(ONE))
-    with pytest.raises(UserError, match="the destination exists"):
-        write(out, TWO, "a")
+    refused("the destination exists", write, out, TWO, "a")
     assert (out / "config.json").read_text() == "old"
     assert not part.exists()
 

@@ -13,6 +13,7 @@ from mlx_hmem.errors import UserError
 from mlx_hmem.memory import FetchedMemory
 from mlx_hmem.model.model import MemoryModel
 from mlx_hmem.model.stream import AnchorWithMemory
+from tests.helpers.programs import refused
 from tests.helpers.references import config_of, make_ids
 from tests.helpers.tiny_anchors import EXPERTS, GATED, UNGATED, make_anchor
 from tests.memory.test_kinds import quantize
@@ -208,14 +209,10 @@ def test_what_does_not_fit_is_refused_and_changes_nothing():
     config = config_of(anchor, "ffn")
     for wrong in ({"hidden_size": 16}, {"num_hidden_layers": 2}, {"gated": False}):
         other = MemoryConfig(**{**config.to_dict(), **wrong})
-        with pytest.raises(
-            UserError, match=f"made for another anchor: memory: {next(iter(wrong))}"
-        ):
-            FusedMemory(anchor, other)
+        refused(f"made for another anchor: memory: {next(iter(wrong))}", FusedMemory, anchor, other)
     fused, blocks = FusedMemory(anchor, config), make_blocks(config, 1)
     for wrong_blocks in (blocks[:2], (blocks[2], None, blocks[0]), blocks[:1], (None,)):
-        with pytest.raises(UserError, match="does not fit"):
-            fused.set(wrong_blocks)
+        refused("does not fit", fused.set, wrong_blocks)
     assert not is_fused(anchor)
     assert same_parameters(anchor, make_anchor("llama"))
     for name in EXPERTS:
@@ -229,10 +226,8 @@ def test_one_anchor_holds_one_fused_memory():
     config = config_of(anchor, "ffn")
     first, second = FusedMemory(anchor, config), FusedMemory(anchor, config)
     first.set(make_blocks(config, 1))
-    with pytest.raises(UserError, match="already"):
-        second.set(make_blocks(config, 2))
-    with pytest.raises(UserError, match="already"):
-        FusedMemory(anchor, config)
+    refused("already", lambda: second.set(make_blocks(config, 2)))
+    refused("already", FusedMemory, anchor, config)
     second.clear()  # holds nothing
     assert is_fused(anchor)
     first.clear()
@@ -279,10 +274,8 @@ def test_a_model_fuses_a_path_and_refuses_its_own_calls_meanwhile(model: MemoryM
         assert [piece.token for piece in pieces] == wanted
         fused.set(model.bank.fetch(other).blocks)
         assert mx.abs(fused.anchor(ids) - attached[1]).max().item() < 1e-4
-        with pytest.raises(UserError, match="fused"):
-            model(ids, paths=[path])
-        with pytest.raises(UserError, match="fused"):
-            model(ids, memory="none")
+        refused("fused", model, ids, paths=[path])
+        refused("fused", model, ids, memory="none")
     with model.fuse() as fused:
         assert mx.abs(fused.anchor(ids) - generic).max().item() < 1e-4
     assert mx.array_equal(model(ids, memory="none"), alone)

@@ -17,9 +17,9 @@ from mlx_hmem.bank.read.blocks import PIECE
 from mlx_hmem.bank.read.unfilled import _Unwritten as unfilled_file
 from mlx_hmem.bank.read.unfilled import unfilled
 from mlx_hmem.config import MemoryConfig
-from mlx_hmem.errors import UserError
 from mlx_hmem.memory import KINDS
 from tests.helpers.faults import flip
+from tests.helpers.programs import refused
 
 PATH = (1, 5)
 LAYERS = 4
@@ -98,8 +98,7 @@ def test_one_that_could_not_be_read_says_so_each_time_it_is_asked(tmp_path):
     with Bank.open(tmp_path, cache_bytes=0) as bank:
         arriving = bank.begin(PATH)
         for _ in range(2):
-            with pytest.raises(UserError, match="level 2, cluster 5 of the bank is damaged"):
-                arriving.wait()
+            refused("level 2, cluster 5 of the bank is damaged", arriving.wait)
 
 
 def test_quantised_blocks_arrive_too(tmp_path):
@@ -143,11 +142,9 @@ def test_damage_ends_it_before_the_last_layer(tmp_path):
         arriving = bank.begin(PATH)
         for layer in range(LAYERS - 1):
             arriving[layer]
-        with pytest.raises(UserError, match="level 2, cluster 5 of the bank is damaged"):
-            arriving[LAYERS - 1]
+        refused("level 2, cluster 5 of the bank is damaged", lambda: arriving[LAYERS - 1])
         os.truncate(shard, shard.stat().st_size - PAGE)
-        with pytest.raises(UserError, match="level 2, cluster 5 of the bank is cut off"):
-            bank.begin(PATH).wait()
+        refused("level 2, cluster 5 of the bank is cut off", lambda: bank.begin(PATH).wait())
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files through /proc")

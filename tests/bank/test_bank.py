@@ -19,6 +19,7 @@ from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import read_safetensors_header
 from tests.helpers.faults import any_input, in_threads
+from tests.helpers.programs import refused
 
 CONFIG = MemoryConfig(hidden_size=8, num_hidden_layers=2, r=(3, 0, 2), branching=(2, 2, 3))
 PATH = (1, 3, 10)
@@ -271,8 +272,7 @@ def test_cache_of_zero_bytes_keeps_nothing(folder: Path) -> None:
         for _ in range(2):
             assert {b.source for b in bank.fetch(PATH).reads} == {"disk"}
         assert not bank._kept._cache
-    with pytest.raises(UserError, match="cache_bytes"):
-        Bank.open(folder, cache_bytes=-1)
+    refused("cache_bytes", Bank.open, folder, cache_bytes=-1)
 
 
 def test_blocked_cluster_ends_the_path_above_it(folder: Path) -> None:
@@ -308,14 +308,12 @@ def test_levels_may_lie_in_other_folders(folder: Path, tmp_path: Path) -> None:
     away.mkdir()
     for path in folder.glob("level-3.*"):
         path.rename(away / path.name)
-    with pytest.raises(UserError, match=r"lacks a file of level 3.*level_folders"):
-        Bank.open(folder)
+    refused(r"lacks a file of level 3.*level_folders", Bank.open, folder)
     with Bank.open(folder, level_folders={3: away}) as bank:
         block = bank.fetch(PATH).blocks[2]
         assert block is not None
         assert mx.array_equal(block, mx.array(block_of(3, 10)))
-    with pytest.raises(UserError, match="no such level"):
-        Bank.open(folder, level_folders={4: away})
+    refused("no such level", Bank.open, folder, level_folders={4: away})
 
 
 def test_blocks_do_not_share_buffers_and_outlive_the_bank(folder: Path) -> None:
@@ -325,8 +323,7 @@ def test_blocks_do_not_share_buffers_and_outlive_the_bank(folder: Path) -> None:
         block = memory.blocks[2]
         assert block is not None
         assert mx.array_equal(block, mx.array(block_of(3, leaf)))
-    with pytest.raises(UserError, match="closed"):
-        bank.fetch(PATH)
+    refused("closed", bank.fetch, PATH)
 
 
 def test_threads_get_their_own_paths(folder: Path) -> None:
@@ -352,10 +349,8 @@ def test_wrong_path_is_refused(folder: Path, path: object) -> None:
 def test_foreign_bank_is_refused_with_a_remedy(folder: Path) -> None:
     with Bank.open(folder) as bank:
         bank.check("xxh3:a", "xxh3:t")
-        with pytest.raises(UserError, match=r"another anchor.*train one"):
-            bank.check("xxh3:b", "xxh3:t")
-        with pytest.raises(UserError, match="another cluster tree"):
-            bank.check("xxh3:a", "xxh3:u")
+        refused(r"another anchor.*train one", bank.check, "xxh3:b", "xxh3:t")
+        refused("another cluster tree", bank.check, "xxh3:a", "xxh3:u")
 
 
 def test_checksums_are_those_of_the_bytes(folder: Path) -> None:

@@ -19,6 +19,7 @@ from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.memory import FetchedMemory
 from tests.helpers.faults import any_input, flip, kill_half_way
+from tests.helpers.programs import refused
 
 CONFIG = MemoryConfig(hidden_size=8, num_hidden_layers=2, r=(3, 2), branching=(2, 2))
 PATHS = [(0, 0), (0, 1), (1, 2), (1, 3)]
@@ -94,8 +95,7 @@ def test_a_damaged_block_stays_refused(folder: Path) -> None:
     flip(folder / SHARDS[0], PAGE)
     with Bank.open(folder) as bank:
         for _ in range(2):
-            with pytest.raises(UserError, match="level 1, cluster 0"):
-                bank.fetch((0, 0))
+            refused("level 1, cluster 0", bank.fetch, (0, 0))
 
 
 @pytest.mark.parametrize("name", [*SHARDS, "bank.json"])
@@ -124,8 +124,7 @@ def test_missing_folder_is_named(tmp_path: Path) -> None:
 def test_file_that_shrinks_while_open_is_an_error_not_a_crash(folder: Path) -> None:
     with Bank.open(folder, cache_bytes=0) as bank:
         os.truncate(folder / SHARDS[1], PAGE + 10)
-        with pytest.raises(UserError, match="level 2, cluster 3 of the bank is cut off"):
-            bank.fetch((1, 3))
+        refused("level 2, cluster 3 of the bank is cut off", bank.fetch, (1, 3))
 
 
 def test_failing_disk_is_an_error_that_names_the_block(folder, monkeypatch):
@@ -134,8 +133,7 @@ def test_failing_disk_is_an_error_that_names_the_block(folder, monkeypatch):
 
     with Bank.open(folder) as bank:
         monkeypatch.setattr(os, "preadv", preadv)
-        with pytest.raises(UserError, match="cannot read level 1, cluster 1"):
-            bank.fetch((1, 3))
+        refused("cannot read level 1, cluster 1", bank.fetch, (1, 3))
 
 
 def test_swapped_shards_are_refused(folder: Path, tmp_path: Path) -> None:
@@ -326,13 +324,11 @@ def test_writer_refuses_what_it_cannot_keep(tmp_path: Path) -> None:
         ([nan, two], "float32", "block 0 on level 1 cannot be stored"),
         ([one, two], "int8", "unknown bank dtype"),
     ]:
-        with pytest.raises(UserError, match=words):
-            written(levels, dtype=dtype)
+        refused(words, written, levels, dtype=dtype)
         assert not (tmp_path / "bank.json").exists()
         assert not list(tmp_path.glob(".*"))
     written([infinite, two], dtype="bfloat16")
-    with pytest.raises(UserError, match="already there"):
-        written([one, two])
+    refused("already there", written, [one, two])
 
 
 def test_manifest_survives_a_round_trip(folder: Path) -> None:

@@ -27,6 +27,7 @@ from tests.bank.test_bank_quantized import (
     rounded,
 )
 from tests.helpers.faults import any_input, flip
+from tests.helpers.programs import refused
 
 HOW = {"level": 1, "mode": "affine", "bits": 4, "group_size": 32}
 WRONG_QUANTIZATION: list[tuple[str, object]] = [
@@ -145,8 +146,7 @@ def test_flipped_bits_and_cut_files_are_refused(folder: Path) -> None:
     path.write_bytes(good)
     with Bank.open(folder) as bank:
         path.write_bytes(good[: 2 * PAGE + packed + 1])  # while it is open, within the scales
-        with pytest.raises(UserError, match="level 1, cluster 1 of the bank is cut off"):
-            bank.fetch((1, 2))
+        refused("level 1, cluster 1 of the bank is cut off", bank.fetch, (1, 2))
 
 
 @any_input(100)
@@ -212,8 +212,7 @@ def test_writer_refuses_what_it_cannot_quantise(tmp_path: Path) -> None:
         (lambda: written(q(1, "nvfp4", 4, 16), first=partly), "lost in nvfp4"),
         (lambda: written(q(1, "nvfp4", 4, 16), first=large, dtype="float32"), "lost"),
     ]:
-        with pytest.raises(UserError, match=words):
-            call()
+        refused(words, call)
         assert not (tmp_path / "bank.json").exists()
         assert not list(tmp_path.glob(".*"))
     written(q(1, "mxfp4", 4, 32), first=partly)

@@ -29,6 +29,7 @@ from mlx_hmem.model.model import MemoryModel
 from mlx_hmem.retriever.static import StaticEncoder
 from tests.conftest import CONTEXT, MEMORY, edit_json, save_bank
 from tests.convert.test_convert_quantize import SIZES, make
+from tests.helpers.programs import refused
 from tests.helpers.tiny_anchors import LLAMA_LIKE, OTHER_KEYS
 
 mx.default_stream(mx.default_device())  # so that it is number 0, as in a process of its own
@@ -255,15 +256,13 @@ def test_a_destination_that_exists_is_refused_and_replaced_only_when_asked(
     model_folder, made, tmp_path
 ):
     out = shutil.copytree(made, tmp_path / "out")
-    with pytest.raises(UserError, match="the destination exists"):
-        make_bundle(model_folder, out)
+    refused("the destination exists", make_bundle, model_folder, out)
     make_bundle(model_folder, out, "--overwrite", "--context", 32, "--prefill", 8)
     assert json.loads((out / "bundle.json").read_text())["context"] == 32
     other = tmp_path / "other"
     other.mkdir()
     (other / "letter.txt").write_text("Dear")
-    with pytest.raises(UserError, match="holds no model"):
-        make_bundle(model_folder, other, "--overwrite")
+    refused("holds no model", make_bundle, model_folder, other, "--overwrite")
     assert [file.name for file in other.iterdir()] == ["letter.txt"]
 
 
@@ -273,13 +272,11 @@ def test_what_cannot_be_in_a_bundle_is_named(model_folder, broken, tmp_path, mon
         with pytest.raises(UserError, match=r"only the static encoder .*: minilm; train tree"):
             make_bundle(model_folder, tmp_path / "out")
     write_views(broken / "bank", {"default": [(1,)]})  # which a bundle's user could not be held to
-    with pytest.raises(UserError, match=r"one bank and no views: .* 1 clusters barred"):
-        make_bundle(broken, tmp_path / "out")
+    refused(r"one bank and no views: .* 1 clusters barred", make_bundle, broken, tmp_path / "out")
     for name in ("hmem.json", "bank", "retriever"):
         path = broken / name
         path.unlink() if path.is_file() else shutil.rmtree(path)
-    with pytest.raises(UserError, match="this model has no memory bank"):
-        make_bundle(broken, tmp_path / "out")
+    refused("this model has no memory bank", make_bundle, broken, tmp_path / "out")
     model = make(model_folder, tmp_path / "wide")
     options = ["--bank-mode", "mxfp8"]
     quantize.main([str(model), str(tmp_path / "fp8"), *options])

@@ -136,8 +136,7 @@ def test_openlm_to_pytorch_and_back_is_bit_equal(tmp_path, changes, dtype):
 )
 def test_a_config_that_contradicts_the_checkpoint_is_one_line(tmp_path, changes, words):
     source = save_openlm(tmp_path / "source", random_openlm(), CONFIG | changes)
-    with refused(re.escape(words)):
-        convert(source, tmp_path / "out")
+    refused(re.escape(words), convert, source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -183,8 +182,7 @@ def test_one_checkpoint_is_chosen_from_a_folder_of_several(tmp_path):
     os.rename(source / "epoch_3.pt", source / "epoch3.pt")
     second = save_openlm(tmp_path / "second", random_openlm(1), None)
     os.rename(second / "epoch_3.pt", source / "last.pt")
-    with pytest.raises(UserError, match=r"2 checkpoints in .*epoch3\.pt, last\.pt"):
-        convert(source, tmp_path / "out")
+    refused(r"2 checkpoints in .*epoch3\.pt, last\.pt", convert, source, tmp_path / "out")
     first = convert(source / "epoch3.pt", tmp_path / "first")
     last = convert(source / "last.pt", tmp_path / "last")
     assert bits(first) != bits(last)
@@ -192,8 +190,7 @@ def test_one_checkpoint_is_chosen_from_a_folder_of_several(tmp_path):
     one = convert(shards / "epoch_3-00002-of-00003.pt", tmp_path / "one")
     assert bits(one) == bits(first)
     (shards / "epoch_3-00002-of-00003.pt").unlink()
-    with pytest.raises(UserError, match="2 of 3 shards"):
-        convert(shards, tmp_path / "none")
+    refused("2 of 3 shards", convert, shards, tmp_path / "none")
 
 
 # The command
@@ -216,8 +213,7 @@ def test_one_checkpoint_is_chosen_from_a_folder_of_several(tmp_path):
 def test_a_source_that_is_none_is_one_line(tmp_path, make, words):
     source = tmp_path / "source.pt"
     make(source)
-    with pytest.raises(UserError, match=words):
-        convert(source, tmp_path / "out")
+    refused(words, convert, source, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 
 
@@ -225,12 +221,10 @@ def test_options_that_would_do_nothing_are_refused(tmp_path):
     source = save_hugging_face(tmp_path / "source", "llama", mx.float32)
     upload = ["--to", "pytorch", "--upload", "a/b"]
     for more in (["--set", "x=1"], ["--config", "f"], upload, ["--upload", "nonsense"]):
-        with pytest.raises(UserError):
-            convert(source, tmp_path / "out", *more)
+        refused("", convert, source, tmp_path / "out", *more)
     checkpoint = save_openlm(tmp_path / "openlm", random_openlm(), CONFIG)
     for more in (["--to", "pytorch"], ["--set", "x"], ["--tokenizer", str(tmp_path / "no")]):
-        with pytest.raises(UserError):
-            convert(checkpoint, tmp_path / "out", *more)
+        refused("", convert, checkpoint, tmp_path / "out", *more)
     assert not (tmp_path / "out").exists()
 
 

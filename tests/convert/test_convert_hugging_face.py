@@ -67,8 +67,7 @@ def test_pickles_give_what_safetensors_give_and_drop_only_what_is_known(tmp_path
     assert "dropped h.{i}.attn.bias (1): a causal mask" in said
     assert "dropped h.{i}.attn.masked_bias (1)" in said
     (source / "pytorch_model-00002-of-00002.bin").unlink()
-    with pytest.raises(UserError, match="1 of 2 weight files"):
-        checkpoints.convert(source, tmp_path / "again")
+    refused("1 of 2 weight files", checkpoints.convert, source, tmp_path / "again")
 
 
 def test_a_head_is_dropped_only_where_it_is_the_embedding(tmp_path, capsys):
@@ -116,8 +115,7 @@ def test_a_hugging_face_config_that_does_not_fit_is_one_line(tmp_path, change, w
     source = checkpoints.save_hugging_face(tmp_path / "source", "llama", mx.float32)
     values = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(values | change))
-    with refused(re.escape(words)):
-        checkpoints.convert(source, tmp_path / "out")
+    refused(re.escape(words), checkpoints.convert, source, tmp_path / "out")
 
 
 def test_the_keys_that_mlx_lm_would_miss_are_written_out(tmp_path):
@@ -127,8 +125,7 @@ def test_the_keys_that_mlx_lm_would_miss_are_written_out(tmp_path):
     values.pop("rope_theta")
     values["rope_parameters"] = {"rope_theta": 5e5, "rope_type": "linear", "factor": 4.0}
     (source / "config.json").write_text(json.dumps(values))
-    with pytest.raises(UserError, match="where mlx-lm does not look"):
-        load_anchor(source)
+    refused("where mlx-lm does not look", load_anchor, source)
     converted, _ = load_anchor(checkpoints.convert(source, tmp_path / "out"))
     rope = converted.layers[0].self_attn.rope
     assert (rope.base, rope.scale) == (5e5, 0.25)

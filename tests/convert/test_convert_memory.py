@@ -21,7 +21,6 @@ from mlx_hmem.anchors.load import anchor_hash, named_parameters
 from mlx_hmem.bank import Bank, Quantization
 from mlx_hmem.bank.format import PAGE, block_shape, num_blocks
 from mlx_hmem.config import MemoryConfig
-from mlx_hmem.errors import UserError
 from mlx_hmem.files import save_safetensors
 from tests.conftest import MEMORY, edit_json
 from tests.helpers.memory_layouts import (
@@ -39,6 +38,7 @@ from tests.helpers.memory_layouts import (
     with_bank,
 )
 from tests.helpers.places import ROOT
+from tests.helpers.programs import refused
 from tests.helpers.tiny_anchors import LLAMA_LIKE, make_anchor
 
 CASES = [(kind, "float32", None) for kind in MATRICES]
@@ -280,8 +280,7 @@ def test_a_quantised_bank_goes_to_pytorch_only_when_asked_to_be_dequantised(mode
     config = MemoryConfig(**SIZES, **WIDTHS, kind="lora_ffn")
     how = [Quantization(3, "nvfp4", 4, 16)]
     source = with_bank(model_folder, tmp_path / "source", config, "float32", quantization=how)
-    with pytest.raises(UserError, match=r"quantised.*--dtype float32"):
-        convert(source, tmp_path / "torch", "--to", "pytorch")
+    refused(r"quantised.*--dtype float32", convert, source, tmp_path / "torch", "--to", "pytorch")
     middle = convert(source, tmp_path / "torch", "--to", "pytorch", "--dtype", "float32")
     back = convert(middle, tmp_path / "back")
     assert_equal(block_bits(source), block_bits(back))  # block_bits dequantises

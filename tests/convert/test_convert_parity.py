@@ -9,7 +9,7 @@ import pytest
 
 from convert.torch_files.names import TYPES
 from convert.torch_files.pickles import open_torch
-from mlx_hmem.errors import UserError
+from tests.helpers.programs import refused
 from tests.helpers.torch_files import tensor, write
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: parity is not tested")
@@ -69,8 +69,7 @@ def test_whole_modules_and_old_formats_of_torch_are_refused(tmp_path: Path) -> N
         ("script", "a TorchScript archive"),
         ("sparse", "names 'torch._utils._rebuild_sparse_tensor'"),
     ):
-        with pytest.raises(UserError, match=says):
-            open_torch([tmp_path / f"{file}.pt"])
+        refused(says, open_torch, [tmp_path / f"{file}.pt"])
 
 
 def test_the_files_made_by_hand_are_such_as_pytorch_reads(tmp_path: Path) -> None:

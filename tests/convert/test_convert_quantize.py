@@ -19,12 +19,12 @@ from mlx_hmem.anchors.openlm import Model, ModelArgs
 from mlx_hmem.bank import Bank, stored_levels, write_bank
 from mlx_hmem.bank.format import block_shape, num_blocks
 from mlx_hmem.config import HmemConfig, MemoryConfig
-from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate import perplexity
 from mlx_hmem.files import save_safetensors
 from mlx_hmem.memory import KINDS, split_block
 from tests.conftest import CONTEXT, MEMORY, edit_json
 from tests.helpers.places import bytes_of
+from tests.helpers.programs import refused
 from tests.helpers.tiny_anchors import EXPERTS, GATED, LLAMA_LIKE, OTHER_KEYS, UNGATED, make_anchor
 
 ARGS = ModelArgs(
@@ -245,8 +245,7 @@ def test_memory_is_fused_into_a_float_anchor_and_refused_by_a_quantised_one(wide
     with load(tmp_path / "bank").fuse((0, 1, 2)) as fused:
         assert mx.allclose(fused.anchor(ids), attached, atol=1e-4).item()
     main([str(wide), str(tmp_path / "both"), *ANCHOR_OPTIONS, *MIXED_OPTIONS])
-    with pytest.raises(UserError, match="attached form"):
-        load(tmp_path / "both").fuse((0, 1, 2))
+    refused("attached form", lambda: load(tmp_path / "both").fuse((0, 1, 2)))
 
 
 def test_the_perplexities_of_the_report_are_evaluates_own(wide, tmp_path, capsys, text, texts):

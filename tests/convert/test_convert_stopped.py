@@ -17,10 +17,11 @@ from convert.quantize import model as quantized_model
 from convert.quantize.model import plan
 from convert.upload import _uploaded
 from mlx_hmem import load
-from mlx_hmem.errors import UserError, run_program
+from mlx_hmem.errors import run_program
 from mlx_hmem.folders import RECORD, REPLACED
 from tests.convert.test_convert_quantize import make
 from tests.helpers.places import bytes_of
+from tests.helpers.programs import refused
 from tests.test_folders import ONE, write
 
 KINDS = ("from pytorch", "to pytorch", "quantise")
@@ -71,8 +72,7 @@ def test_a_write_that_fails_ends_in_one_line_and_is_made_up_for(
         assert lines[0].startswith("error: File too large")
         assert not out.exists()
         assert not list(part.rglob(".*.part"))
-        with pytest.raises(UserError):
-            load(part)
+        refused("", load, part)
     main(arguments)
     assert bytes_of(out) == wanted
     assert not part.exists()
@@ -97,8 +97,7 @@ def test_an_anchor_does_not_load_before_its_memory_is_there(
         shutil.rmtree(part / "retriever")
     assert (part / "config.json").exists()
     assert list(part.glob("model*.safetensors"))
-    with pytest.raises(UserError, match=r"hmem\.json is missing"):
-        load(part)
+    refused(r"hmem\.json is missing", load, part)
 
 
 def test_a_source_of_another_content_is_not_gone_on_with(layout, tmp_path, monkeypatch):
@@ -137,8 +136,7 @@ def test_a_source_that_changes_while_it_is_read_gives_no_model(layout, tmp_path,
         return write_retriever(*arguments)
 
     monkeypatch.setattr(memory, "_write_retriever", changed)
-    with pytest.raises(UserError, match=r"changed while .*memory-level-1\.safetensors; run the"):
-        main([str(source), str(out)])
+    refused(r"changed while .*memory-level-1\.safetensors; run the", main, [str(source), str(out)])
     assert not out.exists()
     monkeypatch.undo()
     main([str(source), str(out)])
@@ -154,8 +152,7 @@ def test_a_conversion_at_its_last_step_is_not_disturbed(tmp_path):
     handle = os.open(out, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     for replace in (False, True):
-        with pytest.raises(UserError, match="another program writes here"):
-            write(out, ONE, "a", replace=replace)
+        refused("another program writes here", write, out, ONE, "a", replace=replace)
         assert {f.name for f in out.iterdir()} == {"a", RECORD}
         assert os.listdir(tmp_path) == ["out"]
     os.close(handle)
@@ -171,8 +168,7 @@ def test_a_folder_renamed_before_it_could_be_locked_is_not_written_to(tmp_path, 
         flock(*arguments)
 
     monkeypatch.setattr(fcntl, "flock", after_the_other)
-    with pytest.raises(UserError, match="another program writes here"):
-        write(out, ONE, "a")
+    refused("another program writes here", write, out, ONE, "a")
     assert not part.exists()
     assert not os.listdir(out)
 
@@ -184,8 +180,7 @@ def test_a_model_that_came_while_one_was_put_aside_is_replaced_too(tmp_path):
         folder.mkdir(parents=True)
         (folder / "config.json").write_text("old")
     (part / RECORD).write_text(json.dumps(ONE))
-    with pytest.raises(UserError, match="the destination exists"):
-        write(out, ONE, "a")
+    refused("the destination exists", write, out, ONE, "a")
     assert write(out, ONE, "a", replace=True) == ["a"]
     assert os.listdir(out) == ["a"]
     assert not part.exists()

@@ -17,7 +17,7 @@ from convert.torch_files.writer import write_torch
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import save_safetensors
 from mlx_hmem.retriever import ClusterTree, load_encoder
-from tests.helpers.programs import refused
+from tests.helpers.programs import refused, refusing
 
 DIM, BRANCHING = 12, (4, 3, 2)
 SIZES = (4, 12, 24)
@@ -137,8 +137,7 @@ def test_a_tree_alone_becomes_a_file_that_its_encoder_can_route_with(tmp_path, c
     main(["tree", str(source), str(target), "--encoder", "static"])
     assert "(4, 12, 24)" in capsys.readouterr().out
     assert ClusterTree.load(target).encoder_hash == encoder.fingerprint
-    with pytest.raises(UserError, match="exists"):
-        main(["tree", str(source), str(target), "--encoder", "static"])
+    refused("exists", main, ["tree", str(source), str(target), "--encoder", "static"])
     source = npz(tmp_path, centroids())
     with pytest.raises(UserError, match="12 dimensions"):
         main(["tree", str(source), str(tmp_path / "b"), "--encoder", "static"])
@@ -251,7 +250,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Path], str]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_is_wrong_with_a_tree_is_one_line_and_runs_nothing(tmp_path, fault):
     make, words = FAULTS[fault]
-    with refused(words) as error:
+    with refusing(words) as error:
         read_tree(make(tmp_path))
     assert error.value.remedy
     assert not (tmp_path / "ran").exists()

@@ -9,7 +9,6 @@ import yaml
 
 from convert.upload import card, main, upload
 from mlx_hmem.bank.format import PAGE
-from mlx_hmem.errors import UserError
 from mlx_hmem.model.load import load
 from tests.conftest import MEMORY, save_anchor
 from tests.helpers.faults import flip
@@ -70,8 +69,7 @@ def test_shards_of_a_large_bank_go_up_before_what_names_them(hub, directory, mon
 )
 def test_a_broken_model_is_not_uploaded(hub, directory, change, words):
     change(directory)
-    with refused(re.escape(words)):
-        upload(directory, REPO)
+    refused(re.escape(words), upload, directory, REPO)
     assert hub.requests == []
 
 
@@ -81,8 +79,7 @@ def test_an_encoder_that_would_not_come_along_is_not_uploaded(hub, directory):
     shutil.copytree(STATIC_FOLDER, directory / "encoder")
     text = (directory / "hmem.json").read_text()
     (directory / "hmem.json").write_text(text.replace('"static"', '"encoder"'))
-    with pytest.raises(UserError, match="move it into retriever/"):
-        upload(directory, REPO)
+    refused("move it into retriever/", upload, directory, REPO)
     shutil.move(directory / "encoder", directory / "retriever" / "encoder")
     (directory / "hmem.json").write_text(text.replace('"static"', '"retriever/encoder"'))
     upload(directory, REPO)
@@ -90,19 +87,15 @@ def test_an_encoder_that_would_not_come_along_is_not_uploaded(hub, directory):
 
 
 def test_no_upload_without_name_token_right_or_connection(hub, directory, monkeypatch):
-    with pytest.raises(UserError, match="write it as user/name"):
-        upload(directory, "tiny")
+    refused("write it as user/name", upload, directory, "tiny")
     monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
-    with refused("401"):
-        upload(directory, REPO)
+    refused("401", upload, directory, REPO)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
-    with refused(re.escape(f"the Hub did not take {directory} as {REPO}")):
-        upload(directory, REPO)
+    refused(re.escape(f"the Hub did not take {directory} as {REPO}"), upload, directory, REPO)
     monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(UserError, match="hf auth login"):
-        upload(directory, REPO)
+    refused("hf auth login", upload, directory, REPO)
     assert hub.repos == {}
 
 
@@ -138,5 +131,4 @@ def test_a_card_that_is_there_is_kept(hub, directory):
     upload(directory, REPO)
     assert (directory / "README.md").read_text(encoding="utf-8") == text
     (directory / "README.md").write_bytes(b"\xff")
-    with pytest.raises(UserError, match="is not UTF-8"):
-        upload(directory, REPO)
+    refused("is not UTF-8", upload, directory, REPO)

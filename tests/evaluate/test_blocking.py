@@ -14,6 +14,7 @@ from mlx_hmem.evaluate.paper.fact_tables import atomic_numbers
 from mlx_hmem.evaluate.routing import withhold
 from mlx_hmem.evaluate.tasks.task import GENERATION, Task
 from mlx_hmem.retriever import ClusterTree
+from tests.helpers.programs import refused
 from tests.helpers.task_helpers import data_of, run_task
 from tests.retriever.test_kmeans import topics
 
@@ -121,5 +122,4 @@ def test_the_command_shows_each_level(model_folder, tmp_path, capsys):
     main([*command, "--block-best", "1"])
     assert "best 1/3 withheld" in capsys.readouterr().out
     for levels, message in (("4", "no such level"), ("0.0625", "no list of levels")):
-        with pytest.raises(UserError, match=message):
-            main([*command, "--block-best", levels])
+        refused(message, main, [*command, "--block-best", levels])

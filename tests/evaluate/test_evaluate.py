@@ -27,7 +27,7 @@ from mlx_hmem.evaluate.tables import perplexity_table, recall_table
 from mlx_hmem.files import save_safetensors
 from mlx_hmem.model.model import MemoryModel
 from mlx_hmem.retriever import ClusterTree, Retriever
-from tests.helpers.programs import run
+from tests.helpers.programs import refused, run
 from train.corpus.facts import make_facts
 from train.data.tokenizer import train_tokenizer
 
@@ -190,8 +190,7 @@ def test_facts_can_be_routed_by_another_text(model):
     found = recall(model, facts, routed_by=texts, progress=False)
     for fact, text, continuation in zip(facts, texts, found.continuations, strict=True):
         assert continuation == generated(model, facts, fact, "fetched", text)
-    with pytest.raises(UserError, match="one text per fact"):
-        recall(model, facts, routed_by=texts[:2], progress=False)
+    refused("one text per fact", lambda: recall(model, facts, routed_by=texts[:2], progress=False))
 
 
 def test_facts_are_routed_by_prompt_statement_or_random_leaf(model):
@@ -214,8 +213,7 @@ def test_facts_are_routed_by_prompt_statement_or_random_leaf(model):
     found = recall(model, facts, route="random", seed=1, progress=False)
     assert found == recall(model, facts, paths=paths[0], progress=False)
     for memory in ("none", "generic", "fetched"):
-        with pytest.raises(UserError, match="unknown route"):
-            recall(model, facts, memory, route="title", progress=False)
+        refused("unknown route", recall, model, facts, memory, route="title", progress=False)
 
 
 def test_an_anchor_that_learnt_some_facts_recalls_those_and_no_others(folder):
@@ -295,41 +293,29 @@ def test_texts_are_read_plain_and_gzip(tmp_path):
 def test_wrong_files_are_user_errors(tmp_path, line):
     path = tmp_path / "rows.jsonl"
     path.write_text(line + "\n")
-    with pytest.raises(UserError):
-        read_facts(path)
-    with pytest.raises(UserError):
-        read_texts(path)
+    refused("", read_facts, path)
+    refused("", read_texts, path)
     (tmp_path / "rows.jsonl.gz").write_bytes(b"not gzip")
-    with pytest.raises(UserError):
-        read_texts(tmp_path / "rows.jsonl.gz")
+    refused("", read_texts, tmp_path / "rows.jsonl.gz")
 
 
 def test_a_text_that_cannot_be_read_is_named_by_its_line(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a"}\n\n{"id": "1", "title": "b"}\n')
-    with pytest.raises(UserError, match=r"rows\.jsonl, line 3 has no `text`: it has id, title;"):
-        read_texts(path)
-    with pytest.raises(UserError, match=r"not a file but a folder: .*; name a text"):
-        read_texts(tmp_path)
-    with pytest.raises(UserError, match=r"a file is missing: .*none; name a text"):
-        read_texts(tmp_path / "none")
+    refused(r"rows\.jsonl, line 3 has no `text`: it has id, title;", read_texts, path)
+    refused(r"not a file but a folder: .*; name a text", read_texts, tmp_path)
+    refused(r"a file is missing: .*none; name a text", read_texts, tmp_path / "none")
 
 
 def test_what_a_model_cannot_do_is_a_user_error(dense, model):
     texts, facts = corpus()
     for memory in ("fetched", "generic"):
-        with pytest.raises(UserError, match="no memory bank"):
-            perplexity(dense, texts, memory, progress=False)
-        with pytest.raises(UserError, match="no memory bank"):
-            recall(dense, facts, memory, progress=False)
-    with pytest.raises(UserError, match="unknown memory mode"):
-        perplexity(model, texts, "some", progress=False)
-    with pytest.raises(UserError, match="route_by"):
-        perplexity(model, texts, route_by="title", progress=False)
-    with pytest.raises(UserError, match="no text"):
-        perplexity(model, ["", " \n"], progress=False)
-    with pytest.raises(UserError, match="no facts"):
-        recall(model, [], progress=False)
+        refused("no memory bank", perplexity, dense, texts, memory, progress=False)
+        refused("no memory bank", recall, dense, facts, memory, progress=False)
+    refused("unknown memory mode", perplexity, model, texts, "some", progress=False)
+    refused("route_by", perplexity, model, texts, route_by="title", progress=False)
+    refused("no text", perplexity, model, ["", " \n"], progress=False)
+    refused("no facts", recall, model, [], progress=False)
     with pytest.raises(UserError, match="longer than the context"):
         recall(model, [replace(facts[0], prompt="long " * 200)], progress=False)
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate import recall
 from mlx_hmem.evaluate.command import main
 from mlx_hmem.evaluate.facts import Fact, FactRecall, is_right
@@ -18,6 +17,7 @@ from mlx_hmem.evaluate.paper.counting import NameCounter, count_names
 from mlx_hmem.evaluate.paper.fact_runs import FactRun, count_buckets, decade
 from mlx_hmem.evaluate.paper.fact_tables import atomic_numbers, read_fact_table
 from tests.helpers.places import SHARED
+from tests.helpers.programs import refused
 from train.corpus.facts import make_facts
 
 HEADER = "prompt,answers,key\n"
@@ -142,8 +142,7 @@ def test_plain_texts_are_read_in_pieces(tmp_path, monkeypatch):
 def test_a_wrong_corpus_is_a_user_error(tmp_path, content, message):
     for name, data in (content or {}).items():
         (tmp_path / name).write_bytes(data)
-    with pytest.raises(UserError, match=message):
-        count_names([["gold"]], tmp_path, tmp_path / "out", progress=False)
+    refused(message, count_names, [["gold"]], tmp_path, tmp_path / "out", progress=False)
 
 
 @pytest.mark.parametrize(
@@ -194,8 +193,7 @@ def test_a_csv_is_read_with_its_aliases_and_quotes(tmp_path):
 def test_a_wrong_csv_is_a_user_error_with_its_line(tmp_path, data, message):
     path = tmp_path / "facts.csv"
     path.write_bytes(data)
-    with pytest.raises(UserError, match=message):
-        read_fact_table(path)
+    refused(message, read_fact_table, path)
 
 
 def test_kept_continuations_are_those_of_recall_and_are_not_made_again(model, tmp_path):
@@ -238,5 +236,4 @@ def test_the_command_prints_a_table_by_count_and_json_by_fact(
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["times", "in", "the", "corpus", "0", "1–9", "all"]
     assert [line.split()[0] for line in lines[3:]] == ["none", "fetched"]
-    with pytest.raises(UserError, match="unknown --route"):
-        main([*command, "--route", "title"])
+    refused("unknown --route", main, [*command, "--route", "title"])

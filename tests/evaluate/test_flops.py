@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from mlx_hmem.anchors.load import named_parameters
-from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.rag.flops import Flops, Work, parameters_per_token, question_work
 from mlx_hmem.evaluate.scoring import Candidate, score_candidates
 from mlx_hmem.model.model import MemoryModel
+from tests.helpers.programs import refused
 from tests.helpers.tiny_anchors import GATED, UNGATED, make_anchor
 
 
@@ -63,8 +63,7 @@ def test_of_experts_those_that_a_token_uses_are_counted():
     experts = sum(size for name, size in sizes.items() if "switch_mlp" in name)
     assert experts
     assert parameters_per_token(anchor, 2) == sum(sizes.values()) - experts // 2
-    with pytest.raises(UserError, match="how many experts"):
-        parameters_per_token(anchor)
+    refused("how many experts", parameters_per_token, anchor)
 
 
 def test_the_work_of_a_question_is_what_scoring_runs(model, monkeypatch):

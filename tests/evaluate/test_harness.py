@@ -7,6 +7,7 @@ import pytest
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.scoring import Candidate
 from mlx_hmem.model.model import MemoryModel
+from tests.helpers.programs import refused
 from tests.helpers.task_helpers import alone, greedy_alone
 
 lm_eval_instance = pytest.importorskip("lm_eval.api.instance", reason="lm-eval is not installed")
@@ -84,8 +85,7 @@ def test_what_routes_can_be_the_whole_context(model: MemoryModel, texts):
         after = model.tokenizer.encode(context + answer)[len(before) :]
         nats, _ = alone(model, Candidate(before, after), "fetched", route(context))
         assert log_probability == pytest.approx(-nats, rel=2e-4)
-    with pytest.raises(UserError, match="route_by"):
-        MemoryLM(model, route_by="title")
+    refused("route_by", MemoryLM, model, route_by="title")
 
 
 def test_the_harness_itself_runs_a_task(model_folder, tmp_path, texts):

@@ -21,6 +21,7 @@ from mlx_hmem.evaluate.scoring import Candidate
 from mlx_hmem.evaluate.tasks.benchmark import score_task
 from mlx_hmem.evaluate.tasks.few_shot import PromptTokens, build_prompts
 from mlx_hmem.evaluate.tasks.task import load_tasks
+from tests.helpers.programs import refused
 from tests.helpers.task_helpers import alone, greedy_alone, write_rows, write_tasks
 
 FACTS = [
@@ -169,27 +170,22 @@ def test_a_truncated_or_damaged_index_is_refused(documents, model, tmp_path, nam
     copy = shutil.copytree(documents, tmp_path / "index")
     data = (copy / name).read_bytes()
     (copy / name).write_bytes(bytes([data[0] ^ 1]) + data[1:])
-    with pytest.raises(UserError, match="the index is damaged"):
-        DocumentIndex.open(copy, model.bank.tree_hash)
+    refused("the index is damaged", DocumentIndex.open, copy, model.bank.tree_hash)
     (copy / name).write_bytes(data[:-3])
     with pytest.raises(UserError, match=f"{name} is not whole: {len(data) - 3} bytes"):
         DocumentIndex.open(copy, model.bank.tree_hash)
     (copy / name).unlink()
-    with pytest.raises(UserError, match=f"{name} is not whole: missing"):
-        DocumentIndex.open(copy, model.bank.tree_hash)
+    refused(f"{name} is not whole: missing", DocumentIndex.open, copy, model.bank.tree_hash)
 
 
 def test_an_index_of_another_tree_or_none_is_refused(documents, model, tmp_path):
-    with pytest.raises(UserError, match="belongs to another cluster tree"):
-        DocumentIndex.open(documents, "xxh3:0")
-    with pytest.raises(UserError, match="no index of documents"):
-        DocumentIndex.open(tmp_path, model.bank.tree_hash)
+    refused("belongs to another cluster tree", DocumentIndex.open, documents, "xxh3:0")
+    refused("no index of documents", DocumentIndex.open, tmp_path, model.bank.tree_hash)
     copy = shutil.copytree(documents, tmp_path / "index")
     for change in ({"documents": 58}, {"format_version": 2}, {"dim": "wide"}, {"more": 1}):
         values = json.loads((documents / "index.json").read_text()) | change
         (copy / "index.json").write_text(json.dumps(values))
-        with pytest.raises(UserError):
-            DocumentIndex.open(copy, model.bank.tree_hash)
+        refused("", DocumentIndex.open, copy, model.bank.tree_hash)
 
 
 def test_a_document_goes_before_the_prompt_and_is_cut_to_fit(rag, opened, model):
@@ -302,8 +298,7 @@ def test_the_command_sets_documents_beside_memory(model_folder, documents, texts
     assert "fetched+rag" in table
     assert table.splitlines()[0].endswith("FLOPs")
     assert "1.00×" in table
-    with pytest.raises(UserError, match="--rag is for facts and tasks"):
-        main([*common, "--text", str(facts)])
+    refused("--rag is for facts and tasks", main, [*common, "--text", str(facts)])
 
 
 def test_the_hash_of_the_tree_is_the_models(model, model_folder, opened):

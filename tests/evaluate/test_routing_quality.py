@@ -3,14 +3,13 @@
 import json
 
 import numpy as np
-import pytest
 
-from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate import recall
 from mlx_hmem.evaluate.command import main
 from mlx_hmem.evaluate.paper.fact_runs import FactRun
 from mlx_hmem.evaluate.paper.fact_tables import atomic_numbers
 from mlx_hmem.evaluate.paper.routing_quality import FIRST_WORDS, document_rows, fact_rows
+from tests.helpers.programs import refused
 
 FACTS = list(atomic_numbers().facts)[::6]
 
@@ -51,12 +50,10 @@ def test_first_words_and_encoders_are_compared_text_by_text(model, texts):
         assert (share.right, share.total) == (sum(same), 41)
     own = document_rows(model, texts, retriever.encoder, progress=False)
     assert all(share.accuracy == 1 for row in own[:2] for share in row.shares)
-    with pytest.raises(UserError, match="no text to route"):
-        document_rows(model, [" "], progress=False)
+    refused("no text to route", document_rows, model, [" "], progress=False)
     other = Mirrored(retriever.encoder)
     other.dim = 3
-    with pytest.raises(UserError, match="another space"):
-        document_rows(model, texts, other, progress=False)
+    refused("another space", document_rows, model, texts, other, progress=False)
 
 
 def test_answers_are_told_apart_by_whether_the_prompt_reached_its_statement(model, tmp_path):
@@ -89,5 +86,4 @@ def test_the_command_prints_routing_in_place_of_scores(model_folder, texts, tmp_
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["routing,", "%", "level", "1", "level", "2", "level", "3"]
     for wrong in (["--route", "random"], ["--encoder", "nothing"]):
-        with pytest.raises(UserError):
-            main([*command, *wrong])
+        refused("", main, [*command, *wrong])

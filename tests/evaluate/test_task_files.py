@@ -11,6 +11,7 @@ from mlx_hmem.evaluate import read_texts
 from mlx_hmem.evaluate.perplexity import perplexity
 from mlx_hmem.evaluate.scoring import Candidate
 from mlx_hmem.evaluate.tasks.task import CHOICE, load_tasks
+from tests.helpers.programs import refused
 from tests.helpers.task_helpers import SHARED, alone, write_rows, write_tasks
 
 
@@ -31,8 +32,7 @@ def test_wikitext_is_read_article_by_article(tmp_path):
     (tmp_path / "w.txt").write_text("No heading.\n\nAt all.")
     assert read_texts(tmp_path / "w.txt") == ["No heading.\n\nAt all."]
     (tmp_path / "w.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="cannot be read"):
-        read_texts(tmp_path / "w.txt")
+    refused("cannot be read", read_texts, tmp_path / "w.txt")
 
 
 def test_wikitext_2_has_sixty_articles():
@@ -109,8 +109,7 @@ def test_a_broken_row_is_named_by_file_and_line(folder, change, message):
 def test_a_wrong_task_is_refused(tmp_path, task, message):
     write_rows(tmp_path / "t.jsonl", [{"query": "a", "choices": ["b", "c"], "gold": 0}])
     (tmp_path / "tasks.json").write_text(json.dumps([task]))
-    with pytest.raises(UserError, match=message):
-        load_tasks("t", tmp_path)
+    refused(message, load_tasks, "t", tmp_path)
 
 
 def test_a_name_is_a_label_or_a_files_and_may_say_how_many_examples(tmp_path):

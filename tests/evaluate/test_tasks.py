@@ -10,7 +10,6 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.scoring import Score
 from mlx_hmem.evaluate.tasks import task as tasks
 from mlx_hmem.evaluate.tasks.answers import is_right, normalise
@@ -18,6 +17,7 @@ from mlx_hmem.evaluate.tasks.benchmark import judge
 from mlx_hmem.evaluate.tasks.few_shot import PromptTokens, build_prompts, draw_examples, route_text
 from mlx_hmem.model.model import MemoryModel
 from tests.helpers.bigram import SKY, make_model, make_tokenizer
+from tests.helpers.programs import refused
 from tests.helpers.task_helpers import SHARED, data_of, run_task
 
 # Hand-computed answers of each type. What the chances leave goes evenly to all other words.
@@ -298,13 +298,11 @@ def test_what_is_too_long_loses_its_left(tmp_path):
             assert tokenizer.convert_ids_to_tokens(candidate.context) == whole[cut:]
             assert candidate.cut == cut
             assert len(candidate.context) + len(candidate.answer) <= context
-    with pytest.raises(UserError, match="no room"):
-        PromptTokens(tokenizer, 3).candidates(prompt)
+    refused("no room", lambda: PromptTokens(tokenizer, 3).candidates(prompt))
     # A question to be answered leaves room for the longest answer.
     question = PromptTokens(tokenizer, 9).question(prompt, 5)
     assert tokenizer.convert_ids_to_tokens(question.context) == whole[3:]
-    with pytest.raises(UserError, match="no room"):
-        PromptTokens(tokenizer, 5).question(prompt, 5)
+    refused("no room", lambda: PromptTokens(tokenizer, 5).question(prompt, 5))
 
 
 def test_a_row_that_the_tokenizer_makes_nothing_of_is_named(sky, tmp_path):
@@ -318,5 +316,4 @@ def test_a_row_that_the_tokenizer_makes_nothing_of_is_named(sky, tmp_path):
         (tasks.GENERATION, {"context": "xyz", "answer": "a"}),
     ]:
         data = data_of(tasks.Task("t", kind), tmp_path, [row])
-        with pytest.raises(UserError, match=r"t\.jsonl: .*left as tokens: line 1"):
-            run_task(model, data, tmp_path)
+        refused(r"t\.jsonl: .*left as tokens: line 1", run_task, model, data, tmp_path)

@@ -14,7 +14,6 @@ from mlx_lm.models.cache import RotatingKVCache, can_trim_prompt_cache, make_pro
 from mlx_hmem import MemoryModel
 from mlx_hmem.anchors.load import named_parameters
 from mlx_hmem.bank import Bank, write_bank
-from mlx_hmem.errors import UserError
 from mlx_hmem.generation.batch import BatchModel, batch_generate
 from mlx_hmem.memory import KINDS
 from tests.helpers.programs import refused
@@ -317,8 +316,7 @@ def test_an_anchor_without_memory_takes_batches(model):
     bare = MemoryModel(model.anchor, model.anchor_config, model.tokenizer)
     (found,) = batch_generate(bare, [PROMPT], memory="none", max_tokens=8)
     assert found.text == batch_generate(model, [PROMPT], memory="none", max_tokens=8)[0].text
-    with pytest.raises(UserError, match="no memory bank"):
-        batch_generate(bare, [PROMPT])
+    refused("no memory bank", batch_generate, bare, [PROMPT])
 
 
 WRONG_CALLS = {
@@ -341,5 +339,4 @@ WRONG_CALLS = {
 @pytest.mark.parametrize("case", WRONG_CALLS)
 def test_wrong_calls_are_refused_in_one_line(model, case):
     call, words = WRONG_CALLS[case]
-    with refused(words):
-        call(model)
+    refused(words, call, model)

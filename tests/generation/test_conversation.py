@@ -17,6 +17,7 @@ from mlx_hmem.memory import KINDS
 from mlx_hmem.model.model import MemoryModel
 from tests.bank.test_arriving import LAYERS, assert_same, config_of, layers_of, make
 from tests.conftest import edit_json
+from tests.helpers.programs import refused
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}\n{% endfor %}"
@@ -235,8 +236,7 @@ def test_the_seed_is_set_once_and_reset_forgets(fresh):
     ],
 )
 def test_wrong_options_are_refused_before_the_first_turn(model, options, words):
-    with pytest.raises(UserError, match=words):
-        Conversation(model, **OPTIONS | options)
+    refused(words, Conversation, model, **OPTIONS | options)
 
 
 def test_a_turn_that_is_refused_changes_nothing(model):
@@ -283,8 +283,7 @@ def test_reading_ahead_stays_within_the_cache_and_pushes_out_nothing_in_use(mode
 def test_reading_ahead_stops_and_survives_damage_and_a_closed_bank(broken):
     shard = broken / "bank" / "level-3.00000.safetensors"
     os.truncate(shard, shard.stat().st_size - 1)
-    with pytest.raises(UserError):
-        Bank.open(broken / "bank")
+    refused("", Bank.open, broken / "bank")
     os.truncate(shard, shard.stat().st_size + 1)
     bank = Bank.open(broken / "bank")
     os.truncate(shard, 16384)

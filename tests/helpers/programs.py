@@ -49,10 +49,17 @@ def assert_refused(said: Said, *words: str) -> None:
 
 
 @contextlib.contextmanager
-def refused(pattern: str) -> Iterator[pytest.ExceptionInfo[UserError]]:
+def refusing(pattern: str) -> Iterator[pytest.ExceptionInfo[UserError]]:
     """What is done in it ends in a UserError: one line with a remedy, in which ``pattern`` is."""
-    with pytest.raises(UserError, match=pattern) as error:
+    with pytest.raises(UserError, match=pattern or None) as error:
         yield error
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 1000
     assert error.value.remedy
+
+
+def refused(pattern: str, call: Callable[..., object], *args: object, **options: object) -> str:
+    """The UserError in which the call ends, as :func:`refusing`."""
+    with refusing(pattern) as error:
+        call(*args, **options)
+    return str(error.value)

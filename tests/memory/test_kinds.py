@@ -11,10 +11,10 @@ from mlx_hmem.anchors.architectures import ARCHITECTURES
 from mlx_hmem.anchors.attach import anchor_sizes, attach_memory
 from mlx_hmem.anchors.load import named_parameters
 from mlx_hmem.config import MemoryConfig
-from mlx_hmem.errors import UserError
 from mlx_hmem.memory import KINDS, FetchedMemory, initial_block, join_blocks, split_block
 from mlx_hmem.model.stream import AnchorWithMemory
 from tests.helpers import references
+from tests.helpers.programs import refused
 from tests.helpers.tiny_anchors import EXPERTS, GATED, UNGATED, make_anchor
 
 WITHOUT_EXPERTS = [pair for pair in references.PAIRS if pair[0] not in EXPERTS]
@@ -95,8 +95,7 @@ def test_a_mixture_of_experts_is_named_with_the_kinds_that_fit(name, kind):
     layer = 1 if name == "qwen3_moe" else 0  # qwen3_moe's layer 0 is an FFN here
     config = MemoryConfig(**{"intermediate_size": 48} | anchor_sizes(anchor), r=(2,),
                           branching=(2,), kind=kind)  # fmt: skip
-    with pytest.raises(UserError, match=rf"layer {layer}: .*lora_qk or lora_vo or kv"):
-        attach_memory(anchor, config)
+    refused(rf"layer {layer}: .*lora_qk or lora_vo or kv", attach_memory, anchor, config)
     if name == "qwen3_moe":  # but its one FFN can be joined
         attach_memory(anchor, config.placed([0]))
 

@@ -16,6 +16,7 @@ from mlx_hmem.anchors.load import named_parameters
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.memory import Rows, initial_block
+from tests.helpers.programs import refused
 from tests.helpers.references import config_of, random_rows
 from tests.helpers.tiny_anchors import LAYERS, VOCAB, make_anchor
 
@@ -165,8 +166,7 @@ def test_the_papers_placements_keep_the_number_of_parameters():
     "layers", ["last 4", "last", "some 2", (), (1, 1), (2, 1), (1, 3), ("1",)], ids=repr
 )
 def test_a_wrong_placement_is_refused(layers):
-    with pytest.raises(UserError, match=r"layers|placement"):
-        MemoryConfig(32, 3, (4,), (2,)).placed(layers)
+    refused(r"layers|placement", lambda: MemoryConfig(32, 3, (4,), (2,)).placed(layers))
 
 
 def test_a_memory_of_another_anchor_is_refused_with_both_sides():
@@ -178,12 +178,10 @@ def test_a_memory_of_another_anchor_is_refused_with_both_sides():
         ({"key_value_size": 32}, "memory: key_value_size 32; anchor: key_value_size 16"),
     ):
         wrong = MemoryConfig.from_dict(config.to_dict() | change)
-        with pytest.raises(UserError, match=f"another anchor: {sides}; use"):
-            attach_memory(anchor, wrong)
+        refused(f"another anchor: {sides}; use", attach_memory, anchor, wrong)
     ungated = make_anchor("nemotron")
     wrong = MemoryConfig.from_dict(config_of(ungated, "ffn").to_dict() | {"gated": True})
-    with pytest.raises(UserError, match="memory: gated True; anchor: gated False"):
-        attach_memory(ungated, wrong)
+    refused("memory: gated True; anchor: gated False", attach_memory, ungated, wrong)
 
 
 def test_rows_of_another_kind_or_size_are_refused():
@@ -198,16 +196,13 @@ def test_rows_of_another_kind_or_size_are_refused():
         (good[0][None, None],),
         good + good,
     ):
-        with pytest.raises(UserError, match="does not fit"):
-            slot.set(wrong)
+        refused("does not fit", slot.set, wrong)
     slot.set(good)
-    with pytest.raises(UserError, match="already"):
-        attach_memory(anchor, config)
+    refused("already", attach_memory, anchor, config)
 
 
 def test_an_unknown_architecture_is_refused_by_name():
     config = config_of(make_anchor("llama"), "ffn")
-    with pytest.raises(UserError, match="Linear"):
-        attach_memory(nn.Linear(2, 2), config)
+    refused("Linear", lambda: attach_memory(nn.Linear(2, 2), config))
     with pytest.raises(UserError, match=r"mamba.*use one of openlm, llama"):
         attach_memory(SimpleNamespace(model_type="mamba"), config)

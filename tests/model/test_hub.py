@@ -21,7 +21,6 @@ import pytest
 
 from mlx_hmem.bank import Bank
 from mlx_hmem.bank.format import PAGE
-from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.command import main as evaluate
 from mlx_hmem.model.load import load
 from tests.helpers.faults import in_threads
@@ -37,7 +36,7 @@ from tests.helpers.hub_models import (
 )
 from tests.helpers.hub_server import Hub
 from tests.helpers.places import ROOT
-from tests.helpers.programs import refused
+from tests.helpers.programs import refused, refusing
 
 PROGRAM = ROOT / "generate.py"
 
@@ -94,8 +93,7 @@ def test_an_anchor_alone_is_loaded_lazily_too(online, directory):
 def test_lazy_changes_nothing_for_a_folder(directory):
     assert same(blocks(load(directory, lazy=True), LAST), blocks(load(directory), LAST))
     (directory / "bank" / "level-3.00005.safetensors").unlink()
-    with pytest.raises(UserError, match="lacks a file of level 3"):
-        load(directory, lazy=True)
+    refused("lacks a file of level 3", load, directory, lazy=True)
 
 
 def test_a_repository_that_changes_meanwhile_does_not_mix(online, directory):
@@ -123,10 +121,10 @@ def test_without_a_connection_what_is_here_works_and_what_is_not_is_named(
         online.stop()
     model, local = load(REPO, lazy=True), load(directory)
     assert same(blocks(model, FIRST), blocks(local, FIRST))
-    with refused("bank/level-1.00001.safetensors of user/tiny is not on this computer.*connect"):
+    with refusing("bank/level-1.00001.safetensors of user/tiny is not on this computer.*connect"):
         blocks(model, LAST)
     assert same(blocks(model, FIRST), blocks(local, FIRST))
-    with refused(re.escape("no model directory user/other, and the Hub does not give it")):
+    with refusing(re.escape("no model directory user/other, and the Hub does not give it")):
         load("user/other", lazy=True)
     if how == "offline":
         monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
@@ -175,8 +173,7 @@ def test_a_bank_asks_once_for_a_shard_whoever_obtains_it(directory, tmp_path):
 
         in_threads(work, 8)
     assert sorted(f"bank/{name}" for name in asked) == sorted(SHARDS[FIRST] | SHARDS[LAST])
-    with pytest.raises(UserError, match="the bank is closed"):
-        bank.fetch((1, 2, 4))
+    refused("the bank is closed", bank.fetch, (1, 2, 4))
     assert len(asked) == 4
 
 
@@ -230,8 +227,7 @@ def test_a_shard_that_comes_wrong_is_refused(hub, directory, change, words):
     hub.add(REPO, directory)
     model = load(REPO, lazy=True)
     for _ in range(2):
-        with refused(re.escape(words)):
-            blocks(model, (2, 5, 10))
+        refused(re.escape(words), blocks, model, (2, 5, 10))
     assert len(blocks(model, FIRST)) == 2
 
 
@@ -250,8 +246,7 @@ def test_more_shards_than_may_be_open_are_opened_in_turn(directory, monkeypatch)
         # One that was replaced while it was closed is checked as if it were new.
         shard = directory / "bank" / "level-3.00000.safetensors"
         shard.write_bytes(shard.read_bytes()[:-1])
-        with pytest.raises(UserError, match="bytes instead of"):
-            bank.fetch(FIRST)
+        refused("bytes instead of", bank.fetch, FIRST)
 
 
 def environment(hub: Hub, tmp_path: Path, **more: str) -> dict[str, str]:

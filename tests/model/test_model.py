@@ -226,8 +226,7 @@ def test_the_least_memory_budget_that_is_named_works(model_folder):
     with pytest.raises(UserError, match="budget is too small: 1000 bytes") as error:
         load(model_folder, memory_budget=1000)
     least = parse_bytes(error.value.remedy.split()[3])
-    with pytest.raises(UserError, match="budget"):
-        load(model_folder, memory_budget=least - 10**6)
+    refused("budget", load, model_folder, memory_budget=least - 10**6)
     model = load(model_folder, memory_budget=least)
     assert [p.token for p in model.stream(PROMPT, max_tokens=5)]
     assert model.plan.total <= least
@@ -256,5 +255,4 @@ WRONG_CALLS = {
 @pytest.mark.parametrize("case", WRONG_CALLS)
 def test_wrong_calls_are_refused_in_one_line_before_anything_runs(model, case):
     call, words = WRONG_CALLS[case]
-    with refused(words):
-        call(model)
+    refused(words, call, model)

@@ -151,8 +151,7 @@ def test_a_model_that_had_a_memory_keeps_it_bit_for_bit(model_folder, tmp_path):
     ],
 )
 def test_a_document_that_was_never_there_is_one_line(learned, tmp_path, documents, says):
-    with refused(says):
-        forget(learned, tmp_path / "model", *documents)
+    refused(says, forget, learned, tmp_path / "model", *documents)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -115,8 +115,7 @@ def test_a_model_with_memory_gets_new_clusters_behind_its_own(model_folder, docu
     )
     # Once more on top: what is known is not learned again.
     more = write_documents(tmp_path / "more", 3)
-    with pytest.raises(UserError, match="nothing to remember: 9 known already"):
-        remember(more, out, tmp_path / "third")
+    refused("nothing to remember: 9 known already", remember, more, out, tmp_path / "third")
     (more / "new.md").write_text(sentences("boats", 9))
     third = remember(more, out, tmp_path / "third", "--passes", "1")
     assert len(read_documents(third / "bank", load(third).bank.config)) == 10
@@ -179,8 +178,7 @@ def test_a_folder_without_text_is_one_line_and_leaves_nothing(
         pytest.importorskip("pypdf")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / name).write_bytes(data)
-    with refused(says):
-        remember(tmp_path / "folder", anchor, tmp_path / "model")
+    refused(says, remember, tmp_path / "folder", anchor, tmp_path / "model")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder"]
     if "passed over" in says:
         assert f"passed over {name}" in capsys.readouterr().err

@@ -20,7 +20,7 @@ from mlx_hmem.files import save_safetensors
 from mlx_hmem.model.load import read_tokenizer
 from tests.helpers.own_documents import TOPICS, remember, sentences, write_documents
 from tests.helpers.places import bytes_of
-from tests.helpers.programs import refused
+from tests.helpers.programs import refusing
 from tests.remember.test_remember import eager  # noqa: F401
 from train.data.tokenizer import EOT_ID, train_tokenizer
 from train.remember import restate
@@ -244,7 +244,7 @@ def test_what_is_no_restatement_is_dropped(said, ended, wrong):
 
 
 def test_a_context_too_short_is_one_line_and_leaves_nothing(model_folder, documents, tmp_path):
-    with refused("too short to restate a text: 96 tokens"):
+    with refusing("too short to restate a text: 96 tokens"):
         learn(model_folder, documents, tmp_path / "model")
     with pytest.raises(UserError, match="--restate is not 1 or more: 0"):
         remember(documents, model_folder, tmp_path / "model", "--restate", "0")

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from mlx_hmem.errors import UserError
 from mlx_hmem.retriever import ClusterTree
 from mlx_hmem.retriever.steady import beyond, likely_paths, steady_route
+from tests.helpers.programs import refused
 
 
 def plane() -> ClusterTree:
@@ -99,5 +99,4 @@ def test_likely_paths_are_others_nearest_first():
 
 
 def test_a_negative_margin_is_refused():
-    with pytest.raises(UserError, match="margin is negative: -1"):
-        steady_route(plane(), np.zeros(2), (0, 0), -1)
+    refused("margin is negative: -1", lambda: steady_route(plane(), np.zeros(2), (0, 0), -1))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_hmem.errors import UserError
+from tests.helpers.programs import refused
 from tests.helpers.samples import sample_documents
 from train.corpus.cleaning import clean, cut
 from train.corpus.readers import Faults, corpus_files
@@ -202,11 +202,9 @@ def test_people_come_from_articles_that_are_not_sampled_and_ids_stay_apart(tmp_p
 
 def test_no_corpus_no_files_and_nothing_left_are_one_line(tmp_path):
     recipe = Recipe(name="t")
-    with pytest.raises(UserError, match="--corpus"):
-        run_corpus(recipe, tmp_path)
-    with pytest.raises(UserError, match=r"no \*.jsonl"):
-        run_corpus(recipe, tmp_path, corpus=tmp_path)
+    refused("--corpus", run_corpus, recipe, tmp_path)
+    refused(r"no \*.jsonl", run_corpus, recipe, tmp_path, corpus=tmp_path)
     (tmp_path / "a.jsonl").write_text("nothing\n")
-    with pytest.raises(UserError, match=r"no document is left: 1 × [^{]*; correct"):
-        run_corpus(recipe, tmp_path, corpus=tmp_path)
+    left = r"no document is left: 1 × [^{]*; correct"
+    refused(left, run_corpus, recipe, tmp_path, corpus=tmp_path)
     assert not (tmp_path / "corpus" / "train.jsonl").exists()

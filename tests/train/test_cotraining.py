@@ -10,8 +10,8 @@ import pytest
 
 from mlx_hmem.anchors.openlm import Model, ModelArgs
 from mlx_hmem.config import MemoryConfig
-from mlx_hmem.errors import UserError
 from mlx_hmem.memory import join_blocks
+from tests.helpers.programs import refused
 from tests.helpers.rank_worker import MEMORY, ROWS, SEED, make_model, sequences
 from tests.helpers.stores import EOT, Dense, assert_close, store_state
 from train.recipe.recipe import CotrainSection, TrainerConfig
@@ -121,8 +121,7 @@ def test_an_anchor_in_parts_is_the_anchor_in_one_piece():
 
 
 def test_a_batch_that_does_not_divide_is_refused():
-    with pytest.raises(UserError, match="batch_size is not a multiple"):
-        replace(TRAINING, micro_batch_size=3)
+    refused("batch_size is not a multiple", replace, TRAINING, micro_batch_size=3)
 
 
 def test_generic_memory_stands_in_as_often_as_it_should(make: Make):

@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 
 from mlx_hmem.anchors.load import named_parameters
 from mlx_hmem.anchors.openlm import Model, ModelArgs
-from mlx_hmem.errors import UserError
+from tests.helpers.programs import refused
 from train.data.buckets import SMALLEST, Buckets, decompose, lengths
 from train.data.order import BucketOrder
 from train.data.sequences import run_anchor_sequences
@@ -136,8 +136,7 @@ def test_the_order_follows_from_the_seed_and_the_step_alone():
     assert order.identity != BucketOrder({128: 9, 64: 3}, TRAINING, 1).identity
     steps = BucketOrder(buckets_of().counts, replace(TRAINING, steps=7), 1)
     assert (steps.num_steps, sum(steps.steps_of.values())) == (7, 7)
-    with pytest.raises(UserError, match="nothing to train on"):
-        BucketOrder({128: 0, 64: 0}, TRAINING, 1)
+    refused("nothing to train on", BucketOrder, {128: 0, 64: 0}, TRAINING, 1)
 
 
 def test_buckets_without_sequences_get_no_step():
@@ -240,5 +239,4 @@ def test_a_bucket_may_be_empty_and_a_context_that_does_not_halve_is_refused(tmp_
     again = Buckets.load(tmp_path, CONTEXT)
     assert again.counts == {128: 0, 64: 0, 32: 3}
     assert again.shape == (3, 129)
-    with pytest.raises(UserError, match=r"power of two: 96; set .* 128"):
-        WindowsSection(96, decompose=True)
+    refused(r"power of two: 96; set .* 128", WindowsSection, 96, decompose=True)

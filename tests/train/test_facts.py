@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_hmem.errors import UserError
 from tests.helpers.places import SHARED
+from tests.helpers.programs import refused
 from train.corpus.facts import documents_of_facts, make_facts
 from train.corpus.facts.invented import read_topics
 from train.corpus.facts.words import CITIES, NAMES
@@ -160,8 +160,7 @@ def test_each_fact_finds_its_own_document():
     ],
 )
 def test_a_wrong_configuration_is_a_user_error(change, message):
-    with pytest.raises(UserError, match=message):
-        make_facts(SMALL | change, seed=0)
+    refused(message, make_facts, SMALL | change, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -172,10 +171,8 @@ def test_a_wrong_configuration_is_a_user_error(change, message):
 def test_a_wrong_table_of_elements_is_a_user_error(tmp_path, content):
     path = tmp_path / "elements.json"
     path.write_text(content)
-    with pytest.raises(UserError):
-        make_facts({"kind": "elements"}, 0, path)
-    with pytest.raises(UserError):
-        make_facts({"kind": "elements"}, 0, None)
+    refused("", make_facts, {"kind": "elements"}, 0, path)
+    refused("", make_facts, {"kind": "elements"}, 0, None)
 
 
 ARTICLES = [
@@ -203,7 +200,5 @@ def test_years_of_birth_come_from_first_sentences_and_ambiguous_names_are_left_o
     assert asked[:2] == make_facts(config | {"people": 2}, 0, articles=ARTICLES)[1]
     assert [fact.times for fact in asked] == [2, 1, 0]
     assert stated(list(documents), asked) == [2, 1, 0]
-    with pytest.raises(UserError, match="3 of 4"):
-        make_facts(config | {"people": 4}, 0, articles=ARTICLES)
-    with pytest.raises(UserError, match="people"):
-        make_facts(config | {"people": 0}, 0, articles=ARTICLES)
+    refused("3 of 4", make_facts, config | {"people": 4}, 0, articles=ARTICLES)
+    refused("people", make_facts, config | {"people": 0}, 0, articles=ARTICLES)

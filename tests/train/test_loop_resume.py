@@ -11,6 +11,7 @@ import pytest
 
 from mlx_hmem.errors import UserError
 from tests.helpers import loop_runs as runs
+from tests.helpers.programs import refused
 from train.data.order import ShuffledOrder
 from train.loop.loop import train
 from train.step.memories import MemoryTrainee
@@ -141,6 +142,5 @@ def test_a_run_goes_on_only_with_the_same_sizes_and_files(tmp_path):
 def test_a_difference_is_named_also_where_a_key_is_new_and_the_many_are_cut(tmp_path):
     with pytest.raises(UserError, match=r"another run: a\.c was None, is 2;"):
         check_identity({"a": {"b": 1}}, {"a": {"b": 1, "c": 2}}, tmp_path)
-    with pytest.raises(UserError, match="and 3 more"):
-        check_identity({}, {str(i): i for i in range(7)}, tmp_path)
+    refused("and 3 more", lambda: check_identity({}, {str(i): i for i in range(7)}, tmp_path))
     check_identity({"a": [1, 2]}, {"a": (1, 2)}, tmp_path)

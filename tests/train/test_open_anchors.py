@@ -189,17 +189,14 @@ def test_the_text_of_a_document_makes_no_special_token(tmp_path):
 )
 def test_what_such_an_anchor_cannot_do_is_said_before_anything_starts(tmp_path, more, words):
     source = save_model(tmp_path / "source", "qwen2", begins=False, bits=4)
-    with refused(words):
-        recipe_of("qwen-2.5-0.5b.yaml", source, *more)
+    refused(words, recipe_of, "qwen-2.5-0.5b.yaml", source, *more)
 
 
 def test_an_unknown_or_foreign_anchor_is_one_line(tmp_path):
     for path, words in ((tmp_path / "none", "no such model directory"), (tmp_path, "config.json")):
-        with pytest.raises(UserError, match=words):
-            recipe_of("qwen-2.5-0.5b.yaml", path)
+        refused(words, recipe_of, "qwen-2.5-0.5b.yaml", path)
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
-    with pytest.raises(UserError):
-        recipe_of("qwen-2.5-0.5b.yaml", tmp_path)
+    refused("", recipe_of, "qwen-2.5-0.5b.yaml", tmp_path)
 
 
 def test_a_tokenizer_with_more_ids_than_the_anchor_has_embeddings_is_refused(tmp_path):

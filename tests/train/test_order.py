@@ -8,7 +8,7 @@ import pytest
 
 from mlx_hmem.anchors.openlm import Model, ModelArgs
 from mlx_hmem.config import MemoryConfig
-from mlx_hmem.errors import UserError
+from tests.helpers.programs import refused
 from train.data.order import OneSchedule, Order, ShuffledOrder, SubtreeOrder
 from train.loop.loop import train
 from train.recipe.recipe import TrainerConfig
@@ -51,8 +51,7 @@ def test_the_number_of_steps_counts_whole_batches():
 
 
 def test_nothing_to_train_on_is_one_line():
-    with pytest.raises(UserError, match="nothing to train on"):
-        ShuffledOrder(0, TRAINING, 0)
+    refused("nothing to train on", ShuffledOrder, 0, TRAINING, 0)
 
 
 def test_a_batch_is_of_one_cluster_and_a_cluster_has_its_own_steps_and_schedule():
@@ -115,8 +114,7 @@ def test_the_other_arms_see_the_same_sequences_on_one_schedule():
 
 
 def test_nothing_to_train_on_is_refused():
-    with pytest.raises(UserError, match="nothing to train on"):
-        order_of(2)
+    refused("nothing to train on", order_of, 2)
 
 
 def test_a_grouped_run_has_about_as_many_steps_as_a_shuffled_one():

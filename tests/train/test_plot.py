@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mlx_hmem.config import MemoryConfig
-from mlx_hmem.errors import UserError
+from tests.helpers.programs import refused
 from train.loop.plot import block_steps, curves_of, leaf_counts, plot_run, smooth, validations_of
 from train.store.blocks import BlockStore
 from train.store.checkpoint import Progress
@@ -73,22 +73,18 @@ def test_a_panel_is_drawn_for_what_the_run_has(tmp_path):
 
 
 def test_nothing_to_draw_and_a_broken_curve_are_one_line(tmp_path):
-    with pytest.raises(UserError, match="nothing to draw"):
-        plot_run(tmp_path, tmp_path / "run.png")
+    refused("nothing to draw", plot_run, tmp_path, tmp_path / "run.png")
     write_curve(tmp_path, "anchor", [])
-    with pytest.raises(UserError, match="nothing to draw"):
-        plot_run(tmp_path, tmp_path / "run.png")
+    refused("nothing to draw", plot_run, tmp_path, tmp_path / "run.png")
     (tmp_path / "anchor" / "loss.jsonl").write_text('{"step": 1}\n')
-    with pytest.raises(UserError, match=r"loss.jsonl is not a loss curve"):
-        plot_run(tmp_path, tmp_path / "run.png")
+    refused(r"loss.jsonl is not a loss curve", plot_run, tmp_path, tmp_path / "run.png")
     assert not (tmp_path / "run.png").exists()
 
 
 def test_without_matplotlib_one_line_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # the import fails as if it were not there
     write_paths(tmp_path, [0, 1])
-    with pytest.raises(UserError, match=r"needs the package matplotlib:.*pip install"):
-        plot_run(tmp_path, tmp_path / "run.png")
+    refused(r"needs the package matplotlib:.*pip install", plot_run, tmp_path, tmp_path / "run.png")
 
 
 def write_log(run: Path, stage: str, values: dict[str, list[float | None]]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_hmem.errors import UserError
+from tests.helpers.programs import refused
 from tests.helpers.samples import sample_documents
 from train.corpus.readers import Faults, corpus_files, read_documents
 from train.corpus.stage import run_corpus
@@ -171,8 +171,7 @@ def test_a_missing_package_is_one_line_that_says_what_to_install(
     for module in (package, f"{package}.parquet"):
         monkeypatch.setitem(sys.modules, module, None)  # the import fails as if it were not there
     (tmp_path / name).write_bytes(b"")
-    with pytest.raises(UserError, match=rf"{name} needs the package {package}:.*pip install"):
-        corpus_files(tmp_path)
+    refused(rf"{name} needs the package {package}:.*pip install", corpus_files, tmp_path)
 
 
 def test_a_row_group_is_never_in_memory_as_a_whole(tmp_path):

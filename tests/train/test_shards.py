@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_hmem.errors import UserError
 from tests.helpers.places import ROOT
+from tests.helpers.programs import refused
 from tests.helpers.shard_worker import squares
 from tests.train.test_ranks import free_port
 from train.data.arrays import new_array, save_pieces
@@ -76,8 +76,7 @@ def test_what_is_done_is_not_done_again_unless_the_job_is_another(tmp_path):
 @pytest.mark.parametrize("cores", [1, 2])
 def test_a_wrong_input_is_the_same_line_from_any_process(tmp_path, monkeypatch, cores):
     monkeypatch.setattr("train.corpus.shards.num_cores", lambda: cores)
-    with pytest.raises(UserError, match=r"^an unlucky number: 13; take another$"):
-        squares(tmp_path, [12, 13, 14, 15], 0)
+    refused(r"^an unlucky number: 13; take another$", squares, tmp_path, [12, 13, 14, 15], 0)
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])

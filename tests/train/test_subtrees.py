@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 
 from mlx_hmem.anchors.openlm import Model, ModelArgs
-from mlx_hmem.errors import UserError
-from tests.helpers.programs import assert_refused, refused
+from tests.helpers.programs import assert_refused, refused, refusing
 from tests.helpers.programs import run as program
 from tests.helpers.recipes import write_recipe
 from train.command import main
@@ -127,8 +126,7 @@ def test_subtrees_of_other_machines_are_merged_from_where_they_lie(recipe, apart
     shutil.move(run / subtree_name(1), other / "brought")
     shutil.move(run / subtree_name(2), other / "run" / subtree_name(2))
     shutil.copytree(run / subtree_name(0), other / "run" / subtree_name(0))  # there too
-    with refused("no subtree was trained here"):
-        merge(recipe, run, other)
+    refused("no subtree was trained here", merge, recipe, run, other)
     merge(recipe, run, other / "brought", other / "run")
     assert_as_one_job(recipe, run, one)
 
@@ -146,8 +144,7 @@ def test_a_stopped_subtree_goes_on_to_the_same_bits(recipe, prepared, apart, tmp
     with pytest.raises(KeyboardInterrupt):
         run_subtree(recipe, run, 1)
     unfinished = r"subtrees are not finished: .*subtree-01 at step 4 of \d+;"
-    with pytest.raises(UserError, match=unfinished):
-        merge(recipe, run)
+    refused(unfinished, merge, recipe, run)
     assert not is_done(STAGES["memories"], recipe, run)
     run_subtree(recipe, run, 1)
     assert state_of(recipe, run, subtree_name(1)) == state_of(recipe, apart, subtree_name(1))
@@ -157,8 +154,7 @@ def test_a_missing_subtree_is_named(recipe, apart, tmp_path):
     run = copy_of(apart, tmp_path / "run")
     for subtree in (0, 2):
         shutil.rmtree(run / subtree_name(subtree))
-    with pytest.raises(UserError, match="subtrees are missing: 0, 2; train each"):
-        merge(recipe, run)
+    refused("subtrees are missing: 0, 2; train each", merge, recipe, run)
     assert not (run / "memories" / "store" / "data.mdb").exists()
 
 
@@ -187,7 +183,7 @@ def test_a_subtree_of_another_run_is_refused_by_what_differs(what, recipe, apart
         shutil.copytree(one / "memories", foreign / subtree_name(2))
     else:
         arms.train_memory(other, foreign, subtree_name(2), subtree=2)
-    with refused(rf"subtree-02 belongs to another run: {named}"):
+    with refusing(rf"subtree-02 belongs to another run: {named}"):
         merge(recipe, run, foreign / subtree_name(2))
     assert not is_done(STAGES["memories"], recipe, run)
 
@@ -230,8 +226,7 @@ def test_a_merge_does_not_mix_with_an_unfinished_job_nor_one_job_with_subtrees(
     recipe, apart, one, tmp_path
 ):
     run = copy_of(apart, tmp_path / "run")
-    with pytest.raises(UserError, match=r"trained apart: .*subtree-00, .*train merge"):
-        arms.run_memories(recipe, run)
+    refused(r"trained apart: .*subtree-00, .*train merge", arms.run_memories, recipe, run)
     with (
         arms.open_store(recipe, run, "memories") as store,
         arms.open_store(recipe, one, "memories", readonly=True) as source,
@@ -239,15 +234,13 @@ def test_a_merge_does_not_mix_with_an_unfinished_job_nor_one_job_with_subtrees(
         progress = source.progress()
         assert progress is not None
         store.commit(replace(progress, step=3, curve=progress.curve[:3]))
-    with pytest.raises(UserError, match="holds an unfinished training of all subtrees: step 3 of"):
-        merge(recipe, run)
+    refused("holds an unfinished training of all subtrees: step 3 of", merge, recipe, run)
 
 
 def test_two_processes_do_not_train_one_subtree_and_may_train_two(recipe, prepared, tmp_path):
     run = copy_of(prepared, tmp_path / "run")
     with alone("training", run / subtree_name(0)):
-        with pytest.raises(UserError, match=r"memories/subtree-00 is running in another process"):
-            run_subtree(recipe, run, 0)
+        refused(r"memories/subtree-00 is running in another process", run_subtree, recipe, run, 0)
         run_subtree(recipe, run, 1)
 
 
@@ -277,17 +270,14 @@ def test_a_subtree_without_sequences_has_nothing_to_train(
 
 def test_what_cannot_be_trained_by_subtree_is_refused(recipe, prepared):
     for subtree in (-1, 3):
-        with refused(f"there is no such subtree: {subtree}; use 0 to 2"):
+        with refusing(f"there is no such subtree: {subtree}; use 0 to 2"):
             run_subtree(recipe, prepared, subtree)
     plain = replace(recipe, memories=replace(recipe.memories, group_by_subtree=False))
-    with refused("memories.group_by_subtree is false; set it to true"):
-        run_subtree(plain, prepared, 0)
+    refused("memories.group_by_subtree is false; set it to true", run_subtree, plain, prepared, 0)
     cotrain = replace(recipe, memories=replace(recipe.memories, cotrain=CotrainSection()))
-    with refused("subtrees cannot be trained apart with co-training"):
-        run_subtree(cotrain, prepared, 0)
-    with refused("needs a stage that is not done"):
-        run_subtree(recipe, prepared / "none", 0)
-    with refused("group_by_subtree is not true or false"):
+    refused("subtrees cannot be trained apart with co-training", run_subtree, cotrain, prepared, 0)
+    refused("needs a stage that is not done", run_subtree, recipe, prepared / "none", 0)
+    with refusing("group_by_subtree is not true or false"):
         replace(recipe.memories, group_by_subtree="yes")
 
 

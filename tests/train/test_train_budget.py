@@ -8,6 +8,7 @@ import pytest
 
 from mlx_hmem.budget.resident import parse_bytes
 from mlx_hmem.errors import UserError
+from tests.helpers.programs import refused
 from tests.train.test_plan import COTRAINED, TINY, WIDE
 from train.cost.budget import fit
 from train.cost.costs import peak_memory
@@ -64,8 +65,7 @@ def test_what_is_named_as_enough_is_enough_and_two_gigabytes_train_one_sequence(
 
 def test_stages_that_train_an_anchor_are_fitted_or_refused_too(tmp_path):
     for stage in ("anchor", "dense"):
-        with pytest.raises(UserError, match=f"too small for stage {stage}"):
-            fit(TINY, 10**6, [stage], tmp_path)
+        refused(f"too small for stage {stage}", fit, TINY, 10**6, [stage], tmp_path)
         assert fit(TINY, 10**9, [stage], tmp_path)[0].anchor == TINY.anchor
     assert fit(COTRAINED, 10**9, STAGES, tmp_path)
 
@@ -79,8 +79,7 @@ def test_a_finished_stage_keeps_what_it_was_made_with(tmp_path):
     fitted, _ = fit(TINY, 10**9, STAGES, tmp_path)
     assert fitted.memories.training == made
     assert is_done(stage, fitted, tmp_path)
-    with pytest.raises(UserError, match="another recipe"):
-        is_done(stage, TINY, tmp_path)
+    refused("another recipe", is_done, stage, TINY, tmp_path)
 
 
 def test_what_a_budget_chooses_trains_the_same_numbers_but_for_rounding(tmp_path):

@@ -20,6 +20,7 @@ from mlx_hmem.memory import join_blocks
 from mlx_hmem.model.load import load
 from tests.helpers.loop_runs import CONTEXT, EOT, KINDS, SEED, VOCABULARY, make_model
 from tests.helpers.places import ROOT
+from tests.helpers.programs import refused
 from tests.helpers.recipes import write_recipe
 from tests.helpers.stores import store_state
 from train.data.order import ShuffledOrder
@@ -222,10 +223,8 @@ def test_the_last_validation_is_what_the_model_made_scores_and_no_validation_is_
 
 def test_a_service_that_is_unknown_or_not_installed_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not there
-    with pytest.raises(UserError, match=r"wandb needs its package:.*pip install wandb"):
-        Reporting("wandb", "p")
-    with pytest.raises(UserError, match=r"no such service.*tensorboard; use wandb or swanlab"):
-        Reporting("tensorboard", "p")
+    refused(r"wandb needs its package:.*pip install wandb", Reporting, "wandb", "p")
+    refused(r"no such service.*tensorboard; use wandb or swanlab", Reporting, "tensorboard", "p")
 
 
 # In a process of its own: wandb leaves threads and a server behind.
