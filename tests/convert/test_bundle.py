@@ -29,6 +29,7 @@ from mlx_hmem.model.model import MemoryModel
 from mlx_hmem.retriever.static import StaticEncoder
 from tests.conftest import CONTEXT, MEMORY, edit_json, save_bank
 from tests.convert.test_convert_quantize import SIZES, make
+from tests.helpers.faults import stop_at
 from tests.helpers.programs import refused
 from tests.helpers.tiny_anchors import LLAMA_LIKE, OTHER_KEYS
 
@@ -211,23 +212,13 @@ def test_the_manifest_names_every_file_and_the_order_of_the_weights(made, model_
 
 
 def test_a_stopped_run_goes_on(model_folder, model, tmp_path, monkeypatch):
-    write, count = Function.write, 0
-
-    def stop(self: Function, folder: Path) -> None:
-        nonlocal count
-        count += 1
-        if count == 4:
-            raise KeyboardInterrupt
-        write(self, folder)
-
     out, part = tmp_path / "out", tmp_path / "out.part"
-    monkeypatch.setattr(Function, "write", stop)
+    stop_at(monkeypatch, Function, "write", 4)
     with pytest.raises(KeyboardInterrupt):
         make_bundle(model_folder, out, "--prefill", 8)
     assert not out.exists()
     before = {f.name: f.stat().st_mtime_ns for f in part.rglob("*.mlxfn")}
     assert len(before) == 3
-    monkeypatch.setattr(Function, "write", write)
     opened = make_bundle(model_folder, out, "--prefill", 8)
     after = {f.name: f.stat().st_mtime_ns for f in out.rglob("*.mlxfn")}
     assert before.items() < after.items()

@@ -20,6 +20,7 @@ from mlx_hmem import load
 from mlx_hmem.errors import run_program
 from mlx_hmem.folders import RECORD, REPLACED
 from tests.convert.test_convert_quantize import make
+from tests.helpers.faults import stop_at
 from tests.helpers.places import bytes_of
 from tests.helpers.programs import refused
 from tests.test_folders import ONE, write
@@ -82,14 +83,11 @@ def test_a_write_that_fails_ends_in_one_line_and_is_made_up_for(
 def test_an_anchor_does_not_load_before_its_memory_is_there(
     wide, layout, tmp_path, kind, monkeypatch
 ):
-    def stopped(*_: object) -> None:
-        raise KeyboardInterrupt
-
     # Where the anchor is whole and nothing else is.
     module, name = (memory, "_write_retriever")
     if kind == "quantise":
         module, name = (quantized_model, "change_bank")
-    monkeypatch.setattr(module, name, stopped)
+    stop_at(monkeypatch, module, name, 1)
     with pytest.raises(KeyboardInterrupt):
         main(command(kind, wide, layout, tmp_path / "out"))
     part = tmp_path / "out.part"

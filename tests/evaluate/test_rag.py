@@ -21,6 +21,7 @@ from mlx_hmem.evaluate.scoring import Candidate
 from mlx_hmem.evaluate.tasks.benchmark import score_task
 from mlx_hmem.evaluate.tasks.few_shot import PromptTokens, build_prompts
 from mlx_hmem.evaluate.tasks.task import load_tasks
+from tests.helpers.faults import stop_at
 from tests.helpers.programs import refused
 from tests.helpers.task_helpers import alone, greedy_alone, write_rows, write_tasks
 
@@ -100,23 +101,16 @@ def test_an_index_that_was_stopped_goes_on_to_the_same_files(
     corpus, documents, model_folder, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(index, "BATCH", 7)
-    keep, vectors, calls, encoded = index.write_atomic, index.Retriever.vectors, [], []
-
-    def stop_at_sixth(path, text):
-        calls.append(text)
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-        keep(path, text)
+    vectors, encoded = index.Retriever.vectors, []
 
     def counting(self, texts, progress=False):
         encoded.extend(texts)
         return vectors(self, texts, progress)
 
-    monkeypatch.setattr(index, "write_atomic", stop_at_sixth)
+    stop_at(monkeypatch, index, "write_atomic", 6)
     with pytest.raises(KeyboardInterrupt):
         build_index(model_folder, corpus, tmp_path / "index", progress=False)
     assert not (tmp_path / "index").exists()
-    monkeypatch.setattr(index, "write_atomic", keep)
     monkeypatch.setattr(index.Retriever, "vectors", counting)
     assert build_index(model_folder, corpus, tmp_path / "index", progress=False) == 59
     assert len(encoded) == 59 - 33  # five batches of the first file, the last of them short
@@ -134,13 +128,9 @@ def test_an_index_that_was_stopped_goes_on_to_the_same_files(
 
 
 def test_what_another_corpus_left_is_not_gone_on_with(corpus, model_folder, tmp_path, monkeypatch):
-    def stop(path, text):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(index, "write_atomic", stop)
-        with pytest.raises(KeyboardInterrupt):
-            build_index(model_folder, corpus, tmp_path / "index", progress=False)
+    stop_at(monkeypatch, index, "write_atomic", 1)
+    with pytest.raises(KeyboardInterrupt):
+        build_index(model_folder, corpus, tmp_path / "index", progress=False)
     file = write_rows(tmp_path / "one.jsonl", [{"text": "One harbour."}])
     assert build_index(model_folder, file, tmp_path / "index", progress=False) == 1
     assert sorted(p.name for p in tmp_path.glob("index*/*")) == sorted([*TYPES, "index.json"])

@@ -14,7 +14,7 @@ from mlx_hmem.evaluate.journal import Journal
 from mlx_hmem.evaluate.tasks.benchmark import TaskResult, averages, model_fingerprint, score_task
 from mlx_hmem.evaluate.tasks.few_shot import PromptTokens, build_prompts
 from mlx_hmem.evaluate.tasks.task import CHOICE, LANGUAGE, Task, load_tasks
-from tests.helpers.faults import flip
+from tests.helpers.faults import flip, stop_at
 from tests.helpers.programs import assert_refused, process, refused
 from tests.helpers.task_helpers import alone, greedy_alone, run_task, write_tasks
 
@@ -57,27 +57,16 @@ def test_a_run_that_was_cut_short_goes_on_to_the_same_end(model, folder, label, 
     options = {"tokens_per_batch": 400}
     whole, kept = run_task(model, data, folder, "fetched", **options)
     (folder / "out").rename(folder / "whole")
-    add, calls = Journal.add, []
-
-    def stop_at_third(self, rows):
-        calls.append(len(rows))
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        add(self, rows)
-
-    monkeypatch.setattr(Journal, "add", stop_at_third)
+    calls = stop_at(monkeypatch, Journal, "add", 3)
     with pytest.raises(KeyboardInterrupt):
         run_task(model, data, folder, "fetched", **options)
     (path,) = (folder / "out").iterdir()
     path.write_bytes(path.read_bytes() + b'{"row": 3, "ri')  # a kill in the middle of a line
     done = len(path.read_text().splitlines()) - 2
-    assert 0 < done == sum(calls[:2]) < 24
+    assert 0 < done == sum(len(rows) for _, rows in calls[:2]) < 24
     calls.clear()
-    monkeypatch.setattr(
-        Journal, "add", lambda self, rows: calls.append(len(rows)) or add(self, rows)
-    )
     resumed, again = run_task(model, data, folder, "fetched", **options)
-    assert sum(calls) == 24 - done
+    assert sum(len(rows) for _, rows in calls) == 24 - done
     assert resumed == whole
     assert [(r["row"], r["right"]) for r in again] == [(r["row"], r["right"]) for r in kept]
     calls.clear()

@@ -1,11 +1,15 @@
-"""Damage to files, processes killed half-way, threads, and any input that Hypothesis thinks of."""
+"""Damage to files, processes that end half-way, threads, and any input Hypothesis thinks of."""
 
+import itertools
+import multiprocessing
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.helpers.places import ROOT
@@ -33,6 +37,29 @@ def kill_half_way(program: str, *arguments: object) -> None:
         assert child.stdout is not None
         assert child.stdout.readline() == b"half\n"
         child.kill()
+
+
+def killed(target: Callable[..., None], *arguments: object) -> None:
+    """Runs a function in a process of its own, in which SIGKILL ends it."""
+    process = multiprocessing.get_context("spawn").Process(target=target, args=arguments)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def stop_at(patch: pytest.MonkeyPatch, owner: object, name: str, *numbers: int) -> list[tuple]:
+    """Ctrl-C in place of these calls of ``owner.name``, counted from 1; a list of what every call
+    is given."""
+    own, count, calls = getattr(owner, name), itertools.count(1), []
+
+    def counted(*arguments: object, **options: object) -> object:
+        calls.append(arguments)
+        if next(count) in numbers:
+            raise KeyboardInterrupt
+        return own(*arguments, **options)
+
+    patch.setattr(owner, name, counted)
+    return calls
 
 
 def in_threads(work: Callable[[int], None], count: int) -> None:

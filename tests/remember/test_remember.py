@@ -4,7 +4,6 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -14,6 +13,7 @@ from mlx_hmem.bank.documents import read_documents
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate import perplexity
 from mlx_hmem.model.load import load
+from tests.helpers.faults import stop_at
 from tests.helpers.own_documents import TOPICS, remember, sentences, write_documents
 from tests.helpers.places import bytes_of
 from tests.helpers.programs import refused
@@ -122,15 +122,7 @@ def test_a_model_with_memory_gets_new_clusters_behind_its_own(model_folder, docu
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(anchor, documents, learned, tmp_path, monkeypatch):
-    step, taken = MemoryTrainee.step, []
-
-    def stopped(self: MemoryTrainee, *arguments: Any) -> tuple[float, float]:
-        taken.append(arguments)
-        if len(taken) in (8, 20):
-            raise KeyboardInterrupt
-        return step(self, *arguments)
-
-    monkeypatch.setattr(MemoryTrainee, "step", stopped)
+    stop_at(monkeypatch, MemoryTrainee, "step", 8, 20)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             remember(documents, anchor, tmp_path / "model", "--passes", "3")

@@ -4,7 +4,6 @@ import json
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,6 +17,7 @@ from mlx_hmem.bank.documents import read_documents
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import save_safetensors
 from mlx_hmem.model.load import read_tokenizer
+from tests.helpers.faults import stop_at
 from tests.helpers.own_documents import TOPICS, remember, sentences, write_documents
 from tests.helpers.places import bytes_of
 from tests.helpers.programs import refusing
@@ -172,15 +172,7 @@ def test_the_anchor_is_given_what_is_trained_on_and_no_held_out_sentence(anchor)
 def test_a_stopped_run_goes_on_to_the_same_text_and_the_same_bits(
     anchor, documents, learned, tmp_path, monkeypatch
 ):
-    write, taken = restate.Writer.write, []
-
-    def stopped(self: restate.Writer, *arguments: Any) -> Any:
-        taken.append(arguments)
-        if len(taken) == 3:
-            raise KeyboardInterrupt
-        return write(self, *arguments)
-
-    monkeypatch.setattr(restate.Writer, "write", stopped)
+    taken = stop_at(monkeypatch, restate.Writer, "write", 3)
     with pytest.raises(KeyboardInterrupt):
         learn(anchor, documents, tmp_path / "model")
     journal = run_of(tmp_path / "model") / restate.JOURNAL

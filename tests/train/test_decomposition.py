@@ -13,6 +13,8 @@ from mlx.utils import tree_flatten
 
 from mlx_hmem.anchors.load import named_parameters
 from mlx_hmem.anchors.openlm import Model, ModelArgs
+from tests.helpers.faults import stop_at
+from tests.helpers.places import bytes_of
 from tests.helpers.programs import refused
 from train.data.buckets import SMALLEST, Buckets, decompose, lengths
 from train.data.order import BucketOrder
@@ -185,34 +187,22 @@ def test_training_needs_no_mask_where_rows_hold_one_document():
             np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
 
 
-class Interrupted(AnchorTrainee):
-    """Ends like Ctrl-C in place of its step number ``left``."""
-
-    left = 6
-
-    def step(self, *arguments, **options):
-        self.left -= 1
-        if self.left < 0:
-            raise KeyboardInterrupt
-        return super().step(*arguments, **options)
-
-
-def test_a_run_that_was_stopped_equals_a_whole_one(tmp_path):
-    def run(kind: type[AnchorTrainee], folder: Path) -> None:
+def test_a_run_that_was_stopped_equals_a_whole_one(tmp_path, monkeypatch):
+    def run(folder: Path) -> None:
         buckets = buckets_of()
         order = BucketOrder(buckets.counts, TRAINING, seed=1)
         assert order.num_steps > 12
-        train(kind(model_of(), buckets, EOT, TRAINING), order, TRAINING, folder, "anchor")
+        train(AnchorTrainee(model_of(), buckets, EOT, TRAINING), order, TRAINING, folder, "anchor")
 
-    run(AnchorTrainee, tmp_path / "whole")
+    run(tmp_path / "whole")
+    stop_at(monkeypatch, AnchorTrainee, "step", 7, 14)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            run(Interrupted, tmp_path / "stopped")
-    run(AnchorTrainee, tmp_path / "stopped")
+            run(tmp_path / "stopped")
+    run(tmp_path / "stopped")
+    whole, stopped = bytes_of(tmp_path / "whole"), bytes_of(tmp_path / "stopped")
     for name in (CHECKPOINT, "loss.jsonl"):
-        assert (tmp_path / "whole" / name).read_bytes() == (
-            tmp_path / "stopped" / name
-        ).read_bytes()
+        assert whole[name] == stopped[name]
 
 
 def test_the_stage_writes_buckets_of_whole_documents(tmp_path, capsys):

@@ -1,9 +1,7 @@
 """Training runs that were stopped or killed and go on, to the same bits."""
 
 import json
-import multiprocessing
 import shutil
-import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import pytest
 
 from mlx_hmem.errors import UserError
 from tests.helpers import loop_runs as runs
+from tests.helpers.faults import killed
 from tests.helpers.programs import refused
 from train.data.order import ShuffledOrder
 from train.loop.loop import train
@@ -50,12 +49,7 @@ def test_a_stopped_run_that_goes_on_equals_an_uninterrupted_one(kind, whole, tmp
     ("kind", "moment"), [("anchor", "step"), ("memory", "save"), ("cotrain", "save")]
 )
 def test_a_killed_process_leaves_a_checkpoint_to_go_on_from(kind, moment, whole, tmp_path):
-    process = multiprocessing.get_context("spawn").Process(
-        target=runs.killed_run, args=(kind, tmp_path, moment)
-    )
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    killed(runs.killed_run, kind, tmp_path, moment)
     assert runs.saved(tmp_path, kind).step == 4
     runs.run(kind, tmp_path)
     runs.assert_equal_runs(tmp_path, whole[kind])

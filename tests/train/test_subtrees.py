@@ -2,19 +2,18 @@
 
 import functools
 import json
-import multiprocessing
 import os
 import shutil
 import signal
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from mlx_hmem.anchors.openlm import Model, ModelArgs
+from tests.helpers.faults import killed, stop_at
 from tests.helpers.programs import assert_refused, refused, refusing
 from tests.helpers.programs import run as program
 from tests.helpers.recipes import write_recipe
@@ -132,15 +131,8 @@ def test_subtrees_of_other_machines_are_merged_from_where_they_lie(recipe, apart
 
 
 def test_a_stopped_subtree_goes_on_to_the_same_bits(recipe, prepared, apart, tmp_path, monkeypatch):
-    run, step, taken = copy_of(prepared, tmp_path / "run"), MemoryTrainee.step, []
-
-    def stopped(self: MemoryTrainee, *arguments: Any) -> tuple[float, float]:
-        taken.append(arguments)
-        if len(taken) == 6:
-            raise KeyboardInterrupt
-        return step(self, *arguments)
-
-    monkeypatch.setattr(MemoryTrainee, "step", stopped)
+    run = copy_of(prepared, tmp_path / "run")
+    stop_at(monkeypatch, MemoryTrainee, "step", 6)
     with pytest.raises(KeyboardInterrupt):
         run_subtree(recipe, run, 1)
     unfinished = r"subtrees are not finished: .*subtree-01 at step 4 of \d+;"
@@ -205,12 +197,7 @@ def killed_merge(recipe: Recipe, run: Path, moment: str) -> None:
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_a_killed_merge_leaves_nothing_or_all(moment, recipe, apart, one, tmp_path):
     run = copy_of(apart, tmp_path / "run")
-    process = multiprocessing.get_context("spawn").Process(
-        target=killed_merge, args=(recipe, run, moment)
-    )
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    killed(killed_merge, recipe, run, moment)
     assert not is_done(STAGES["memories"], recipe, run)
     if moment == "before":
         with arms.open_store(recipe, run, "memories", readonly=True) as store:
