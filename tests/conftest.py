@@ -114,10 +114,18 @@ def edit_json(path: Path, change: Callable[[dict], object]) -> None:
     path.write_text(json.dumps(values))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
+def wide(model_folder, tmp_path_factory) -> Path:
+    """A model that can be quantised, unlike ``model_folder``; for reading only."""
+    from tests.convert.test_convert_quantize import make  # it imports from here
+
+    return make(model_folder, tmp_path_factory.mktemp("wide") / "model")
+
+
+@pytest.fixture(scope="session")
 def layout(model_folder, tmp_path_factory) -> Path:
     """The model of conftest in PyTorch's layout; for reading only."""
-    from tests.helpers.memory_layouts import convert  # it imports from here
+    from tests.helpers.memory_layouts import convert  # as above
 
     return convert(model_folder, tmp_path_factory.mktemp("torch") / "model", "--to", "pytorch")
 

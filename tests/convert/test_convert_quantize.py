@@ -73,12 +73,6 @@ def make(source: Path, folder: Path, config: MemoryConfig = FFN, tied: bool = Tr
 
 
 @pytest.fixture(scope="module")
-def wide(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """For reading only."""
-    return make(model_folder, tmp_path_factory.mktemp("wide") / "model")
-
-
-@pytest.fixture(scope="module")
 def text(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("text") / "held_out.jsonl"
     file.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts[:6]))

@@ -18,13 +18,6 @@ from tests.convert import test_convert_quantize as quantized
 from tests.helpers.places import bytes_of
 from tests.helpers.programs import process
 
-
-@pytest.fixture(scope="module")
-def wide(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """For reading only."""
-    return quantized.make(model_folder, tmp_path_factory.mktemp("wide") / "model")
-
-
 KILLED = """
 import os, signal, sys
 from convert.quantize import command as quantize

@@ -19,19 +19,12 @@ from convert.upload import _uploaded
 from mlx_hmem import load
 from mlx_hmem.errors import run_program
 from mlx_hmem.folders import RECORD, REPLACED
-from tests.convert.test_convert_quantize import make
 from tests.helpers.faults import stop_at
 from tests.helpers.places import bytes_of
 from tests.helpers.programs import refused
 from tests.test_folders import ONE, write
 
 KINDS = ("from pytorch", "to pytorch", "quantise")
-
-
-@pytest.fixture(scope="module")
-def wide(model_folder, tmp_path_factory) -> Path:
-    """A model that can be quantised, unlike conftest's; for reading only."""
-    return make(model_folder, tmp_path_factory.mktemp("wide") / "model")
 
 
 def command(kind: str, wide: Path, layout: Path, out: Path) -> list[str]:

@@ -8,17 +8,16 @@ from convert.command import main
 from convert.quantize import model as quantized_model
 from mlx_hmem import load
 from mlx_hmem.errors import UserError
-from tests.convert.test_convert_quantize import make
-from tests.convert.test_convert_stopped import bytes_of
+from tests.helpers.places import bytes_of
 from tests.helpers.programs import refused
 
 
 @pytest.fixture(scope="module")
-def wide_layout(model_folder, tmp_path_factory) -> Path:
+def wide_layout(wide, tmp_path_factory) -> Path:
     """A model that can be quantised, in PyTorch's layout; for reading only."""
-    folder = tmp_path_factory.mktemp("words")
-    main([str(make(model_folder, folder / "mlx")), str(folder / "torch"), "--to", "pytorch"])
-    return folder / "torch"
+    folder = tmp_path_factory.mktemp("words") / "torch"
+    main([str(wide), str(folder), "--to", "pytorch"])
+    return folder
 
 
 def words(source: Path | str, out: Path, *more: str) -> list[str]:

@@ -237,7 +237,8 @@ def test_rows_with_memory_run_from_the_row_they_start_from(tmp_path, a1, name):
     assert scores["fetched"] < scores["anchor alone"]
 
 
-def test_a_scaled_recipe_is_planned(tmp_path, a1):
+def test_a_scaled_recipe_is_planned(tmp_path, a1, monkeypatch):
+    monkeypatch.setattr("train.cost.plan.MEASURE_SECONDS", 0.0)
     start = f"anchor.path={a1 / 'model'}"
     plan = train("a3", tmp_path, start, *MEMORY, verb=("plan",))
     assert "15 blocks" not in plan
