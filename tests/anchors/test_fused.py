@@ -181,7 +181,6 @@ def test_blocks_of_a_bank_in_bfloat16_join_a_float32_anchor_and_the_other_way_ro
         anchor.set_dtype(anchor_type)
         config = config_of(anchor, "ffn")
         first, _, last = make_blocks(config, 1)
-        assert first is not None
         first = first.astype(block_type)
         FusedMemory(anchor, config).set((first, None, last))
         up = anchor.layers[0].mlp.up_proj.weight

@@ -46,7 +46,6 @@ def make(folder: Path, config: MemoryConfig, **options: object) -> Path:
 def layers_of(bank: Bank) -> list[list[mx.array]]:
     """The rows of each layer of the path, fetched whole."""
     rows = bank.fetch(PATH).rows
-    assert rows is not None
     return [[group[layer].astype(mx.float32) for group in rows] for layer in range(LAYERS)]
 
 

@@ -59,5 +59,4 @@ def test_a_reader_written_from_the_page_agrees_with_ours(folder: Path) -> None:
         plain = np.frombuffer(data, "<f2").reshape(shape)
         with Bank.open(folder) as bank:
             block = bank.fetch((cluster, 2 * cluster)).blocks[0]
-        assert block is not None
         assert np.array_equal(np.array(block), plain)

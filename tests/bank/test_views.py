@@ -215,9 +215,10 @@ DAMAGED = {
 }
 
 
-@pytest.mark.parametrize("name", DAMAGED)
-def test_a_damaged_views_file_is_one_line_and_opens_nothing(name, model, model_folder, tmp_path):
-    text, words = DAMAGED[name]
+@pytest.mark.parametrize(("text", "words"), DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_views_file_is_one_line_and_opens_nothing(
+    text, words, model, model_folder, tmp_path
+):
     (tmp_path / "views.json").write_text(text)
     with pytest.raises(UserError) as error:
         read_views(tmp_path, {"": model.bank.config})

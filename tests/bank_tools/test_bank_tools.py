@@ -49,9 +49,8 @@ DAMAGED = {
 }
 
 
-@pytest.mark.parametrize("name", DAMAGED)
-def test_a_damaged_list_of_documents_is_one_line_with_its_number(name, model, tmp_path):
-    line, words = DAMAGED[name]
+@pytest.mark.parametrize(("line", "words"), DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_list_of_documents_is_one_line_with_its_number(line, words, model, tmp_path):
     text = line if isinstance(line, str) else json.dumps(line)
     first = json.dumps(GOOD | {"sha256": "1" * 64})
     (tmp_path / "documents.jsonl").write_bytes(f"{first}\n\n{text}\n".encode("latin-1"))

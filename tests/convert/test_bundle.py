@@ -41,8 +41,6 @@ PROMPTS = ["The old lighthouse", "Rivers of the north, and " * 3, "9"]
 def runner_of(folder: Path) -> ModuleType:
     """The bundle's own ``run.py``."""
     spec = importlib.util.spec_from_file_location("run", folder / "run.py")
-    assert spec is not None
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -234,9 +232,8 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_wrong_options_are_refused(case, model_folder, tmp_path):
-    options, message = REFUSED[case]
+@pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED)
+def test_wrong_options_are_refused(options, message, model_folder, tmp_path):
     with pytest.raises(UserError) as error:
         make_bundle(model_folder, tmp_path / "out", *options)
     assert message in str(error.value)

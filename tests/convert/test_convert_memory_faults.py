@@ -91,9 +91,8 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_what_is_wrong_is_said_in_one_line(torch_folder, tmp_path, fault):
-    damage, words = FAULTS[fault]
+@pytest.mark.parametrize(("damage", "words"), FAULTS.values(), ids=FAULTS)
+def test_what_is_wrong_is_said_in_one_line(torch_folder, tmp_path, damage, words):
     damage(torch_folder)
     with refusing(words) as error:
         layouts.convert(torch_folder, tmp_path / "mlx")

@@ -247,9 +247,8 @@ FAULTS: dict[str, tuple[Callable[[Path], Path], str]] = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_what_is_wrong_with_a_tree_is_one_line_and_runs_nothing(tmp_path, fault):
-    make, words = FAULTS[fault]
+@pytest.mark.parametrize(("make", "words"), FAULTS.values(), ids=FAULTS)
+def test_what_is_wrong_with_a_tree_is_one_line_and_runs_nothing(tmp_path, make, words):
     with refusing(words) as error:
         read_tree(make(tmp_path))
     assert error.value.remedy

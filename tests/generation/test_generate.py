@@ -170,9 +170,8 @@ WRONG_ARGUMENTS = {
 }
 
 
-@pytest.mark.parametrize("case", WRONG_ARGUMENTS)
-def test_a_wrong_argument_is_one_line_and_status_2(ask, case):
-    arguments, words = WRONG_ARGUMENTS[case]
+@pytest.mark.parametrize(("arguments", "words"), WRONG_ARGUMENTS.values(), ids=WRONG_ARGUMENTS)
+def test_a_wrong_argument_is_one_line_and_status_2(ask, arguments, words):
     refused(ask(*arguments), words)
 
 

@@ -34,7 +34,6 @@ def kill_half_way(program: str, *arguments: object) -> None:
     command = [sys.executable, "-c", program, *map(str, arguments)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, cwd=ROOT) as child:
-        assert child.stdout is not None
         assert child.stdout.readline() == b"half\n"
         child.kill()
 

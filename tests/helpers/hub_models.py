@@ -30,7 +30,6 @@ def cut_bank(folder: Path, blocks_per_shard: int) -> None:
 
 
 def blocks(model: MemoryModel, path: tuple[int, ...]) -> list[np.ndarray]:
-    assert model.bank is not None
     return [np.array(block) for block in model.bank.fetch(path).blocks if block is not None]
 
 

@@ -130,9 +130,7 @@ def saved(folder: Path, kind: str) -> Progress:
             found = json.loads(read_safetensors_header(folder / CHECKPOINT)[1]["identity"])
             return trainee.resume(folder, found)
     with BlockStore(folder / "store", MEMORY, SEED, readonly=True) as store:
-        progress = store.progress()
-    assert progress is not None
-    return progress
+        return store.progress()
 
 
 TIMES = {"tokens_per_s", "seconds", "peak_memory_bytes", "peak_resident_bytes"}

@@ -252,7 +252,6 @@ WRONG_CALLS = {
 }
 
 
-@pytest.mark.parametrize("case", WRONG_CALLS)
-def test_wrong_calls_are_refused_in_one_line_before_anything_runs(model, case):
-    call, words = WRONG_CALLS[case]
+@pytest.mark.parametrize(("call", "words"), WRONG_CALLS.values(), ids=WRONG_CALLS)
+def test_wrong_calls_are_refused_in_one_line_before_anything_runs(model, call, words):
     refused(words, call, model)

@@ -96,7 +96,6 @@ def test_the_bank_holds_the_trained_blocks_and_the_model_the_trained_anchor(made
     model, recipe = load(run / "model"), recipe_of(made)
     with trained_blocks(recipe, run) as store:
         trained = {level: list(store.weights(level)) for level in (1, 2)}
-    assert model.bank is not None
     assert {level: len(blocks) for level, blocks in trained.items()} == {1: 2, 2: 4}
     for leaf in range(4):
         path = (leaf // 2, leaf)
@@ -144,7 +143,6 @@ def test_a_quantised_export_answers_as_quantised_blocks_do(made, tmp_path):
     recipe = replace(recipe_of(made), export=recipes.ExportSection(quantization=how))
     run_export(recipe, copy)
     model = load(copy / "model")
-    assert model.bank is not None
     with trained_blocks(recipe, run) as store:
         trained = mx.array(list(store.weights(2))[3]).astype(mx.float16)
     expected = mx.dequantize(*mx.quantize(trained, **how), None, **how, dtype=mx.float16)
@@ -185,7 +183,6 @@ def test_anchor_and_memories_trained_together_from_nothing(made, tmp_path):
     for name, array in named_parameters(model.anchor).items():
         assert np.array_equal(np.array(array), np.array(trained[name])), name
         assert not np.array_equal(np.array(array), np.array(start[name])), name
-    assert model.bank is not None
     generic = trained_generic(recipe, tmp_path).astype(np.float16)
     assert np.abs(generic[:, 2]).max() > 0.01  # down, zero at the start
     assert np.array_equal(np.array(model.bank.generic().rows[0]), generic)

@@ -53,7 +53,6 @@ def test_leaves_are_counted_and_sorted_and_curves_read_as_written(tmp_path):
     write_paths(tmp_path, [3, 3, 3, 0, 2, 2])
     write_curve(tmp_path, "generic", [3.0, 2.5])
     counts = leaf_counts(tmp_path)
-    assert counts is not None
     assert counts.tolist() == [3, 2, 1]
     curves = curves_of(tmp_path)
     assert list(curves) == ["generic"]

@@ -105,7 +105,6 @@ def test_the_figures_are_those_of_the_model_and_the_halves_add_up(made):
     facts = read_facts(run / "corpus" / "facts.jsonl")
     texts = read_texts(run / "corpus" / "held_out.jsonl")
     results = read_results(run, "fetched")
-    assert results is not None
     found = recall(model, facts, "fetched", progress=False)
     for times in (1, 4):
         of_halves = [
@@ -199,13 +198,11 @@ def test_two_rows_are_compared_by_document_over_the_seeds_that_both_have():
     one = row_of("one", {0: list(hard + difference), 1: list(hard + 2)}, tokens)
     other = row_of("other", {0: list(hard), 7: list(hard)}, tokens)
     found = compare(one, other)
-    assert found is not None
     assert found["per_cent"] == pytest.approx(100 * math.expm1(0.02))
     of_mean = np.std(difference, ddof=1) / math.sqrt(4) / 100
     assert found["standard_error"] == pytest.approx(100 * math.exp(0.02) * of_mean)
     both = compare(row_of("both", {0: list(hard + 1), 1: list(hard + 3)}, tokens),
                    row_of("again", {0: list(hard), 1: list(hard)}, tokens))  # fmt: skip
-    assert both is not None
     # Each seed alone is exact over documents: what is left is the difference between the seeds.
     assert both["standard_error"] == pytest.approx(100 * math.exp(0.02) * 0.01)
     assert compare(one, row_of("none", {5: list(hard)}, tokens)) is None

@@ -90,7 +90,6 @@ def state_of(recipe: Recipe, run: Path, name: str = "memories") -> dict[object, 
     with arms.open_store(recipe, run, name, readonly=True) as store:
         state: dict[object, bytes] = {k: store._record(k).tobytes() for k in store.touched()}
         progress = store.progress()
-    assert progress is not None
     identity = json.dumps(progress.identity, sort_keys=True).encode()
     return state | {"curve": progress.curve_array().tobytes(), "identity": identity}
 
@@ -219,7 +218,6 @@ def test_a_merge_does_not_mix_with_an_unfinished_job_nor_one_job_with_subtrees(
         arms.open_store(recipe, one, "memories", readonly=True) as source,
     ):
         progress = source.progress()
-        assert progress is not None
         store.commit(replace(progress, step=3, curve=progress.curve[:3]))
     refused("holds an unfinished training of all subtrees: step 3 of", merge, recipe, run)
 
