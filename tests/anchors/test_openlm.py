@@ -8,27 +8,14 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_hmem.anchors import openlm
-from tests.helpers.places import SHARED
-
-
-def golden(name: str) -> dict[str, np.ndarray]:
-    path = SHARED / "fixtures" / f"openlm_tiny_ln_{name}.npz"
-    if not path.exists():
-        pytest.skip(f"no golden numbers at {path}; set HMEM_SHARED")
-    return dict(np.load(path))
+from tests.helpers.places import shared
 
 
 def tiny_args(**changes: object) -> openlm.ModelArgs:
-    values = dict(
-        model_type="openlm",
-        hidden_size=64,
-        num_hidden_layers=3,
-        intermediate_size=160,
-        num_attention_heads=6,
-        head_dim=8,
-        vocab_size=101,
-    )
-    return openlm.ModelArgs(**{**values, **changes})  # type: ignore[arg-type]
+    return openlm.ModelArgs(**dict(
+        model_type="openlm", hidden_size=64, num_hidden_layers=3, intermediate_size=160,
+        num_attention_heads=6, head_dim=8, vocab_size=101,
+    ) | changes)  # fmt: skip
 
 
 def tiny_model(seed: int = 0, **changes: object) -> openlm.Model:
@@ -40,7 +27,7 @@ def tiny_model(seed: int = 0, **changes: object) -> openlm.Model:
 
 @pytest.mark.parametrize("name", ["tied", "sep"])
 def test_logits_and_every_gradient_equal_pytorch(name: str) -> None:
-    data = golden(name)
+    data = dict(np.load(shared("fixtures", f"openlm_tiny_ln_{name}.npz")))
     model = tiny_model(tie_word_embeddings=name == "tied")
     weights = {k[2:]: mx.array(v) for k, v in data.items() if k.startswith("w/")}
     model.load_weights(list(model.sanitize(weights).items()), strict=True)

@@ -26,15 +26,12 @@ from tests.helpers.anchor_checkpoints import (
     save_hugging_face,
     save_openlm,
 )
-from tests.helpers.places import SHARED
+from tests.helpers.places import shared
 from tests.helpers.programs import process, refused, run
 
 
 def golden(name: str) -> tuple[Weights, Weights]:
-    path = SHARED / "fixtures" / f"openlm_tiny_ln_{name}.npz"
-    if not path.exists():
-        pytest.skip(f"no golden numbers at {path}; set HMEM_SHARED")
-    data = dict(np.load(path))
+    data = dict(np.load(shared("fixtures", f"openlm_tiny_ln_{name}.npz")))
     return {key[2:]: value for key, value in data.items() if key.startswith("w/")}, data
 
 

@@ -16,7 +16,7 @@ from mlx_hmem.evaluate.paper import counting
 from mlx_hmem.evaluate.paper.counting import NameCounter, count_names
 from mlx_hmem.evaluate.paper.fact_runs import FactRun, count_buckets, decade
 from mlx_hmem.evaluate.paper.fact_tables import atomic_numbers, read_fact_table
-from tests.helpers.places import SHARED
+from tests.helpers.places import shared
 from tests.helpers.programs import refused
 from train.corpus.facts import make_facts
 
@@ -38,10 +38,8 @@ def write_corpus(folder: Path, *files: list[str]) -> Path:
 
 
 def test_the_elements_are_those_of_another_source():
-    path = SHARED / "data" / "elements.json"
-    if not path.exists():
-        pytest.skip(f"no {path}")
-    others = {e["number"]: e for e in json.loads(path.read_text())}
+    elements = json.loads(shared("data", "elements.json").read_text())
+    others = {e["number"]: e for e in elements}
     facts, keys = atomic_numbers()
     assert [int(fact.answer) for fact in facts] == list(range(1, 119)) == sorted(others)
     for fact, names in zip(facts, keys, strict=True):

@@ -11,8 +11,9 @@ from mlx_hmem.evaluate import read_texts
 from mlx_hmem.evaluate.perplexity import perplexity
 from mlx_hmem.evaluate.scoring import Candidate
 from mlx_hmem.evaluate.tasks.task import CHOICE, load_tasks
+from tests.helpers.places import shared
 from tests.helpers.programs import refused
-from tests.helpers.task_helpers import SHARED, alone, write_rows, write_tasks
+from tests.helpers.task_helpers import alone, write_rows, write_tasks
 
 
 @pytest.fixture
@@ -36,10 +37,7 @@ def test_wikitext_is_read_article_by_article(tmp_path):
 
 
 def test_wikitext_2_has_sixty_articles():
-    path = SHARED / "wikitext2" / "wiki.test.raw.gz"
-    if not path.exists():
-        pytest.skip("no WikiText-2 beside the checkout")
-    articles = read_texts(path)
+    articles = read_texts(shared("data", "wikitext2", "wiki.test.raw.gz"))
     assert len(articles) == 60
     assert articles[0].startswith("= Robert Boulter =")
 

@@ -17,8 +17,9 @@ from mlx_hmem.evaluate.tasks.benchmark import judge
 from mlx_hmem.evaluate.tasks.few_shot import PromptTokens, build_prompts, draw_examples, route_text
 from mlx_hmem.model.model import MemoryModel
 from tests.helpers.bigram import SKY, make_model, make_tokenizer
+from tests.helpers.places import shared
 from tests.helpers.programs import refused
-from tests.helpers.task_helpers import SHARED, data_of, run_task
+from tests.helpers.task_helpers import data_of, run_task
 
 # Hand-computed answers of each type. What the chances leave goes evenly to all other words.
 CHANCES = {
@@ -139,9 +140,7 @@ def test_stops_chains_of_thought_and_answers_as_they_are():
 
 
 def test_a_real_file_has_the_row_that_is_always_right():
-    if not (SHARED / "eval").is_dir():
-        pytest.skip("no benchmark files beside the checkout")
-    task, _, examples = tasks.load_tasks("triviaqa_sm_sub", SHARED / "eval")[0]
+    task, _, examples = tasks.load_tasks("triviaqa_sm_sub", shared("data", "eval"))[0]
     always = [i for i, e in enumerate(examples) if is_right(task, e, "no such words")]
     assert always == [1051]  # row 2102 of the whole file
 

@@ -18,9 +18,6 @@ from mlx_hmem.evaluate.tasks.task import (
     read_examples,
 )
 from mlx_hmem.model.model import MemoryModel
-from tests.helpers import places
-
-SHARED = places.SHARED / "data"
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:

@@ -7,8 +7,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -22,23 +20,11 @@ import pytest
 from mlx_hmem.bank import Bank
 from mlx_hmem.bank.format import PAGE
 from mlx_hmem.evaluate.command import main as evaluate
+from mlx_hmem.generation.command import main as generate
 from mlx_hmem.model.load import load
 from tests.helpers.faults import in_threads
-from tests.helpers.hub_models import (
-    BASE,
-    FIRST,
-    LAST,
-    REPO,
-    SHARDS,
-    blocks,
-    other_model,
-    same,
-)
-from tests.helpers.hub_server import Hub
-from tests.helpers.places import ROOT
-from tests.helpers.programs import refused, refusing
-
-PROGRAM = ROOT / "generate.py"
+from tests.helpers.hub_models import BASE, FIRST, LAST, REPO, SHARDS, blocks, other_model, same
+from tests.helpers.programs import assert_refused, process, refused, refusing, run
 
 
 def test_lazy_load_brings_what_routing_needs_then_only_the_shards_of_a_path(online, directory):
@@ -249,33 +235,20 @@ def test_more_shards_than_may_be_open_are_opened_in_turn(directory, monkeypatch)
         refused("bytes instead of", bank.fetch, FIRST)
 
 
-def environment(hub: Hub, tmp_path: Path, **more: str) -> dict[str, str]:
-    return {
-        **os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", **more,
-    }  # fmt: skip
-
-
-def test_generate_fetches_lazily_and_then_needs_no_connection(online, tmp_path):
-    command = [sys.executable, PROGRAM, "--model", REPO, "--lazy", "--json", "--max-tokens", "4"]
-    command += ["--prompt", "The old lighthouse"]
-    run = subprocess.run(
-        command, env=environment(online, tmp_path), capture_output=True, text=True, check=True
-    )
-    found = json.loads(run.stdout)
+def test_generate_fetches_lazily_and_then_needs_no_connection(online, tmp_path, monkeypatch):
+    words = ["--model", REPO, "--lazy", "--json", "--max-tokens", 4, "--prompt", "The lighthouse"]
+    env = {"HF_ENDPOINT": online.url, "HF_HUB_CACHE": str(tmp_path / "cache")}
+    env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+    said = process("generate.py", *words, env=os.environ | env)
+    found = json.loads(said.out)
     path = found["memory"]["path"]
     shards = {f"bank/level-{n}.{path[n - 1] // 2:05d}.safetensors" for n in (1, 3)}
     assert set(online.downloads()) == BASE | shards
-    assert "%" in run.stderr  # the library's bar
-    env = environment(online, tmp_path, HF_HUB_OFFLINE="1")
-    again = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-    assert json.loads(again.stdout)["text"] == found["text"]
-    other = subprocess.run(
-        [*command, "--memory", "generic"], env=env, capture_output=True, text=True
-    )
-    assert (other.returncode, other.stdout) == (2, "")
-    assert other.stderr.startswith("error: bank/generic.safetensors of user/tiny is not on this")
-    assert other.stderr.count("\n") == 1
+    assert "%" in said.err  # the library's bar
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
+    assert json.loads(run(generate, *words).out)["text"] == found["text"]
+    line = "error: bank/generic.safetensors of user/tiny is not on this"
+    assert_refused(run(generate, *words, "--memory", "generic"), line)
 
 
 def test_logits_of_a_lazy_model_are_those_of_the_whole(online, directory):

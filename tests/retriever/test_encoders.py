@@ -15,11 +15,9 @@ from mlx_hmem.retriever import encoder as encoders
 from mlx_hmem.retriever.encoder import OFFLINE_PACKAGE, STATIC_FOLDER, load_encoder
 from mlx_hmem.retriever.minilm import MiniLMEncoder, _batches, gelu
 from mlx_hmem.retriever.static import StaticEncoder, WordPieces, pool, save_static
-from tests.helpers.places import SHARED
+from tests.helpers.places import shared
 from tests.helpers.programs import refused
 from train.tree import static_encoder as distillation
-
-GOLDEN = SHARED / "fixtures" / "minilm_golden.npz"
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +33,9 @@ def static() -> StaticEncoder:
 
 @pytest.fixture(scope="module")
 def golden() -> dict:
-    if not GOLDEN.is_file():
-        pytest.skip(f"no golden numbers at {GOLDEN}; set HMEM_SHARED")
-    texts = json.loads(GOLDEN.with_suffix(".texts.json").read_text(encoding="utf-8"))
-    return {"texts": texts, **np.load(GOLDEN)}
+    file = shared("fixtures", "minilm_golden.npz")
+    texts = json.loads(file.with_suffix(".texts.json").read_text(encoding="utf-8"))
+    return {"texts": texts, **np.load(file)}
 
 
 def test_minilm_gives_sentence_transformers_ids_and_vectors(minilm, golden):

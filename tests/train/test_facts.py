@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.helpers.places import SHARED
+from tests.helpers.places import shared
 from tests.helpers.programs import refused
 from train.corpus.facts import documents_of_facts, make_facts
 from train.corpus.facts.invented import read_topics
@@ -127,10 +127,7 @@ def test_facts_of_elements_are_stated_plainly_and_null_values_are_left_out(table
 
 
 def test_frequency_buckets_of_the_elements_hold_light_and_heavy_ones_alike():
-    path = SHARED / "data" / "elements.json"
-    if not path.exists():
-        pytest.skip(f"no {path}")
-    documents, facts = make_facts({"kind": "elements"}, 0, path)
+    documents, facts = make_facts({"kind": "elements"}, 0, shared("data", "elements.json"))
     numbers = defaultdict(list)
     for fact in facts:
         if fact.kind == "atomic number":

@@ -269,8 +269,7 @@ def test_what_cannot_be_trained_by_subtree_is_refused(recipe, prepared):
 def test_the_programs_refuse_in_one_line_and_show_their_help(tmp_path):
     known = [write_recipe(tmp_path / "tiny.yaml"), "--out", tmp_path / "run"]
     assert_refused(
-        program(main, *known, "--subtree", 1),
-        "--subtree is for one stage: 1; add --only memories",
+        program(main, *known, "--subtree", 1), "--subtree is for one stage: 1; add --only memories"
     )
     assert_refused(program(main, "merge", *known), "memories.group_by_subtree is false")
     assert program(main, "merge", "--help").status == 0
