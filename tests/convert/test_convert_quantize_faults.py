@@ -38,7 +38,7 @@ def test_a_run_killed_at_any_file_ends_as_one_that_was_not(wide, tmp_path):
     main([str(wide), str(tmp_path / "whole"), *options])
     out, part = tmp_path / "out", tmp_path / "out.part"
     stages, kept = set(), {}
-    for moment in (1, 16, 16):  # files, counted from where the run before was killed
+    for moment in (1, 10, 10):  # files, counted from where the run before was killed
         killed = process("-c", KILLED, moment, wide, out, *options)
         assert killed.status == -signal.SIGKILL
         assert not out.exists()

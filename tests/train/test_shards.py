@@ -16,6 +16,7 @@ from tests.helpers.shard_worker import squares
 from tests.train.test_ranks import free_port
 from train.data.arrays import new_array, save_pieces
 
+MANY = list(range(20, 60))  # a job of them is not done before it is stopped
 WORKER = ROOT / "tests" / "helpers" / "shard_worker.py"
 LAUNCH = Path(sys.executable).with_name("mlx.launch")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -82,8 +83,7 @@ def test_a_wrong_input_is_the_same_line_from_any_process(tmp_path, monkeypatch, 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_job_leaves_no_process_and_goes_on(tmp_path, sent):
     """Killed, it cannot tell its processes; they must see it."""
-    numbers = list(range(40))  # it cannot be done before it is stopped
-    job = start(tmp_path, 1.0, *numbers)
+    job = start(tmp_path, 1.0, *MANY)
     made = tmp_path / "machine" / "log"
     until(made.exists)
     processes = {process for _, process in log(tmp_path / "machine")}
@@ -91,20 +91,20 @@ def test_a_stopped_job_leaves_no_process_and_goes_on(tmp_path, sent):
     assert job.wait(30) != 0
     until(lambda: not any(map(is_running, processes)), 10)
     before = len(log(tmp_path / "machine"))
-    again = start(tmp_path, 0.0, *numbers)
-    assert again.communicate(timeout=60)[0].strip() == str([n**2 for n in numbers])
-    assert sorted(number for number, _ in log(tmp_path / "machine")) == numbers
-    assert 0 < before < len(numbers)
+    again = start(tmp_path, 0.0, *MANY)
+    assert again.communicate(timeout=60)[0].strip() == str([n**2 for n in MANY])
+    assert sorted(number for number, _ in log(tmp_path / "machine")) == MANY
+    assert 0 < before < len(MANY)
 
 
 def test_a_process_that_is_killed_is_named_and_the_rest_stays(tmp_path, monkeypatch):
     monkeypatch.setattr("train.corpus.shards.num_cores", lambda: 2)
-    job = start(tmp_path, 1.0, *range(40))
+    job = start(tmp_path, 1.0, *MANY)
     made = tmp_path / "machine" / "log"
     until(made.exists)
     os.kill(log(tmp_path / "machine")[0][1], signal.SIGKILL)
     assert job.wait(60) != 0
-    assert squares(tmp_path / "machine", list(range(40)), 0) == [n**2 for n in range(40)]
+    assert squares(tmp_path / "machine", MANY, 0) == [n**2 for n in MANY]
 
 
 @pytest.mark.parametrize("kind", ["together", "apart"])
