@@ -7,8 +7,8 @@ from importlib import metadata
 import pytest
 
 from mlx_hmem.__main__ import PROGRAMS
-from mlx_hmem.errors import ArgumentParser, UserError, verb_of
-from tests.helpers.programs import assert_refused, process, run
+from mlx_hmem.errors import ArgumentParser, verb_of
+from tests.helpers.programs import assert_refused, process, refused, run
 
 
 @pytest.mark.parametrize(
@@ -20,10 +20,7 @@ from tests.helpers.programs import assert_refused, process, run
         (["evaluate", "indx"], "no such file or program: indx; did you mean index?"),
         (["bank", "verfy", "DIR"], "no such command: 'verfy'; did you mean verify?"),
         (["generate", "-p", "a", "--memory", "fetchd"], "'fetchd'; did you mean fetched?"),
-        (
-            ["generate", "-p", "a", "--tmp", "1"],
-            "did you mean --temp? see mlx_hmem.generate",
-        ),
+        (["generate", "-p", "a", "--tmp", "1"], "did you mean --temp? see mlx_hmem.generate"),
     ],
 )
 def test_a_word_with_a_slip_names_the_nearest(words, remedy):
@@ -39,8 +36,7 @@ def test_what_is_there_is_no_slip(tmp_path, monkeypatch):
     assert verb_of(["bundel"], ["bundle"]) is None
     assert verb_of(["facts.yaml"], ["bundle"]) is None
     assert verb_of([], ["bundle"]) is None
-    with pytest.raises(UserError, match="did you mean bundle"):
-        verb_of(["bundl"], ["bundle"])
+    refused("did you mean bundle", verb_of, ["bundl"], ["bundle"])
 
 
 def test_every_program_says_its_version():

@@ -107,7 +107,6 @@ def test_fetch_is_what_mlx_makes_of_each_matrix(made: Made) -> None:
             (generic,) = bank.generic().blocks
             assert second is None
             for block, level, cluster in ((first, 1, 1), (third, 3, 5), (generic, 0, 0)):
-                assert block is not None
                 assert block.dtype == mx.float16
                 assert mx.array_equal(block, rounded(config, level, cluster, "float16", how))
 
@@ -119,7 +118,6 @@ def test_every_dtype_and_group_size_comes_back(tmp_path, mode, bits, group_size)
     for dtype in STORED_TYPES:
         with Bank.open(make(tmp_path / dtype, config, [how], dtype)) as bank:
             block = bank.fetch((1, 2)).blocks[0]
-        assert block is not None
         assert block.dtype == STORED_TYPES[dtype].dtype
         assert mx.array_equal(block, rounded(config, 1, 1, dtype, how))
 
@@ -177,7 +175,6 @@ def assert_page_and_reader_agree(folder: Path, path: tuple[int, ...], close: flo
     with Bank.open(folder) as bank:
         ours, generic = bank.fetch(path).rows, bank.generic().rows
         levels = [(level, path[level - 1]) for level in stored_levels(bank.config) if level]
-    assert ours is not None and generic is not None  # noqa: PT018
     groups = zip(*(read_by_the_page(folder, *key) for key in levels), strict=True)
     theirs = [np.concatenate(group, axis=2) for group in groups]
     pairs = zip((*ours, *generic), (*theirs, *read_by_the_page(folder, 0, 0)), strict=True)
@@ -217,7 +214,6 @@ def test_joining_quantised_levels_is_quantising_the_joined_ones(made: Made) -> N
     folder, config, how = made
     with Bank.open(folder) as bank:
         rows = bank.fetch((0, 1, 3)).rows
-    assert rows is not None
     blocks = [mx.array(block_of(config, *key)).astype(mx.float16) for key in ((1, 0), (3, 3))]
     for before, after in zip(join_blocks(blocks, config), rows, strict=True):
         assert after.shape[-2] == 4
@@ -243,7 +239,6 @@ def test_levels_differ_and_the_others_stay_as_they_were(tmp_path: Path) -> None:
         assert [b.bytes for b in fetched.reads] == [3 * 2 * 3 * 68, 3 * 2 * 34]
         assert bank.bytes_read == 3 * 2 * 3 * 68 + 3 * 2 * 34
         (generic,) = bank.generic().blocks
-    assert first is not None and third is not None and generic is not None  # noqa: PT018
     assert mx.array_equal(first, rounded(config, 1, 1, "float16", mixed[1]))
     assert mx.array_equal(third, rounded(config, 3, 4, "float16", mixed[0]))
     assert mx.array_equal(generic, mx.array(block_of(config, 0, 0)).astype(mx.float16))
@@ -257,7 +252,6 @@ def test_no_block_is_a_hole_of_zeros(tmp_path: Path, mode: str, bits: int, group
     data = (tmp_path / SHARDS[0]).read_bytes()
     assert not any(data[PAGE:])
     for memory in read_all(tmp_path):
-        assert memory.rows is not None
         assert not mx.any(memory.rows[0]).item()
 
 
@@ -302,7 +296,6 @@ def test_a_model_runs_on_a_quantised_copy_of_its_bank(broken: Path) -> None:
     """Whole way: every block of the float bank read, written in 4 bits, loaded, streamed."""
     before = load(broken, cache_bytes=0)
     bank, text = before.bank, "The memory"
-    assert bank is not None
     config = bank.config
     levels = [
         [bank.blocks([(level, c)])[0] for c in range(count)] if config.r[level - 1] else None
@@ -325,7 +318,6 @@ def test_a_model_runs_on_a_quantised_copy_of_its_bank(broken: Path) -> None:
     fetches = [model.fetch(text) for model in (before, after)]
     assert fetches[0].path == fetches[1].path
     assert fetches[1].bytes_read * 64 == fetches[0].bytes_read * 9  # 32 bits, 4.5 bits
-    assert fetches[0].rows is not None and fetches[1].rows is not None  # noqa: PT018
     expected = mx.dequantize(
         *mx.quantize(fetches[0].rows[0], 16, 4, "nvfp4"),
         group_size=16, bits=4, mode="nvfp4", dtype=mx.float32,

@@ -17,6 +17,7 @@ from mlx_hmem.generation.batch import BatchModel, batch_generate
 from mlx_hmem.generation.conversation import Conversation
 from mlx_hmem.model.load import load
 from mlx_hmem.model.model import MemoryModel
+from tests.helpers.programs import refused
 
 PROMPT = "The old lighthouse of the bay"
 
@@ -96,8 +97,7 @@ def ask_everything(model: MemoryModel, path: tuple[int, ...], text: str) -> None
         bank.prefetch(key)
         if bank.bars(*key):
             for ask in (bank.blocks, lambda keys: bank.stored(*keys[0])):
-                with pytest.raises(UserError, match="this view may not fetch the block"):
-                    ask([key])
+                refused("this view may not fetch the block", ask, [key])
     talk = Conversation(model, max_tokens=2)
     list(talk.say(text))
     talk._prefetch.wait()
@@ -170,8 +170,7 @@ def test_what_one_user_has_in_memory_another_does_not_get(guarded, paths):
     guest = model.under("guest")
     assert guest.bank.keeps((1, path[0]))
     assert guest.bank.fetch(path).rows is None
-    with pytest.raises(UserError, match="this view may not fetch"):
-        guest.bank.blocks([(1, path[0])])
+    refused("this view may not fetch", lambda: guest.bank.blocks([(1, path[0])]))
     # Not even by a row of a batch whose blocks another's bank has named.
     *states, row = BatchModel(model).make_cache(path)
     row.routes[0] = row.routes[0]._replace(banks=guest.banks)
@@ -185,8 +184,7 @@ def test_the_view_default_holds_for_who_asks_for_none(broken, paths):
     assert load(broken).fetch(text).blocks == []
     assert load(broken).under("staff").fetch(text).blocks != []
     assert load(broken, view="staff").under(None).fetch(text).blocks == []
-    with pytest.raises(UserError, match="no such view: boss; known: default, staff"):
-        load(broken, view="boss")
+    refused("no such view: boss; known: default, staff", load, broken, view="boss")
 
 
 def test_a_bank_can_be_opened_without_some_clusters(model_folder, model):
@@ -195,8 +193,7 @@ def test_a_bank_can_be_opened_without_some_clusters(model_folder, model):
         assert [key[0] for key in bank.keys_of(path, frozenset())] == [1]
         assert bank.view([(1,)]).keys_of(path, frozenset()) == []
         assert [key[0] for key in bank.view([(0,)]).keys_of(path, frozenset())] == [1]
-    with pytest.raises(UserError, match="no such cluster on level 1: 9"):
-        model.bank.view([(9,)])
+    refused("no such cluster on level 1: 9", model.bank.view, [(9,)])
 
 
 DAMAGED = {

@@ -25,45 +25,34 @@ from train.cost.costs import (
     step_operations,
 )
 from train.cost.plan import make_plan, most_characters, sequences_of, table, trainee_of
-from train.recipe.recipe import (
-    AnchorSection,
-    CorpusSection,
-    CotrainSection,
-    ExportSection,
-    MemoriesSection,
-    Recipe,
-    TokenizerSection,
-    TrainerConfig,
-    TreeSection,
-    WindowsSection,
-)
+from train.recipe import recipe as recipes
 from train.step.anchor import initialise
 from train.step.memories import generic_config
 from train.step.start import model_args
 
-TINY = Recipe(
+TINY = recipes.Recipe(
     name="tiny",
-    tokenizer=TokenizerSection(vocab_size=400),
-    windows=WindowsSection(context=64),
-    tree=TreeSection(branching=(3, 2)),
-    anchor=AnchorSection(
+    tokenizer=recipes.TokenizerSection(vocab_size=400),
+    windows=recipes.WindowsSection(context=64),
+    tree=recipes.TreeSection(branching=(3, 2)),
+    anchor=recipes.AnchorSection(
         hidden_size=64,
         num_hidden_layers=2,
         head_dim=32,
         intermediate_size=128,
-        training=TrainerConfig(batch_size=4, epochs=2),
+        training=recipes.TrainerConfig(batch_size=4, epochs=2),
     ),
-    memories=MemoriesSection(r=(8, 4), training=TrainerConfig(batch_size=4)),
+    memories=recipes.MemoriesSection(r=(8, 4), training=recipes.TrainerConfig(batch_size=4)),
 )
 WIDE = replace(
     TINY,
-    windows=WindowsSection(context=96),
+    windows=recipes.WindowsSection(context=96),
     anchor=replace(TINY.anchor, hidden_size=96, num_hidden_layers=3, intermediate_size=384),
     memories=replace(TINY.memories, r=(64, 32)),
 )
 
 
-COTRAINED = replace(WIDE, memories=replace(WIDE.memories, cotrain=CotrainSection()))
+COTRAINED = replace(WIDE, memories=replace(WIDE.memories, cotrain=recipes.CotrainSection()))
 IN_PARTS = replace(TINY.anchor.training, batch_size=16, micro_batch_size=4)
 AGAIN = replace(TINY.anchor.training, batch_size=16, gradient_checkpointing=True)
 
@@ -91,7 +80,7 @@ def test_peak_memory_is_within_half_as_much_again_of_what_mlx_measures(
     "quantization", [None, {"mode": "affine", "bits": 4, "group_size": 32}], ids=["f16", "affine"]
 )
 def test_sizes_are_those_of_the_anchor_and_of_the_written_bank(tmp_path, quantization):
-    recipe = replace(TINY, export=ExportSection(quantization=quantization))
+    recipe = replace(TINY, export=recipes.ExportSection(quantization=quantization))
     model = Model(model_args(recipe))
     initialise(model, 0)
     assert anchor_parameters(recipe) == sum(a.size for a in named_parameters(model).values())
@@ -136,7 +125,7 @@ def test_without_a_corpus_the_plan_says_what_the_recipe_alone_says(tmp_path):
     facts = {"kind": "invented", "topics": 2, "entities_per_topic": 4, "frequencies": [2, 3]}
     facts |= {"plain_documents": 5}
     characters = sum(len(d["text"]) for d in make_facts(facts, 0)[0])
-    corpus = CorpusSection(documents=0, facts=(facts,))
+    corpus = recipes.CorpusSection(documents=0, facts=(facts,))
     assert most_characters(replace(TINY, corpus=corpus)) == characters > 0
     some = replace(TINY, corpus=replace(corpus, documents=10))
     assert most_characters(some) == characters + 10 * 900
@@ -165,26 +154,26 @@ def test_the_plan_of_a_recipe_that_fits_has_every_stage_and_real_times(tmp_path)
 
 
 def test_too_little_memory_is_refused_with_what_would_fit():
-    batch = replace(TINY, windows=WindowsSection(context=2048))
+    batch = replace(TINY, windows=recipes.WindowsSection(context=2048))
     with pytest.raises(UserError, match=r"fit in memory.*anchor.training.micro_batch_size to \d"):
-        check_memory(batch, "anchor", TrainerConfig(batch_size=1 << 20))
+        check_memory(batch, "anchor", recipes.TrainerConfig(batch_size=1 << 20))
     anchor = replace(TINY.anchor, hidden_size=65536, num_hidden_layers=64, intermediate_size=262144)
     with pytest.raises(UserError, match=r"make the anchor smaller: about [\d.]+ M parameters fit"):
-        check_memory(replace(TINY, anchor=anchor), "anchor", TrainerConfig(batch_size=4))
-    fetched = replace(TINY, memories=MemoriesSection(r=(1 << 30, 4)))
+        check_memory(replace(TINY, anchor=anchor), "anchor", recipes.TrainerConfig(batch_size=4))
+    fetched = replace(TINY, memories=recipes.MemoriesSection(r=(1 << 30, 4)))
     with pytest.raises(UserError, match=r"make memories.r smaller"):
-        check_memory(fetched, "memories", TrainerConfig(batch_size=4))
+        check_memory(fetched, "memories", recipes.TrainerConfig(batch_size=4))
 
 
 def test_too_little_disk_is_refused_with_the_r_that_would_fit(tmp_path):
-    wide = replace(TINY, tree=TreeSection(branching=(4096, 256)))
+    wide = replace(TINY, tree=recipes.TreeSection(branching=(4096, 256)))
     free = shutil.disk_usage(tmp_path).free
     r = max(1, free // (1 << 20) // 2**12) * 64
-    recipe = replace(wide, memories=MemoriesSection(r=(r, r)))
+    recipe = replace(wide, memories=recipes.MemoriesSection(r=(r, r)))
     with pytest.raises(UserError, match=r"does not fit on the disk.*memories.r to \[") as refused:
         check_disk(recipe, tmp_path / "not" / "yet")
     smaller = int(str(refused.value).rsplit("[", 1)[1].split(",")[0])
-    check_disk(replace(wide, memories=MemoriesSection(r=(smaller, smaller))), tmp_path)
+    check_disk(replace(wide, memories=recipes.MemoriesSection(r=(smaller, smaller))), tmp_path)
 
 
 def test_the_program_prints_json_and_refuses_in_one_line(tmp_path):

@@ -186,8 +186,7 @@ def test_a_run_of_the_version_before_is_still_done_one_of_a_later_is_refused(tmp
     run_stages(RECIPE, tmp_path, list(STAGES), recorder(made))
     assert made == list(STAGES)
     longer = replace(RECIPE, windows=replace(RECIPE.windows, anchor_context=512))
-    with pytest.raises(UserError, match="changed: windows"):
-        run_stages(longer, tmp_path, ["windows"], recorder(made))
+    refused("changed: windows", lambda: run_stages(longer, tmp_path, ["windows"], recorder(made)))
     path = tmp_path / "windows" / "done.json"
     path.write_text(path.read_text().replace('"stage"', '"version": 3, "stage"'))
     with refused("version this program does not read: 3; update"):
