@@ -89,12 +89,9 @@ def test_document_mask_hides_the_other_documents_of_a_sequence() -> None:
     assert mx.abs(packed[:, 5:] - model(b)).max().item() < 1e-5  # RoPE is relative
 
 
-def test_an_unknown_norm_is_refused() -> None:
+def test_an_unknown_norm_and_a_head_that_should_be_tied_are_refused() -> None:
     with pytest.raises(ValueError, match="norm_type"):
         tiny_args(norm_type="batch_norm")
-
-
-def test_a_separate_head_is_not_dropped_by_a_config_that_says_tied() -> None:
     weights = dict(tree_flatten(tiny_model().parameters()))
     tied = tiny_model(tie_word_embeddings=True)
     with pytest.raises(ValueError, match="lm_head"):  # once the head vanished without a word

@@ -85,13 +85,10 @@ def test_what_is_named_as_enough_is_enough_and_less_is_not():
         make_plan(NEEDS, 1)  # no context is short enough for that
 
 
-def test_a_context_beyond_the_anchors_is_refused():
+def test_a_context_beyond_the_anchors_is_refused_and_levels_asked_for_are_counted():
     for wrong in (0, 1, 2049):
         refused("use 2 to 2048", make_plan, NEEDS, 10**9, wrong)
     assert make_plan(replace(NEEDS, most_context=None), 10**9).context == 2048
-
-
-def test_levels_that_were_asked_for_are_counted():
     least = least_bytes(NEEDS, 2048)
     plan = make_plan(NEEDS, least + 124 * MB, resident_levels=(1,))
     assert (plan.resident_levels, plan.kv_bits) == ((1,), 4)

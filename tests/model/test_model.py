@@ -131,11 +131,8 @@ def test_greedy_streams_are_the_argmax_of_whole_passes(model, memory):
     assert [piece.token for piece in stream] == greedy(model, PROMPT, memory, 15)
 
 
-def test_the_three_modes_say_different_things(model):
+def test_the_three_modes_say_different_things_and_mlx_lm_what_the_anchor_does(model):
     assert len({tuple(greedy(model, PROMPT, m, 8)) for m in ("fetched", "generic", "none")}) == 3
-
-
-def test_mlx_lm_generates_from_the_anchor_alone(model):
     expected = "".join(p.text for p in model.stream(PROMPT, max_tokens=15, memory="none"))
     assert mlx_lm.generate(model.anchor, model.tokenizer, PROMPT, max_tokens=15) == expected
 

@@ -10,7 +10,7 @@ import pytest
 
 from mlx_hmem import load
 from mlx_hmem.anchors.attach import attach_memory, memory_config
-from mlx_hmem.anchors.load import anchor_hash, load_anchor
+from mlx_hmem.anchors.load import load_anchor
 from mlx_hmem.config import HmemConfig, MemoryConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import fingerprint
@@ -127,58 +127,34 @@ def test_the_weights_of_another_anchor_are_refused(broken):
     refused(broken, "the anchor is not the one this memory was made for", "model.safetensors")
 
 
-def test_the_bank_of_another_anchor_is_refused(broken):
-    retriever = hmem_of(broken).retriever
-    save_bank(broken / "bank", MEMORY, "xxh3:another", retriever.tree_hash)
-    refused(broken, "made for another anchor", "xxh3:another", anchor_hash(broken))
+def test_a_bank_of_another_anchor_tree_or_shape_is_refused(broken):
+    anchor, tree = hmem_of(broken).anchor_hash, hmem_of(broken).retriever.tree_hash
+    for config, given, words in (
+        (MEMORY, ("xxh3:another", tree), ["made for another anchor", "xxh3:another", anchor]),
+        (MEMORY, (anchor, "xxh3:other"), ["made for another cluster tree", "xxh3:other", tree]),
+        (
+            MemoryConfig(16, 2, (2, 0, 2), MEMORY.branching), (anchor, tree),
+            ["different memories", "r=(4, 0, 2)", "r=(2, 0, 2)"],
+        ),
+    ):  # fmt: skip
+        save_bank(broken / "bank", config, *given)
+        refused(broken, *words)
+    save_bank(broken / "bank", MemoryConfig(24, 3, MEMORY.r, MEMORY.branching), anchor, tree)
+    wider = {"hidden_size": 24, "num_hidden_layers": 3}
+    edit_json(broken / "hmem.json", lambda h: h["memory"].update(wider))
+    both = "memory: num_hidden_layers 3, hidden_size 24", "num_hidden_layers 2"
+    refused(broken, "another anchor", *both)
 
 
-def test_the_bank_of_another_tree_is_refused(broken):
-    save_bank(broken / "bank", MEMORY, anchor_hash(broken), "xxh3:another")
-    tree_hash = hmem_of(broken).retriever.tree_hash
-    refused(broken, "made for another cluster tree", "xxh3:another", tree_hash)
-
-
-def test_a_bank_of_another_shape_is_refused(broken):
-    config = MemoryConfig(16, 2, (2, 0, 2), MEMORY.branching)
-    hmem = hmem_of(broken)
-    save_bank(broken / "bank", config, hmem.anchor_hash, hmem.retriever.tree_hash)
-    refused(broken, "different memories", "r=(4, 0, 2)", "r=(2, 0, 2)")
-
-
-def test_memory_made_for_a_wider_anchor_is_refused(broken):
-    config = MemoryConfig(24, 3, MEMORY.r, MEMORY.branching)
-    hmem = hmem_of(broken)
-    save_bank(broken / "bank", config, hmem.anchor_hash, hmem.retriever.tree_hash)
-    edit_json(
-        broken / "hmem.json", lambda h: h["memory"].update(hidden_size=24, num_hidden_layers=3)
-    )
-    refused(
-        broken,
-        "another anchor",
-        "memory: num_hidden_layers 3, hidden_size 24",
-        "num_hidden_layers 2",
-    )
-
-
-def test_another_tree_for_the_same_encoder_is_refused(broken, texts):
+def test_another_tree_or_the_tree_of_another_encoder_is_refused(broken, texts):
     encoder = load_encoder("static")
-    other = ClusterTree.fit(encoder.encode(texts[::2]), branching=MEMORY.branching)
-    other.save(broken / "retriever" / "tree.safetensors", encoder.fingerprint)
+    vectors, hash_ = encoder.encode(texts), encoder.fingerprint
+    other = ClusterTree.fit(vectors[::2], branching=MEMORY.branching)
+    other.save(broken / "retriever" / "tree.safetensors", hash_)
     refused(broken, "the cluster tree is not the one this memory was made for")
-
-
-def test_a_tree_of_another_encoder_is_refused(broken, texts):
-    vectors = load_encoder("static").encode(texts)
-    tree = ClusterTree.fit(vectors, branching=MEMORY.branching)
-    replace_tree(broken, tree, "xxh3:another")
+    replace_tree(broken, ClusterTree.fit(vectors, branching=MEMORY.branching), "xxh3:another")
     refused(broken, "belongs to another encoder than static", "xxh3:another")
-
-
-def test_a_tree_with_other_clusters_than_the_bank_is_refused(broken, texts):
-    encoder = load_encoder("static")
-    tree = ClusterTree.fit(encoder.encode(texts), branching=(2, 2, 2))
-    replace_tree(broken, tree, encoder.fingerprint)
+    replace_tree(broken, ClusterTree.fit(vectors, branching=(2, 2, 2)), hash_)
     refused(broken, "different clusters", "tree (2, 2, 2)", "bank (3, 2, 2)")
 
 
