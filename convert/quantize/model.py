@@ -115,7 +115,7 @@ def plan(
 def quantize(
     chosen: ModelChange, out: Path, texts: Sequence[str] = (), overwrite: bool = False
 ) -> Report:
-    """Makes ``out`` as was planned; it appears when it is whole. A stopped run goes on where it was.
+    """Makes ``out`` as was planned; it appears when it is whole, and a stopped run goes on.
 
     With ``texts``, their perplexity is measured before and after.
     """
