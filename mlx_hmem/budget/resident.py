@@ -19,7 +19,7 @@ import mlx.core as mx
 from mlx_hmem.errors import UserError
 
 IMPORTS = 64_000_000  # bytes of mlx-lm, its tokenizers and this package, imported
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 SIZE_HELP = "as 400MB, 1.5GB or plain bytes; it counts resident memory above that of Python with "
 SIZE_HELP += "nothing but MLX imported"
@@ -37,7 +37,9 @@ def parse_bytes(text: str, name: str = "--memory-budget") -> int:
 
 
 def bytes_text(number: float) -> str:
-    """As :func:`parse_bytes` reads it: the bytes, whole MB (rounded up), or GB."""
+    """As :func:`parse_bytes` reads it: the bytes, whole MB (rounded up), GB or TB."""
+    if number >= 10**12:
+        return f"{number / 1e12:.1f}TB"
     if number >= 10**10:
         return f"{number / 1e9:.1f}GB"
     return f"{-(-int(number) // 10**6)}MB" if abs(number) >= 10**6 else f"{int(number)} bytes"

@@ -181,7 +181,7 @@ def test_text_that_does_not_fit_is_refused_before_anything_is_written(anchor, tm
     folder.mkdir()
     with (folder / "huge.jsonl").open("wb") as file:
         file.truncate(8 << 40)  # a hole
-    with pytest.raises(UserError, match=r"8.8 TB of text are too much .*give --max-bytes \d+"):
+    with pytest.raises(UserError, match=r"8.8TB of text are too much .*give --max-bytes \d+"):
         remember(folder, anchor, tmp_path / "model")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder"]
 

@@ -88,7 +88,9 @@ def new_memory(config: dict[str, Any], branching: tuple[int, ...]) -> MemoryConf
     return memory_config(anchor, r, branching)
 
 
-def training_for(config: dict[str, Any], memory: MemoryConfig, context: int) -> TrainerConfig:
+def training_for(
+    folder: Path, config: dict[str, Any], memory: MemoryConfig, context: int
+) -> TrainerConfig:
     """How the blocks are trained: constant after a short warm-up (train/remember_blocks.py)."""
     rate = LEARNING_RATE * min(1.0, WIDTH / memory.hidden_size)
     training = TrainerConfig(
@@ -101,7 +103,7 @@ def training_for(config: dict[str, Any], memory: MemoryConfig, context: int) -> 
     )
     for part in (8, 4, 2, 1):
         smaller = replace(training, micro_batch_size=part, gradient_checkpointing=part == 1)
-        recipe = as_recipe(config, memory, smaller, context, "anchor")
+        recipe = as_recipe(config, memory, smaller, context, str(folder))
         if peak_memory(recipe, "memories", smaller) < machine_bytes() / 2:
             return smaller
     raise UserError(
@@ -145,7 +147,7 @@ def make_settings(base: Base, text: OwnText, tokenizer: TakenTokenizer, **given:
         assert base.tree is not None
         added = covering(base.tree, vectors, least, given["seed"])
         memory = replace(old, branching=(old.branching[0] + added, *old.branching[1:]))
-    training = training_for(config, memory, context)
+    training = training_for(base.folder, config, memory, context)
     return Settings(
         format_version=1,
         anchor_hash=base.anchor_hash,
