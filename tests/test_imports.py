@@ -159,6 +159,13 @@ def test_every_room_is_known_and_none_is_a_circle(part):
     assert not {path.stem for path in ROOT.glob("*.py")} & sys.stdlib_module_names
 
 
+def test_train_has_nine_floors_below_its_face():
+    def floor(room: str) -> int:
+        return 1 + max(map(floor, ROOMS["train"][room]), default=0)
+
+    assert max(map(floor, ROOMS["train"])) == 9
+
+
 def test_no_folder_is_too_full():
     folders = [path.parent for path in modules().values()]
     assert {str(f): folders.count(f) for f in set(folders) if folders.count(f) > 12} == {}
