@@ -147,12 +147,12 @@ def test_each_fact_finds_its_own_document():
     ("change", "message"),
     [
         ({"kind": "peoples"}, "unknown kind of facts"),
-        ({"topics": 1000}, "`topics`"),
-        ({"topics": True}, "`topics`"),
+        ({"topics": 1000}, r"corpus\.facts\.topics"),
+        ({"topics": True}, r"corpus\.facts\.topics"),
         ({"entities_per_topic": 7}, "multiple"),
-        ({"frequencies": [2, 0, 4, 8]}, "`frequencies`"),
-        ({"frequencies": 3}, "`frequencies`"),
-        ({"plain_documents": -1}, "`plain_documents`"),
+        ({"frequencies": [2, 0, 4, 8]}, r"corpus\.facts\.frequencies"),
+        ({"frequencies": 3}, r"corpus\.facts\.frequencies"),
+        ({"plain_documents": -1}, r"corpus\.facts\.plain_documents"),
         ({"plain_document": 10}, "unknown key"),
     ],
 )

@@ -47,8 +47,7 @@ class Fit:
     cache_level_1: bool = False
 
     def line(self) -> str:
-        parts = self.training.micro_batch_size or self.training.batch_size
-        chosen = [f"{parts} of {self.training.batch_size} sequences at a time"]
+        chosen = [f"{self.training.part} of {self.training.batch_size} sequences at a time"]
         if self.training.gradient_checkpointing:
             chosen.append("gradient checkpointing")
         if self.cache_bytes:
@@ -108,8 +107,7 @@ def _as_made(recipe: Recipe, stage: str, done: Any) -> Recipe:
 
 def _smaller(training: TrainerConfig) -> Iterator[TrainerConfig]:
     """The recipe's own setting, then those that take less, the fastest first."""
-    own = training.micro_batch_size or training.batch_size
-    parts = [n for n in range(own, 0, -1) if training.batch_size % n == 0]
+    parts = [n for n in range(training.part, 0, -1) if training.batch_size % n == 0]
     yield training
     for again in dict.fromkeys((training.gradient_checkpointing, True)):
         for part in parts:

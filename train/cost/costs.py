@@ -140,7 +140,7 @@ def _stored_bytes(recipe: Recipe) -> int:
 def peak_memory(recipe: Recipe, stage: str, training: TrainerConfig) -> int:
     """Estimated peak bytes of a training step; see the top of this file."""
     anchor, config = anchor_sizes_of(recipe), recipe.memory_config
-    part, context = training.micro_batch_size or training.batch_size, context_of(recipe, stage)
+    part, context = training.part, context_of(recipe, stage)
     per_token = 5 * (anchor.hidden_size + anchor.query_size) + 4.5 * anchor.inner_size
     frozen = has_memory(stage) and recipe.memories.cotrain is None
     weights, blocks, fetched = (0 if frozen else anchor.parameters), 0, 0

@@ -10,6 +10,7 @@ it.
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -247,24 +248,36 @@ def plot_run(run: Path, target: Path) -> None:
         panels.append(lambda axes: _draw_blocks(axes, steps))
     if counts is not None:
         panels.append(lambda axes: _draw_leaves(axes, counts))
-    style: Any = {"axes.spines.top": False, "axes.spines.right": False, "axes.titleweight": "bold"}
-    with pyplot.rc_context(style):
+    with style(pyplot):
         rows = -(-len(panels) // COLUMNS)
         columns = -(-len(panels) // rows)
-        figure, grid = pyplot.subplots(
-            rows,
-            columns,
-            figsize=(5 * columns, 4 * rows),
-            layout=ConstrainedLayoutEngine(w_pad=0.12),
-            squeeze=False,
-        )
-        for axes, draw in zip(grid.flat, panels, strict=False):
-            draw(axes)
-        for axes in grid.flat[len(panels) :]:
-            axes.set_axis_off()
-        with atomic_file(target) as file:
-            figure.savefig(file, format="png", dpi=150)
-        pyplot.close(figure)
+        layout = ConstrainedLayoutEngine(w_pad=0.12)
+        save(pyplot, target, panels, (rows, columns), (5 * columns, 4 * rows), layout)
+
+
+def style(pyplot: Any) -> AbstractContextManager[None]:
+    values = {"axes.spines.top": False, "axes.spines.right": False, "axes.titleweight": "bold"}
+    context: AbstractContextManager[None] = pyplot.rc_context(values)
+    return context
+
+
+def save(
+    pyplot: Any,
+    target: Path,
+    panels: Sequence[Callable[[Any], None]],
+    shape: tuple[int, int],
+    size: tuple[float, float],
+    layout: Any = "constrained",
+) -> None:
+    """Draws the panels side by side in ``shape`` (rows, columns) and writes a PNG file."""
+    figure, grid = pyplot.subplots(*shape, figsize=size, layout=layout, squeeze=False)
+    for axes, draw in zip(grid.flat, panels, strict=False):
+        draw(axes)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    with atomic_file(target) as file:
+        figure.savefig(file, format="png", dpi=150)
+    pyplot.close(figure)
 
 
 def main(words: Sequence[str]) -> None:

@@ -157,7 +157,7 @@ def validation_of_anchor(
 ) -> Validation | None:
     """That of a training of the anchor's own weights; None if ``training`` asks for none."""
     windows = held_out_windows(run, training, context)
-    return None if windows is None else Validation(anchor, windows, _rows_at_a_time(training))
+    return None if windows is None else Validation(anchor, windows, training.part)
 
 
 def validation_of_memory(
@@ -186,8 +186,4 @@ def validation_of_memory(
     memory = TrainedMemory(
         trainee.slot, trainee.store, paths, frozen=recipe.memories.cotrain is None
     )
-    return Validation(anchor, windows, _rows_at_a_time(training), memory)
-
-
-def _rows_at_a_time(training: TrainerConfig) -> int:
-    return training.micro_batch_size or training.batch_size
+    return Validation(anchor, windows, training.part, memory)

@@ -129,6 +129,11 @@ class TrainerConfig(JsonConfig):
         64, "held-out windows that a validation reads, at most", least=1
     )
 
+    @property
+    def part(self) -> int:
+        """Sequences that are worked on at a time."""
+        return self.micro_batch_size or self.batch_size
+
     def num_steps(self, num_sequences: int, of: int | None = None) -> int:
         """Steps on all sequences, or on ``num_sequences`` ``of`` all."""
         if self.steps is not None:

@@ -97,9 +97,8 @@ class Trainer:
                 self.anchor, store, subtree.rows, subtree.paths, self.settings.begin[0],
                 self.training,
             )  # fmt: skip
-        trainee = self.trainee
-        trainee.store, trainee.tokens, trainee.paths = store, subtree.rows, subtree.paths
-        return trainee
+        self.trainee.turn_to(store, subtree.rows, subtree.paths)
+        return self.trainee
 
     def _train_one(self, run: Path, subtree: Subtree, bar: Any) -> None:
         folder, settings = subtree_folder(run, subtree.number), self.settings
@@ -111,7 +110,7 @@ class Trainer:
                 memory = TrainedMemory(
                     trainee.slot, store, {"fetched": subtree.held_paths}, frozen=True
                 )
-                validate = Validation(self.anchor, subtree.held_out, _rows(self.training), memory)
+                validate = Validation(self.anchor, subtree.held_out, self.training.part, memory)
             done = self._until_best(subtree, trainee, validate, bar)
         with BlockStore(folder / "store", config, settings.seed, readonly=True) as store:
             blocks = {
@@ -130,7 +129,7 @@ class Trainer:
         training, store = self.training, trainee.store
         stream = Stream(len(subtree.rows), self.settings.seed, subtree.number)
         size = training.batch_size
-        if _rows(training) == size:  # else its parts would not come out even
+        if training.part == size:  # else its parts would not come out even
             size = min(size, len(subtree.rows))
         a_pass = -(-len(subtree.rows) // size)
         progress = store.progress() or Progress({"subtree": subtree.number})
@@ -160,10 +159,6 @@ class Trainer:
             "perplexity_before": first.get("none"),
             "perplexity": best if validate is not None else None,
         }
-
-
-def _rows(training: TrainerConfig) -> int:
-    return training.micro_batch_size or training.batch_size
 
 
 def trained_blocks(run: Path, numbers: list[int]) -> dict[Key, mx.array]:

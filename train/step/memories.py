@@ -77,6 +77,11 @@ class MemoryTrainee:
 
         self._update = mx.compile(update)
 
+    def turn_to(self, store: BlockStore, tokens: np.ndarray, paths: np.ndarray) -> None:
+        """From now on trains another store of the same shape; what is compiled stays."""
+        assert store.config == self.store.config
+        self.store, self.tokens, self.paths, self.number = store, tokens, paths, 0
+
     @property
     def sizes(self) -> dict[str, Any]:
         return self.store.config.to_dict()

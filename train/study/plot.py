@@ -4,9 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_hmem.files import atomic_file
-
-from ..loop.plot import import_pyplot
+from ..loop.plot import import_pyplot, save, style
 from .file import Study, Sweep
 from .rows import Row, sweep_rows
 
@@ -30,8 +28,7 @@ def headline(study: Study, rows: Sequence[Row]) -> list[Row]:
 def plot_study(study: Study, out: Path, rows: Sequence[Row]) -> None:
     """Writes recall.png, perplexity.png and sweep-NAME.png, of what there are figures for."""
     pyplot = import_pyplot()
-    style: Any = {"axes.spines.top": False, "axes.spines.right": False, "axes.titleweight": "bold"}
-    with pyplot.rc_context(style):
+    with style(pyplot):
         main = headline(study, rows)
         if any(row.recall for row in main):
             _save(pyplot, out / "recall.png", [lambda axes: _draw_recall(axes, main)], width=9)
@@ -42,15 +39,7 @@ def plot_study(study: Study, out: Path, rows: Sequence[Row]) -> None:
 
 
 def _save(pyplot: Any, target: Path, panels: Sequence[Any], width: float = 6.5) -> None:
-    size = (width * len(panels), 4.2)
-    figure, grid = pyplot.subplots(
-        1, len(panels), figsize=size, squeeze=False, layout="constrained"
-    )
-    for axes, draw in zip(grid.flat, panels, strict=True):
-        draw(axes)
-    with atomic_file(target) as file:
-        figure.savefig(file, format="png", dpi=150)
-    pyplot.close(figure)
+    save(pyplot, target, panels, (1, len(panels)), (width * len(panels), 4.2))
 
 
 def _times(row: Row) -> list[int]:

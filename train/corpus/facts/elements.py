@@ -21,8 +21,8 @@ from mlx_hmem.config import JsonConfig, read_json
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate import Fact
 
-from ...recipe.keys import key
-from .repeat import Subject, check_frequencies, fact_documents
+from ...recipe.keys import check_keys, key
+from .repeat import Subject, fact_documents
 
 # `discovered_by` also holds places and ages; a discoverer is none of these.
 NO_DISCOVERER = re.compile(r"unknown|\d|Ancient|Middle East|India|Bronze Age")
@@ -33,11 +33,12 @@ class ElementsConfig(JsonConfig):
     frequencies: tuple[int, ...] = key(
         (2, 6, 24, 48, 96, 192, 384),
         "how often the facts of an element are stated; elements take turns",
+        least=1,
     )
     source: str = key("", "JSON list of elements")
 
     def __post_init__(self) -> None:
-        check_frequencies(self.frequencies)
+        check_keys(self, "corpus.facts.")
 
 
 def make_elements(

@@ -17,8 +17,8 @@ from mlx_hmem.config import JsonConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate import Fact
 
-from ...recipe.keys import key
-from .repeat import Subject, check_frequencies, fact_documents
+from ...recipe.keys import check_keys, check_whole, key
+from .repeat import Subject, fact_documents
 from .words import CITIES, NAMES, SENTENCES, SLOTS
 
 PLAIN_SENTENCES = (5, 9)  # fewest and most of a plain document
@@ -42,31 +42,19 @@ def read_topics() -> list[Topic]:
 
 @dataclass(frozen=True)
 class InventedConfig(JsonConfig):
-    topics: int = key(24, "number of topics")
-    entities_per_topic: int = key(20, "entities of each topic")
+    topics: int = key(24, "number of topics", least=1)
+    entities_per_topic: int = key(20, "entities of each topic", least=1, most=len(NAMES))
     frequencies: tuple[int, ...] = key(
         (1, 1, 3, 3, 12, 12, 24, 48, 96, 192),
         "how often each fact is stated; the entities of a topic take turns",
+        least=1,
     )
-    filler_sentences: int = key(2, "sentences beside the two facts")
-    plain_documents: int = key(3000, "documents without facts")
+    filler_sentences: int = key(2, "sentences beside the two facts", most=100)
+    plain_documents: int = key(3000, "documents without facts", most=10_000_000)
 
     def __post_init__(self) -> None:
-        check_frequencies(self.frequencies)
-        limits = {
-            "topics": (1, len(read_topics())),
-            "entities_per_topic": (1, len(NAMES)),
-            "filler_sentences": (0, 100),
-            "plain_documents": (0, 10_000_000),
-        }
-        for name, (least, most) in limits.items():
-            value = getattr(self, name)
-            if type(value) is not int or not least <= value <= most:
-                raise UserError(
-                    f"`{name}` is not a whole number of {least} to {most}",
-                    repr(value),
-                    "correct corpus.facts in the recipe",
-                )
+        check_keys(self, "corpus.facts.")
+        check_whole("corpus.facts.topics", self.topics, 1, len(read_topics()))
         if self.entities_per_topic % len(self.frequencies):
             raise UserError(
                 "`entities_per_topic` is not a multiple of the number of frequencies",

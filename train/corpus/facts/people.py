@@ -17,8 +17,8 @@ from mlx_hmem.config import JsonConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate import Fact
 
-from ...recipe.keys import key
-from .repeat import Subject, check_frequencies, fact_documents
+from ...recipe.keys import check_keys, key
+from .repeat import Subject, fact_documents
 
 Article = tuple[str, str, str]  # id, title, text
 
@@ -43,22 +43,14 @@ FIRST_SENTENCE = re.compile(
 
 @dataclass(frozen=True)
 class PeopleConfig(JsonConfig):
-    people: int = key(2000, "how many people")
+    people: int = key(2000, "how many people", least=1)
     unstated: int = key(0, "further people whose year of birth is asked but never stated")
     frequencies: tuple[int, ...] = key(
-        (1, 2, 4, 8, 16, 32, 64), "how often a year of birth is stated; people take turns"
+        (1, 2, 4, 8, 16, 32, 64), "how often a year of birth is stated; people take turns", least=1
     )
 
     def __post_init__(self) -> None:
-        check_frequencies(self.frequencies)
-        for name, least in (("people", 1), ("unstated", 0)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise UserError(
-                    f"`{name}` is not a whole number of {least} or more",
-                    repr(value),
-                    "correct corpus.facts in the recipe",
-                )
+        check_keys(self, "corpus.facts.")
 
 
 def make_people(

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate import Fact
 
 
@@ -20,17 +19,6 @@ class Subject:
     @property
     def times(self) -> int:
         return self.facts[0].times
-
-
-def check_frequencies(frequencies: Any) -> None:
-    if (
-        not isinstance(frequencies, tuple)
-        or not frequencies
-        or not all(type(f) is int and f >= 1 for f in frequencies)
-    ):
-        raise UserError(
-            "`frequencies` is not a list of counts of 1 or more", frequencies, "use [2, 6, 24]"
-        )
 
 
 def fact_documents(
