@@ -5,6 +5,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -100,6 +101,8 @@ def run_until_signalled(folder: Path) -> None:
         return own(self, *arguments)
 
     MemoryTrainee.step = slowly  # type: ignore[method-assign]
+    # Tests that run in the background are started with Ctrl-C ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     training_run(folder, TO_THE_END)
 
 

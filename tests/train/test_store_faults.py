@@ -90,7 +90,7 @@ def test_a_second_signal_stops_at_once_and_handlers_are_as_they_were():
         signal.raise_signal(signal.SIGTERM)
         assert stopping.asked
         with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before
     with Stopping(alone=False):  # of several ranks
         assert signal.getsignal(signal.SIGTERM) is before
