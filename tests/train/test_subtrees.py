@@ -290,10 +290,11 @@ def test_all_arms_of_a_grouped_run_see_the_same_sequences(recipe, prepared, one,
     assert len(curves[0]) == len(curves[1]) == memories.num_steps
 
 
-def test_finished_runs_of_ungrouped_recipes_stay_valid_and_grouping_is_noticed(recipe):
-    memories = replace(recipe.memories, group_by_subtree=False)
-    plain = replace(recipe, memories=memories).sections(["memories", "dense"])
-    assert "group_by_subtree" not in plain["memories"]
-    assert "group_by_subtree" not in plain["dense"]
-    grouped = recipe.sections(["memories", "dense"])
-    assert grouped["memories"]["group_by_subtree"] is grouped["dense"]["group_by_subtree"] is True
+def test_the_dense_arm_is_of_the_grouping_too(recipe):
+    """Runs from before the key was known: test_recipe.py."""
+    for grouped in (False, True):
+        memories = replace(recipe.memories, group_by_subtree=grouped)
+        parts = replace(recipe, memories=memories).sections(["memories", "dense"])
+        assert (
+            parts["memories"]["group_by_subtree"] is parts["dense"]["group_by_subtree"] is grouped
+        )
