@@ -23,11 +23,13 @@ factor of 1.5.
 
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlx_hmem.anchors.architectures import anchor_layers
 from mlx_hmem.anchors.load import named_parameters, weight_files
+from mlx_hmem.bank import Quantization
 from mlx_hmem.bank.format import PAGE, Level, num_blocks, stored_levels
 from mlx_hmem.budget.resident import bytes_text, machine_bytes
 from mlx_hmem.config import MemoryConfig
@@ -92,12 +94,26 @@ def anchor_parameters(recipe: Recipe) -> int:
 def bank_bytes(recipe: Recipe) -> int:
     """Bytes of the exported bank's blocks, the generic memory with them, as they lie on disk."""
     config, export = recipe.memory_config, recipe.export
-    total = 0
-    for level in stored_levels(config):
-        quantization = None if export.quantization is None else export.quantization_of(level)
-        layout = Level.layout(config, level, export.dtype, quantization)
-        total += PAGE + num_blocks(config, level) * layout.block_stride
-    return total
+    counts = {level: num_blocks(config, level) for level in stored_levels(config)}
+    how = {} if export.quantization is None else {n: export.quantization_of(n) for n in counts}
+    return blocks_bytes(config, counts, export.dtype, how)
+
+
+def blocks_bytes(
+    config: MemoryConfig,
+    counts: dict[int, int],
+    dtype: str,
+    quantized: Mapping[int, Quantization | None],
+) -> int:
+    """Bytes of so many blocks of each level as they lie in a bank."""
+    strides = {n: Level.layout(config, n, dtype, quantized.get(n)).block_stride for n in counts}
+    return sum(PAGE + count * strides[level] for level, count in counts.items())
+
+
+def free_bytes(place: Path) -> int:
+    """Those of the disk that ``place`` lies on, or will."""
+    there = next(p for p in (place.absolute(), *place.absolute().parents) if p.is_dir())
+    return shutil.disk_usage(there).free
 
 
 def has_memory(stage: str) -> bool:
@@ -243,11 +259,10 @@ def _fitting(recipe: Recipe, stage: str, training: TrainerConfig, most: int) -> 
 
 def check_disk(recipe: Recipe, out: Path) -> tuple[int, int]:
     """(bytes the run takes, bytes that are free for it); too little is refused."""
-    place = next(p for p in (out.absolute(), *out.absolute().parents) if p.is_dir())
     there = 0
     for name in ("anchor", "memories", "generic", "dense", "model"):
         there += sum(f.stat().st_size for f in (out / name).rglob("*") if f.is_file())
-    needed, free = disk_bytes(recipe), shutil.disk_usage(place).free + there
+    needed, free = disk_bytes(recipe), free_bytes(out) + there
     if needed <= free:
         return needed, free
     r = recipe.memories.r
@@ -256,6 +271,6 @@ def check_disk(recipe: Recipe, out: Path) -> tuple[int, int]:
     smaller = f", or set memories.r to {list(r)}" if all(r) else ", or make the bank smaller"
     raise UserError(
         "the run does not fit on the disk",
-        f"it needs {bytes_text(needed)}, {bytes_text(free)} are free in {place}",
+        f"it needs {bytes_text(needed)}, {bytes_text(free)} are free for {out}",
         f"give an --out with as much{smaller}",
     )

@@ -23,7 +23,7 @@ from mlx_hmem.errors import ArgumentParser, UserError, nearest
 from mlx_hmem.model.find import find_model
 
 from .keys import NEEDED, check_keys, key, section_of
-from .sections import (
+from .sections import (  # noqa: F401  had from here
     WATCHED,
     AnchorSection,
     CorpusSection,
@@ -36,23 +36,6 @@ from .sections import (
     TreeSection,
     WindowsSection,
 )
-
-__all__ = [
-    "AnchorSection",
-    "CorpusSection",
-    "CotrainSection",
-    "DenseSection",
-    "ExportSection",
-    "MemoriesSection",
-    "Recipe",
-    "TokenizerSection",
-    "TrainerConfig",
-    "TreeSection",
-    "WindowsSection",
-    "add_recipe_arguments",
-    "load_recipe",
-    "read_yaml",
-]
 
 SHIPPED = Path(__file__).parents[1] / "recipes"
 SET_HELP = "sets a key of the recipe anew: section.key=value, the value in YAML; repeatable"

@@ -9,7 +9,6 @@ and a few wide new clusters would lose the text to narrow old ones: so many new 
 """
 
 import math
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import numpy as np
 
 from mlx_hmem.anchors.attach import memory_config
 from mlx_hmem.anchors.load import anchor_of_config, named_parameters, read_config
-from mlx_hmem.bank.format import PAGE, Level, stored_levels
+from mlx_hmem.bank.format import stored_levels
 from mlx_hmem.budget.resident import bytes_text, machine_bytes
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
@@ -26,7 +25,7 @@ from mlx_hmem.retriever import ClusterTree
 from mlx_hmem.retriever.kmeans import nearest
 
 from ..corpus.readers import CorpusFile
-from ..cost.costs import count_text, peak_memory
+from ..cost.costs import blocks_bytes, count_text, free_bytes, peak_memory
 from ..cost.plan import seconds_per_step, time_text
 from ..data.taken_tokenizer import TakenTokenizer, embedded
 from ..recipe.recipe import AnchorSection, MemoriesSection, Recipe, TreeSection, WindowsSection
@@ -163,15 +162,13 @@ def make_settings(base: Base, text: OwnText, tokenizer: TakenTokenizer, **given:
 
 def new_bytes(base: Base, memory: MemoryConfig, first: int) -> tuple[int, int]:
     """(bytes of the new blocks in the bank, bytes of a run's folder without its text)."""
-    bank, parameters, own = 0, 0, memory.branching[0] - first
-    for level in stored_levels(memory):
-        if level == 0:
-            continue
-        count = own * math.prod(memory.branching[1:level])
-        how = None if base.manifest is None else base.manifest.quantization_of(level)
-        dtype = "float16" if base.manifest is None else base.manifest.dtype
-        bank += PAGE + count * Level.layout(memory, level, dtype, how).block_stride
-        parameters += count * math.prod(memory.block_shape(level))
+    own = memory.branching[0] - first
+    levels = [level for level in stored_levels(memory) if level]
+    counts = {n: own * math.prod(memory.branching[1:n]) for n in levels}
+    how = {} if base.manifest is None else {n: base.manifest.quantization_of(n) for n in levels}
+    dtype = "float16" if base.manifest is None else base.manifest.dtype
+    bank = blocks_bytes(memory, counts, dtype, how)
+    parameters = sum(count * math.prod(memory.block_shape(n)) for n, count in counts.items())
     return bank, 4 * parameters + 24 * parameters // max(1, own)  # a store has weights and moments
 
 
@@ -198,7 +195,7 @@ def needed(base: Base, config: dict[str, Any], size: int) -> tuple[int, int]:
 def check_size(base: Base, size: int, places: list[Path]) -> None:
     """Raises UserError unless disk and memory hold what so many bytes of text need."""
     config = read_config(base.folder)
-    free = min(shutil.disk_usage(_there(place)).free for place in places)
+    free = min(map(free_bytes, places))
 
     def fits(some: int) -> bool:
         try:
@@ -217,10 +214,6 @@ def check_size(base: Base, size: int, places: list[Path]) -> None:
         f"{bytes_text(free)} of disk are free, memory {bytes_text(machine_bytes())}",
         f"give --max-bytes {most} or less, or a folder with less text",
     )
-
-
-def _there(place: Path) -> Path:
-    return next(p for p in (place.absolute(), *place.absolute().parents) if p.is_dir())
 
 
 def plan_lines(
