@@ -101,13 +101,9 @@ def test_blocks_of_mlx_and_strided_arrays_are_stored_alike(tmp_path: Path) -> No
 
     make(tmp_path / "plain", "bfloat16")
     write_bank(
-        tmp_path / "turned",
-        CONFIG,
-        [turned(1), None, turned(3)],
-        block_of(0, 0).astype(np.float64),
-        dtype="bfloat16",
-        **HASHES,
-    )
+        tmp_path / "turned", CONFIG, [turned(1), None, turned(3)],
+        block_of(0, 0).astype(np.float64), dtype="bfloat16", **HASHES,
+    )  # fmt: skip
     for path in (tmp_path / "plain").iterdir():
         assert path.read_bytes() == (tmp_path / "turned" / path.name).read_bytes()
 
@@ -130,14 +126,11 @@ def test_none_is_a_block_of_zeros_and_a_hole(tmp_path: Path) -> None:
 
 @any_input(25)
 @given(
-    hidden=st.integers(1, 40),
-    layers=st.integers(1, 3),
-    r=st.lists(st.integers(0, 9), min_size=1, max_size=3).filter(any),
-    branching=st.integers(2, 3),
-    dtype=st.sampled_from(list(STORED_TYPES)),
-    shard_bytes=st.integers(1, 10 * PAGE),
+    hidden=st.integers(1, 40), layers=st.integers(1, 3),
+    r=st.lists(st.integers(0, 9), min_size=1, max_size=3).filter(any), branching=st.integers(2, 3),
+    dtype=st.sampled_from(list(STORED_TYPES)), shard_bytes=st.integers(1, 10 * PAGE),
     data=st.data(),
-)
+)  # fmt: skip
 def test_any_shape_comes_back(
     tmp_path_factory: pytest.TempPathFactory,
     hidden: int,

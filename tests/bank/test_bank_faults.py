@@ -253,11 +253,9 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @any_input(300)
 @given(
-    name=st.sampled_from([*SHARDS, "bank.json"]),
-    at=st.integers(0, 400) | st.integers(0, 6 * PAGE),
-    insert=st.binary(max_size=4),
-    cut=st.integers(0, 4),
-)
+    name=st.sampled_from([*SHARDS, "bank.json"]), at=st.integers(0, 400) | st.integers(0, 6 * PAGE),
+    insert=st.binary(max_size=4), cut=st.integers(0, 4),
+)  # fmt: skip
 def test_any_damage_is_refused_or_does_not_matter(shared_folder, name, at, insert, cut):
     """Whatever happens to a few bytes of any file: the right blocks, or a UserError."""
     path = shared_folder / name

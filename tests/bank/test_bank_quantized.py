@@ -305,15 +305,9 @@ def test_a_model_runs_on_a_quantised_copy_of_its_bank(broken: Path) -> None:
     (generic,) = bank.generic().blocks
     (broken / "bank").rename(broken / "float bank")
     write_bank(
-        broken / "bank",
-        config,
-        levels,
-        generic,
-        dtype="float32",
-        quantization=how,
-        anchor_hash=bank.anchor_hash,
-        tree_hash=bank.tree_hash,
-    )
+        broken / "bank", config, levels, generic, dtype="float32", quantization=how,
+        anchor_hash=bank.anchor_hash, tree_hash=bank.tree_hash,
+    )  # fmt: skip
     after = load(broken)
     fetches = [model.fetch(text) for model in (before, after)]
     assert fetches[0].path == fetches[1].path

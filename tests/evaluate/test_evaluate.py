@@ -249,20 +249,13 @@ def test_an_anchor_that_learnt_some_facts_recalls_those_and_no_others(folder):
 @pytest.mark.parametrize(
     ("answer", "continuation", "right"),
     [
-        ("26", " 26.", True),
-        ("26", "about 26, then 27", True),
-        ("26", " 27, not 26", False),
-        ("26", " 260", False),
-        ("26", " 126", False),
-        ("26", "", False),
-        ("Oslo", " Oslo. The", True),
-        ("Oslo", "Oslo", True),
-        ("Oslo", " Oslob", False),
-        ("Oslo", " in Oslo", False),
-        ("Fe", " fe", False),
+        ("26", " 26.", True), ("26", "about 26, then 27", True), ("26", " 27, not 26", False),
+        ("26", " 260", False), ("26", " 126", False), ("26", "", False),
+        ("Oslo", " Oslo. The", True), ("Oslo", "Oslo", True), ("Oslo", " Oslob", False),
+        ("Oslo", " in Oslo", False), ("Fe", " fe", False),
         ("Dale R. Corson", " Dale R. Corson.", True),
     ],
-)
+)  # fmt: skip
 def test_what_counts_as_a_right_answer(answer, continuation, right):
     assert is_right(Fact("The answer is", answer, (), 1, "k", "t"), continuation) is right
 

@@ -66,12 +66,10 @@ def test_commands_from_a_pipe(piped):
     path, other = model.retriever.route(PROMPTS[0]), model.retriever.route("The band")
     found = err.replace(HELP, "HELP").splitlines()
     assert found[:5] == [
-        "no answer yet",
-        "memory: fetched, no answer yet",
+        "no answer yet", "memory: fetched, no answer yet",
         f"memory: fetched {path} (level 1 disk, level 2 disk)",
-        f"memory: fetched {path} (level 1 attached, level 2 attached)",
-        str(other),
-    ]
+        f"memory: fetched {path} (level 1 attached, level 2 attached)", str(other),
+    ]  # fmt: skip
     stats = found[5:10]
     assert re.fullmatch(
         r"latest answer: route [\d.]+ ms, fetch [\d.]+ ms, first token \d+ ms, \d+ tokens/s",
@@ -86,19 +84,12 @@ def test_commands_from_a_pipe(piped):
     ]
     assert re.fullmatch(r"resident memory: \d+ MB at most", stats[4])
     assert found[10:] == [
-        "memory: fetched",
-        "memory: none",
-        "memory: none",
-        "error: unknown memory mode: 'all'; use one of fetched, generic, none",
-        "memory: generic",
-        "history: off",
-        "history: on",
-        "error: no such state of the history: maybe; use on or off",
-        "error: no such command: /nonsense; /help names them",
-        "all is forgotten",
-        "memory: generic, no answer yet",
-        "HELP",
-    ]
+        "memory: fetched", "memory: none", "memory: none",
+        "error: unknown memory mode: 'all'; use one of fetched, generic, none", "memory: generic",
+        "history: off", "history: on", "error: no such state of the history: maybe; use on or off",
+        "error: no such command: /nonsense; /help names them", "all is forgotten",
+        "memory: generic, no answer yet", "HELP",
+    ]  # fmt: skip
 
 
 def test_q_ends_it_as_in_mlx_lms_chat(piped):

@@ -33,14 +33,11 @@ def cuts(text: str):
 @pytest.mark.parametrize(
     ("text", "stops", "wanted"),
     [
-        ("aabaab", ["ab"], "a"),
-        ("aabaabac", ["aabac"], "aab"),
-        ("one\n\nQ:", ["\nQ", "Q"], "one\n"),
-        ("ababab", ["abc"], "ababab"),
-        ("abab", ["b", "a"], ""),
-        ("abab", [], "abab"),
+        ("aabaab", ["ab"], "a"), ("aabaabac", ["aabac"], "aab"),
+        ("one\n\nQ:", ["\nQ", "Q"], "one\n"), ("ababab", ["abc"], "ababab"),
+        ("abab", ["b", "a"], ""), ("abab", [], "abab"),
     ],
-)
+)  # fmt: skip
 def test_a_stop_text_is_found_however_the_stream_is_cut_and_nothing_else_is_lost(
     text, stops, wanted
 ):

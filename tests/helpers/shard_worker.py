@@ -31,15 +31,9 @@ def square(path: Path, task: tuple[int, float], advance: Advance) -> None:
 def squares(folder: Path, numbers: list[int], seconds: float, **options: Any) -> list[int]:
     shards = [Shard((number, seconds), 1) for number in numbers]
     files = make_shards(
-        folder / "shards",
-        Ranks.meet(folder),
-        square,
-        shards,
-        numbers,
-        desc="squares",
-        unit="",
+        folder / "shards", Ranks.meet(folder), square, shards, numbers, desc="squares", unit="",
         **options,
-    )
+    )  # fmt: skip
     return [int(file.read_text()) for file in files]
 
 

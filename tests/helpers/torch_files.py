@@ -102,11 +102,9 @@ def parts(value: Any, storages: dict[str, bytes] | None = None) -> list[Part]:
     storages = {"0": bytes(range(24))} if storages is None else storages
     data = value if isinstance(value, bytes) else pickled(value)
     return [
-        Part("a/data.pkl", data),
-        Part("a/byteorder", b"little"),
-        *(Part(f"a/data/{key}", raw) for key, raw in storages.items()),
-        Part("a/version", b"3\n"),
-    ]
+        Part("a/data.pkl", data), Part("a/byteorder", b"little"),
+        *(Part(f"a/data/{key}", raw) for key, raw in storages.items()), Part("a/version", b"3\n"),
+    ]  # fmt: skip
 
 
 def write(path: Path, value: Any, storages: dict[str, bytes] | None = None) -> Path:

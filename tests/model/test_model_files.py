@@ -16,11 +16,9 @@ from tests.conftest import edit_json
 from tests.model.test_model_directory import refused
 
 TENSOR_FILES = [
-    "model.safetensors",
-    "retriever/tree.safetensors",
-    "bank/level-1.00000.safetensors",
+    "model.safetensors", "retriever/tree.safetensors", "bank/level-1.00000.safetensors",
     "bank/generic.safetensors",
-]
+]  # fmt: skip
 
 
 def rewrite_header(path: Path, change) -> None:

@@ -74,10 +74,8 @@ def test_balance_keeps_the_largest_cluster_small_and_ruins_no_centroid(seed):
         return largest, inertia(vectors, means)
 
     (largest, ours), (free, plain), (_, always) = (
-        fit(),
-        fit(balanced_steps=0),
-        fit(balanced_steps=20),
-    )
+        fit(), fit(balanced_steps=0), fit(balanced_steps=20),
+    )  # fmt: skip
     assert largest < 0.13 < free
     # The last five steps, plain, mend what moved examples did to the centroids.
     assert ours < 0.9 * always

@@ -24,20 +24,13 @@ def write(path: Path, documents: list[dict[str, str]]) -> None:
 
 def test_broken_lines_are_named_counted_and_passed_over(tmp_path):
     lines = [
-        json.dumps(document(1)).encode(),
-        b'{"id": "2", "text": ',
-        b'{"id": "3", "title": "no text"}',
-        b'{"title": "no id", "text": "A text."}',
-        b'{"id": "4", "text": 5}',
-        b'{"id": "5", "text": "\xff\xfe"}',
-        rb'{"id": "6", "text": "half a pair \ud800"}',
-        b"[1, 2]",
-        b"[" * 100_000,
-        b'{"id": "7", "text": " ( ; ) "}',
-        b"",
-        json.dumps(document(1)).encode(),
+        json.dumps(document(1)).encode(), b'{"id": "2", "text": ',
+        b'{"id": "3", "title": "no text"}', b'{"title": "no id", "text": "A text."}',
+        b'{"id": "4", "text": 5}', b'{"id": "5", "text": "\xff\xfe"}',
+        rb'{"id": "6", "text": "half a pair \ud800"}', b"[1, 2]", b"[" * 100_000,
+        b'{"id": "7", "text": " ( ; ) "}', b"", json.dumps(document(1)).encode(),
         json.dumps(document(8)).encode(),
-    ]
+    ]  # fmt: skip
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     faults = Faults()
     kept, _ = sample_documents(corpus_files(tmp_path), CorpusSection(held_out=0), faults)

@@ -104,20 +104,14 @@ def test_the_word_lists_hold_no_word_twice():
 def test_facts_of_elements_are_stated_plainly_and_null_values_are_left_out(table):
     documents, facts = make_facts({"kind": "elements", "frequencies": [1, 3]}, 0, table)
     assert {fact.statement for fact in facts} == {
-        "The atomic number of iron is 26.",
-        "The chemical symbol of iron is Fe.",
-        "The melting point of iron in kelvin is 1811.",
-        "The atomic number of neon is 10.",
-        "The chemical symbol of neon is Ne.",
-        "The melting point of neon in kelvin is 25.",
-        "The boiling point of neon in kelvin is 27.",
-        "The discoverer of neon is Morris Travers.",
-        "The atomic number of boron is 5.",
-        "The chemical symbol of boron is B.",
-        "The atomic number of niobium is 41.",
-        "The chemical symbol of niobium is Nb.",
+        "The atomic number of iron is 26.", "The chemical symbol of iron is Fe.",
+        "The melting point of iron in kelvin is 1811.", "The atomic number of neon is 10.",
+        "The chemical symbol of neon is Ne.", "The melting point of neon in kelvin is 25.",
+        "The boiling point of neon in kelvin is 27.", "The discoverer of neon is Morris Travers.",
+        "The atomic number of boron is 5.", "The chemical symbol of boron is B.",
+        "The atomic number of niobium is 41.", "The chemical symbol of niobium is Nb.",
         "The discoverer of niobium is C. Hatchett.",
-    }
+    }  # fmt: skip
     documents = list(documents)
     assert stated(documents, facts) == [fact.times for fact in facts]
     # A document is one statement: more would route it away from the bare prompts.

@@ -33,12 +33,9 @@ def test_a_stopped_run_that_goes_on_equals_an_uninterrupted_one(kind, whole, tmp
     for steps, done in ((3, None), (6, 4), (5, 8)):
         with runs.trainee_of(kind, tmp_path) as trainee, pytest.raises(KeyboardInterrupt):
             train(
-                runs.Ended(trainee, steps, runs.interrupt),
-                runs.order(),
-                runs.CONFIG,
-                tmp_path,
+                runs.Ended(trainee, steps, runs.interrupt), runs.order(), runs.CONFIG, tmp_path,
                 kind,
-            )
+            )  # fmt: skip
         assert (tmp_path / "loss.jsonl").exists() == (done is not None)
         assert done is None or runs.saved(tmp_path, kind).step == done
     assert runs.run(kind, tmp_path).step == runs.CONFIG.num_steps(runs.ROWS) == 13
@@ -110,12 +107,9 @@ def test_what_another_run_saved_is_refused(kind, changed, seed, rows, named, who
     wanted = rf"belongs to another run: {named}; use another --out or delete"
     with runs.trainee_of(kind, tmp_path) as trainee, pytest.raises(UserError, match=wanted):
         train(
-            runs.Ended(trainee, 0, runs.interrupt),
-            ShuffledOrder(rows, config, seed),
-            config,
-            tmp_path,
-            kind,
-        )
+            runs.Ended(trainee, 0, runs.interrupt), ShuffledOrder(rows, config, seed), config,
+            tmp_path, kind,
+        )  # fmt: skip
     runs.assert_equal_runs(tmp_path, whole[kind])
 
 

@@ -169,11 +169,9 @@ def test_anchor_and_memories_trained_together_from_nothing(made, tmp_path):
     cotrain = recipes.CotrainSection(learning_rate_scale=0.5, generic_probability=0.5)
     recipe = recipe_of(made)
     recipe = replace(
-        recipe,
-        anchor=replace(recipe.anchor, training=None),
-        memories=replace(recipe.memories, cotrain=cotrain),
-        dense=None,
-    )
+        recipe, anchor=replace(recipe.anchor, training=None),
+        memories=replace(recipe.memories, cotrain=cotrain), dense=None,
+    )  # fmt: skip
     run_stages(recipe, tmp_path, [name for name in STAGES if name != "report"])
     with trained_blocks(recipe, tmp_path) as store:
         assert store.num_touched == 2 + 4 + 2  # with the generic memory on both levels

@@ -36,14 +36,11 @@ TINY = recipes.Recipe(
     windows=recipes.WindowsSection(context=64),
     tree=recipes.TreeSection(branching=(3, 2)),
     anchor=recipes.AnchorSection(
-        hidden_size=64,
-        num_hidden_layers=2,
-        head_dim=32,
-        intermediate_size=128,
+        hidden_size=64, num_hidden_layers=2, head_dim=32, intermediate_size=128,
         training=recipes.TrainerConfig(batch_size=4, epochs=2),
     ),
     memories=recipes.MemoriesSection(r=(8, 4), training=recipes.TrainerConfig(batch_size=4)),
-)
+)  # fmt: skip
 WIDE = replace(
     TINY,
     windows=recipes.WindowsSection(context=96),

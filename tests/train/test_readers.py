@@ -119,11 +119,9 @@ def test_parquet_without_the_columns_with_gaps_and_damaged_is_named(tmp_path):
     found = list(read_documents(corpus_files(tmp_path), faults))
     assert found == [("2", "", "Good.")]
     assert faults.named[:4] == [
-        "a.parquet:1: no column `text`",
-        "b.parquet:2: no `text`",
-        "b.parquet:3: no `id`",
+        "a.parquet:1: no column `text`", "b.parquet:2: no `text`", "b.parquet:3: no `id`",
         "c.parquet:1: `text` is not a text",
-    ]
+    ]  # fmt: skip
     assert [named.split(" (")[0] for named in faults.named[4:]] == [
         "d.parquet:1: broken parquet",
         "e.parquet:1: broken parquet",

@@ -151,12 +151,10 @@ def test_every_measure_of_every_arm_has_its_row(made):
     _, out, _ = made
     rows = json.loads((out / "results.json").read_text())["rows"]
     assert [(r["arm"], r["measure"]) for r in rows] == [
-        ("base", "none"),
-        *(("fetched", m) for m in ("fetched", "oracle", "first_sentence")),
-        *(("cotrained", m) for m in ("fetched", "generic", "none")),
-        ("mixed", "dense"),
+        ("base", "none"), *(("fetched", m) for m in ("fetched", "oracle", "first_sentence")),
+        *(("cotrained", m) for m in ("fetched", "generic", "none")), ("mixed", "dense"),
         ("mixed", "generic"),
-    ]
+    ]  # fmt: skip
     by_name = {(r["arm"], r["measure"]): r for r in rows}
     # Trained arms are better than the anchor they began from; their parameters are what they use.
     anchor = by_name["base", "none"]["perplexity"]["by_seed"][0]

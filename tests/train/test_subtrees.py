@@ -31,14 +31,12 @@ from train.store.blocks import BlockStore
 from train.store.records import RecordStore
 
 CHANGES = [
-    "windows.context=32",
-    "tree.branching=[3, 2, 2]",
-    "anchor.training={epochs: 0.1, warmup_steps: 1}",
-    "memories.r=[4, 0, 2]",
+    "windows.context=32", "tree.branching=[3, 2, 2]",
+    "anchor.training={epochs: 0.1, warmup_steps: 1}", "memories.r=[4, 0, 2]",
     "memories.group_by_subtree=true",
     "memories.training={epochs: 0.5, learning_rate: 8e-3, warmup_steps: 3, save_every: 4}",
     "dense.training={epochs: 0.1}",
-]
+]  # fmt: skip
 
 
 def rows_of(order: Order) -> list[list[int]]:

@@ -26,14 +26,11 @@ from train.stages import is_done, mark_done, stages_of
 STAGES = ("anchor", "memories", "generic", "dense")
 # The 160M shape with a bank of 4.6 billion parameters.
 LARGE = Recipe(
-    name="large",
-    tokenizer=TokenizerSection(vocab_size=50_432),
-    windows=WindowsSection(context=512),
-    tree=TreeSection(branching=(16, 16, 16, 16)),
+    name="large", tokenizer=TokenizerSection(vocab_size=50_432),
+    windows=WindowsSection(context=512), tree=TreeSection(branching=(16, 16, 16, 16)),
     anchor=AnchorSection(512, 35, 12, 32, 2048, training=TrainerConfig(batch_size=1)),
-    memories=MemoriesSection(r=(256, 64, 16, 0), training=TrainerConfig(batch_size=4)),
-    dense=None,
-)
+    memories=MemoriesSection(r=(256, 64, 16, 0), training=TrainerConfig(batch_size=4)), dense=None,
+)  # fmt: skip
 
 
 def memories_of(recipe: Recipe, budget: int, folder) -> TrainerConfig:

@@ -114,10 +114,8 @@ def test_a_prompt_is_a_sentence_or_the_beginning_of_one():
     text = "The lamp is red. No. It hangs over the old door!\nNobody lights it now, they say."
     drawn = {prompt_of(text, random) for _ in range(300)}
     sentences = (
-        "The lamp is red.",
-        "It hangs over the old door!",
-        "Nobody lights it now, they say.",
-    )
+        "The lamp is red.", "It hangs over the old door!", "Nobody lights it now, they say.",
+    )  # fmt: skip
     assert set(sentences) <= drawn
     assert all(any(s.startswith(d) for s in sentences) and len(d.split()) >= 4 for d in drawn)
     assert "It hangs over the" in drawn
