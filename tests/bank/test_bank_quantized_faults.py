@@ -17,15 +17,7 @@ from mlx_hmem.bank.format import PAGE, block_shape
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
 from tests.bank import test_bank_faults as plain
-from tests.bank.test_bank_quantized import (
-    CONFIG,
-    HASHES,
-    KINDS,
-    all_levels,
-    block_of,
-    make,
-    rounded,
-)
+from tests.bank.test_bank_quantized import CONFIG, KINDS, all_levels, block_of, make, rounded
 from tests.helpers.faults import any_input, flip
 from tests.helpers.programs import refused
 
@@ -187,7 +179,9 @@ def test_writer_refuses_what_it_cannot_quantise(tmp_path: Path) -> None:
         config: MemoryConfig = CONFIG,
         dtype: str = "float16",
     ) -> None:
-        write_bank(tmp_path, config, [first, two], None, dtype=dtype, quantization=how, **HASHES)
+        write_bank(
+            tmp_path, config, [first, two], None, dtype=dtype, quantization=how, **plain.HASHES
+        )
 
     q, lora = Quantization, dataclasses.replace(KINDS["lora_vo"], r=(1, 1), branching=(2, 2))
     odd = MemoryConfig(hidden_size=16, num_hidden_layers=1, r=(1, 1), branching=(2, 2))

@@ -56,12 +56,6 @@ def training_run(folder: Path, training: TrainerConfig = RUN) -> None:
         train(trainee, ShuffledOrder(len(tokens), training, SEED), training, folder, "memory")
 
 
-def blocks_of(store: BlockStore) -> dict[int, list[np.ndarray]]:
-    """Weights, moments and steps of all blocks, by level."""
-    counts = enumerate(MEMORY.num_clusters, 1)
-    return {n: [np.array(a) for a in store.gather(n, np.arange(c), c)] for n, c in counts}
-
-
 def fill(store: BlockStore, level: int, clusters: list[int], value: float) -> None:
     parts = [mx.full(a.shape, value, a.dtype) for a in store.gather(level, np.array(clusters), 3)]
     store.scatter(level, np.array(clusters), parts)

@@ -7,16 +7,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_hmem.evaluate.scoring import Candidate
+from mlx_hmem.evaluate.tasks import task as kinds
 from mlx_hmem.evaluate.tasks.benchmark import score_task
-from mlx_hmem.evaluate.tasks.task import (
-    CHOICE,
-    GENERATION,
-    LANGUAGE,
-    SCHEMA,
-    Task,
-    TaskData,
-    read_examples,
-)
 from mlx_hmem.model.model import MemoryModel
 
 
@@ -25,9 +17,9 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def data_of(task: Task, folder: Path, rows: list[dict]) -> TaskData:
+def data_of(task: kinds.Task, folder: Path, rows: list[dict]) -> kinds.TaskData:
     path = write_rows(folder / f"{task.label}.jsonl", rows)
-    return TaskData(task, path, read_examples(task, path))
+    return kinds.TaskData(task, path, kinds.read_examples(task, path))
 
 
 def run_task(model, data, folder, memory="none", **options):
@@ -104,10 +96,10 @@ def write_tasks(tmp_path: Path, texts: list[str]) -> Path:
     write_rows(tmp_path / "generation.jsonl",
                [{"context": a, "answer": b[:8], "aliases": [c]} for a, b, c in halves])  # fmt: skip
     tasks = [
-        Task("choice", CHOICE, 1, group="specific"),
-        Task("language", LANGUAGE, 1, has_categories=True),
-        Task("schema", SCHEMA, 0, group="common"),
-        Task("generation", GENERATION, 0, ("generation",), "specific"),
+        kinds.Task("choice", kinds.CHOICE, 1, group="specific"),
+        kinds.Task("language", kinds.LANGUAGE, 1, has_categories=True),
+        kinds.Task("schema", kinds.SCHEMA, 0, group="common"),
+        kinds.Task("generation", kinds.GENERATION, 0, ("generation",), "specific"),
     ]
     rows = [{k: v for k, v in vars(t).items() if v != ""} for t in tasks]
     (tmp_path / "tasks.json").write_text(json.dumps(rows))

@@ -10,17 +10,8 @@ import pytest
 
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.memory import initial_block
-from tests.helpers.store_worker import (
-    EOT,
-    MEMORY,
-    PROGRESS,
-    RUN,
-    SEED,
-    make_model,
-    sequences,
-    small_store,
-    start,
-)
+from tests.helpers.loop_runs import EOT, SEED, make_model
+from tests.helpers.store_worker import MEMORY, PROGRESS, RUN, sequences, small_store, start
 from tests.helpers.stores import Dense, assert_same, store_state
 from train.data.order import ShuffledOrder
 from train.loop.loop import train

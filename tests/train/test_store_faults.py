@@ -13,15 +13,7 @@ import pytest
 
 from mlx_hmem.errors import UserError
 from tests.helpers.programs import refused
-from tests.helpers.store_worker import (
-    PROGRESS,
-    TO_THE_END,
-    blocks_of,
-    fill,
-    small_store,
-    start,
-    training_run,
-)
+from tests.helpers.store_worker import PROGRESS, TO_THE_END, fill, small_store, start, training_run
 from tests.helpers.stores import assert_same, store_state
 from train.loop.log import read_log
 from train.loop.stopping import Stopping
@@ -113,9 +105,9 @@ def test_what_was_not_committed_is_gone_and_what_was_is_whole(tmp_path):
         for name, array in store.arrays().items():
             assert array.dtype == arrays[name].dtype
             assert np.array_equal(array, arrays[name])
-        weights, _, _, steps = blocks_of(store)[2]
-        assert np.all(weights[:3] == 1)
-        assert steps[:5].tolist() == [1, 1, 1, 0, 0]
+        state = store_state(store)
+        assert np.all(state["2.weights"][:3] == 1)
+        assert state["2.steps"][:5].tolist() == [1, 1, 1, 0, 0]
         fill(store, 2, [1, 2, 3], 3.0)
         store.commit(replace(PROGRESS, step=3))
     with small_store(tmp_path, readonly=True) as store:
@@ -150,7 +142,7 @@ def test_a_full_store_is_one_line_and_the_last_commit_is_intact(how, tmp_path):
         refused(r"store .* is full: map size .*commit is intact", overfill, store, how)
     with small_store(tmp_path) as store:
         assert store.progress() == PROGRESS
-        assert np.all(blocks_of(store)[2][0][:3] == 1)
+        assert np.all(store_state(store)["2.weights"][:3] == 1)
 
 
 def test_a_file_that_may_not_grow_is_one_line_and_the_last_commit_is_intact(tmp_path):
@@ -164,7 +156,7 @@ def test_a_file_that_may_not_grow_is_one_line_and_the_last_commit_is_intact(tmp_
     assert process.returncode == 2
     with small_store(tmp_path / "store") as store:
         assert store.progress() == PROGRESS
-        assert np.all(blocks_of(store)[2][0][:3] == 1)
+        assert np.all(store_state(store)["2.weights"][:3] == 1)
 
 
 def test_a_run_that_cannot_fit_on_the_disk_does_not_begin(tmp_path):

@@ -13,14 +13,8 @@ from tests.train.test_plan import COTRAINED, TINY, WIDE
 from train.cost.budget import fit
 from train.cost.costs import peak_memory
 from train.cost.plan import trainee_of
-from train.recipe.recipe import (
-    AnchorSection,
-    MemoriesSection,
-    Recipe,
-    TrainerConfig,
-    WindowsSection,
-)
-from train.recipe.sections import TokenizerSection, TreeSection
+from train.recipe.recipe import AnchorSection, MemoriesSection, Recipe, TrainerConfig
+from train.recipe.sections import TokenizerSection, TreeSection, WindowsSection
 from train.stages import is_done, mark_done, stages_of
 
 STAGES = ("anchor", "memories", "generic", "dense")
