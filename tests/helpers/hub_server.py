@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import unquote, urlsplit
 
+from tests.helpers.places import bytes_of
+
 TOKEN = "hf_of_the_tests"
 LFS = (".safetensors", ".model")  # the real Hub decides by .gitattributes
 
@@ -57,7 +59,8 @@ class Hub:
         self.hold: dict[str, threading.Event] = {}  # files that wait for an event
         self.lock = threading.Lock()
         self.connections: list[socket.socket] = []
-        handler = type("Handler", (_Handler,), {"hub": self})
+        verbs = {f"do_{verb}": _Handler.handle_one for verb in ("HEAD", "GET", "POST", "PUT")}
+        handler = type("Handler", (_Handler,), {"hub": self, **verbs})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -78,12 +81,7 @@ class Hub:
 
     def add(self, name: str, folder: Path) -> str:
         """Makes the files of ``folder`` the newest commit of a repository."""
-        files = {
-            path.relative_to(folder).as_posix(): path.read_bytes()
-            for path in folder.rglob("*")
-            if path.is_file()
-        }
-        return self.repos.setdefault(name, Repo()).commit(files)
+        return self.repos.setdefault(name, Repo()).commit(bytes_of(folder))
 
     def downloads(self) -> list[str]:
         """Files that were sent, one entry for each GET, and the requests forgotten."""
@@ -113,19 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
 
-    def do_HEAD(self) -> None:
-        self._handle()
-
-    def do_GET(self) -> None:
-        self._handle()
-
-    def do_POST(self) -> None:
-        self._handle()
-
-    def do_PUT(self) -> None:
-        self._handle()
-
-    def _handle(self) -> None:
+    def handle_one(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.body = self._read_body()
         self.request_record = Request(self.command, path, self.headers.get("Range"))
