@@ -2,11 +2,12 @@
 
 import importlib
 import re
+import sys
 from importlib import metadata
 
 import pytest
 
-from mlx_hmem.__main__ import PROGRAMS
+from mlx_hmem.__main__ import PROGRAMS, main
 from mlx_hmem.errors import ArgumentParser, verb_of
 from tests.helpers.programs import assert_refused, process, refused, run
 
@@ -23,10 +24,9 @@ from tests.helpers.programs import assert_refused, process, refused, run
         (["generate", "-p", "a", "--tmp", "1"], "did you mean --temp? see mlx_hmem.generate"),
     ],
 )
-def test_a_word_with_a_slip_names_the_nearest(words, remedy):
-    said = process("-m", "mlx_hmem", *words)
-    assert_refused(said)
-    assert remedy in said.err
+def test_a_word_with_a_slip_names_the_nearest(words, remedy, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["mlx_hmem", *words])
+    assert_refused(run(lambda _: main()), remedy)
 
 
 def test_what_is_there_is_no_slip(tmp_path, monkeypatch):
