@@ -154,7 +154,7 @@ def parser() -> ArgumentParser:
         about = f"{text[0].upper()}{text[1:]}."
         made: ArgumentParser = commands.add_parser(name, help=text, description=about)
         made.set_defaults(run=run)
-        made.add_argument("model", metavar="DIR", help="a model directory, or a Hub id user/name")
+        made.add_argument("model", metavar="DIR", help="a model directory, a Hub id, or demo")
         return made
 
     inspect = command("inspect", inspect_command, "which documents and words lie in which cluster")

@@ -8,7 +8,7 @@ from typing import Any
 from mlx_hmem.bank.views import barred_path
 from mlx_hmem.budget.resident import parse_bytes
 from mlx_hmem.errors import UserError
-from mlx_hmem.model.load import DEMO, load
+from mlx_hmem.model.load import load
 from mlx_hmem.model.model import MemoryModel
 
 
@@ -18,7 +18,9 @@ def say(line: str) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", "-m", help="folder or Hub id (default: the bundled demo model)")
+    parser.add_argument(
+        "--model", "-m", default="demo", help="folder or Hub id (default: demo, the bundled model)"
+    )
     parser.add_argument(
         "--system-prompt",
         metavar="TEXT",
@@ -120,7 +122,7 @@ def level_folder(text: str) -> tuple[int, Path]:
 
 def open_model(args: argparse.Namespace) -> MemoryModel:
     model = load(
-        DEMO if args.model is None else args.model,
+        args.model,
         memory_budget=None if args.memory_budget is None else parse_bytes(args.memory_budget),
         context=args.context,
         lazy=args.lazy,

@@ -18,20 +18,24 @@ MODEL_FILES = (
 )  # fmt: skip
 BANK_FOLDER = "bank"
 BANK_FILES = (f"{BANK_FOLDER}/*.safetensors", f"banks/*/{BANK_FOLDER}/*.safetensors")
+DEMO = Path(__file__).parents[1] / "demo"
 BESIDE = "banks"  # the folder of those that were added, each in one of its name
 
 
 def find_model(path_or_repo: str | Path, only: Sequence[str] | None = None) -> Path:
     """The folder of a model: itself, or what the Hugging Face Hub has under ``user/name``.
 
+    ``demo`` is the model that the package brings, unless there is a folder of that name.
     ``only`` names the files that are wanted from the Hub, with * and ?; None wants all of them.
     """
     folder = Path(os.path.expanduser(path_or_repo))  # Path's own fails for an unknown ~user
     if folder.is_dir():
         return folder
     name = str(path_or_repo)
+    if name == "demo":
+        return DEMO
     if folder.exists() or not is_repo_name(name):
-        raise UserError("no such model directory", name, "give a folder or a Hub id user/name")
+        raise UserError("no such model directory", name, "give a folder, user/name or demo")
     from huggingface_hub import snapshot_download
 
     try:
@@ -48,7 +52,7 @@ def find_model(path_or_repo: str | Path, only: Sequence[str] | None = None) -> P
 def shards_from_hub(path_or_repo: str | Path, folder: Path) -> Callable[..., None] | None:
     """What fetches files of a model that lies in ``folder``, given the folder of one of its banks
     and their names there; None for what is no repository, which has no more to come."""
-    if Path(os.path.expanduser(path_or_repo)).is_dir():
+    if Path(os.path.expanduser(path_or_repo)).is_dir() or not is_repo_name(str(path_or_repo)):
         return None
     repo, revision = str(path_or_repo), folder.name  # the cache has a folder for each commit
 

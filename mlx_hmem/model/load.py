@@ -24,6 +24,7 @@ from mlx_hmem.model.find import (
     BANK_FILES,
     BANK_FOLDER,
     BESIDE,
+    DEMO,
     MODEL_FILES,
     find_model,
     shards_from_hub,
@@ -31,8 +32,6 @@ from mlx_hmem.model.find import (
 from mlx_hmem.model.model import MemoryModel
 from mlx_hmem.retriever import ClusterTree, Encoder, Retriever, load_encoder
 from mlx_hmem.retriever.encoder import STATIC_FOLDER, find_minilm
-
-DEMO = Path(__file__).parents[1] / "demo"
 
 
 def load(

@@ -15,6 +15,7 @@ from mlx_hmem.config import HmemConfig, MemoryConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import fingerprint
 from mlx_hmem.memory import KINDS
+from mlx_hmem.model.find import DEMO, find_model
 from mlx_hmem.retriever import ClusterTree, load_encoder
 from mlx_hmem.retriever.encoder import STATIC_FOLDER
 from tests.conftest import MEMORY, edit_json, save_anchor, save_bank
@@ -101,6 +102,13 @@ def test_a_missing_tokenizer_is_named(broken):
     for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
         (broken / name).unlink()
     refused(broken, "no tokenizer", str(broken))
+
+
+def test_the_demo_has_a_name_that_a_folder_may_take(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_model("demo") == DEMO
+    (tmp_path / "demo").mkdir()
+    assert find_model("demo") == Path("demo")
 
 
 def test_an_anchor_without_memory_speaks_alone_and_says_so(broken, model, texts):

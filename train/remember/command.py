@@ -162,7 +162,7 @@ def main(words: Sequence[str]) -> None:
         "goes on with the same command.",
     )
     parser.add_argument("folder", type=Path, help="your documents; hidden files are passed over")
-    parser.add_argument("--model", required=True, help="a model directory, or a Hub id user/name")
+    parser.add_argument("--model", required=True, help="a model directory, a Hub id, or demo")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="NEW_DIR", help="the model directory to make"
     )
