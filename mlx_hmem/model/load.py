@@ -70,7 +70,7 @@ def load(
     obtain = shards_from_hub(path_or_repo, folder) if lazy else None
     if not (folder / "config.json").exists():
         raise UserError("not a model directory: no config.json", folder, "name one, or restore it")
-    hmem = read_hmem(folder)
+    hmem = read_hmem(folder, (BANK_FOLDER, "retriever"))
     if hmem is None:
         if view is not None:
             raise UserError("a model without memory has no views", view, "leave it out")
@@ -101,10 +101,11 @@ def load(
     return limits.keep(model, plan).under(view)
 
 
-def read_hmem(folder: Path) -> HmemConfig | None:
-    """``hmem.json``, once the anchor beside it is found to be its own; None without memory."""
+def read_hmem(folder: Path, parts: Sequence[str] = (BANK_FOLDER,)) -> HmemConfig | None:
+    """``hmem.json``, once the anchor beside it is found to be its own; None without memory, of
+    which then none of the ``parts`` may lie there."""
     if not (folder / "hmem.json").exists():
-        if (folder / BANK_FOLDER).exists() or (folder / "retriever").exists():
+        if any((folder / part).exists() for part in parts):
             raise UserError("hmem.json is missing", folder, "restore it or make the model again")
         return None
     hmem = HmemConfig.from_file(folder / "hmem.json")
