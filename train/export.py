@@ -4,17 +4,16 @@ The anchor's parts are copied as they are, the trained blocks become a bank, and
 them together by their fingerprints.
 """
 
-import contextlib
-import itertools
 import json
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from mlx_hmem.anchors.load import anchor_hash, read_config
-from mlx_hmem.bank import stored_levels, write_bank
-from mlx_hmem.bank.writer import Block
+from mlx_hmem.bank.format import GENERIC, Manifest, stored_levels
+from mlx_hmem.bank.writer import Given, rewrite_bank
 from mlx_hmem.config import FORMAT_VERSION, HmemConfig, RetrieverConfig
 from mlx_hmem.files import fingerprint, write_atomic
 from mlx_hmem.folders import whole_folder
@@ -57,28 +56,24 @@ def _add_memory(recipe: Recipe, folder: Path, part: Path, trained: Collection[st
         ),
         anchor_hash=anchor_hash(part),
     )
-    quantization = None
-    if recipe.export.quantization is not None:
-        stored = stored_levels(recipe.memory_config)
-        quantization = [recipe.export.quantization_of(level) for level in stored]
+    stored = stored_levels(recipe.memory_config)
+    quantized = recipe.export.quantization is not None
+    planned = Manifest.planned(
+        recipe.memory_config,
+        recipe.export.dtype,
+        tuple(map(recipe.export.quantization_of, stored)) if quantized else None,
+        hmem.anchor_hash,
+        hmem.retriever.tree_hash,
+    )
     generic = trained_generic(recipe, folder) if "generic" in trained else None
-    with contextlib.ExitStack() as stack:
-        levels: list[Iterable[Block]]
-        if "memories" in trained:
-            blocks = stack.enter_context(trained_blocks(recipe, folder))
-            levels = [blocks.weights(level) for level in range(1, blocks.config.num_levels + 1)]
-        else:
-            levels = [itertools.repeat(None, n) for n in recipe.memory_config.num_clusters]
-        write_bank(
-            part / "bank",
-            recipe.memory_config,
-            levels,
-            generic,
-            dtype=recipe.export.dtype,
-            quantization=quantization,
-            anchor_hash=hmem.anchor_hash,
-            tree_hash=hmem.retriever.tree_hash,
-        )
+    with trained_blocks(recipe, folder) if "memories" in trained else nullcontext() as blocks:
+
+        def block(level: int, cluster: int) -> Given:
+            if level == GENERIC:
+                return generic
+            return None if blocks is None else blocks.block(level, cluster)
+
+        rewrite_bank(part / "bank", planned, block)
     write_atomic(part / "hmem.json", hmem.to_json())
 
 

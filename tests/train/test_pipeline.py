@@ -95,7 +95,8 @@ def test_the_bank_holds_the_trained_blocks_and_the_model_the_trained_anchor(made
     _, run, _ = made
     model, recipe = load(run / "model"), recipe_of(made)
     with trained_blocks(recipe, run) as store:
-        trained = {level: list(store.weights(level)) for level in (1, 2)}
+        counts = enumerate(store.config.num_clusters, 1)
+        trained = {level: [store.block(level, c) for c in range(n)] for level, n in counts}
     assert {level: len(blocks) for level, blocks in trained.items()} == {1: 2, 2: 4}
     for leaf in range(4):
         path = (leaf // 2, leaf)
@@ -144,7 +145,7 @@ def test_a_quantised_export_answers_as_quantised_blocks_do(made, tmp_path):
     run_export(recipe, copy)
     model = load(copy / "model")
     with trained_blocks(recipe, run) as store:
-        trained = mx.array(list(store.weights(2))[3]).astype(mx.float16)
+        trained = mx.array(store.block(2, 3)).astype(mx.float16)
     expected = mx.dequantize(*mx.quantize(trained, **how), None, **how, dtype=mx.float16)
     assert mx.array_equal(model.bank.fetch((1, 3)).blocks[1], expected)
     assert "nvfp4, 4 bits" in (copy / "model" / "README.md").read_text()

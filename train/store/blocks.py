@@ -14,7 +14,7 @@ disk: the price of a checkpoint.
 import json
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -201,11 +201,6 @@ class BlockStore:
             result[name] = np.empty(shape, dtype)
             self.records.read(_array_name(name), result[name])
         return result
-
-    def weights(self, level: int) -> Iterator[np.ndarray]:
-        """:meth:`block` for every block of a level, one after the other."""
-        for cluster in range(self.config.num_clusters[level - 1]):
-            yield self.block(level, cluster)
 
     def block(self, level: int, cluster: int) -> np.ndarray:
         """The weights of one block as they were written last: as of the last commit, unless this
