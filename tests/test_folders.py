@@ -13,14 +13,14 @@ import pytest
 from benchmarks.kills import cases, run_case
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import write_atomic
-from mlx_hmem.folders import RECORD, identity_of, whole_folder
+from mlx_hmem.folders import RECORD, identity_of, locked, whole_folder
 from tests.helpers.programs import refused
 
 ONE, TWO = {"sources": {}, "what": 1}, {"sources": {}, "what": 2}
 
 
 def write(
-    out: Path, identity: dict, names: str, stop: str = "", replace: bool = False
+    out: Path, identity: dict | None, names: str, stop: str = "", replace: bool = False
 ) -> list[str]:
     """Writes files of one letter, skipping those that are there; returns the ones written."""
     written = []
@@ -29,7 +29,7 @@ def write(
             if name == stop:
                 raise KeyboardInterrupt
             if not (part / name).exists():
-                write_atomic(part / name, f"{name} {identity['what']}")
+                write_atomic(part / name, f"{name} {identity and identity['what']}")
                 written.append(name)
     return written
 
@@ -153,6 +153,31 @@ def test_a_kill_in_the_last_step_is_made_up_for(tmp_path, monkeypatch, step):
     assert write(out, ONE, "ab", replace=True) == []
     assert {f.name for f in out.iterdir()} == {"a", "b"}
     assert not part.exists()
+
+
+def test_what_does_not_go_on_begins_anew_and_leaves_nothing_where_it_fails(tmp_path):
+    out, part = tmp_path / "out", tmp_path / "out.part"
+    with pytest.raises(KeyboardInterrupt):
+        write(out, None, "ab", stop="b")
+    assert not list(tmp_path.iterdir())
+    write_atomic(part / "a", "of a run that was killed")
+    write_atomic(part / RECORD, "{}")
+    assert write(out, None, "ab") == ["a", "b"]
+    assert {f.name for f in out.iterdir()} == {"a", "b"}
+    with pytest.raises(UserError, match=r"exists: .*out; choose another$"):
+        write(out, None, "a")
+
+
+def test_a_lock_is_refused_or_given_as_none_where_another_has_it(tmp_path):
+    file = tmp_path / "deep" / "lock"
+    with locked(file) as first:
+        assert first is not None
+        with locked(file) as second:
+            assert second is None
+        with pytest.raises(UserError, match="taken"), locked(file, UserError("taken", file, "")):
+            pass
+    with locked(file) as again:
+        assert again is not None
 
 
 def test_what_was_replaced_comes_back_where_another_conversion_begins(tmp_path):
