@@ -72,15 +72,12 @@ def test_any_other_value_of_a_quantisation_is_refused(folder: Path, key: str) ->
 @pytest.mark.parametrize(
     ("place", "value"),
     [
-        (("dtype",), "bfloat16"),
-        (("dtype",), "float32"),
+        (("dtype",), "bfloat16"), (("dtype",), "float32"),
         (("levels", 0, "block_bytes"), 2 * 3 * 3 * 32 * 2),
-        (("levels", 1, "block_stride"), 2 * PAGE),
-        (("memory", "hidden_size"), 64),
-        (("memory", "hidden_size"), 16),
-        (("memory", "r"), [2, 3]),
+        (("levels", 1, "block_stride"), 2 * PAGE), (("memory", "hidden_size"), 64),
+        (("memory", "hidden_size"), 16), (("memory", "r"), [2, 3]),
     ],
-)
+)  # fmt: skip
 def test_a_size_that_does_not_follow_is_refused(folder, place, value):
     plain.change_manifest(folder, place, value)
     plain.refusal(folder)
