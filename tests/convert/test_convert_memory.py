@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -17,7 +16,7 @@ from convert.torch_files.pickles import open_files
 from convert.torch_files.tensors import LazyTensor, bits_of
 from convert.torch_files.writer import write_torch
 from mlx_hmem import load
-from mlx_hmem.anchors.load import anchor_hash, named_parameters
+from mlx_hmem.anchors.load import anchor_hash, load_anchor, named_parameters
 from mlx_hmem.bank import Bank, Quantization
 from mlx_hmem.bank.format import PAGE, block_shape, num_blocks
 from mlx_hmem.config import MemoryConfig
@@ -40,6 +39,7 @@ from tests.helpers.memory_layouts import (
 from tests.helpers.places import ROOT
 from tests.helpers.programs import refused
 from tests.helpers.tiny_anchors import LLAMA_LIKE, make_anchor
+from tests.model.test_model import by_hand
 
 CASES = [(kind, "float32", None) for kind in MATRICES]
 CASES += [("ffn", "bfloat16", None), ("lora_ffn", "float16", None), ("lora_vo", "bfloat16", (1,))]
@@ -178,65 +178,22 @@ def test_anchor_and_memory_may_be_one_checkpoint(model_folder, torch_folder, tmp
     assert mx.array_equal(logits, load(result)(IDS, paths=PATHS))
 
 
-def numpy_logits(weights: Tensors, tensors: Tensors, ids: np.ndarray, path: Any) -> np.ndarray:
-    """An OpenLM with FFN memory by plain matrices in float64, from PyTorch's names."""
+def test_logits_equal_an_anchor_widened_by_the_rows_of_the_layout(layout, tmp_path):
+    model, tensors = load(convert(layout, tmp_path / "mlx")), tensors_of(layout)
+    anchor, _ = load_anchor(tmp_path / "mlx")
 
-    def norm(x: np.ndarray, name: str) -> np.ndarray:
-        centred = x - x.mean(-1, keepdims=True)
-        scale = np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
-        return centred / scale * weights[f"{name}.weight"]
+    def expected(ids: mx.array, *places: tuple[str, int]) -> mx.array:
+        rows = [[np.concatenate([tensors[f"layers.{i}.memory.{where}.{name}"][cluster]
+                                 for where, cluster in places])
+                 for name in ("gate", "up", "down")] for i in range(2)]  # fmt: skip
+        return by_hand(anchor, ids, np.array(rows))
 
-    def silu(x: np.ndarray) -> np.ndarray:
-        return x / (1 + np.exp(-x))
-
-    def rope(x: np.ndarray) -> np.ndarray:  # (heads, time, dim), the halves of a head rotated
-        half = x.shape[-1] // 2
-        angles = np.outer(np.arange(x.shape[-2]), 1e5 ** (-np.arange(half) / half))
-        a, b = x[..., :half], x[..., half:]
-        cos, sin = np.cos(angles), np.sin(angles)
-        return np.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
-
-    def heads(x: np.ndarray) -> np.ndarray:
-        return x.reshape(len(x), 2, 8).swapaxes(0, 1)
-
-    h = weights["tok_embeddings.weight"][ids].astype("f8")
-    for i in range(2):
-        layer = f"layers.{i}."
-        x = norm(h, layer + "attention_norm")
-        q, k, v = np.split(x @ weights[layer + "attention.in_proj.weight"].T, 3, axis=-1)
-        q, k = norm(q, layer + "attention.q_norm"), norm(k, layer + "attention.k_norm")
-        q, k, v = rope(heads(q)), rope(heads(k)), heads(v)
-        scores = q @ k.swapaxes(-1, -2) / np.sqrt(8)
-        scores[:, *np.triu_indices(len(ids), 1)] = -np.inf
-        scores = np.exp(scores - scores.max(-1, keepdims=True))
-        found = (scores / scores.sum(-1, keepdims=True)) @ v
-        found = found.swapaxes(0, 1).reshape(len(ids), -1)
-        h = h + found @ weights[layer + "attention.out_proj.weight"].T
-        x = norm(h, layer + "ffn_norm")
-        gate, up = np.split(x @ weights[layer + "feed_forward.w12.weight"].T, 2, axis=-1)
-        out = (silu(gate) * up) @ weights[layer + "feed_forward.w3.weight"].T
-        names = [("generic", 0)] if path is None else [("levels.1", path[0]), ("levels.3", path[2])]
-        for where, cluster in names:
-            g, u, d = (
-                tensors[f"{layer}memory.{where}.{name}"][cluster] for name in ("gate", "up", "down")
-            )
-            out = out + (silu(x @ g.T) * (x @ u.T)) @ d
-        h = h + out
-    return norm(h, "norm") @ weights["output.weight"].T
-
-
-def test_logits_equal_plain_matrices_in_numpy(layout, tmp_path):
-    model = load(convert(layout, tmp_path / "mlx"))
-    whole = open_files([layout / "anchor" / "model.pt"]).tensors
-    weights = {name: tensor.read().view("<f4") for name, tensor in whole.items()}
-    tensors = tensors_of(layout)
-    fetched = np.array(model(IDS, paths=PATHS))
-    generic = np.array(model(IDS, memory="generic"))
     for row, path in enumerate(PATHS):
-        expected = numpy_logits(weights, tensors, np.array(IDS[row]), path)
-        assert np.abs(fetched[row] - expected).max() < 1e-4
-        expected = numpy_logits(weights, tensors, np.array(IDS[row]), None)
-        assert np.abs(generic[row] - expected).max() < 1e-4
+        ids = IDS[row : row + 1]
+        wanted = expected(ids, ("levels.1", path[0]), ("levels.3", path[2]))
+        assert mx.abs(model(ids, paths=[path]) - wanted).max().item() < 1e-4
+        generic = model(ids, memory="generic")
+        assert mx.abs(generic - expected(ids, ("generic", 0))).max().item() < 1e-4
 
 
 def test_logits_equal_pytorchs_own_module(layout, tmp_path):

@@ -3,13 +3,13 @@
 What each kind computes is in test_kinds.py.
 """
 
+import importlib
 from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx_lm.models import gemma3_text, llama, qwen2
 
 from mlx_hmem.anchors.attach import attach_memory, memory_config
 from mlx_hmem.anchors.load import named_parameters
@@ -19,6 +19,7 @@ from mlx_hmem.memory import Rows, initial_block
 from tests.helpers.programs import refused
 from tests.helpers.references import config_of, random_rows
 from tests.helpers.tiny_anchors import LAYERS, VOCAB, make_anchor
+from tests.train.test_paper_recipes import CONFIGS, PARAMETERS
 
 
 @pytest.mark.parametrize("kind", ["ffn", "lora_ffn", "kv"])
@@ -98,24 +99,6 @@ def test_fetched_and_bank_sizes_are_the_papers(hidden, layers, r, parameters, ba
     assert config.bank_parameters == bank
 
 
-# The configurations that these models are published with, as far as shapes follow from them.
-GEMMA_3_270M = gemma3_text.ModelArgs(
-    model_type="gemma3_text", hidden_size=640, num_hidden_layers=18, intermediate_size=2048,
-    num_attention_heads=4, num_key_value_heads=1, head_dim=256, vocab_size=262144,
-    sliding_window=512, sliding_window_pattern=6,
-)  # fmt: skip
-QWEN_25_05B = qwen2.ModelArgs(
-    model_type="qwen2", hidden_size=896, num_hidden_layers=24, intermediate_size=4864,
-    num_attention_heads=14, num_key_value_heads=2, rms_norm_eps=1e-6, vocab_size=151936,
-    rope_theta=1e6, tie_word_embeddings=True,
-)  # fmt: skip
-LLAMA_32_1B = llama.ModelArgs(
-    model_type="llama", hidden_size=2048, num_hidden_layers=16, intermediate_size=8192,
-    num_attention_heads=32, num_key_value_heads=8, head_dim=64, rms_norm_eps=1e-5,
-    vocab_size=128256, rope_theta=5e5, tie_word_embeddings=True,
-)  # fmt: skip
-
-
 def tied(anchor: nn.Module) -> int:
     """Parameters, the head being the embeddings' matrix."""
     named = named_parameters(anchor).items()
@@ -123,19 +106,18 @@ def tied(anchor: nn.Module) -> int:
 
 
 @pytest.mark.parametrize(
-    ("code", "args", "r", "fetched", "bank", "parameters"),
+    ("name", "r", "fetched", "bank"),
     [
-        (gemma3_text, GEMMA_3_270M, (512, 128, 32, 0), "23.2", "5.9", 268_098_176),
-        (qwen2, QWEN_25_05B, (512, 128, 32, 0), "43.4", "11.1", 494_032_768),
+        ("gemma-3-270m", (512, 128, 32, 0), "23.2", "5.9"),
+        ("qwen-2.5-0.5b", (512, 128, 32, 0), "43.4", "11.1"),
         # With (768, 256, 32, 0), as the table prints it, these would be 103.8M and 20.5B.
-        (llama, LLAMA_32_1B, (768, 256, 16, 0), "102.2", "14.1", 1_235_814_400),
+        ("llama-3.2-1b", (768, 256, 16, 0), "102.2", "14.1"),
     ],
 )
-def test_memories_of_open_weight_anchors_have_the_papers_sizes(
-    code, args, r, fetched, bank, parameters
-):
-    anchor = code.Model(args)  # random weights, never evaluated
-    assert tied(anchor) == parameters
+def test_memories_of_open_weight_anchors_have_the_papers_sizes(name, r, fetched, bank):
+    code = importlib.import_module(f"mlx_lm.models.{CONFIGS[name]['model_type']}")
+    anchor = code.Model(code.ModelArgs.from_dict(CONFIGS[name]))  # random, never evaluated
+    assert tied(anchor) == PARAMETERS[name]
     config = memory_config(anchor, r, (16, 16, 16, 16))
     assert f"{config.fetched_parameters / 1e6:.1f}" == fetched
     assert f"{config.bank_parameters / 1e9:.1f}" == bank

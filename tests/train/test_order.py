@@ -50,10 +50,6 @@ def test_the_number_of_steps_counts_whole_batches():
     assert TrainerConfig(epochs=0.1, batch_size=4).num_steps(1) == 1
 
 
-def test_nothing_to_train_on_is_one_line():
-    refused("nothing to train on", ShuffledOrder, 0, TRAINING, 0)
-
-
 def test_a_batch_is_of_one_cluster_and_a_cluster_has_its_own_steps_and_schedule():
     order = order_of()
     assert order.steps_of == {0: 25, 1: 13, 3: 1, 4: 56}  # 2 has no sequences
@@ -115,6 +111,7 @@ def test_the_other_arms_see_the_same_sequences_on_one_schedule():
 
 def test_nothing_to_train_on_is_refused():
     refused("nothing to train on", order_of, 2)
+    refused("nothing to train on", ShuffledOrder, 0, TRAINING, 0)
 
 
 def test_a_grouped_run_has_about_as_many_steps_as_a_shuffled_one():
