@@ -54,16 +54,20 @@ def save_anchor(folder: Path, seed: int) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def save_bank(folder: Path, config: MemoryConfig, anchor: str, tree: str) -> None:
+def save_bank(folder: Path, config, anchor: str, tree: str, size=0.6, seed=0, **options) -> Path:
     """A bank of random blocks that change what the anchor says."""
-    rng = np.random.default_rng(0)
-    levels = [
-        [rng.normal(0, 0.6, config.block_shape(level)).astype(np.float32) for _ in range(count)]
-        for level, count in enumerate(config.num_clusters, 1)
-    ]
-    generic = rng.normal(0, 0.6, config.shape_of(sum(config.r))).astype(np.float32)
+    rng = np.random.default_rng(seed)
+
+    def block(shape: tuple[int, ...]) -> np.ndarray:
+        return rng.normal(0, size, shape).astype(np.float32)
+
+    levels = [[block(config.block_shape(level)) for _ in range(count)]
+              for level, count in enumerate(config.num_clusters, 1)]  # fmt: skip
+    generic = block(config.shape_of(sum(config.r)))
     shutil.rmtree(folder, ignore_errors=True)
-    write_bank(folder, config, levels, generic, dtype="float32", anchor_hash=anchor, tree_hash=tree)
+    options = {"dtype": "float32", "anchor_hash": anchor, "tree_hash": tree} | options
+    write_bank(folder, config, levels, generic, **options)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 
 from mlx_hmem import load
-from mlx_hmem.bank import Bank, Quantization, write_bank
+from mlx_hmem.bank import Bank, Quantization
 from mlx_hmem.bank.format import PAGE
 from mlx_hmem.bank.read.blocks import PIECE
 from mlx_hmem.bank.read.unfilled import _Unwritten as unfilled_file
 from mlx_hmem.bank.read.unfilled import unfilled
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.memory import KINDS
+from tests.conftest import save_bank
 from tests.helpers.faults import flip
 from tests.helpers.programs import refused
 
 PATH = (1, 5)
 LAYERS = 4
-HASHES = {"anchor_hash": "a", "tree_hash": "t"}
 
 
 def config_of(kind: str, r: tuple[int, int] = (4, 2)) -> MemoryConfig:
@@ -34,13 +34,7 @@ def config_of(kind: str, r: tuple[int, int] = (4, 2)) -> MemoryConfig:
 
 
 def make(folder: Path, config: MemoryConfig, **options: object) -> Path:
-    rng = np.random.default_rng(0)
-    levels = [
-        [rng.standard_normal(config.block_shape(level), np.float32) for _ in range(count)]
-        for level, count in enumerate(config.num_clusters, 1)
-    ]
-    write_bank(folder, config, levels, None, **HASHES, **options)
-    return folder
+    return save_bank(folder, config, "a", "t", size=1.0, **options)
 
 
 def layers_of(bank: Bank) -> list[list[mx.array]]:

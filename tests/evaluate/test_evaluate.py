@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
 from mlx_hmem.anchors.openlm import Model, ModelArgs
-from mlx_hmem.bank import Bank, write_bank
+from mlx_hmem.bank import Bank
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate import Fact, format_facts, perplexity, read_facts, read_texts, recall
@@ -27,6 +27,7 @@ from mlx_hmem.evaluate.tables import perplexity_table, recall_table
 from mlx_hmem.files import save_safetensors
 from mlx_hmem.model.model import MemoryModel
 from mlx_hmem.retriever import ClusterTree, Retriever
+from tests.conftest import save_bank
 from tests.helpers.programs import refused, run
 from train.corpus.facts import make_facts
 from train.data.tokenizer import train_tokenizer
@@ -83,19 +84,8 @@ def dense(folder) -> MemoryModel:
 @pytest.fixture(scope="module")
 def model(folder, tmp_path_factory) -> MemoryModel:
     """The same anchor with a bank of random blocks, strong enough to change what it says."""
-    config = MemoryConfig(32, 2, (4, 2), (4, 2))
-    rng = np.random.default_rng(0)
-
-    def block(*shape):
-        return rng.normal(0, 0.6, shape).astype(np.float32)
-
-    levels = [
-        [block(*config.block_shape(level)) for _ in range(count)]
-        for level, count in enumerate(config.num_clusters, 1)
-    ]
     out = tmp_path_factory.mktemp("model") / "bank"
-    write_bank(out, config, levels, block(2, 3, 6, 32), dtype="float32",
-               anchor_hash="a", tree_hash="t")  # fmt: skip
+    save_bank(out, MemoryConfig(32, 2, (4, 2), (4, 2)), "a", "t")
     encoder = LetterPairs()
     tree = ClusterTree.fit(encoder.encode(corpus()[0]), branching=(4, 2))
     return build(folder, Bank.open(out), Retriever(encoder, tree))

@@ -13,9 +13,10 @@ from mlx_lm.models.cache import RotatingKVCache, can_trim_prompt_cache, make_pro
 
 from mlx_hmem import MemoryModel
 from mlx_hmem.anchors.load import named_parameters
-from mlx_hmem.bank import Bank, write_bank
+from mlx_hmem.bank import Bank
 from mlx_hmem.generation.batch import BatchModel, batch_generate
 from mlx_hmem.memory import KINDS
+from tests.conftest import save_bank
 from tests.helpers.programs import refused
 from tests.helpers.references import PAIRS, config_of
 from tests.helpers.tiny_anchors import VOCAB, make_anchor
@@ -34,22 +35,6 @@ ROWS = [
 ]
 
 
-def save_bank(folder, config, size: float) -> Bank:
-    """A bank of random blocks strong enough to change what the anchor says."""
-    rng = np.random.default_rng(5)
-
-    def block(shape):
-        return (size * rng.standard_normal(shape)).astype(np.float32)
-
-    levels = [
-        [block(config.block_shape(level)) for _ in range(count)]
-        for level, count in enumerate(config.num_clusters, 1)
-    ]
-    generic = block(config.shape_of(sum(config.r)))
-    write_bank(folder, config, levels, generic, dtype="float32", anchor_hash="", tree_hash="")
-    return Bank.open(folder, cache_bytes=0)  # what is read twice is counted twice
-
-
 def make_model(name: str, kind: str, folder) -> MemoryModel:
     """A tiny anchor of mlx-lm with a memory, neither tokenizer nor retriever."""
     anchor = make_anchor(name)
@@ -63,7 +48,8 @@ def make_model(name: str, kind: str, folder) -> MemoryModel:
     if name == "gemma3_text":
         anchor.args.sliding_window = anchor.model.window_size = WINDOW
         assert isinstance(make_prompt_cache(anchor)[0], RotatingKVCache)
-    bank = save_bank(folder, config_of(anchor, kind), size=1.0)
+    save_bank(folder, config_of(anchor, kind), "", "", size=1.0, seed=5)
+    bank = Bank.open(folder, cache_bytes=0)  # what is read twice is counted twice
     return MemoryModel(anchor, {}, None, bank=bank)
 
 

@@ -12,11 +12,11 @@ from convert.command import main
 from convert.torch_files.tensors import Checkpoint, bits_of, join, open_safetensors
 from convert.torch_files.writer import write_torch
 from mlx_hmem.anchors.load import load_anchor, named_parameters
-from mlx_hmem.bank import Bank, write_bank
-from mlx_hmem.bank.format import block_shape, num_blocks, stored_r
+from mlx_hmem.bank import Bank
+from mlx_hmem.bank.format import num_blocks, stored_r
 from mlx_hmem.config import HmemConfig, MemoryConfig
 from mlx_hmem.files import save_safetensors
-from tests.conftest import edit_json
+from tests.conftest import edit_json, save_bank
 
 SIZES: dict[str, Any] = dict(hidden_size=16, num_hidden_layers=2, r=(4, 0, 2), branching=(3, 2, 2))
 WIDTHS: dict[str, Any] = dict(intermediate_size=32, query_size=16, key_value_size=16)
@@ -32,16 +32,8 @@ def with_bank(model: Path, folder: Path, config: MemoryConfig, dtype: str, **opt
     """A copy of a model directory with another random bank."""
     shutil.copytree(model, folder)
     hmem = HmemConfig.from_file(folder / "hmem.json")
-    shutil.rmtree(folder / "bank")
-    rng = np.random.default_rng(0)
-
-    def blocks(level: int) -> list[np.ndarray]:
-        shape = block_shape(config, level)
-        return [rng.normal(0, 0.4, shape).astype("f4") for _ in range(num_blocks(config, level))]
-
-    levels = [blocks(level) if r else None for level, r in enumerate(config.r, 1)]
-    hashes = {"anchor_hash": hmem.anchor_hash, "tree_hash": hmem.retriever.tree_hash}
-    write_bank(folder / "bank", config, levels, blocks(0)[0], dtype=dtype, **hashes, **options)
+    hashes = hmem.anchor_hash, hmem.retriever.tree_hash
+    save_bank(folder / "bank", config, *hashes, size=0.4, dtype=dtype, **options)
     edit_json(folder / "hmem.json", lambda values: values.update(memory=config.to_dict()))
     return folder
 
