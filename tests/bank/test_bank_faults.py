@@ -85,12 +85,9 @@ def test_any_flipped_bit_of_a_block_is_found_and_placed(folder: Path, level: int
     assert_right(read_all(folder))
 
 
-def test_flipped_bit_of_the_generic_memory_is_found(folder: Path) -> None:
+def test_damage_of_the_generic_memory_is_found_and_a_damaged_block_stays_refused(folder):
     flip(folder / "generic.safetensors", PAGE + 100)
     assert "the generic memory of the bank is damaged" in refusal(folder)
-
-
-def test_a_damaged_block_stays_refused(folder: Path) -> None:
     flip(folder / SHARDS[0], PAGE)
     with Bank.open(folder) as bank:
         for _ in range(2):

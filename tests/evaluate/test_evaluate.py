@@ -250,14 +250,11 @@ def test_what_counts_as_a_right_answer(answer, continuation, right):
     assert is_right(Fact("The answer is", answer, (), 1, "k", "t"), continuation) is right
 
 
-def test_facts_survive_the_way_through_a_file(tmp_path):
+def test_facts_survive_the_way_through_a_file_and_texts_are_read_plain_and_gzip(tmp_path):
     facts = corpus()[1]
     facts[0] = replace(facts[0], aliases=("Ørsted", "two"))
     (tmp_path / "facts.jsonl").write_text(format_facts(facts))
     assert read_facts(tmp_path / "facts.jsonl") == facts
-
-
-def test_texts_are_read_plain_and_gzip(tmp_path):
     lines = "".join(json.dumps({"id": i, "text": f"text {i}"}) + "\n" for i in range(5))
     (tmp_path / "a.jsonl").write_text(lines)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))

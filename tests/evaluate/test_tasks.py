@@ -63,19 +63,16 @@ def test_ties_go_to_the_first_choice(sky, tmp_path):
     }  # fmt: skip
 
 
-def test_a_schema_is_scored_on_its_continuation_alone(sky, tmp_path):
+def test_a_schema_is_scored_on_its_continuation_and_language_on_every_token(sky, tmp_path):
     # The options are as good as unknown to the model; only p(is | sky) = 0.5, p(is | sea) = 0.2.
     row = {"context_options": ["red the sky", "falls sea"], "continuation": "is blue", "gold": 0}
     _, kept = run_task(sky, data_of(tasks.Task("t", tasks.SCHEMA), tmp_path, [row]), tmp_path)
     means = [(math.log(2) + math.log(2)) / 2, (math.log(5) + math.log(2)) / 2]
     assert kept[0]["nats"] == pytest.approx(means, abs=1e-5)
     assert kept[0]["right"]
-
-
-def test_language_modelling_asks_for_every_token(sky, tmp_path):
     texts = ["is blue", "is red", "falls blue", "is", "Is blue"]
     rows = [{"context": "the sky", "continuation": text} for text in texts]
-    _, kept = run_task(sky, data_of(tasks.Task("t", tasks.LANGUAGE), tmp_path, rows), tmp_path)
+    _, kept = run_task(sky, data_of(tasks.Task("u", tasks.LANGUAGE), tmp_path, rows), tmp_path)
     assert [row["right"] for row in kept] == [True, False, False, True, False]
 
 
