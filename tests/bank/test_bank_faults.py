@@ -1,9 +1,10 @@
 """A damaged, cut, foreign, newer or half-written bank is a one-line error, never gibberish."""
 
+import contextlib
 import json
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,18 @@ def test_missing_key_of_the_manifest_is_named(folder: Path) -> None:
         assert key in text or key.replace("_", " ") in text
 
 
+@contextlib.contextmanager
+def damaged(path: Path, at: int, insert: bytes, cut: int) -> Iterator[None]:
+    """Some bytes of a file are others meanwhile."""
+    good = path.read_bytes()
+    at %= len(good)
+    try:
+        path.write_bytes(good[:at] + insert + good[at + cut :])
+        yield
+    finally:
+        path.write_bytes(good)
+
+
 @pytest.fixture(scope="module")
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(tmp_path_factory.mktemp("banks") / "bank")
@@ -255,18 +268,8 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )  # fmt: skip
 def test_any_damage_is_refused_or_does_not_matter(shared_folder, name, at, insert, cut):
     """Whatever happens to a few bytes of any file: the right blocks, or a UserError."""
-    path = shared_folder / name
-    good = path.read_bytes()
-    at %= len(good)
-    try:
-        path.write_bytes(good[:at] + insert + good[at + cut :])
-        try:
-            memories = read_all(shared_folder)
-        except UserError:
-            return
-        assert_right(memories)
-    finally:
-        path.write_bytes(good)
+    with damaged(shared_folder / name, at, insert, cut), contextlib.suppress(UserError):
+        assert_right(read_all(shared_folder))
 
 
 KILLED = """

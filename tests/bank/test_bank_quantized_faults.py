@@ -1,5 +1,6 @@
 """A quantised bank that is damaged, or not as its manifest says, never reaches MLX."""
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable
@@ -150,21 +151,11 @@ def test_any_damage_is_refused_or_does_not_matter(tmp_path_factory, name, at, in
     how = [Quantization(level, "affine", 4, 32) for level in (1, 2)]
     if not folder.exists():
         make(folder, CONFIG, how)
-    path = folder / name
-    good = path.read_bytes()
-    at %= len(good)
-    try:
-        path.write_bytes(good[:at] + insert + good[at + cut :])
-        try:
-            memories = plain.read_all(folder)
-        except UserError:
-            return
-        for leaf, memory in zip(plain.PATHS, memories, strict=False):
+    with plain.damaged(folder / name, at, insert, cut), contextlib.suppress(UserError):
+        for leaf, memory in zip(plain.PATHS, plain.read_all(folder), strict=False):
             for level, block in enumerate(memory.blocks, 1):
                 expected = rounded(CONFIG, level, leaf[level - 1], "float16", how[level - 1])
                 assert mx.array_equal(block, expected)
-    finally:
-        path.write_bytes(good)
 
 
 def test_writer_refuses_what_it_cannot_quantise(tmp_path: Path) -> None:

@@ -271,13 +271,6 @@ def test_the_program_from_outside(model_folder, model):
     assert re.fullmatch(rb"memory: fetched [^\n]+\n", err)  # and no library's warnings
 
 
-def test_a_wrong_input_from_outside(model_folder):
-    process = program(model_folder, "--max-tokens", "0")
-    out, err = process.communicate(timeout=100)
-    assert (process.returncode, out) == (2, b"")
-    assert re.fullmatch(rb"error: max_tokens [^\n]+\n", err)
-
-
 def test_a_reader_that_goes_away_ends_it_without_a_word(model_folder):
     process = program(model_folder, "--json")
     process.stdout.close()

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import huggingface_hub.constants as hub_constants
-import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -249,13 +248,6 @@ def test_generate_fetches_lazily_and_then_needs_no_connection(online, tmp_path, 
     assert json.loads(run(generate, *words).out)["text"] == found["text"]
     line = "error: bank/generic.safetensors of user/tiny is not on this"
     assert_refused(run(generate, *words, "--memory", "generic"), line)
-
-
-def test_logits_of_a_lazy_model_are_those_of_the_whole(online, directory):
-    ids = mx.array([[1, 2, 3, 4]])
-    lazy, local = load(REPO, lazy=True), load(directory)
-    for path in (FIRST, LAST):
-        assert np.array_equal(np.array(lazy(ids, [path])), np.array(local(ids, [path])))
 
 
 def test_a_score_without_memory_needs_nothing_of_the_bank(online, tmp_path, texts, capsys):

@@ -12,8 +12,6 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_hmem import MemoryModel, load
 from mlx_hmem.anchors.load import load_anchor
 from mlx_hmem.bank import Bank
-from mlx_hmem.budget.resident import parse_bytes
-from mlx_hmem.errors import UserError
 from tests.helpers.programs import refused
 
 PROMPT = "The old lighthouse of the bay"
@@ -217,16 +215,6 @@ def test_the_same_seed_draws_the_same_text(model):
 
     assert draw(7) == draw(7)
     assert len({tuple(draw(seed)) for seed in range(4)}) > 1
-
-
-def test_the_least_memory_budget_that_is_named_works(model_folder):
-    with pytest.raises(UserError, match="budget is too small: 1000 bytes") as error:
-        load(model_folder, memory_budget=1000)
-    least = parse_bytes(error.value.remedy.split()[3])
-    refused("budget", load, model_folder, memory_budget=least - 10**6)
-    model = load(model_folder, memory_budget=least)
-    assert [p.token for p in model.stream(PROMPT, max_tokens=5)]
-    assert model.plan.total <= least
 
 
 WRONG_CALLS = {
