@@ -120,7 +120,9 @@ def sequences_of(recipe: Recipe, out: Path | None, tokens: int | None) -> tuple[
         source = f"the run's characters, about {ratio:.1f} a token"
     elif characters := most_characters(recipe):
         tokens = max(1, round(characters / characters_per_token(recipe)))
-        source = "the recipe, if every document is as long as it may be; --tokens says better"
+        source = "the facts of the recipe, roughly; --tokens says better"
+        if recipe.corpus.documents:
+            source = "the recipe, if every document is as long as it may be; --tokens says better"
     else:
         return 0, 0, "nothing: give --tokens, or --out with the corpus stage done"
     # The last sequence of a leaf is half empty.
