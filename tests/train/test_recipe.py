@@ -10,7 +10,7 @@ import pytest
 
 from mlx_hmem.errors import UserError
 from tests.helpers.places import ROOT
-from tests.helpers.programs import assert_refused, refused, run
+from tests.helpers.programs import assert_refused, refused, refusing, run
 from train.command import main
 from train.corpus.facts import FACT_KINDS
 from train.recipe.recipe import Recipe, TokenizerSection, load_recipe
@@ -84,7 +84,7 @@ def test_given_keys_win_and_all_others_have_defaults(tmp_path):
     ],
 )
 def test_a_wrong_recipe_is_one_line_that_names_the_key(tmp_path, text, named):
-    with refused(re.escape(named)):
+    with refusing(re.escape(named)):
         load_text(tmp_path, text)
 
 
@@ -159,7 +159,7 @@ def test_any_key_can_be_set_anew_and_the_last_one_counts(tmp_path):
     ],
 )
 def test_a_key_that_cannot_be_set_is_one_line(tmp_path, override, named):
-    with refused(re.escape(named)):
+    with refusing(re.escape(named)):
         load_set(tmp_path, override)
 
 
@@ -189,7 +189,7 @@ def test_a_run_of_the_version_before_is_still_done_one_of_a_later_is_refused(tmp
     refused("changed: windows", lambda: run_stages(longer, tmp_path, ["windows"], recorder(made)))
     path = tmp_path / "windows" / "done.json"
     path.write_text(path.read_text().replace('"stage"', '"version": 3, "stage"'))
-    with refused("version this program does not read: 3; update"):
+    with refusing("version this program does not read: 3; update"):
         run_stages(RECIPE, tmp_path, ["windows"], recorder(made))
 
 
