@@ -21,12 +21,6 @@ from train.loop.plot import import_pyplot
 
 Result = dict[str, Any]
 WIDE = 7  # a table with more columns is turned on its side
-
-
-class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    pass
-
-
 Measure = Callable[..., Result]
 
 
@@ -38,22 +32,24 @@ def benchmark(
     are options. ``bars`` are the columns of the tables that --plot draws."""
 
     def main() -> None:
-        parser = ArgumentParser(description=doc, formatter_class=_Help)
+        spec = sys.modules["__main__"].__spec__
+        name = spec.name.removesuffix(".__main__") if spec else None
+        parser = ArgumentParser(prog=f"python -m {name}", description=doc)
         if isinstance(parts, Mapping):
             words = parser.add_subparsers(dest="part", required=True, metavar="|".join(parts))
             for name, part in parts.items():
-                _add_options(words.add_parser(name, formatter_class=_Help), part, bars)
+                _add_options(words.add_parser(name), part, bars)
         else:
             _add_options(parser, parts, bars)
-        options = vars(parser.parse_args())
-        as_json, picture = options.pop("json"), options.pop("plot", None)
-        measure = parts[options.pop("part")] if isinstance(parts, Mapping) else parts
+        args = parser.parse_args()
+        measure = parts[args.part] if isinstance(parts, Mapping) else parts
         with redirect_stdout(sys.stderr):
-            result = machine() | measure(**options)
+            given = {name: getattr(args, name) for name in inspect.signature(measure).parameters}
+            result = machine() | measure(**given)
         # Printed first: a picture that cannot be drawn must not lose it.
-        print(json.dumps(result, indent=2) if as_json else shown(result))
-        if picture:
-            draw(result, bars, picture)
+        print(json.dumps(result, indent=2) if args.json else shown(result))
+        if bars and args.plot:
+            draw(result, bars, args.plot)
 
     run_program(main)
 
@@ -61,23 +57,22 @@ def benchmark(
 def _add_options(parser: argparse.ArgumentParser, measure: Measure, bars: Sequence[str]) -> None:
     kinds = get_type_hints(measure)
     for name, parameter in inspect.signature(measure).parameters.items():
-        kind, settings = kinds[name], dict[str, Any]()
+        kind, settings, option = kinds[name], dict[str, Any](), f"--{name.replace('_', '-')}"
+        empty = parameter.default is parameter.empty
         if isinstance(kind, UnionType):  # or None
             kind = get_args(kind)[0]
         if get_origin(kind) is Sequence:
-            given = parameter.default is parameter.empty
-            kind, settings["nargs"] = get_args(kind)[0], "+" if given else "*"
+            kind, settings["nargs"] = get_args(kind)[0], "+" if empty else "*"
         if get_origin(kind) is Literal:
             settings["choices"] = get_args(kind)
             kind = type(get_args(kind)[0])
-        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty:
+        if not empty:
+            settings |= {"default": parameter.default, "help": "default: %(default)s"}
+        elif parameter.kind is parameter.KEYWORD_ONLY:
             settings["required"] = True
-        elif parameter.default is not parameter.empty:
-            settings["default"] = parameter.default
-        option = (
-            f"--{name.replace('_', '-')}" if settings.keys() & {"required", "default"} else name
-        )
-        parser.add_argument(option, type=kind, help=" ", **settings)
+        else:
+            option = name
+        parser.add_argument(option, type=kind, **settings)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     if bars:
         parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a PNG picture")
