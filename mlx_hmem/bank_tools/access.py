@@ -55,4 +55,4 @@ def _least(barred: Sequence[Barred]) -> list[Barred]:
 
 def _said(name: str, barred: Sequence[Barred]) -> str:
     what = ", ".join(map(shown, barred)) or "nothing"
-    return f"view {name} bars {what}; use it with generate.py --view {name}"
+    return f"view {name} bars {what}; use it with mlx_hmem.generate --view {name}"
