@@ -22,6 +22,7 @@ from train.corpus.readers_files import html_text, own_files, read_own
 from train.cost import plan
 from train.remember import plan as remember_plan
 from train.remember.blocks import MOST_PASSES
+from train.remember.forget import main as forget_program
 from train.remember.text import OwnDocument, hold_out
 from train.remember.text import sentences as spans_of
 from train.step.memories import MemoryTrainee
@@ -174,6 +175,36 @@ def test_a_folder_without_text_is_one_line_and_leaves_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder"]
     if "passed over" in says:
         assert f"passed over {name}" in capsys.readouterr().err
+
+
+def test_a_file_by_itself_is_remembered_by_its_name_and_forgotten(learned, tmp_path, capsys):
+    file = tmp_path / "log.md"
+    file.write_text(sentences("boats", 9))
+    model = remember(file, learned, tmp_path / "model", "--passes", "1")
+    assert f"documents       1, from {file}\n" in capsys.readouterr().out
+    config = load(model).bank.config
+    known = {
+        document.name for document in read_documents(learned / "bank", load(learned).bank.config)
+    }
+    assert {d.name for d in read_documents(model / "bank", config)} == known | {"log.md"}
+    forget_program([str(model), "log.md", "--out", str(tmp_path / "without")])
+    assert {d.name for d in read_documents(tmp_path / "without" / "bank", config)} == known
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("nothing.txt", "no such file or folder: "),
+        ("picture.png", "a file of another kind: "),
+        ("empty.txt", "nothing to remember: 1 passed over"),
+    ],
+)
+def test_a_file_that_is_no_text_is_one_line_and_leaves_nothing(anchor, tmp_path, name, says):
+    if name != "nothing.txt":
+        (tmp_path / name).write_bytes(b"")
+    with refused(says):
+        remember(tmp_path / name, anchor, tmp_path / "model")
+    assert {path.name for path in tmp_path.iterdir()} <= {name}
 
 
 def test_text_that_does_not_fit_is_refused_before_anything_is_written(anchor, tmp_path):

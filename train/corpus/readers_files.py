@@ -1,8 +1,8 @@
-"""Reading a person's own files: text, Markdown, HTML, PDF and JSON lines, side by side in a folder.
+"""Reading a person's own files: text, Markdown, HTML, PDF and JSON lines, one or a folder of them.
 
 HTML is read by the standard library: tags go, scripts and styles with them, blocks become lines. A
 PDF gives what text it has; a scan has none and is passed over. pypdf is optional, asked for where a
-PDF lies in the folder.
+PDF is among the files.
 """
 
 import logging
@@ -133,13 +133,16 @@ def _reader(file: CorpusFile) -> Reader | None:
     return next((reader for end, reader in READERS.items() if name.endswith(end)), None)
 
 
-def own_files(folder: Path) -> list[CorpusFile]:
-    """The files of a folder, and below it, that can be read, by path; hidden ones are not."""
-    if not folder.is_dir():
-        raise UserError("no such folder", folder, "give the folder of your documents")
-    files = [file for file in listing(folder) if _reader(file) is not None]
+def own_files(source: Path) -> list[CorpusFile]:
+    """The files of a folder, and below it, that can be read, by path; hidden ones are not. Or the
+    one file that ``source`` is."""
+    if not source.exists():
+        raise UserError("no such file or folder", source, "give your documents")
+    found = listing(source) if source.is_dir() else [CorpusFile(source, source.name)]
+    files = [file for file in found if _reader(file) is not None]
     if not files:
-        raise UserError("a folder without text", folder, f"it needs files {' '.join(READERS)}")
+        what = "a folder without text" if source.is_dir() else "a file of another kind"
+        raise UserError(what, source, f"give files {' '.join(READERS)}")
     return files
 
 

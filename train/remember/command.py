@@ -1,4 +1,4 @@
-"""``mlx_hmem.remember FOLDER --model MODEL --out NEW_DIR``: a model learns your documents.
+"""``mlx_hmem.remember DOCUMENTS --model MODEL --out NEW_DIR``: a model learns your documents.
 
 The anchor stays as it is; the text goes into blocks of memory: into a bank of its own, or, where
 the model has one, into new clusters behind those that are there. See docs/own_documents.md.
@@ -94,10 +94,15 @@ def read_new(
 
 
 def prepare(
-    base: Base, files: list[CorpusFile], run: Path, most_bytes: int | None, **wanted: Any
+    base: Base,
+    given: Path,
+    files: list[CorpusFile],
+    run: Path,
+    most_bytes: int | None,
+    **wanted: Any,
 ) -> Settings:
-    """Begins a run after its plan, or finds the one that was begun. ``wanted``: settings that were
-    asked for."""
+    """Begins a run after its plan, or finds the one that was begun. ``given``: where the ``files``
+    lie. ``wanted``: settings that were asked for."""
     source = source_of(files, most_bytes)
     if (run / "settings.json").exists():
         found = Settings.load(run)
@@ -113,7 +118,8 @@ def prepare(
     cost = None
     if settings.restate:
         cost = Writer.open(base.folder, settings.restate, settings.seed).reckon(documents)
-    print("\n".join(plan_lines(base, text, settings, said, cost)))
+    said = f"{said}, from {given}"
+    print("\n".join(plan_lines(base, text, settings, said, cost)), flush=True)
     begin_run(run, settings, documents)
     return settings
 
@@ -161,8 +167,11 @@ def main(words: Sequence[str]) -> None:
         "\n\nPrints a plan, then makes NEW_DIR, a model directory that knows them. Stopped, it "
         "goes on with the same command.",
     )
-    parser.add_argument("folder", type=Path, help="your documents; hidden files are passed over")
-    parser.add_argument("--model", required=True, help="a model directory, a Hub id, or demo")
+    parser.add_argument(
+        "documents", type=Path, metavar="DOCUMENTS",
+        help="a file, or a folder of them, whose hidden files are passed over",
+    )  # fmt: skip
+    parser.add_argument("--model", "-m", required=True, help="a model directory, a Hub id, or demo")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="NEW_DIR", help="the model directory to make"
     )
@@ -185,13 +194,13 @@ def main(words: Sequence[str]) -> None:
             raise UserError(f"--{name.replace('_', '-')} is not 1 or more", value, "give a number")
     if args.out.exists():
         raise UserError("the destination exists", args.out, "choose another")
-    run, files = run_folder(args.out, args.run), own_files(args.folder)
+    run, files = run_folder(args.out, args.run), own_files(args.documents)
     base = open_base(args.model)
     began = run.exists()
     try:
         with alone("train remember", run):
             wanted = {"passes": args.passes, "restate": args.restate or 0}
-            settings = prepare(base, files, run, args.max_bytes, **wanted)
+            settings = prepare(base, args.documents, files, run, args.max_bytes, **wanted)
             remember(base, run, settings, args.out)
     finally:
         if not began and not (run / "settings.json").exists():
