@@ -1,36 +1,15 @@
-"""Running generate.py in this process."""
-
-import io
-import sys
+"""A prompt for the tiny model, in this process."""
 
 import pytest
 
-import generate
-from tests.helpers import programs
+from mlx_hmem.generation.command import main
+from tests.helpers.programs import run
 
 PROMPT = "The old lighthouse of the bay"
 
 
 @pytest.fixture
-def run(monkeypatch):
-    """Runs generate.py in this process: exit status, standard output, standard error."""
-
-    def run(*args, stdin: io.BytesIO | bytes = b"", main=generate.main):
-        source = io.BytesIO(stdin) if isinstance(stdin, bytes) else stdin
-        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, args)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(source, encoding="utf-8"))
-        return programs.run(lambda words: main())
-
-    return run
-
-
-@pytest.fixture
-def ask(run, model_folder):
-    """As ``run``, with the tiny model, a prompt and few tokens unless ``args`` say otherwise."""
-
-    def ask(*args, **options):
-        return run(
-            *("--model", model_folder, "--prompt", PROMPT, "--max-tokens", 8, *args), **options
-        )
-
-    return ask
+def ask(model_folder):
+    """Runs mlx_hmem.generate; a prompt and few tokens unless ``args`` say otherwise."""
+    tiny = ("--model", model_folder, "--prompt", PROMPT, "--max-tokens", 8)
+    return lambda *args, **options: run(main, *tiny, *args, **options)

@@ -25,16 +25,10 @@ PROMPTS = ["The atomic number of iron is", "The band", "The atomic number of cop
 COMMAND = ["-m", "mlx_hmem", "chat", "--max-tokens", "8"]
 
 
-@pytest.fixture
-def piped(monkeypatch):
+def piped(*args: object, stdin: str | bytes) -> Said:
     """A chat in this process, with the demo model unless told otherwise."""
-
-    def piped(*args: object, stdin: str | bytes) -> Said:
-        lines = stdin if isinstance(stdin, bytes) else stdin.encode()
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), "utf-8"))
-        return run(main, "--max-tokens", 8, *args)
-
-    return piped
+    lines = stdin if isinstance(stdin, bytes) else stdin.encode()
+    return run(main, "--max-tokens", 8, *args, stdin=lines)
 
 
 def test_a_pipe_carries_the_answers_alone_and_they_are_the_models():
@@ -47,7 +41,7 @@ def test_a_pipe_carries_the_answers_alone_and_they_are_the_models():
     assert re.fullmatch(r"(memory: fetched \(\d+, \d+\) \([^\n]+\)\n)+", err)
 
 
-def test_commands_from_a_pipe(piped):
+def test_commands_from_a_pipe():
     model = load()
     lines = [
         "/stats", "/route", PROMPTS[0], PROMPTS[0], "", "/route", "/route The band", "/stats",
@@ -92,14 +86,14 @@ def test_commands_from_a_pipe(piped):
     ]  # fmt: skip
 
 
-def test_q_ends_it_as_in_mlx_lms_chat(piped):
+def test_q_ends_it_as_in_mlx_lms_chat():
     status, out, _ = piped("--stop", ".", stdin=f"{PROMPTS[0]}\n q \n{PROMPTS[1]}\n")
     assert (status, out) == (0, "26\n")
     status, out, _ = piped(stdin=f"{PROMPTS[0]} q\nq.\n")
     assert (status, out.count("\n") >= 2) == (0, True)
 
 
-def test_a_turn_that_cannot_be_answered_is_one_line_and_the_chat_goes_on(piped):
+def test_a_turn_that_cannot_be_answered_is_one_line_and_the_chat_goes_on():
     status, out, err = piped(stdin=f"{'word ' * 400}\n{PROMPTS[0]}\n")
     assert (status, out.count("\n")) == (0, 1)
     first = err.splitlines()[0]
@@ -115,11 +109,11 @@ def test_a_turn_that_cannot_be_answered_is_one_line_and_the_chat_goes_on(piped):
         ([], b"caf\xe9\n", "standard input is not UTF-8"),
     ],
 )
-def test_what_is_wrong_from_the_start_is_one_line_and_status_2(piped, args, stdin, words):
+def test_what_is_wrong_from_the_start_is_one_line_and_status_2(args, stdin, words):
     assert_refused(piped(*args, stdin=stdin), words)
 
 
-def test_a_damaged_block_is_said_in_one_line_and_strictly_it_is_an_error(broken, piped):
+def test_a_damaged_block_is_said_in_one_line_and_strictly_it_is_an_error(broken):
     flip_blocks(broken / "bank" / "level-3.00000.safetensors")
     status, out, err = piped("--model", broken, stdin="The old lighthouse\n")
     assert (status, out.count("\n") >= 1) == (0, True)

@@ -13,11 +13,13 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from mlx_hmem.generation.command import main
 from tests.conftest import edit_json, save_anchor
 from tests.generation.conftest import PROMPT
 from tests.helpers.faults import flip_blocks
 from tests.helpers.places import ROOT
 from tests.helpers.programs import assert_refused as refused
+from tests.helpers.programs import run
 
 PROGRAM = ROOT / "generate.py"
 
@@ -125,10 +127,10 @@ def test_of_few_tokens_the_likeliest_is_drawn_and_more_than_all_are_all(ask):
     assert draw("--top-k", 10**6) == draw() != greedy
 
 
-def test_short_names_of_options(run, ask, model_folder):
+def test_short_names_of_options(ask, model_folder):
     text = answer(ask("--json"))["text"]
     args = ("-m", model_folder, "-p", PROMPT, "--max-tokens", 8, "--json")
-    assert answer(run(*args))["text"] == text
+    assert answer(run(main, *args))["text"] == text
 
 
 WRONG_ARGUMENTS = {
@@ -175,8 +177,8 @@ def test_a_wrong_argument_is_one_line_and_status_2(ask, arguments, words):
     refused(ask(*arguments), words)
 
 
-def test_no_prompt_at_all_is_one_line_that_says_so(run):
-    refused(run(), "--prompt", "see mlx_hmem.generate --help")
+def test_no_prompt_at_all_is_one_line_that_says_so():
+    refused(run(main), "--prompt", "see mlx_hmem.generate --help")
 
 
 def test_standard_input_that_is_no_text_is_one_line(ask):
@@ -253,9 +255,9 @@ def test_ctrl_c_ends_with_130_and_one_word(ask):
 @pytest.mark.parametrize(
     "module", ["train.command", "mlx_hmem.evaluate.command", "mlx_hmem.generation.chat"]
 )
-def test_every_program_says_a_wrong_command_line_in_one_line(run, module):
-    main = importlib.import_module(module).main
-    refused(run(main=lambda: main(["--no-such-option"])), "wrong command line", "--help")
+def test_every_program_says_a_wrong_command_line_in_one_line(module):
+    said = run(importlib.import_module(module).main, "--no-such-option")
+    refused(said, "wrong command line", "--help")
 
 
 def program(folder: Path, *args: str, **options) -> subprocess.Popen:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 
@@ -29,10 +30,17 @@ def process(*words: object, **options: object) -> Said:
     return Said(done.returncode, done.stdout, done.stderr)
 
 
-def run(main: Callable[[Sequence[str]], None], *words: object) -> Said:
+def run(
+    main: Callable[[Sequence[str]], None], *words: object, stdin: bytes | io.BytesIO = b""
+) -> Said:
     """A program's ``main`` in this process, as its face runs it."""
     out, err, status = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    source = io.TextIOWrapper(io.BytesIO(stdin) if isinstance(stdin, bytes) else stdin, "utf-8")
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        mock.patch.object(sys, "stdin", source),
+    ):
         try:
             run_program(lambda: main([*map(str, words)]))
         except SystemExit as end:
