@@ -7,12 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from mlx_hmem.bank import Bank, write_bank
 from mlx_hmem.bank.documents import Document
 from mlx_hmem.bank_tools.command import main
-from mlx_hmem.errors import UserError
+from tests.helpers import programs
 
 
 def document(text: str, paths, model) -> Document:
@@ -27,10 +26,7 @@ def said(capsys, *words) -> str:
 
 
 def refused(*words) -> str:
-    with pytest.raises(UserError) as error:
-        main([str(word) for word in words])
-    assert "\n" not in str(error.value)
-    return str(error.value)
+    return programs.refused("", main, [str(word) for word in words])
 
 
 def blocks_of(bank: Bank) -> dict[tuple[int, int], np.ndarray]:

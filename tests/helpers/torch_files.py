@@ -6,10 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from convert.torch_files.pickles import open_torch
-from mlx_hmem.errors import UserError
+from tests.helpers.programs import refused
 
 
 def opcodes(value: Any) -> bytes:
@@ -115,9 +113,4 @@ def write(path: Path, value: Any, storages: dict[str, bytes] | None = None) -> P
 
 def refusal(path: Path) -> str:
     """The one line with which a file is refused."""
-    with pytest.raises(UserError) as caught:
-        open_torch([path])
-    line = str(caught.value)
-    assert "\n" not in line
-    assert len(line) < 700
-    return line
+    return refused("", open_torch, [path])

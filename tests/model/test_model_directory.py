@@ -20,15 +20,14 @@ from mlx_hmem.retriever import ClusterTree, load_encoder
 from mlx_hmem.retriever.encoder import STATIC_FOLDER
 from tests.conftest import MEMORY, edit_json, save_anchor, save_bank
 from tests.helpers.faults import flip
+from tests.helpers.programs import refusing
 
 
 def refused(folder: Path, *words: str) -> str:
     """Loads ``folder``; the error must be one line of three parts that holds ``words``."""
-    with pytest.raises(UserError) as error:
+    with refusing("") as error:
         load(folder)
     text = str(error.value)
-    assert "\n" not in text
-    assert len(text) < 1000
     assert all(part for part in (error.value.what, str(error.value.value), error.value.remedy))
     for word in words:
         assert word in text
