@@ -17,7 +17,7 @@ from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
 from tests.conftest import MEMORY, edit_json
 from tests.helpers import memory_layouts as layouts
-from tests.helpers.programs import refused, refusing
+from tests.helpers.programs import refused
 
 
 def without(name: str) -> Callable[[Path], None]:
@@ -94,9 +94,7 @@ FAULTS = {
 @pytest.mark.parametrize(("damage", "words"), FAULTS.values(), ids=FAULTS)
 def test_what_is_wrong_is_said_in_one_line(torch_folder, tmp_path, damage, words):
     damage(torch_folder)
-    with refusing(words) as error:
-        layouts.convert(torch_folder, tmp_path / "mlx")
-    assert error.value.remedy
+    refused(words, layouts.convert, torch_folder, tmp_path / "mlx")
     assert not (tmp_path / "mlx").exists()
 
 

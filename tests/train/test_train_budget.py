@@ -4,10 +4,8 @@ import re
 from dataclasses import replace
 
 import numpy as np
-import pytest
 
 from mlx_hmem.budget.resident import parse_bytes
-from mlx_hmem.errors import UserError
 from tests.helpers.programs import refused
 from tests.train.test_plan import COTRAINED, TINY, WIDE
 from train.cost.budget import fit
@@ -44,9 +42,8 @@ def test_a_smaller_budget_takes_smaller_parts_then_computes_again_then_evicts(tm
 
 
 def test_what_is_named_as_enough_is_enough_and_two_gigabytes_train_one_sequence(tmp_path):
-    with pytest.raises(UserError, match="too small for stage memories: 1000MB") as error:
-        fit(LARGE, 10**9, STAGES[1:], tmp_path)
-    least = re.search(r"at least (\d+MB)", str(error.value))[1]
+    line = refused("small for stage memories: 1000MB", fit, LARGE, 10**9, STAGES[1:], tmp_path)
+    least = re.search(r"at least (\d+MB)", line)[1]
     recipe, line = fit(LARGE, parse_bytes(least), ["memories"], tmp_path)
     assert "2 of 4 sequences at a time, gradient checkpointing" in line
     assert peak_memory(recipe, "memories", recipe.memories.training) < parse_bytes(least)
@@ -74,7 +71,8 @@ def test_a_finished_stage_keeps_what_it_was_made_with(tmp_path):
 
 
 def test_what_a_budget_chooses_trains_the_same_numbers_but_for_rounding(tmp_path):
-    least = int(re.search(r"least (\d+)MB", str(_refusal(tmp_path)))[1]) * 10**6
+    line = refused("", fit, WIDE, 1, ["memories"], tmp_path)
+    least = int(re.search(r"least (\d+)MB", line)[1]) * 10**6
     fitted, _ = fit(WIDE, least, ["memories"], tmp_path)
     small = fitted.memories.training
     assert (small.micro_batch_size, small.gradient_checkpointing) != (None, False)
@@ -84,9 +82,3 @@ def test_what_a_budget_chooses_trains_the_same_numbers_but_for_rounding(tmp_path
         losses = [trainee.step(np.arange(4), 1e-3) for _ in range(3)]
         results.append([*np.ravel(losses), *trainee.store.current(1, 0).ravel()[:500]])
     np.testing.assert_allclose(results[0], results[1], rtol=2e-4, atol=2e-5)
-
-
-def _refusal(folder) -> UserError:
-    with pytest.raises(UserError) as error:
-        fit(WIDE, 1, ["memories"], folder)
-    return error.value
