@@ -81,8 +81,7 @@ def test_what_is_named_as_enough_is_enough_and_less_is_not():
     words = error.value.remedy.split()
     assert make_plan(NEEDS, resident.parse_bytes(words[3])).context == 2048
     assert words[-1] == "512"
-    with pytest.raises(UserError, match=r"for a context of 2048 tokens$"):
-        make_plan(NEEDS, 1)  # no context is short enough for that
+    refused(r"for a context of 2048 tokens$", make_plan, NEEDS, 1)  # none is short enough
 
 
 def test_a_context_beyond_the_anchors_is_refused_and_levels_asked_for_are_counted():

@@ -14,7 +14,7 @@ import pytest
 
 from mlx_hmem.anchors.openlm import Model, ModelArgs
 from tests.helpers.faults import killed, stop_at
-from tests.helpers.programs import assert_refused, refused, refusing
+from tests.helpers.programs import assert_refused, refused
 from tests.helpers.programs import run as program
 from tests.helpers.recipes import write_recipe
 from train.command import main
@@ -172,8 +172,8 @@ def test_a_subtree_of_another_run_is_refused_by_what_differs(what, recipe, apart
         shutil.copytree(one / "memories", foreign / subtree_name(2))
     else:
         arms.train_memory(other, foreign, subtree_name(2), subtree=2)
-    with refusing(rf"subtree-02 belongs to another run: {named}"):
-        merge(recipe, run, foreign / subtree_name(2))
+    other = foreign / subtree_name(2)
+    refused(rf"subtree-02 belongs to another run: {named}", merge, recipe, run, other)
     assert not is_done(STAGES["memories"], recipe, run)
 
 
@@ -253,15 +253,13 @@ def test_a_subtree_without_sequences_has_nothing_to_train(
 
 def test_what_cannot_be_trained_by_subtree_is_refused(recipe, prepared):
     for subtree in (-1, 3):
-        with refusing(f"there is no such subtree: {subtree}; use 0 to 2"):
-            run_subtree(recipe, prepared, subtree)
+        refused(f"no such subtree: {subtree}; use 0 to 2", run_subtree, recipe, prepared, subtree)
     plain = replace(recipe, memories=replace(recipe.memories, group_by_subtree=False))
     refused("memories.group_by_subtree is false; set it to true", run_subtree, plain, prepared, 0)
     cotrain = replace(recipe, memories=replace(recipe.memories, cotrain=CotrainSection()))
     refused("subtrees cannot be trained apart with co-training", run_subtree, cotrain, prepared, 0)
     refused("needs a stage that is not done", run_subtree, recipe, prepared / "none", 0)
-    with refusing("group_by_subtree is not true or false"):
-        replace(recipe.memories, group_by_subtree="yes")
+    refused("subtree is not true or false", replace, recipe.memories, group_by_subtree="yes")
 
 
 def test_the_programs_refuse_in_one_line_and_show_their_help(tmp_path):
