@@ -33,7 +33,6 @@ from tests.helpers.faults import stop_at
 from tests.helpers.programs import refused
 from tests.helpers.tiny_anchors import LLAMA_LIKE, OTHER_KEYS
 
-mx.default_stream(mx.default_device())  # so that it is number 0, as in a process of its own
 RUNNER = Path(bundle.__file__).with_name("runner.py")
 PROMPTS = ["The old lighthouse", "Rivers of the north, and " * 3, "9"]
 
