@@ -314,14 +314,11 @@ def test_wrong_path_is_refused(folder: Path, path: object) -> None:
         bank.fetch(path)  # type: ignore[arg-type]
 
 
-def test_foreign_bank_is_refused_with_a_remedy(folder: Path) -> None:
+def test_foreign_bank_is_refused_with_a_remedy_and_checksums_are_of_the_bytes(folder: Path):
     with Bank.open(folder) as bank:
         bank.check("xxh3:a", "xxh3:t")
         refused(r"another anchor.*train one", bank.check, "xxh3:b", "xxh3:t")
         refused("another cluster tree", bank.check, "xxh3:a", "xxh3:u")
-
-
-def test_checksums_are_those_of_the_bytes(folder: Path) -> None:
     with Bank.open(folder) as bank:
         shard = bank.manifest.levels[1].shards[0]
     expected = "".join(

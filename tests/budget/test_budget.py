@@ -50,11 +50,14 @@ def quantizable(model_folder, tmp_path) -> Path:
     return tmp_path
 
 
-def test_sizes_are_read_as_people_write_them():
+def test_sizes_are_read_as_people_write_them_and_the_papers_shapes_fit():
     sizes = {"400MB": 400 * MB, "1.5GB": 1500 * MB, "12": 12, "2 gib": 2 << 30, "1.5KiB": 1536}
     assert {text: resident.parse_bytes(text) for text in sizes} == sizes
     for wrong in ("", "MB", "-5", "1e9", "4 apples", "1,5GB", "nan", "0x10"):
         refused("is not a size", resident.parse_bytes, wrong)
+    assert PRESETS["openlm-160m"].num_hidden_layers == NEEDS.num_layers
+    plan = make_plan(NEEDS, 400 * MB)
+    assert (plan.kv_bits, plan.prefill_step_size) == (8, 256)
 
 
 def test_a_larger_budget_chooses_no_worse_and_never_plans_beyond_itself():
@@ -203,9 +206,3 @@ def test_generate_keeps_to_its_budget_counted_from_outside():
     budget = 130 * MB
     used = peak(program, str(budget)) - peak(bare)
     assert 60 * MB < used <= budget
-
-
-def test_the_papers_shapes_fit_where_they_should():
-    assert PRESETS["openlm-160m"].num_hidden_layers == NEEDS.num_layers
-    plan = make_plan(NEEDS, 400 * MB)
-    assert (plan.kv_bits, plan.prefill_step_size) == (8, 256)

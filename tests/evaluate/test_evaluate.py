@@ -112,13 +112,10 @@ def test_perplexity_in_batches_equals_each_document_alone(model, memory):
     assert found.bits_per_byte == pytest.approx(nats.sum() / size / math.log(2), rel=1e-4)
 
 
-def test_each_kind_of_memory_gives_another_perplexity(model):
+def test_each_kind_of_memory_gives_another_perplexity_with_the_error_of_the_jackknife(model):
     texts = corpus()[0][:10]
     found = [perplexity(model, texts, m, progress=False) for m in ("none", "generic", "fetched")]
     assert len({round(f.per_token, 2) for f in found}) == 3
-
-
-def test_the_standard_error_is_that_of_the_jackknife(model):
     texts = corpus()[0][:40]
     nats, tokens = np.transpose([nats_one_by_one(model, text, "none") for text in texts])
     left_out = (nats.sum() - nats) / (tokens.sum() - tokens)

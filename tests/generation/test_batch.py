@@ -289,16 +289,13 @@ def test_route_texts_choose_the_memories_of_a_batch(model, texts):
     assert len({completion.text for completion in found}) > 2
 
 
-def test_a_batch_ends_at_the_end_of_the_context(model):
+def test_a_batch_ends_with_the_context_and_needs_no_memory(model):
     prompts = ["the bay " * 20, "the bay"]
     for prompt_, completion in zip(
         prompts, batch_generate(model, prompts, max_tokens=1000), strict=True
     ):
         length = len(model.tokenizer.encode(prompt_)) + len(completion.tokens)
         assert length == model.context or completion.finish_reason == "stop"
-
-
-def test_an_anchor_without_memory_takes_batches(model):
     bare = MemoryModel(model.anchor, model.anchor_config, model.tokenizer)
     (found,) = batch_generate(bare, [PROMPT], memory="none", max_tokens=8)
     assert found.text == batch_generate(model, [PROMPT], memory="none", max_tokens=8)[0].text

@@ -86,14 +86,11 @@ def test_commands_from_a_pipe():
     ]  # fmt: skip
 
 
-def test_q_ends_it_as_in_mlx_lms_chat():
+def test_q_ends_it_and_a_turn_that_cannot_be_answered_does_not():
     status, out, _ = piped("--stop", ".", stdin=f"{PROMPTS[0]}\n q \n{PROMPTS[1]}\n")
     assert (status, out) == (0, "26\n")
     status, out, _ = piped(stdin=f"{PROMPTS[0]} q\nq.\n")
     assert (status, out.count("\n") >= 2) == (0, True)
-
-
-def test_a_turn_that_cannot_be_answered_is_one_line_and_the_chat_goes_on():
     status, out, err = piped(stdin=f"{'word ' * 400}\n{PROMPTS[0]}\n")
     assert (status, out.count("\n")) == (0, 1)
     first = err.splitlines()[0]

@@ -58,16 +58,13 @@ def test_a_prompt_is_answered_as_by_the_model_on_disk(online, directory, texts):
     assert (fetch.blocks, online.requests) == ([], [])
 
 
-def test_without_lazy_the_whole_model_comes_and_nothing_else(online, directory):
+def test_without_lazy_the_whole_model_comes_and_an_anchor_alone_is_loaded_lazily(online, directory):
     model = load(REPO)
     bank = {f"bank/{path.name}" for path in (directory / "bank").iterdir()}
     assert len(bank) == 10
     assert set(online.downloads()) == BASE | bank
     blocks(model, LAST)
     assert online.requests == []
-
-
-def test_an_anchor_alone_is_loaded_lazily_too(online, directory):
     (directory / "hmem.json").unlink()
     shutil.rmtree(directory / "bank")
     shutil.rmtree(directory / "retriever")

@@ -200,7 +200,7 @@ def test_a_prompt_cache_passes_through_to_mlx_lm(model):
     assert length + 5 <= cache[0].offset <= length + 6
 
 
-def test_generation_stops_at_the_end_of_the_context(model):
+def test_generation_stops_with_the_context_and_the_same_seed_draws_the_same_text(model):
     ids = model.tokenizer.encode(PROMPT)
     fetch = model.fetch(PROMPT, memory="generic")
     pieces = list(model.stream_ids(ids * 3, fetch, max_tokens=10_000))
@@ -208,8 +208,6 @@ def test_generation_stops_at_the_end_of_the_context(model):
     assert len(ids) * 3 + pieces[-1].generation_tokens <= 96
     assert pieces[-1].finish_reason == "stop" or len(ids) * 3 + len(pieces) == 96
 
-
-def test_the_same_seed_draws_the_same_text(model):
     def draw(seed):
         return [p.token for p in model.stream(PROMPT, max_tokens=12, temp=1.0, seed=seed)]
 

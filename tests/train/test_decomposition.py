@@ -126,7 +126,7 @@ def test_batches_are_of_one_bucket_and_of_as_many_tokens_each():
     assert len({own for own, _ in seen[: len(seen) // 2]}) == len(buckets.counts)
 
 
-def test_the_order_follows_from_the_seed_and_the_step_alone():
+def test_the_order_follows_from_seed_and_step_alone_and_empty_buckets_get_none():
     def rows(step: int, seed: int = 1, **changes: int) -> list[int]:
         order = BucketOrder(buckets_of().counts, replace(TRAINING, **changes), seed)
         return order.batch(step).rows.tolist()
@@ -139,9 +139,6 @@ def test_the_order_follows_from_the_seed_and_the_step_alone():
     steps = BucketOrder(buckets_of().counts, replace(TRAINING, steps=7), 1)
     assert (steps.num_steps, sum(steps.steps_of.values())) == (7, 7)
     refused("nothing to train on", BucketOrder, {128: 0, 64: 0}, TRAINING, 1)
-
-
-def test_buckets_without_sequences_get_no_step():
     order = BucketOrder({128: 0, 64: 20, 32: 0}, TRAINING, 1)
     rows = [order.batch(step).rows for step in range(order.num_steps)]
     assert all(len(own) == 4 and own.max() < 20 for own in rows)

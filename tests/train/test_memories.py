@@ -237,16 +237,13 @@ def test_fetched_memory_learns_what_generic_memory_cannot():
     assert np.log(8) - 1e-3 < generic[-1] < generic[0] / 5  # the rest, but not the answer
 
 
-def test_the_anchor_is_not_trained():
+def test_the_anchor_is_not_trained_and_generic_memory_has_a_fetched_ones_size():
     _, trainee, model = answer_losses(generic=False)
     untouched = named_parameters(make_model())
     untouched["model.norm.weight"] *= 4
     for name, array in named_parameters(model).items():
         assert np.array_equal(np.array(array), np.array(untouched[name])), name
     assert all((copies(trainee)[f"level-{level}.steps"] == 150).all() for level in (1, 3))
-
-
-def test_generic_memory_has_the_size_of_a_fetched_one():
     generic = generic_config(MEMORY)
     assert generic.block_shape(1) == (2, 3, 6, 16)
     assert generic.fetched_parameters == MEMORY.fetched_parameters

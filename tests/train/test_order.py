@@ -45,9 +45,11 @@ def test_an_epoch_is_a_permutation_that_follows_from_the_seed():
     assert not np.array_equal(rows(0, 12, seed=2), epochs[0])
 
 
-def test_the_number_of_steps_counts_whole_batches():
+def test_the_number_of_steps_counts_whole_batches_and_about_as_many_where_grouped():
     assert TrainerConfig(epochs=1.5, batch_size=4).num_steps(10) == 3
     assert TrainerConfig(epochs=0.1, batch_size=4).num_steps(1) == 1
+    steps = TRAINING.num_steps(len(CLUSTERS))
+    assert abs(order_of().num_steps - steps) <= 4
 
 
 def test_a_batch_is_of_one_cluster_and_a_cluster_has_its_own_steps_and_schedule():
@@ -98,25 +100,17 @@ def test_every_cluster_is_spread_over_the_whole_run():
     assert len(set(np.diff(places[4]).tolist())) > 1
 
 
-def test_the_step_after_the_last_needs_nothing_new():
+def test_the_step_after_the_last_needs_nothing_new_and_nothing_is_refused():
     order = order_of()
     assert order.batch(95).rows.tolist() == order.batch(94).rows.tolist()
+    refused("nothing to train on", order_of, 2)
+    refused("nothing to train on", ShuffledOrder, 0, TRAINING, 0)
 
 
 def test_the_other_arms_see_the_same_sequences_on_one_schedule():
     order = order_of()
     rows = [rows for rows, _, _ in batches(order)]
     assert batches(OneSchedule(order)) == [(r, i, 95) for i, r in enumerate(rows)]
-
-
-def test_nothing_to_train_on_is_refused():
-    refused("nothing to train on", order_of, 2)
-    refused("nothing to train on", ShuffledOrder, 0, TRAINING, 0)
-
-
-def test_a_grouped_run_has_about_as_many_steps_as_a_shuffled_one():
-    steps = TRAINING.num_steps(len(CLUSTERS))
-    assert abs(order_of().num_steps - steps) <= 4
 
 
 def test_batches_by_subtree_read_and_write_fewer_deep_blocks(tmp_path, monkeypatch):

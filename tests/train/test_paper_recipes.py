@@ -152,9 +152,13 @@ def test_placements_of_the_readme_keep_the_parameters(tmp_path):
     assert starts == [0, 12, 25]
 
 
-def test_a_kind_of_memory_needs_the_sizes_of_a_models_own_heads(tmp_path):
+def test_sizes_are_of_a_models_own_heads_and_the_plan_counts_longer_sequences(tmp_path):
     config = paper("llama-3.2-1b", tmp_path, "memories.kind=lora_qk").memory_config
     assert (config.query_size, config.key_value_size) == (2048, 512)
+    recipe = paper("a1", tmp_path)
+    assert sequences_of(recipe, None, 8192 * 100)[0] == 100
+    with pytest.raises(UserError, match="no such model directory"):
+        load_recipe(FOLDER / "a2.yaml", [f"anchor.path={tmp_path / 'none'}"])
 
 
 def test_steps_stand_for_epochs_and_are_shared_out_to_subtrees():
@@ -165,13 +169,6 @@ def test_steps_stand_for_epochs_and_are_shared_out_to_subtrees():
     assert order.steps_of == {0: 10, 1: 30, 2: 60}
     alone = SubtreeOrder(clusters, training, seed=0, subtree=1)
     assert alone.num_steps == 30
-
-
-def test_the_plan_counts_the_anchors_longer_sequences(tmp_path):
-    recipe = paper("a1", tmp_path)
-    assert sequences_of(recipe, None, 8192 * 100)[0] == 100
-    with pytest.raises(UserError, match="no such model directory"):
-        load_recipe(FOLDER / "a2.yaml", [f"anchor.path={tmp_path / 'none'}"])
 
 
 FACTS = "{kind: invented, topics: 4, entities_per_topic: 4, frequencies: [1, 8], "

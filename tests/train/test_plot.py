@@ -43,13 +43,10 @@ def first_panel(run: Path) -> tuple[Path, tuple[int, int]]:
     return target, size_of(target)
 
 
-def test_the_running_mean_is_the_mean_of_the_batches_around():
+def test_means_leaves_and_curves_are_those_of_what_was_written(tmp_path):
     losses = np.array([4.0, 0.0, 2.0, 6.0, 8.0])
     assert smooth(losses, 1).tolist() == losses.tolist()
     assert smooth(losses, 3).tolist() == [2.0, 2.0, 8 / 3, 16 / 3, 7.0]
-
-
-def test_leaves_are_counted_and_sorted_and_curves_read_as_written(tmp_path):
     write_paths(tmp_path, [3, 3, 3, 0, 2, 2])
     write_curve(tmp_path, "generic", [3.0, 2.5])
     counts = leaf_counts(tmp_path)

@@ -158,13 +158,10 @@ def test_a_file_that_may_not_grow_is_one_line_and_the_last_commit_is_intact(tmp_
         assert np.all(store_state(store)["2.weights"][:3] == 1)
 
 
-def test_a_run_that_cannot_fit_on_the_disk_does_not_begin(tmp_path):
+def test_no_room_on_the_disk_a_record_of_another_size_and_a_missing_store_are_one_line(tmp_path):
     with pytest.raises(UserError, match=r"too little disk space .* it may grow by .* are free;"):
         check_free_space(tmp_path, 1 << 60)
     check_free_space(tmp_path, 1 << 10)
-
-
-def test_a_record_of_another_size_and_a_missing_store_are_one_line(tmp_path):
     with RecordStore(tmp_path) as records:
         records.write([(b"a", np.zeros(3))])
         refused("another size", lambda: records.read(b"a", np.zeros(2)))
