@@ -154,6 +154,7 @@ A language model{what}, in the format of mlx_hmem.
 ## How to use it
 
 ```sh
+pip install mlx-hmem
 mlx_hmem.generate --model {name} --prompt "..."{lazy}
 ```
 
