@@ -202,8 +202,7 @@ def test_a_file_by_itself_is_remembered_by_its_name_and_forgotten(learned, tmp_p
 def test_a_file_that_is_no_text_is_one_line_and_leaves_nothing(anchor, tmp_path, name, says):
     if name != "nothing.txt":
         (tmp_path / name).write_bytes(b"")
-    with refused(says):
-        remember(tmp_path / name, anchor, tmp_path / "model")
+    refused(says, remember, tmp_path / name, anchor, tmp_path / "model")
     assert {path.name for path in tmp_path.iterdir()} <= {name}
 
 
