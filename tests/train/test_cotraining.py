@@ -107,7 +107,7 @@ def test_layers_that_are_computed_again_take_less_memory():
     assert peaks[1] < 0.5 * peaks[0]
 
 
-def test_an_anchor_in_parts_is_the_anchor_in_one_piece():
+def test_an_anchor_in_parts_is_the_anchor_in_one_piece_where_the_batch_divides():
     tokens, _ = sequences()
     whole, parts = (
         AnchorTrainee(make_model(), tokens, EOT, replace(TRAINING, micro_batch_size=size))
@@ -118,9 +118,6 @@ def test_an_anchor_in_parts_is_the_anchor_in_one_piece():
         assert parts.step(rows, RATE) == pytest.approx(whole.step(rows, RATE), rel=1e-5)
     for name, array in whole.state().items():
         np.testing.assert_allclose(np.array(array), np.array(parts.state()[name]), atol=1e-5)
-
-
-def test_a_batch_that_does_not_divide_is_refused():
     refused("batch_size is not a multiple", replace, TRAINING, micro_batch_size=3)
 
 

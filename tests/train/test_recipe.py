@@ -10,17 +10,17 @@ import pytest
 
 from mlx_hmem.errors import UserError
 from tests.helpers.places import ROOT
-from tests.helpers.programs import assert_refused, refused, refusing, run
+from tests.helpers.programs import assert_refused, refused, run
 from train.command import main
 from train.corpus.facts import FACT_KINDS
 from train.recipe.recipe import Recipe, TokenizerSection, load_recipe
 from train.stages import STAGES, run_stages
 
 
-def load_text(tmp_path: Path, text: str) -> Recipe:
+def load_text(tmp_path: Path, text: str, *overrides: str) -> Recipe:
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
-    return load_recipe(path)
+    return load_recipe(path, overrides)
 
 
 # Those of the paper, some of which start from a model, are tried in test_paper_recipes.py.
@@ -84,8 +84,7 @@ def test_given_keys_win_and_all_others_have_defaults(tmp_path):
     ],
 )
 def test_a_wrong_recipe_is_one_line_that_names_the_key(tmp_path, text, named):
-    with refusing(re.escape(named)):
-        load_text(tmp_path, text)
+    refused(re.escape(named), load_text, tmp_path, text)
 
 
 def test_the_help_of_a_recipe_has_every_key_with_its_default_and_what_it_is(capsys):
@@ -107,12 +106,8 @@ def test_the_help_of_a_recipe_has_every_key_with_its_default_and_what_it_is(caps
     assert max(map(len, said.splitlines())) < 80
 
 
-def load_set(
-    tmp_path: Path, *overrides: str, text: str = "name: t\nmemories: {r: [8, 4]}"
-) -> Recipe:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(text)
-    return load_recipe(path, overrides)
+def load_set(tmp_path: Path, *overrides: str) -> Recipe:
+    return load_text(tmp_path, "name: t\nmemories: {r: [8, 4]}", *overrides)
 
 
 def test_any_key_can_be_set_anew_and_the_last_one_counts(tmp_path):
@@ -159,8 +154,7 @@ def test_any_key_can_be_set_anew_and_the_last_one_counts(tmp_path):
     ],
 )
 def test_a_key_that_cannot_be_set_is_one_line(tmp_path, override, named):
-    with refusing(re.escape(named)):
-        load_set(tmp_path, override)
+    refused(re.escape(named), load_set, tmp_path, override)
 
 
 def test_a_key_set_on_the_command_line_is_part_of_the_recipe(tmp_path):
@@ -189,8 +183,8 @@ def test_a_run_of_the_version_before_is_still_done_one_of_a_later_is_refused(tmp
     refused("changed: windows", lambda: run_stages(longer, tmp_path, ["windows"], recorder(made)))
     path = tmp_path / "windows" / "done.json"
     path.write_text(path.read_text().replace('"stage"', '"version": 3, "stage"'))
-    with refusing("version this program does not read: 3; update"):
-        run_stages(RECIPE, tmp_path, ["windows"], recorder(made))
+    version = "version this program does not read: 3; update"
+    refused(version, run_stages, RECIPE, tmp_path, ["windows"], recorder(made))
 
 
 def test_a_recipe_of_an_anchor_alone_has_no_stages_of_memory(tmp_path):
