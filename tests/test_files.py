@@ -87,14 +87,11 @@ def test_hostile_file_is_one_line_with_a_remedy(tmp_path: Path, name: str) -> No
         assert len(text) < 500
 
 
-def test_header_over_the_limit_is_not_read(tmp_path: Path) -> None:
+def test_a_header_over_the_limit_and_what_is_no_file_are_not_read(tmp_path: Path):
     path = tmp_path / "x.safetensors"
     path.write_bytes(struct.pack("<Q", 100_000_001) + b"{}")
     os.truncate(path, 200_000_000)
     refused("header of 100000001 bytes", files.read_safetensors_header, path)
-
-
-def test_not_a_regular_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe", tmp_path / "none", "a\0b", "/dev/zero"):
         refused("", files.read_safetensors_header, path)

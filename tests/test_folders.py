@@ -164,8 +164,7 @@ def test_what_does_not_go_on_begins_anew_and_leaves_nothing_where_it_fails(tmp_p
     write_atomic(part / RECORD, "{}")
     assert write(out, None, "ab") == ["a", "b"]
     assert {f.name for f in out.iterdir()} == {"a", "b"}
-    with pytest.raises(UserError, match=r"exists: .*out; choose another$"):
-        write(out, None, "a")
+    refused(r"exists: .*out; choose another$", write, out, None, "a")
 
 
 def test_a_lock_is_refused_or_given_as_none_where_another_has_it(tmp_path):

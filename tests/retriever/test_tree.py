@@ -60,14 +60,11 @@ def test_routes_are_greedy_nested_and_the_same_in_a_batch(vectors, tree):
     assert tree.route_batch(np.empty((0, 24), np.float32)).shape == (0, 3)
 
 
-def test_leaves_are_the_ends_of_all_routes(vectors, tree):
+def test_leaves_are_the_ends_of_all_routes_and_counts_how_many_end_there(vectors, tree):
     assert set(tree.leaves()) == set(map(tuple, tree.route_batch(vectors).tolist()))
     few = ClusterTree.fit(vectors[:7], branching=(5, 3, 4))
     assert set(few.leaves()) == set(map(tuple, few.route_batch(vectors[:7]).tolist()))
     assert len(few.leaves()) < few.num_clusters[-1]
-
-
-def test_counts_are_the_routes_of_the_fitted_vectors(vectors, tree):
     paths = tree.route_batch(vectors)
     for level, size in enumerate(tree.num_clusters):
         assert (np.bincount(paths[:, level], minlength=size) == tree.counts[level]).all()

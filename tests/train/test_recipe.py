@@ -245,15 +245,11 @@ def test_a_changed_recipe_is_refused_where_it_matters_and_only_there(tmp_path):
     assert made == ["corpus", "tokenizer", "windows"]
 
 
-def test_a_stage_waits_for_what_it_reads(tmp_path):
+def test_a_stage_waits_for_what_it_reads_and_runs_in_one_process_at_a_time(tmp_path):
     made: list[str] = []
     with pytest.raises(UserError, match=r"windows needs .*: tokenizer"):
         run_stages(RECIPE, tmp_path, ["windows"], recorder(made))
     assert made == []
-
-
-def test_a_stage_runs_in_one_process_at_a_time(tmp_path):
-    made: list[str] = []
     (tmp_path / "corpus").mkdir()
     with (tmp_path / "corpus" / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -82,14 +82,11 @@ def test_windows_cut_in_shards_are_those_cut_at_once(run, windows, monkeypatch, 
     assert size == 1 or len(found) == len(windows)
 
 
-def test_saved_windows_come_back(windows, tmp_path):
+def test_saved_windows_come_back_and_anchor_rows_teach_each_token_once(windows, tmp_path):
     windows.save(tmp_path)
     again = Windows.load(tmp_path)
     assert np.array_equal(again.tokens, windows.tokens)
     assert np.array_equal(again.offsets, windows.offsets)
-
-
-def test_anchor_rows_teach_each_token_once(windows, tmp_path):
     rows = pack_anchor(windows, CONTEXT, 0, tmp_path / "tokens.npy")
     assert rows.shape[1] == CONTEXT + 1
     assert rows.dtype == np.uint16

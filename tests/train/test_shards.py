@@ -60,12 +60,9 @@ def test_processes_share_the_shards_and_give_them_in_order(tmp_path, monkeypatch
     assert os.getpid() not in processes
 
 
-def test_one_process_needs_no_other(tmp_path):
-    assert squares(tmp_path, [2, 3], 0, processes=1) == [4, 9]
-    assert {process for _, process in log(tmp_path)} == {os.getpid()}
-
-
-def test_what_is_done_is_not_done_again_unless_the_job_is_another(tmp_path):
+def test_one_process_needs_no_other_and_what_is_done_is_not_done_again(tmp_path):
+    assert squares(tmp_path / "a", [2, 3], 0, processes=1) == [4, 9]
+    assert {process for _, process in log(tmp_path / "a")} == {os.getpid()}
     squares(tmp_path, [1, 2, 3], 0, processes=1)
     (tmp_path / "shards" / "shard-000001").unlink()
     assert squares(tmp_path, [1, 2, 3], 0, processes=1) == [1, 4, 9]

@@ -41,7 +41,7 @@ def test_a_smaller_budget_takes_smaller_parts_then_computes_again_then_evicts(tm
     assert again == found[0]  # by arithmetic alone
 
 
-def test_what_is_named_as_enough_is_enough_and_two_gigabytes_train_one_sequence(tmp_path):
+def test_what_is_named_as_enough_is_enough_for_stages_of_memory_and_of_the_anchor(tmp_path):
     line = refused("small for stage memories: 1000MB", fit, LARGE, 10**9, STAGES[1:], tmp_path)
     least = re.search(r"at least (\d+MB)", line)[1]
     recipe, line = fit(LARGE, parse_bytes(least), ["memories"], tmp_path)
@@ -49,9 +49,6 @@ def test_what_is_named_as_enough_is_enough_and_two_gigabytes_train_one_sequence(
     assert peak_memory(recipe, "memories", recipe.memories.training) < parse_bytes(least)
     one = replace(LARGE.memories, training=TrainerConfig(batch_size=1))
     assert fit(replace(LARGE, memories=one), 2 * 10**9, ["memories"], tmp_path)
-
-
-def test_stages_that_train_an_anchor_are_fitted_or_refused_too(tmp_path):
     for stage in ("anchor", "dense"):
         refused(f"too small for stage {stage}", fit, TINY, 10**6, [stage], tmp_path)
         assert fit(TINY, 10**9, [stage], tmp_path)[0].anchor == TINY.anchor
