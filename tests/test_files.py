@@ -164,16 +164,13 @@ def test_arrays_come_back_and_metadata_too(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["x.safetensors"]
 
 
-def test_header_offsets_are_those_of_the_bytes(tmp_path: Path) -> None:
+def test_header_offsets_are_those_of_the_bytes_and_a_file_may_be_saved_over_itself(tmp_path: Path):
     values = np.arange(5, dtype=np.float32)
     files.save_safetensors(tmp_path / "x.safetensors", {"b": mx.array(values), "a": mx.zeros((3,))})
     tensors, _ = files.read_safetensors_header(tmp_path / "x.safetensors")
     info = tensors["b"]
     data = (tmp_path / "x.safetensors").read_bytes()[info.start : info.end]
     assert np.array_equal(np.frombuffer(data, np.float32), values)
-
-
-def test_a_file_may_be_saved_over_itself(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     files.save_safetensors(path, {"a": mx.arange(1000)})
     files.save_safetensors(path, {"a": files.load_safetensors(path)["a"] + 1})

@@ -295,12 +295,9 @@ def _pdf(text: str) -> bytes:
     return data + b"trailer << /Size 5 /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF" % start
 
 
-def test_html_keeps_what_stands_between_wrong_tags():
+def test_html_keeps_what_stands_between_tags_and_nothing_but_held_out_text_is_lost():
     assert html_text("a<script>b</p>c</script>d").split() == ["ad"]
     assert html_text("<nav>menu<script>x</nav>text").strip() == ""  # a script runs to its end
-
-
-def test_held_out_sentences_are_not_trained_on_and_nothing_else_is_lost():
     document = OwnDocument("0" * 64, "a", sentences("bread", 3) + "\nA last line.")
     kept, held = hold_out(document)
     assert held

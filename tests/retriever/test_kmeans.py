@@ -106,14 +106,11 @@ def test_the_balance_rule_moves_half_of_each_overfull_cluster_to_the_smallest():
     assert (even == kept).all()
 
 
-def test_same_seed_same_centroids_another_seed_others():
+def test_same_seed_same_centroids_and_rows_choose_the_examples():
     vectors = topics(9000)
     first, again, other = (kmeans(vectors, 8, np.random.default_rng(s)) for s in (3, 3, 4))
     assert (first == again).all()
     assert not (first == other).all()
-
-
-def test_rows_choose_the_examples():
     vectors = topics(9000)
     rows = np.random.default_rng(0).permutation(9000)[:8000]
     there = kmeans(vectors, 4, np.random.default_rng(5), rows=rows)

@@ -192,14 +192,11 @@ def test_what_such_an_anchor_cannot_do_is_said_before_anything_starts(tmp_path, 
     refused(words, recipe_of, "qwen-2.5-0.5b.yaml", source, *more)
 
 
-def test_an_unknown_or_foreign_anchor_is_one_line(tmp_path):
+def test_an_unknown_anchor_and_a_tokenizer_with_more_ids_than_embeddings_are_refused(tmp_path):
     for path, words in ((tmp_path / "none", "no such model directory"), (tmp_path, "config.json")):
         refused(words, recipe_of, "qwen-2.5-0.5b.yaml", path)
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
     refused("", recipe_of, "qwen-2.5-0.5b.yaml", tmp_path)
-
-
-def test_a_tokenizer_with_more_ids_than_the_anchor_has_embeddings_is_refused(tmp_path):
     source = save_model(tmp_path / "source", "qwen2", begins=False)
     values = json.loads((source / "config.json").read_text()) | {"vocab_size": 300}
     (source / "config.json").write_text(json.dumps(values))

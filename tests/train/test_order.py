@@ -100,14 +100,11 @@ def test_every_cluster_is_spread_over_the_whole_run():
     assert len(set(np.diff(places[4]).tolist())) > 1
 
 
-def test_the_step_after_the_last_needs_nothing_new_and_nothing_is_refused():
+def test_the_step_after_the_last_is_the_last_and_other_arms_see_the_same_sequences():
     order = order_of()
     assert order.batch(95).rows.tolist() == order.batch(94).rows.tolist()
     refused("nothing to train on", order_of, 2)
     refused("nothing to train on", ShuffledOrder, 0, TRAINING, 0)
-
-
-def test_the_other_arms_see_the_same_sequences_on_one_schedule():
     order = order_of()
     rows = [rows for rows, _, _ in batches(order)]
     assert batches(OneSchedule(order)) == [(r, i, 95) for i, r in enumerate(rows)]
