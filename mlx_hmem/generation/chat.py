@@ -43,7 +43,11 @@ def main(words: Sequence[str]) -> None:
         prog="mlx_hmem.chat", usage="mlx_hmem.chat [options]", description=DESCRIPTION
     )
     parser.add_argument(
-        "--max-tokens", type=int, default=MAX_TOKENS, help="of an answer (default: %(default)s)"
+        "--max-tokens",
+        "-m",
+        type=int,
+        default=MAX_TOKENS,
+        help="of an answer (default: %(default)s)",
     )
     add_options(parser)
     args = parser.parse_args(words)

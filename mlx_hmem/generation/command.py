@@ -44,7 +44,7 @@ def main(words: Sequence[str]) -> None:
         "--raw", action="store_true", help="continue the prompt as it is, without a chat template"
     )
     parser.add_argument("--route-text", help="text that chooses the memory, instead of the prompt")
-    parser.add_argument("--max-tokens", type=int, default=100, help="default: %(default)s")
+    parser.add_argument("--max-tokens", "-m", type=int, default=100, help="default: %(default)s")
     add_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
     args = parser.parse_args(words)

@@ -19,7 +19,7 @@ def say(line: str) -> None:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", "-m", default="demo", help="folder or Hub id (default: demo, the bundled model)"
+        "--model", default="demo", help="folder or Hub id (default: demo, the bundled model)"
     )
     parser.add_argument(
         "--system-prompt",

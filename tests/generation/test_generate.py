@@ -127,7 +127,7 @@ def test_the_same_seed_gives_the_same_text_of_one_token_the_likeliest(ask):
 
 def test_short_names_of_options(ask, model_folder):
     text = answer(ask("--json"))["text"]
-    args = ("-m", model_folder, "-p", PROMPT, "--max-tokens", 8, "--json")
+    args = ("--model", model_folder, "-p", PROMPT, "-m", 8, "--json")
     assert answer(run(main, *args))["text"] == text
 
 

@@ -171,7 +171,7 @@ def main(words: Sequence[str]) -> None:
         "documents", type=Path, metavar="DOCUMENTS",
         help="a file, or a folder of them, whose hidden files are passed over",
     )  # fmt: skip
-    parser.add_argument("--model", "-m", required=True, help="a model directory, a Hub id, or demo")
+    parser.add_argument("--model", required=True, help="a model directory, a Hub id, or demo")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="NEW_DIR", help="the model directory to make"
     )
