@@ -169,11 +169,12 @@ def check_options(args: argparse.Namespace, source: Path, kind: str) -> None:
 
 def places_of(args: argparse.Namespace) -> tuple[Path, Path]:
     """Source and destination, in our words or in mlx-lm's."""
-    source, out = args.source or args.hf_path, args.destination or args.mlx_path
-    if bool(args.source) == bool(args.hf_path) or bool(args.destination) == bool(args.mlx_path):
+    places = (args.source, args.hf_path, args.destination, args.mlx_path)
+    source, out = places[0] or places[1], places[2] or places[3]
+    if bool(places[0]) == bool(places[1]) or bool(places[2]) == bool(places[3]):
         raise UserError(
             "a conversion has one source and one destination",
-            f"{args.source or args.hf_path}, {args.destination or args.mlx_path}",
+            ", ".join(str(place) for place in places if place) or "none is given",
             "give SOURCE DESTINATION, or --hf-path and --mlx-path",
         )
     if not Path(source).exists() and args.hf_path:

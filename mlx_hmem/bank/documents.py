@@ -112,5 +112,7 @@ def find_document(documents: Sequence[Document], wanted: str) -> Document:
             "several documents have that name", wanted, f"give one of the hashes {hashes}"
         )
     raise UserError(
-        "the bank knows no such document", wanted, "inspect names those that trained it"
+        "the bank knows no such document",
+        wanted,
+        "mlx_hmem.bank inspect names those that trained it",
     )

@@ -59,7 +59,9 @@ def split(folder: Path, opened: OpenBank, views: Views, path: ClusterPath, out: 
     bank = opened.bank
     path = bank.config.check_path(path, whole=False)
     if not opened.tree.counts[len(path) - 1][path[-1]]:
-        raise UserError("no text reaches this cluster", path, "choose another; inspect names them")
+        raise UserError(
+            "no text reaches this cluster", path, "choose another; mlx_hmem.bank inspect names them"
+        )
     old = bank.config
     width = (2,) * len(path) + old.branching[len(path) :]
     config = replace(old, branching=width)
