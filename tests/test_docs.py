@@ -59,6 +59,7 @@ def inline(page: str) -> list[str]:
 def commands(script: str) -> Iterator[list[str]]:
     """The words of each command of a shell script, without what is set before it."""
     for name, value in re.findall(r'^(\w+)="([^"]*)"$', script, re.MULTILINE):
+        value = " ".join(value.split())
         script = script.replace(f'"${name}"', f"'{value}'").replace(f"${name}", value)
     script = re.sub(r'^\w+="[^"]*"$', "", script, flags=re.MULTILINE).replace("\\\n", " ")
     for line in script.splitlines():
