@@ -124,10 +124,15 @@ def compared(found: Found, first: str, *others: str) -> dict[str, dict[str, Any]
     }
 
 
+def _print_beside() -> None:
+    sys.stdout = sys.stderr
+
+
 def in_own_process(work: Callable[..., Any], *arguments: Any) -> Any:
-    """What ``work``, a function of a module, returns in a fresh interpreter."""
+    """What ``work``, a function of a module, returns in a fresh interpreter; what it prints goes to
+    standard error."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
+    with ProcessPoolExecutor(1, context, _print_beside) as pool:
         return pool.submit(work, *arguments).result()
 
 
