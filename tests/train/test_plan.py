@@ -54,6 +54,11 @@ IN_PARTS = replace(TINY.anchor.training, batch_size=16, micro_batch_size=4)
 AGAIN = replace(TINY.anchor.training, batch_size=16, gradient_checkpointing=True)
 
 
+@pytest.fixture(autouse=True)
+def no_longer_than_a_step(monkeypatch):
+    monkeypatch.setattr("train.cost.plan.MEASURE_SECONDS", 0.0)
+
+
 @pytest.mark.parametrize("training", [TINY.anchor.training, IN_PARTS, AGAIN])
 @pytest.mark.parametrize("recipe", [TINY, WIDE, COTRAINED])
 @pytest.mark.parametrize("stage", ["anchor", "memories"])
