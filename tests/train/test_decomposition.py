@@ -16,7 +16,7 @@ from mlx_hmem.anchors.openlm import Model, ModelArgs
 from tests.helpers.faults import stop_at
 from tests.helpers.places import bytes_of
 from tests.helpers.programs import refused
-from train.data.buckets import SMALLEST, Buckets, decompose, lengths
+from train.data.buckets import SMALLEST, Buckets, decompose, lengths, padding_of
 from train.data.order import BucketOrder
 from train.data.sequences import run_anchor_sequences
 from train.data.tokenizer import load_tokenizer, train_tokenizer
@@ -101,7 +101,7 @@ def test_the_pieces_of_a_document_are_the_document(sizes, context, begin):
         inner = rows[:, 1:] == EOT
         assert (inner[:, 1:] >= inner[:, :-1]).all()
     padded = len(own) * min(pieces)
-    assert Buckets(pieces).padding(EOT) * sum(r[:, 1:].size for r in pieces.values()) < padded
+    assert padding_of(pieces.values(), EOT) * sum(r[:, 1:].size for r in pieces.values()) < padded
 
 
 def test_batches_are_of_one_bucket_and_of_as_many_tokens_each():

@@ -123,7 +123,7 @@ def test_ranks_take_their_own_shards_and_machines_exchange_them(tmp_path, kind):
 def test_an_array_in_pieces_or_filled_in_any_order_is_what_numpy_saves(tmp_path):
     values = np.arange(60, dtype=np.uint16).reshape(20, 3)
     np.save(tmp_path / "whole.npy", values)
-    save_pieces(tmp_path / "pieces.npy", np.uint16, (20, 3), np.split(values, [3, 3, 11]))
+    save_pieces(tmp_path / "pieces.npy", np.split(values, [3, 3, 11]))
     with new_array(tmp_path / "filled.npy", np.uint16, (20, 3)) as array:
         order = np.random.default_rng(0).permutation(20)
         array[order[:9]] = values[order[:9]]

@@ -3,9 +3,10 @@
 import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
+from numpy.lib.format import header_data_from_array_1_0, open_memmap, write_array_header_1_0
 
 from mlx_hmem.files import atomic_file
 
@@ -22,31 +23,24 @@ def load_mapped(path: Path) -> np.ndarray:
     return array
 
 
-def _header(file: BinaryIO, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
-    described = np.lib.format.dtype_to_descr(dtype)
-    header = {"descr": described, "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, header)
-
-
-def save_pieces(
-    path: Path, dtype: Any, shape: tuple[int, ...], pieces: Iterable[np.ndarray]
-) -> None:
-    """Saves an array whose pieces, along its first axis, come one after the other."""
+def save_pieces(path: Path, pieces: Iterable[np.ndarray]) -> None:
+    """Saves an array whose pieces, one at least, come one after the other along its first axis."""
     with atomic_file(path) as file:
-        _header(file, np.dtype(dtype), shape)
         rows = 0
-        for piece in pieces:
-            file.write(np.ascontiguousarray(piece, dtype).data)
+        for piece in map(np.ascontiguousarray, pieces):
+            header = header_data_from_array_1_0(piece)
+            if not file.tell():
+                write_array_header_1_0(file, header)
+            file.write(piece.data)
             rows += len(piece)
-    assert rows == shape[0], (rows, shape)
+        file.seek(0)  # NumPy leaves room for a greater number of rows
+        write_array_header_1_0(file, header | {"shape": (rows, *piece.shape[1:])})
 
 
 @contextlib.contextmanager
 def new_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
     """A mapped array, not empty, to fill in any order; it is at ``path`` when the block ends."""
     with atomic_file(path) as file:
-        _header(file, np.dtype(dtype), shape)
-        file.flush()
-        array = np.memmap(file, dtype, "r+", file.tell(), shape)
+        array = open_memmap(file.name, "w+", dtype, shape)
         yield array
         array.flush()

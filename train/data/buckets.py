@@ -11,6 +11,7 @@ a piece of that length padded with the end of text, as if it ended with it: drop
 the ends of all documents along.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -86,20 +87,20 @@ class Buckets:
         assert own.max() < self._firsts[bucket + 1] - self._firsts[bucket]
         return list(self.pieces.values())[bucket][own]
 
-    def padding(self, eot: int) -> float:
-        """The share of the positions that do not count in the loss."""
-        padded = positions = 0
-        for rows in self.pieces.values():
-            for start in range(0, len(rows), ROWS):
-                part = rows[start : start + ROWS]
-                padded += int(np.sum(~counted(part, eot)))
-                positions += part[:, 1:].size
-        return padded / max(1, positions)
-
     @classmethod
     def load(cls, folder: Path, context: int) -> "Buckets":
         """Those in the files ``tokens-LENGTH.npy``, mapped."""
         return cls({n: load_mapped(folder / f"tokens-{n}.npy") for n in lengths(context)})
+
+
+def padding_of(arrays: Iterable[np.ndarray], eot: int) -> float:
+    """The share of the positions of these sequences that do not count in the loss."""
+    padded = positions = 0
+    for rows in arrays:
+        positions += rows[:, 1:].size
+        for start in range(0, len(rows), ROWS):
+            padded += int(np.sum(~counted(rows[start : start + ROWS], eot)))
+    return padded / max(1, positions)
 
 
 def decompose_shard(path: Path, part: Extract, advance: Advance) -> None:
@@ -113,10 +114,6 @@ def decompose_shard(path: Path, part: Extract, advance: Advance) -> None:
 def join_pieces(files: list[Path], folder: Path, context: int) -> Buckets:
     """The pieces of all ``files``, in ``tokens-LENGTH.npy``."""
     for length in lengths(context):
-        name = str(length)
-        first = np.load(files[0])[name]
-        count = sum(len(np.load(file)[name]) for file in files)
-        pieces = (np.load(file)[name] for file in files)
-        shape = (count, length + 1)
-        save_pieces(folder / f"tokens-{name}.npy", first.dtype, shape, pieces)
+        pieces = (np.load(file)[str(length)] for file in files)
+        save_pieces(folder / f"tokens-{length}.npy", pieces)
     return Buckets.load(folder, context)

@@ -28,10 +28,7 @@ class Order(Protocol):
     """The batches of a run. ``batch`` is also asked for the step after the last one."""
 
     num_steps: int
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """JSON values that the order follows from."""
+    identity: dict[str, Any]  # JSON values that the order follows from
 
     def batch(self, step: int) -> Batch: ...
 
@@ -60,16 +57,12 @@ class ShuffledOrder:
 
     def __init__(self, num_sequences: int, training: TrainerConfig, seed: int):
         _check_some(num_sequences)
-        self.num_sequences, self.batch_size, self.seed = num_sequences, training.batch_size, seed
-        self.num_steps = training.num_steps(num_sequences)
+        self.identity: dict[str, Any] = {"num_sequences": num_sequences, "seed": seed}
+        self.num_steps, self._size = training.num_steps(num_sequences), training.batch_size
         self._stream = Stream(num_sequences, seed)
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        return {"num_sequences": self.num_sequences, "seed": self.seed}
-
     def batch(self, step: int) -> Batch:
-        rows = self._stream.numbers(step * self.batch_size, self.batch_size)
+        rows = self._stream.numbers(step * self._size, self._size)
         return Batch(rows, step, self.num_steps)
 
 
@@ -89,38 +82,31 @@ class SubtreeOrder:
         self, clusters: np.ndarray, training: TrainerConfig, seed: int, subtree: int | None = None
     ):
         clusters = np.ascontiguousarray(clusters, np.int32)
-        self._digest = xxhash.xxh3_64_hexdigest(clusters.tobytes())
-        self.num_sequences, self.batch_size, self.seed = len(clusters), training.batch_size, seed
-        self.subtree = subtree
-        by_cluster, counts = np.argsort(clusters, kind="stable"), np.bincount(clusters)
-        rows = dict(enumerate(np.split(by_cluster, np.cumsum(counts)[:-1])))
-        self._rows = {c: r for c, r in rows.items() if len(r) and subtree in (None, c)}
+        self.identity: dict[str, Any] = {
+            "num_sequences": len(clusters),
+            "seed": seed,
+            "subtrees": xxhash.xxh3_64_hexdigest(clusters.tobytes()),
+            "subtree": subtree,
+        }
+        chosen = [c for c in np.unique(clusters).tolist() if subtree in (None, c)]
+        self._rows = {cluster: np.flatnonzero(clusters == cluster) for cluster in chosen}
         _check_some(len(self._rows))
         self._streams = {c: Stream(len(rows), seed, c) for c, rows in self._rows.items()}
         self.steps_of = {
             c: training.num_steps(len(rows), len(clusters)) for c, rows in self._rows.items()
         }
-        self.num_steps = sum(self.steps_of.values())
+        self.num_steps, self._size = sum(self.steps_of.values()), training.batch_size
         self._mixed = _mix(self.steps_of, seed)
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return {
-            "num_sequences": self.num_sequences,
-            "seed": self.seed,
-            "subtrees": self._digest,
-            "subtree": self.subtree,
-        }
 
     def place(self, step: int) -> tuple[int, int]:
         """The cluster of a step, and the number of the step among those of its cluster."""
-        cluster, own = self._mixed[step]
-        return int(cluster), int(own)
+        cluster, own = self._mixed[step].tolist()
+        return cluster, own
 
     def batch(self, step: int) -> Batch:
         """After the last one: the last again, for which nothing needs to be fetched."""
         cluster, own = self.place(min(step, self.num_steps - 1))
-        numbers = self._streams[cluster].numbers(own * self.batch_size, self.batch_size)
+        numbers = self._streams[cluster].numbers(own * self._size, self._size)
         return Batch(self._rows[cluster][numbers], own, self.steps_of[cluster])
 
 
@@ -136,10 +122,14 @@ class BucketOrder:
     """
 
     def __init__(self, counts: dict[int, int], training: TrainerConfig, seed: int):
-        self.counts, self.seed = dict(sorted(counts.items(), reverse=True)), seed
-        longest, tokens = max(counts), [length * n for length, n in self.counts.items()]
+        counts = dict(sorted(counts.items(), reverse=True))
+        self.identity: dict[str, Any] = {
+            "buckets": {str(length): n for length, n in counts.items()},
+            "seed": seed,
+        }
+        longest, tokens = max(counts), [length * n for length, n in counts.items()]
         _check_some(sum(tokens))
-        self.batch_sizes = [training.batch_size * longest // length for length in self.counts]
+        self._sizes = [training.batch_size * longest // length for length in counts]
         self.num_steps = training.num_steps(sum(tokens) // longest)
         # The largest remainders are rounded up, so that the steps of all are as many as wanted.
         shares = np.array(tokens) * (self.num_steps / sum(tokens))
@@ -147,17 +137,13 @@ class BucketOrder:
         steps[np.argsort(steps - shares, kind="stable")[: self.num_steps - steps.sum()]] += 1
         self.steps_of = dict(enumerate(steps.tolist()))
         self._mixed = _mix(self.steps_of, seed)
-        self._firsts = np.cumsum([0, *self.counts.values()])
-        self._streams = [Stream(n, seed, length) for length, n in self.counts.items()]
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return {"buckets": {str(length): n for length, n in self.counts.items()}, "seed": self.seed}
+        self._firsts = np.cumsum([0, *counts.values()])
+        self._streams = [Stream(n, seed, length) for length, n in counts.items()]
 
     def batch(self, step: int) -> Batch:
         """After the last one: the last again."""
-        bucket, own = (int(i) for i in self._mixed[min(step, self.num_steps - 1)])
-        size = self.batch_sizes[bucket]
+        bucket, own = self._mixed[min(step, self.num_steps - 1)].tolist()
+        size = self._sizes[bucket]
         numbers = self._streams[bucket].numbers(own * size, size)
         return Batch(self._firsts[bucket] + numbers, step, self.num_steps)
 
@@ -168,10 +154,7 @@ class OneSchedule:
 
     def __init__(self, order: Order):
         self.order, self.num_steps = order, order.num_steps
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return self.order.identity | {"schedule": "one"}
+        self.identity = order.identity | {"schedule": "one"}
 
     def batch(self, step: int) -> Batch:
         return Batch(self.order.batch(step).rows, step, self.num_steps)

@@ -16,19 +16,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ..padding import counted
 from ..ranks import ALONE, Ranks
 from ..recipe.recipe import Recipe
 from .arrays import load_mapped, new_array, save_array
-from .buckets import decompose_shard, join_pieces
+from .buckets import decompose_shard, join_pieces, padding_of
 from .tokenizer import begin_of
-from .windows import (
-    Windows,
-    cut_shard,
-    join_windows,
-    load_windows,
-    shard_documents,
-)
+from .windows import Windows, cut_shard, join_windows, load_windows, shard_documents
 
 ROWS = 1 << 12  # packed at a time
 
@@ -68,8 +61,7 @@ def _pack(
     sizes = np.diff(windows.offsets)
     counts = [_num_rows(int(sizes[group].sum()), context) for group in groups]
     shuffle = random.permutation(sum(counts))
-    places = np.empty_like(shuffle)
-    places[shuffle] = np.arange(len(shuffle))
+    places = np.argsort(shuffle)
     at, shape = 0, (len(shuffle), context + 1)
     with (
         new_array(path, windows.tokens.dtype, shape) as rows,
@@ -120,7 +112,7 @@ def run_anchor_sequences(recipe: Recipe, folder: Path, ranks: Ranks = ALONE) -> 
     if recipe.windows.decompose:
         buckets = join_pieces(files, out, context)
         each = ", ".join(f"{count} of {length}" for length, count in buckets.counts.items())
-        padding = buckets.padding(begin_of(folder)[0])
+        padding = padding_of(buckets.pieces.values(), begin_of(folder)[0])
         print(f"anchor-sequences: {each} tokens, {padding:.1%} padding, in {out}")
     else:
         windows = join_windows(files, shards, begin_of(folder)) if files else load_windows(folder)
@@ -135,11 +127,8 @@ def run_sequences(recipe: Recipe, folder: Path) -> None:
     paths, windows = load_mapped(folder / "tree" / "paths.npy"), load_windows(folder)
     rows, row_paths = pack_by_leaf(windows, paths, context, recipe.seed, out / "tokens.npy")
     save_array(out / "paths.npy", row_paths)
-    parts = (rows[start : start + ROWS] for start in range(0, len(rows), ROWS))
-    padding = 1 - sum(int(counted(part, windows.begin[0]).sum()) for part in parts) / (
-        len(rows) * context
-    )
     print(
         f"sequences: {len(rows)} rows of {rows.shape[1]} tokens in "
-        f"{len(np.unique(row_paths[:, -1]))} leaves, {padding:.1%} padding, in {out}"
+        f"{len(np.unique(row_paths[:, -1]))} leaves, "
+        f"{padding_of([rows], windows.begin[0]):.1%} padding, in {out}"
     )

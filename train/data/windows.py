@@ -4,6 +4,7 @@ A window holds at most ``context`` tokens, the end of text first, also where it 
 document: each window is a document of its own for attention and for routing.
 """
 
+import itertools
 import json
 import shutil
 from array import array
@@ -91,22 +92,6 @@ def cut_windows(
     return Windows(np.array(tokens, dtype), np.array(offsets, dtype=np.int64), begin)
 
 
-def texts_between(
-    path: Path, start: int, end: int, advance: Advance, times: int = 1
-) -> Iterator[str]:
-    """The ``text`` of each line that begins within these bytes, without documents that state facts
-    fewer than ``times`` times in all."""
-    with path.open("rb") as file:
-        if start > 0:
-            file.seek(start - 1)
-            file.readline()  # ends the line before
-        while file.tell() < end and (line := file.readline()):
-            advance(len(line))
-            document = json.loads(line)
-            if document.get("times", times) >= times:
-                yield document["text"]
-
-
 class Extract(NamedTuple):
     """Documents to cut: those of a run that begin within ``start`` and ``end`` of train.jsonl,
     without those that state facts fewer than ``times`` times."""
@@ -117,14 +102,24 @@ class Extract(NamedTuple):
     end: int
     times: int
 
+    def texts(self, advance: Advance) -> Iterator[str]:
+        with (self.run / "corpus" / "train.jsonl").open("rb") as file:
+            if self.start > 0:
+                file.seek(self.start - 1)
+                file.readline()  # ends the line before
+            while file.tell() < self.end and (line := file.readline()):
+                advance(len(line))
+                document = json.loads(line)
+                if document.get("times", self.times) >= self.times:
+                    yield document["text"]
+
 
 def cut_part(part: Extract, advance: Advance) -> Windows:
     """The windows of a part of the run's documents."""
-    run, context, start, end, times = part
-    texts = texts_between(run / "corpus" / "train.jsonl", start, end, advance, times)
-    facts = taken_facts(run)
+    run, facts = part.run, taken_facts(part.run)
     vocab_size = 1 << 16 if facts is None else facts.vocab_size
-    return cut_windows(texts, load_tokenizer(run), context, begin_of(run), vocab_size)
+    texts = part.texts(advance)
+    return cut_windows(texts, load_tokenizer(run), part.context, begin_of(run), vocab_size)
 
 
 def cut_shard(path: Path, part: Extract, advance: Advance) -> None:
@@ -143,12 +138,11 @@ def shard_documents(
     """
     source = run / "corpus" / "train.jsonl"
     size = source.stat().st_size
-    starts = range(0, max(1, size), SHARD_BYTES)
-    ends = [min(start + SHARD_BYTES, size) for start in starts]
-    parts = [
-        Extract(run, context, start, end, times) for start, end in zip(starts, ends, strict=True)
+    bounds = [*range(0, max(1, size), SHARD_BYTES), size]
+    shards = [
+        Shard(Extract(run, context, start, end, times), end - start)
+        for start, end in itertools.pairwise(bounds)
     ]
-    shards = [Shard(part, part.end - part.start) for part in parts]
     identity = {
         "bytes": size,
         "context": context,
@@ -160,15 +154,9 @@ def shard_documents(
 
 def join_windows(files: list[Path], folder: Path, begin: tuple[int, ...]) -> Windows:
     """The windows of all ``files`` as one, in ``folder``, mapped."""
-    offsets, count = [np.zeros(1, np.int64)], 0
-    for file in files:
-        own = np.load(file)["offsets"]
-        offsets.append(own[1:] + count)
-        count += int(own[-1])
-    save_array(folder / "offsets.npy", np.concatenate(offsets))
-    dtype = np.load(files[0])["tokens"].dtype
-    tokens = (np.load(file)["tokens"] for file in files)
-    save_pieces(folder / "tokens.npy", dtype, (count,), tokens)
+    sizes = np.concatenate([np.diff(np.load(file)["offsets"]) for file in files])
+    save_array(folder / "offsets.npy", np.append(0, np.cumsum(sizes)))
+    save_pieces(folder / "tokens.npy", (np.load(file)["tokens"] for file in files))
     return Windows.load(folder, begin)
 
 

@@ -75,8 +75,7 @@ def encode_windows(run: Path, encoder: str, ranks: Ranks) -> tuple[np.ndarray, s
         processes=1 if not static and mx.default_device().type == mx.gpu else None,
     )
     if ranks.first:
-        shape = (count, loaded.dim)
-        save_pieces(out / "vectors.npy", np.float16, shape, (np.load(file) for file in files))
+        save_pieces(out / "vectors.npy", map(np.load, files))
     ranks.wait()
     return load_mapped(out / "vectors.npy"), loaded.fingerprint
 
@@ -154,8 +153,7 @@ def run_tree(recipe: Recipe, folder: Path, ranks: Ranks = ALONE) -> None:
     files = route_shards(folder, len(vectors), ranks)
     if not ranks.first:
         return
-    shape = (len(vectors), len(branching))
-    save_pieces(out / "paths.npy", np.int32, shape, (np.load(file) for file in files))
+    save_pieces(out / "paths.npy", map(np.load, files))
     paths = load_mapped(out / "paths.npy")
     for level, clusters in enumerate(np.cumprod(branching), 1):
         sizes = np.bincount(paths[:, level - 1], minlength=clusters)
