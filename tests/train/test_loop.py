@@ -136,7 +136,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path):
     spoiled = [step for step in range(13) if row in runs.order().batch(step).rows]
     with runs.trainee_of("memory", tmp_path) as trainee:
         trainee.store.gather(2, np.array([leaf]), 1)
-        trainee.store._entry((2, leaf)).states[0] = np.nan
+        trainee.store._cache[2, leaf].states[0] = np.nan
         progress = train(trainee, runs.order(), runs.CONFIG, tmp_path, "memory")
     assert len(spoiled) == progress.skipped >= 3
     assert [row[0] for row in progress.curve] == [n for n in range(13) if n not in spoiled]

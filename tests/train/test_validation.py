@@ -146,13 +146,11 @@ def test_reading_blocks_leaves_the_cache_as_it_is_and_sees_what_is_not_yet_saved
             store.scatter(3, np.array(clusters), [*updated, steps + 1])
             gathered |= dict(zip(clusters, np.array(updated[0]), strict=True))
         store.gather(1, np.array([1]), 1)
-        before = list(store._cache), store._cached_bytes, set(store._dirty), list(store._resident)
+        before = list(store._cache), store._cached_bytes, set(store._dirty)
         for cluster, block in gathered.items():
             assert np.array_equal(store.current(3, cluster), block)
         untouched = store.current(1, 0)
-        assert before == (
-            list(store._cache), store._cached_bytes, store._dirty, list(store._resident)
-        )  # fmt: skip
+        assert before == (list(store._cache), store._cached_bytes, store._dirty)
         assert np.array_equal(untouched, np.array(store.gather(1, np.array([0]), 1)[0][0]))
 
 

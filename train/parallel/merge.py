@@ -8,7 +8,7 @@ transaction of the store; the disk has to hold the blocks twice.
 
 import functools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,13 +80,6 @@ def read_parts(
                 begun[subtree] = f"{folder} at step {progress.step} of {num_steps}"
             elif subtree not in finished:
                 finished[subtree] = TrainedSubtree(folder, progress, store.touched())
-    _check_all(order, finished, begun)
-    return [finished[subtree] for subtree in order.steps_of]
-
-
-def _check_all(
-    order: SubtreeOrder, finished: dict[int, TrainedSubtree], begun: dict[int, str]
-) -> None:
     missing = [subtree for subtree in order.steps_of if subtree not in finished]
     if unfinished := [begun[subtree] for subtree in missing if subtree in begun]:
         raise UserError(
@@ -100,6 +93,7 @@ def _check_all(
             ", ".join(map(str, missing)),
             "train each with --only memories --subtree, or give its folder with --from",
         )
+    return [finished[subtree] for subtree in order.steps_of]
 
 
 def _open(recipe: Recipe, folder: Path) -> BlockStore:
@@ -148,13 +142,8 @@ def _copy(recipe: Recipe, store: BlockStore, parts: list[TrainedSubtree]) -> Non
     with tqdm(total=counts.total(), desc="merge", unit="block") as bar:
         for part in parts:
             with _open(recipe, part.folder) as source:
-                store.take(source, _counted(part.keys, bar))
-
-
-def _counted(keys: list[Key], bar: tqdm) -> Iterator[Key]:
-    for key in keys:
-        yield key
-        bar.update()
+                store.take(source, part.keys)
+            bar.update(len(part.keys))
 
 
 def main(words: Sequence[str]) -> None:

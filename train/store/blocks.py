@@ -72,9 +72,8 @@ class BlockStore:
     ):
         self.cache_level_1 = cache_level_1
         self.folder, self.config, self.seed, self.cache_bytes = folder, config, seed, cache_bytes
-        self._resident: dict[Key, Entry] = {}
         self._cache: OrderedDict[Key, Entry] = OrderedDict()
-        self._cached_bytes = 0
+        self._cached_bytes = 0  # without those that stay
         self._spare: dict[int, list[Entry]] = {}  # of evicted blocks, by level, to be used again
         self._dirty: set[Key] = set()
         self._worker = ThreadPoolExecutor(1, "store")
@@ -110,7 +109,7 @@ class BlockStore:
         self._wait()
         keys = [(level, int(cluster)) for cluster in clusters]
         self._load(keys, set(keys))
-        entries = [self._entry(key) for key in keys]
+        entries = [self._cache[key] for key in keys]
         entries += entries[:1] * (size - len(entries))
         parts = np.empty((3, size, *self.config.block_shape(level)), np.float32)
         for i, entry in enumerate(entries):
@@ -124,7 +123,7 @@ class BlockStore:
         *parts, steps = [np.array(array, copy=False) for array in updated]
         for i, cluster in enumerate(clusters):
             key = (level, int(cluster))
-            entry = self._entry(key)
+            entry = self._cache[key]
             for state, part in zip(entry.states, parts, strict=True):
                 state[:] = part[i]
             entry.steps[0] = steps[i]
@@ -158,9 +157,10 @@ class BlockStore:
         ``agreed`` waits until the stores of all ranks are ready to do the same.
         """
         self._wait()
-        shapes = {name: [str(a.dtype), a.shape] for name, a in (arrays or {}).items()}
+        arrays = arrays or {}
+        shapes = {name: [str(a.dtype), a.shape] for name, a in arrays.items()}
         self._write(sorted(self._dirty))
-        self.records.write((_array_name(name), a) for name, a in (arrays or {}).items())
+        self.records.write((_array_name(name), a) for name, a in arrays.items())
         values = {
             b"identity": json.dumps(progress.identity).encode(),
             b"step": str(progress.step).encode(),
@@ -196,10 +196,10 @@ class BlockStore:
     def arrays(self) -> dict[str, np.ndarray]:
         """The named arrays of the last commit."""
         self._wait()
-        result = {}
-        for name, (dtype, shape) in self._array_types().items():
-            result[name] = np.empty(shape, dtype)
-            self.records.read(_array_name(name), result[name])
+        types = json.loads(self.records.value(b"arrays") or b"{}")
+        result = {name: np.empty(shape, dtype) for name, (dtype, shape) in types.items()}
+        for name, array in result.items():
+            self.records.read(_array_name(name), array)
         return result
 
     def block(self, level: int, cluster: int) -> np.ndarray:
@@ -214,8 +214,7 @@ class BlockStore:
     def current(self, level: int, cluster: int) -> np.ndarray:
         """The weights of one block as they are now; the cache stays as it is."""
         self._wait()
-        key = (level, cluster)
-        entry = self._resident.get(key) or self._cache.get(key)
+        entry = self._cache.get((level, cluster))
         return self.block(level, cluster) if entry is None else entry.states[0].copy()
 
     def block_steps(self, level: int) -> np.ndarray:
@@ -246,17 +245,11 @@ class BlockStore:
         self.records.read(_block_name(key), record)
         return record
 
-    def _array_types(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        return json.loads(self.records.value(b"arrays") or b"{}")
-
     def _wait(self) -> None:
         """For the worker; what went wrong there is raised here."""
         job, self._job = self._job, None
         if job is not None:
             job.result()
-
-    def _entry(self, key: Key) -> Entry:
-        return self._resident[key] if self._stays(key[0]) else self._cache[key]
 
     def _stays(self, level: int) -> bool:
         return level == 1 and not self.cache_level_1
@@ -272,7 +265,7 @@ class BlockStore:
         for key in keys:
             if key in self._cache:
                 self._cache.move_to_end(key)
-            elif key not in self._resident:
+            else:
                 missing.append(key)
         room = sum(self.record_bytes(level) for level, _ in missing if not self._stays(level))
         if missing and self._cached_bytes + room > self.cache_bytes:
@@ -282,11 +275,8 @@ class BlockStore:
             entry = self._empty_entry(key[0])
             if not self.records.read(_block_name(key), entry.record):
                 entry.states[0], entry.states[1:], entry.steps[0] = self._initial(key), 0, 0
-            if self._stays(key[0]):
-                self._resident[key] = entry
-            else:
-                self._cache[key] = entry
-                self._cached_bytes += entry.record.nbytes
+            self._cache[key] = entry
+        self._cached_bytes += room
         if self.cache_level_1:
             self._spare.clear()  # memory is short
 
@@ -301,7 +291,7 @@ class BlockStore:
         for key in self._cache:
             if size <= most_bytes:
                 break
-            if key not in keep:
+            if key not in keep and not self._stays(key[0]):
                 leaving.append(key)
                 size -= self.record_bytes(key[0])
         self._write(key for key in leaving if key in self._dirty)
@@ -311,7 +301,7 @@ class BlockStore:
 
     def _write(self, keys: Iterable[Key]) -> None:
         keys = list(keys)
-        self.records.write((_block_name(key), self._entry(key).record) for key in keys)
+        self.records.write((_block_name(key), self._cache[key].record) for key in keys)
         self._dirty.difference_update(keys)
 
 

@@ -16,6 +16,7 @@ freed pages are used again, never given back. Each transaction is synced to the 
 """
 
 import contextlib
+import itertools
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -88,10 +89,9 @@ class RecordStore:
         """Fills the contiguous ``target`` with the record ``name``, or with its beginning unless
         ``whole``; False if there is none."""
         with self._env.begin(buffers=True) as transaction:
-            place = self._place(transaction, name)
-            if place is None:
+            record = self._record(transaction, name)
+            if record is None:
                 return False
-            record: Any = transaction.get(_key(name, place), db=self._records)
             size = len(record)
             if size != target.nbytes and (whole or size < target.nbytes):
                 raise UserError(
@@ -106,24 +106,18 @@ class RecordStore:
     def end_of(self, name: bytes, size: int) -> bytes | None:
         """The last ``size`` bytes of the record ``name``, if there is one."""
         with self._env.begin(buffers=True) as transaction:
-            place = self._place(transaction, name)
-            if place is None:
-                return None
-            record: Any = transaction.get(_key(name, place), db=self._records)
-            result = bytes(record[-size:])
+            record = self._record(transaction, name)
+            result = None if record is None else bytes(record[-size:])
         self._used(4096)  # a page
         return result
 
     def names(self, start: bytes) -> list[bytes]:
         """The records of the last commit whose names begin with ``start``."""
         with self._env.begin(self._places) as transaction:
-            cursor, found = transaction.cursor(), []
-            if cursor.set_range(start):
-                for name in cursor.iternext(keys=True, values=False):
-                    if not name.startswith(start):
-                        break
-                    found.append(name)
-        return found
+            cursor = transaction.cursor()
+            cursor.set_range(start)
+            names = cursor.iternext(keys=True, values=False)
+            return list(itertools.takewhile(lambda name: name.startswith(start), names))
 
     def write(self, records: Iterable[tuple[bytes, np.ndarray]]) -> None:
         """Writes contiguous arrays; they are read at once and become lasting with ``commit``."""
@@ -193,11 +187,15 @@ class RecordStore:
         for name, value in values.items():
             transaction.put(name, value, db=self._values)
 
-    def _place(self, transaction: Any, name: bytes) -> int | None:
-        if name in self._staged:
-            return self._staged[name]
-        live = transaction.get(name, db=self._places)
-        return None if live is None else live[0]
+    def _record(self, transaction: Any, name: bytes) -> Any:
+        """As it was written last; None if there is none."""
+        place = self._staged.get(name)
+        if place is None:
+            live = transaction.get(name, db=self._places)
+            if live is None:
+                return None
+            place = live[0]
+        return transaction.get(_key(name, place), db=self._records)
 
     def _used(self, size: int) -> None:
         self._read_bytes += size
