@@ -22,7 +22,7 @@ from mlx_hmem.retriever.encoder import STATIC_FOLDER
 
 from .data.taken_tokenizer import is_tokenizer_file
 from .loop.arms import trained_anchor, trained_blocks, trained_generic
-from .recipe.recipe import ExportSection, Recipe
+from .recipe.recipe import Recipe
 from .step.start import copy_anchor_files
 
 
@@ -122,12 +122,15 @@ def _anchor_text(recipe: Recipe, folder: Path) -> str:
 def _memory_text(recipe: Recipe) -> str:
     if recipe.anchor_only:
         return ""
-    memory = recipe.memory_config
+    memory, stored = recipe.memory_config, recipe.export.dtype
+    if recipe.export.quantization is not None:
+        how = recipe.export.quantization_of(0)
+        stored = f"{how.mode}, {how.bits} bits, groups of {how.group_size}"
     return MEMORY.format(
         bank=memory.bank_parameters,
         clusters=" × ".join(map(str, memory.branching)),
         r=list(memory.r),
-        stored=_stored_as(recipe.export),
+        stored=stored,
         fetched=memory.fetched_parameters,
         encoder=recipe.tree.encoder,
     )
@@ -145,13 +148,6 @@ def card(recipe: Recipe, corpus: dict[str, Any], folder: Path) -> str:
         facts=corpus["facts"],
         attribution=recipe.export.attribution.strip(),
     )
-
-
-def _stored_as(export: ExportSection) -> str:
-    if export.quantization is None:
-        return export.dtype
-    how = export.quantization_of(0)
-    return f"{how.mode}, {how.bits} bits, groups of {how.group_size}"
 
 
 def copy_anchor(anchor: Path, tokenizer: Path, target: Path) -> None:

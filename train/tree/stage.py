@@ -7,6 +7,7 @@ what is in memory of each window is its number, and its hash while equal ones ar
 import functools
 import shutil
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -49,8 +50,10 @@ def encode_shard(
     advance(end - first)
 
 
-def _parts(count: int, size: int) -> list[tuple[int, int]]:
-    return [(first, min(first + size, count)) for first in range(0, count, size)]
+def _shards(count: int, size: int, *task: Any) -> list[Shard]:
+    """``task`` and the first and last + 1 window, for as many windows at a time as ``size``."""
+    parts = [(first, min(first + size, count)) for first in range(0, count, size)]
+    return [Shard((*task, part), part[1] - part[0]) for part in parts]
 
 
 def encode_windows(run: Path, encoder: str, ranks: Ranks) -> tuple[np.ndarray, str]:
@@ -59,15 +62,12 @@ def encode_windows(run: Path, encoder: str, ranks: Ranks) -> tuple[np.ndarray, s
     out, count = run / "tree", len(load_windows(run))
     loaded = load_encoder(encoder)
     static = loaded.name == "static"
-    shards = [
-        Shard((run, encoder, loaded.fingerprint, part), part[1] - part[0])
-        for part in _parts(count, STATIC_CHUNK if static else CHUNK)
-    ]
+    size = STATIC_CHUNK if static else CHUNK
     files = make_shards(
         out / "vectors",
         ranks,
         encode_shard,
-        shards,
+        _shards(count, size, run, encoder, loaded.fingerprint),
         {"encoder": loaded.fingerprint, "windows": fingerprint(run / "windows" / "tokens.npy")},
         desc="encode",
         unit=" windows",
@@ -98,14 +98,6 @@ def route_shard(path: Path, task: tuple[Path, tuple[int, int]], advance: Advance
     vectors = load_mapped(run / "tree" / "vectors.npy")
     save_array(path, tree.route_batch(vectors[first:end]))
     advance(end - first)
-
-
-def route_shards(run: Path, count: int, ranks: Ranks) -> list[Path]:
-    """The cluster paths of all windows, in order, as files."""
-    identity = {"tree": fingerprint(run / "tree" / "tree.safetensors"), "windows": count}
-    shards = [Shard((run, part), part[1] - part[0]) for part in _parts(count, ROUTED)]
-    folder = run / "tree" / "routes"
-    return make_shards(folder, ranks, route_shard, shards, identity, desc="route", unit=" windows")
 
 
 def _moved(
@@ -150,7 +142,15 @@ def run_tree(recipe: Recipe, folder: Path, ranks: Ranks = ALONE) -> None:
     # The same on all machines, whatever their BLAS rounds to.
     ranks.share_file(tree_file, 0)
     ranks.wait()
-    files = route_shards(folder, len(vectors), ranks)
+    files = make_shards(
+        out / "routes",
+        ranks,
+        route_shard,
+        _shards(len(vectors), ROUTED, folder),
+        {"tree": fingerprint(tree_file), "windows": len(vectors)},
+        desc="route",
+        unit=" windows",
+    )
     if not ranks.first:
         return
     save_pieces(out / "paths.npy", map(np.load, files))
