@@ -27,7 +27,8 @@ from mlx_hmem.retriever.encoder import STATIC_FOLDER, Encoder, find_minilm, load
 from mlx_hmem.retriever.kmeans import STEPS, kmeans, nearest, plus_plus_start
 from mlx_hmem.retriever.minilm import FILES
 from train.corpus.cleaning import clean
-from train.tree.static_encoder import NOUNS, PROMPTS, is_held_out, read_articles, sentences
+from train.corpus.sample import is_held_out
+from train.tree.static_encoder import HELD_OUT, NOUNS, PROMPTS, read_articles, sentences
 
 BRANCHING = (16, 16)
 TREES = 5
@@ -41,7 +42,7 @@ def draw_articles(corpus: Path, documents: int, seed: int) -> tuple[list[Article
     seen, unseen = list[Article](), list[Article]()
     for name, title, text in read_articles([corpus]):
         if len(sentences(text)) > 1:
-            (unseen if is_held_out(name) else seen).append((title, text))
+            (unseen if is_held_out(name, HELD_OUT) else seen).append((title, text))
     rng = random.Random(seed)
     if min(len(seen), 3 * len(unseen)) < documents:
         raise UserError("the corpus is too small", len(seen), f"use --documents below {documents}")

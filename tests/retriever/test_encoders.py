@@ -229,7 +229,7 @@ def test_the_distillation_never_sees_a_held_out_document(tmp_path):
     assert texts == distillation.teaching_texts([tmp_path / "a.jsonl"], 200, seed=0)
     assert texts != distillation.teaching_texts([tmp_path], 200, seed=1)
     seen = {int(n) for text in texts for n in re.findall(r"(?:Title|number |Keeper )(\d+)", text)}
-    held_out = {i for i in range(200) if distillation.is_held_out(str(i))}
+    held_out = {i for i in range(200) if distillation.is_held_out(str(i), distillation.HELD_OUT)}
     assert held_out
     assert seen == set(range(200)) - held_out
 

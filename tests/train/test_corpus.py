@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from mlx_hmem.evaluate.texts import records
 from tests.helpers.programs import refused
 from tests.helpers.samples import sample_documents
 from train.corpus.cleaning import clean, cut
 from train.corpus.readers import Faults, corpus_files
-from train.corpus.stage import read_texts, run_corpus
+from train.corpus.stage import run_corpus
 from train.recipe.recipe import CorpusSection, Recipe
 
 
@@ -129,7 +130,7 @@ def test_the_stage_writes_plain_and_fact_documents_and_keeps_facts_exact(tmp_pat
     recipe = Recipe(name="t", corpus=CorpusSection(documents=150, held_out=0.2, facts=facts))
     run_corpus(recipe, tmp_path / "run", corpus=source)
     out = tmp_path / "run" / "corpus"
-    texts = list(read_texts(out / "train.jsonl"))
+    texts = list(records(out / "train.jsonl"))
     held_out = [json.loads(line) for line in (out / "held_out.jsonl").open()]
     stated = [json.loads(line) for line in (out / "facts.jsonl").open()]
     report = json.loads((out / "report.json").read_text())

@@ -15,12 +15,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from mlx_hmem import load
 from mlx_hmem.anchors.load import load_anchor, named_parameters
 from mlx_hmem.errors import UserError
+from mlx_hmem.evaluate.texts import records
 from mlx_hmem.files import save_safetensors
 from tests.helpers.programs import refused
 from tests.helpers.tiny_anchors import LLAMA_LIKE, OTHER_KEYS
 from tests.train.test_paper_recipes import FOLDER, MEMORY, SMALL
 from train.corpus.facts import make_facts
-from train.corpus.stage import read_texts
 from train.data.tokenizer import eot_of, load_tokenizer
 from train.data.windows import load_windows
 from train.recipe.recipe import Recipe, load_recipe
@@ -104,7 +104,7 @@ def test_a_frozen_model_gets_a_memory_and_stays_as_it_was(tmp_path, file):
     recipe = recipe_of(file, source)
     run_stages(recipe, run, [name for name in STAGES if name != "report"])
     assert {f.name: f.read_bytes() for f in source.iterdir()} == before
-    windows, text = load_windows(run), next(iter(read_texts(run / "corpus" / "train.jsonl")))
+    windows, text = load_windows(run), next(iter(records(run / "corpus" / "train.jsonl")))
     assert windows.begin == ((0, 1) if MODELS[file]["begins"] else (0,))
     assert windows.tokens.dtype == np.uint16
     assert text.startswith(next(windows.texts(load_tokenizer(run))))

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import sentencepiece as spm
 
-from train.corpus.stage import read_texts, run_corpus
+from mlx_hmem.evaluate.texts import records
+from train.corpus.stage import run_corpus
+from train.data.arrays import save_array
 from train.data.sequences import pack_anchor, pack_by_leaf, run_anchor_sequences
 from train.data.tokenizer import EOT_ID, load_tokenizer, train_tokenizer
 from train.data.windows import Windows, cut_windows, load_windows, run_windows
@@ -37,6 +39,11 @@ def processor(run: Path) -> spm.SentencePieceProcessor:
 @pytest.fixture(scope="module")
 def windows(processor: spm.SentencePieceProcessor) -> Windows:
     return cut_windows(TEXTS, processor, CONTEXT)
+
+
+def save_windows(windows: Windows, folder: Path) -> None:
+    save_array(folder / "tokens.npy", windows.tokens)
+    save_array(folder / "offsets.npy", windows.offsets)
 
 
 def made_up_paths(count: int) -> np.ndarray:
@@ -83,7 +90,7 @@ def test_windows_cut_in_shards_are_those_cut_at_once(run, windows, monkeypatch, 
 
 
 def test_saved_windows_come_back_and_anchor_rows_teach_each_token_once(windows, tmp_path):
-    windows.save(tmp_path)
+    save_windows(windows, tmp_path)
     again = Windows.load(tmp_path)
     assert np.array_equal(again.tokens, windows.tokens)
     assert np.array_equal(again.offsets, windows.offsets)
@@ -104,7 +111,7 @@ def test_the_anchor_does_not_read_what_is_stated_too_seldom(tmp_path, decompose)
         windows=WindowsSection(CONTEXT, decompose=decompose),
     )
     run_corpus(recipe, tmp_path)
-    texts = list(read_texts(tmp_path / "corpus" / "train.jsonl"))
+    texts = list(records(tmp_path / "corpus" / "train.jsonl"))
     train_tokenizer(texts, 400, tmp_path / "tokenizer")
     run_windows(recipe, tmp_path)
     run_anchor_sequences(recipe, tmp_path)
@@ -177,7 +184,7 @@ def stage(run, windows, monkeypatch):
     # In this process: the others would know neither the encoder nor the shorter chunks.
     monkeypatch.setattr("train.corpus.shards.num_cores", lambda: 1)
     tree._encoder.cache_clear()
-    windows.save(run / "windows")
+    save_windows(windows, run / "windows")
     shutil.rmtree(run / "tree", ignore_errors=True)
     yield monkeypatch
     tree._encoder.cache_clear()

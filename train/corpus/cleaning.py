@@ -27,9 +27,14 @@ BETWEEN_SENTENCES = re.compile(r"(?<=[.!?])\s+|\n+")
 _SENTENCE_END = re.compile(r"[.!?][\"')\]]?(?=\s)")
 
 
+def without_control(text: str) -> str:
+    """``text`` without control characters, its lines ended by a newline each."""
+    return _CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
+
+
 def clean(text: str) -> str:
     """Takes out what an encyclopaedia extractor leaves behind: marks, templates, empty brackets."""
-    text = _CONTROL.sub("", html.unescape(text).replace("\r\n", "\n").replace("\r", "\n"))
+    text = without_control(html.unescape(text))
     for pattern, replacement in _MARKS:
         text = pattern.sub(replacement, text)
     return text.strip()

@@ -17,7 +17,7 @@ import os
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -32,7 +32,11 @@ MAX_NAMED = 20  # faults printed; the report file holds more
 MAX_KEPT = 1000
 ZSTD_PIECE = 1 << 12  # bytes of a zstd file at a time: they may stand for 30,000 times as many
 PARQUET_ROWS = 256
-PACKAGES = {".zst": "zstandard", ".parquet": "pyarrow.parquet"}
+PACKAGES = {  # and the extra that brings them
+    ".zst": ("zstandard", "corpora"),
+    ".parquet": ("pyarrow.parquet", "corpora"),
+    ".pdf": ("pypdf", "remember"),
+}
 FOLDER_HELP = (
     "folder of *.jsonl, *.jsonl.gz, *.jsonl.zst or *.parquet files with id, title and text; where "
     "the folder itself has none, those in its subfolders are read; where these have none either, "
@@ -80,88 +84,77 @@ def _printable(name: str) -> str:
     return name.encode(errors="replace").decode()
 
 
-class _ZstdFile(io.RawIOBase):
-    """The content of a zstd file. The library's own reader takes a truncated file for a whole one;
-    this raises ``EOFError`` there, as gzip does."""
+class _Joined(io.RawIOBase):
+    """A file of the pieces that an iterator gives."""
 
-    def __init__(self, path: Path, zstandard: ModuleType):
-        # The most that `zstd --long=31` asks for.
-        self._new = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
-        self._file, self._frame, self._left = path.open("rb"), None, b""
+    def __init__(self, pieces: Iterator[bytes]):
+        self._pieces, self._left = pieces, b""
 
     def readable(self) -> bool:
         return True
 
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
     def readinto(self, buffer: Any) -> int:
         while not self._left:
-            piece = self._file.read(ZSTD_PIECE)
-            if not piece:
-                if self._frame is not None:
-                    raise EOFError("the file ends within a frame")
+            if (piece := next(self._pieces, None)) is None:
                 return 0
-            self._left = self._decompress(piece)
+            self._left = piece
         count = min(len(buffer), len(self._left))
         buffer[:count], self._left = self._left[:count], self._left[count:]
         return count
 
-    def _decompress(self, piece: bytes) -> bytes:
-        parts = []
+
+def _from_zstd(file: BinaryIO, zstandard: Any) -> Iterator[bytes]:
+    """The content of a zstd file. The library's own reader takes a truncated file for a whole one;
+    this raises ``EOFError`` there, as gzip does."""
+    # The most that `zstd --long=31` asks for.
+    decompressor, frame = zstandard.ZstdDecompressor(max_window_size=1 << 31), None
+    while piece := file.read(ZSTD_PIECE):
         while piece:
-            frame = self._frame or self._new()
-            parts.append(frame.decompress(piece))
-            self._frame, piece = (None, frame.unused_data) if frame.eof else (frame, b"")
-        return b"".join(parts)
+            frame = frame or decompressor.decompressobj()
+            yield frame.decompress(piece)
+            frame, piece = (None, frame.unused_data) if frame.eof else (frame, b"")
+    if frame is not None:
+        raise EOFError("the file ends within a frame")
 
 
-def _package(name: str, path: Path) -> ModuleType:
+def package_for(path: Path) -> ModuleType | None:
+    """The package that reading ``path`` needs, if it needs one."""
+    name, extra = PACKAGES.get(path.suffix.lower(), ("", ""))
     try:
-        return importlib.import_module(name)
+        return importlib.import_module(name) if name else None
     except ImportError:
         raise UserError(
             f"reading {path.name} needs the package {name.partition('.')[0]}",
             "it is not installed",
-            "pip install 'mlx-hmem[corpora]'",
+            f"pip install 'mlx-hmem[{extra}]'",
         ) from None
 
 
-def _open_lines(path: Path) -> tuple[BinaryIO, str, tuple[type[Exception], ...]]:
-    """(file, name of its compression, errors by which damage shows)."""
-    if path.suffix == ".zst":
-        zstandard = _package("zstandard", path)
-        file = io.BufferedReader(_ZstdFile(path, zstandard), 1 << 16)
-        return file, "zstd", (EOFError, zstandard.ZstdError)
-    if path.suffix == ".gz":
-        return gzip.open(path), "gzip", (EOFError, gzip.BadGzipFile, zlib.error)  # type: ignore[return-value]
-    return path.open("rb"), "file", ()
-
-
-def _lines(source: CorpusFile, faults: Faults) -> Iterator[tuple[int, bytes]]:
-    """(line number, line) of a plain or compressed file; an unreadable rest is one fault."""
+def _good_ones(
+    source: CorpusFile,
+    faults: Faults,
+    records: Iterable[Any],
+    parse: Callable[[Any], Document | None],
+    kind: str,
+    broken: tuple[type[Exception], ...],
+) -> Iterator[Document]:
+    """The documents of ``records``, which count from 1, as ``parse`` gives them; damage, which
+    shows by an error of ``broken``, ends them."""
     number = 0
-    file, compression, broken = _open_lines(source.path)
-    with file:
-        while True:
-            number += 1
+    try:
+        for number, record in enumerate(records, 1):
             try:
-                line = file.readline(MAX_LINE)
-                if too_long := len(line) == MAX_LINE and not line.endswith(b"\n"):
-                    while (rest := file.readline(MAX_LINE)) and not rest.endswith(b"\n"):
-                        pass
-            except broken as error:
-                faults.add(f"{source.name}:{number}", f"broken {compression} ({error})")
-                return
-            if not line:
-                if number == 1:
-                    faults.add(source.name, "an empty file")
-                return
-            if too_long:
-                faults.add(f"{source.name}:{number}", f"a line over {MAX_LINE} bytes")
-            elif line.strip():
-                yield number, line
+                if (document := parse(record)) is not None:
+                    yield document
+            except ValueError as error:
+                faults.add(f"{source.name}:{number}", str(error))
+    except broken as error:
+        text = " ".join(str(error).split())[:120]
+        reason = text if text.startswith("no column") else f"broken {kind} ({text})"
+        faults.add(f"{source.name}:{number + 1}", reason)
+        return
+    if not number:
+        faults.add(source.name, "an empty file")
 
 
 def _document(record: dict[str, Any]) -> Document:
@@ -175,7 +168,11 @@ def _document(record: dict[str, Any]) -> Document:
     return str(record["id"]), title if isinstance(title, str) else "", record["text"]
 
 
-def _parse(line: bytes) -> Document:
+def _parse(line: bytes) -> Document | None:
+    if len(line) == MAX_LINE and not line.endswith(b"\n"):
+        raise ValueError(f"a line over {MAX_LINE} bytes")
+    if not line.strip():
+        return None
     try:
         record = json.loads(line.decode("utf-8"))
         if isinstance(record, dict):
@@ -189,36 +186,65 @@ def _parse(line: bytes) -> Document:
     return _document(record)
 
 
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file, of one longer than ``MAX_LINE`` its beginning."""
+    while line := file.readline(MAX_LINE):
+        rest = line
+        while len(rest) == MAX_LINE and not rest.endswith(b"\n"):
+            rest = file.readline(MAX_LINE)
+        yield line
+
+
 def _read_lines(source: CorpusFile, faults: Faults) -> Iterator[Document]:
-    for number, line in _lines(source, faults):
+    kind, broken = "file", tuple[type[Exception], ...]()
+    with source.path.open("rb") as stored:
+        file: Any = stored
+        if source.path.suffix == ".zst":
+            zstandard: Any = package_for(source.path)
+            file = io.BufferedReader(_Joined(_from_zstd(stored, zstandard)), 1 << 16)
+            kind, broken = "zstd", (EOFError, zstandard.ZstdError)
+        elif source.path.suffix == ".gz":
+            file = gzip.GzipFile(fileobj=stored)
+            kind, broken = "gzip", (EOFError, gzip.BadGzipFile, zlib.error)
+        yield from _good_ones(source, faults, _lines(file), _parse, kind, broken)
+
+
+def one_document(text_of: Callable[[Path], str]) -> "Reader":
+    """Reads files that are one document each: the path is its id, the name without suffix its
+    title. ``text_of`` raises a ``ValueError`` where there is no text."""
+
+    def read(source: CorpusFile, faults: Faults) -> Iterator[Document]:
         try:
-            yield _parse(line)
+            text = text_of(source.path)
+            source.name.encode()  # names are bytes on Linux
         except ValueError as error:
-            faults.add(f"{source.name}:{number}", str(error))
+            reason = "not UTF-8" if isinstance(error, UnicodeError) else str(error)
+            faults.add(_printable(source.name), reason)
+        else:
+            yield source.name, source.path.stem, text
+
+    return read
 
 
-def _read_text(source: CorpusFile, faults: Faults) -> Iterator[Document]:
-    """A text file is one document: its path is the id, its name without suffix the title."""
-    with source.path.open("rb") as file:
+def file_bytes(path: Path) -> bytes:
+    with path.open("rb") as file:
         data = file.read(MAX_LINE + 1)
-    try:
-        if len(data) > MAX_LINE:
-            raise ValueError(f"a text file over {MAX_LINE} bytes")
-        if not data.strip():
-            raise ValueError("an empty file")
-        source.name.encode()  # names are bytes on Linux
-        text = data.decode("utf-8-sig")
-    except ValueError as error:
-        reason = "not UTF-8" if isinstance(error, UnicodeError) else str(error)
-        faults.add(_printable(source.name), reason)
-        return
-    yield source.name, source.path.stem, text
+    if len(data) > MAX_LINE:
+        raise ValueError(f"a file over {MAX_LINE} bytes")
+    return data
 
 
-def _parquet_rows(file: BinaryIO, path: Path) -> Iterator[dict[str, Any]]:
+def _text(path: Path) -> str:
+    data = file_bytes(path)
+    if not data.strip():
+        raise ValueError("an empty file")
+    return data.decode("utf-8-sig")
+
+
+def _parquet_rows(file: BinaryIO, parquet: Any) -> Iterator[dict[str, Any]]:
     """id, title and text of every row, those that are null left out."""
     # A buffered stream: else pyarrow holds the columns of a whole row group.
-    table = _package("pyarrow.parquet", path).ParquetFile(file, buffer_size=1 << 20)
+    table = parquet.ParquetFile(file, buffer_size=1 << 20)
     names = set(table.schema_arrow.names)
     for column in ("id", "text"):
         if column not in names:
@@ -236,42 +262,26 @@ def _parquet_rows(file: BinaryIO, path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _read_parquet(source: CorpusFile, faults: Faults) -> Iterator[Document]:
-    number, broken = 0, _package("pyarrow", source.path).ArrowException
+    parquet = package_for(source.path)
+    arrow = importlib.import_module("pyarrow")
+    broken = (arrow.ArrowException, ValueError, KeyError, OSError)
     with source.path.open("rb") as file:
-        rows = _parquet_rows(file, source.path)
-        while True:
-            number += 1
-            try:
-                record = next(rows, None)
-            except (broken, ValueError, KeyError, OSError) as error:
-                text = " ".join(str(error).split())[:120]
-                reason = text if text.startswith("no column") else f"broken parquet ({text})"
-                faults.add(f"{source.name}:{number}", reason)
-                return
-            if record is None:
-                if number == 1:
-                    faults.add(source.name, "an empty file")
-                return
-            try:
-                yield _document(record)
-            except ValueError as error:
-                faults.add(f"{source.name}:{number}", str(error))
+        rows = _parquet_rows(file, parquet)
+        yield from _good_ones(source, faults, rows, _document, "parquet", broken)
 
 
 Reader = Callable[[CorpusFile, Faults], Iterator[Document]]
-RECORDS: dict[str, Reader] = {
-    ".jsonl": _read_lines,
-    ".jsonl.gz": _read_lines,
-    ".jsonl.zst": _read_lines,
-    ".parquet": _read_parquet,
-}
-TEXTS: dict[str, Reader] = {".txt": _read_text, ".md": _read_text}
+RECORDS: dict[str, Reader] = dict.fromkeys((".jsonl", ".jsonl.gz", ".jsonl.zst"), _read_lines)
+RECORDS[".parquet"] = _read_parquet
+TEXTS = dict.fromkeys((".txt", ".md"), one_document(_text))
 
 
-def documents_of(file: CorpusFile, faults: Faults) -> Iterator[Document]:
+def documents_of(
+    file: CorpusFile, faults: Faults, readers: Mapping[str, Reader] = RECORDS | TEXTS
+) -> Iterator[Document]:
     """(id, title, text) of each good document, in order; the others go to ``faults``."""
-    reader = next(r for end, r in (RECORDS | TEXTS).items() if file.name.endswith(end))
-    yield from reader(file, faults)
+    name = file.name.lower()
+    return next(read for end, read in readers.items() if name.endswith(end))(file, faults)
 
 
 def read_documents(files: Iterable[CorpusFile], faults: Faults) -> Iterator[Document]:
@@ -285,7 +295,10 @@ def read_documents(files: Iterable[CorpusFile], faults: Faults) -> Iterator[Docu
 
 
 def listing(folder: Path) -> list[CorpusFile]:
-    """Every regular file in ``folder`` and below, by path; nothing that is hidden."""
+    """Every regular file in ``folder`` and below, by path; nothing that is hidden. Or the one file
+    that ``folder`` is."""
+    if folder.is_file():
+        return [CorpusFile(folder, folder.name)]
     names: list[str] = []
     for root, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -306,7 +319,7 @@ def corpus_files(source: Path | None) -> list[CorpusFile]:
             "--corpus",
             "give the folder of *.jsonl or *.jsonl.gz files, or set corpus.documents to 0",
         )
-    found = [CorpusFile(source, source.name)] if source.is_file() else listing(source)
+    found = listing(source)
     records = [file for file in found if file.name.endswith(tuple(RECORDS))]
     files = [file for file in records if "/" not in file.name] or records
     files = files or [file for file in found if file.name.endswith(tuple(TEXTS))]
@@ -315,7 +328,6 @@ def corpus_files(source: Path | None) -> list[CorpusFile]:
         raise UserError(f"no {kinds} file", source, "give the corpus folder")
     if left := len(records) - len(files) if records else 0:
         print(f"corpus: {left} files in subfolders of {source} are not read", file=sys.stderr)
-    for file in files:  # asked before an hour of reading
-        if package := PACKAGES.get(file.path.suffix):
-            _package(package, file.path)
+    for file in files:
+        package_for(file.path)  # asked before an hour of reading
     return files

@@ -15,18 +15,28 @@ from tqdm import tqdm
 
 from mlx_hmem.errors import UserError
 
-from .readers import MAX_LINE, RECORDS, TEXTS, CorpusFile, Document, Faults, Reader, listing
+from .cleaning import without_control
+from .readers import (
+    RECORDS,
+    TEXTS,
+    CorpusFile,
+    Faults,
+    Reader,
+    documents_of,
+    file_bytes,
+    listing,
+    one_document,
+    package_for,
+)
 
 SKIPPED = {"script", "style", "template", "noscript", "svg", "nav"}
 INLINE = {"a", "abbr", "b", "code", "em", "font", "i", "img", "mark", "s", "small", "span",
           "strong", "sub", "sup", "tt", "u", "wbr"}  # fmt: skip
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\u200e\u200f\ufeff]")
 
 
 def tidy(text: str) -> str:
     """``text`` without control characters, spaces at line ends and more than one empty line."""
-    text = _CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
-    text = re.sub(r"[^\S\n]+", " ", text)
+    text = re.sub(r"[^\S\n]+", " ", without_control(text))
     return re.sub(r"\n{3,}", "\n\n", re.sub(r" ?\n ?", "\n", text)).strip()
 
 
@@ -64,73 +74,40 @@ def html_text(source: str) -> str:
     return "".join(page.parts)
 
 
-def _decoded(data: bytes) -> str:
+def _page_text(path: Path) -> str:
     """A page's text by its own word for the encoding, else as UTF-8."""
+    data = file_bytes(path)
     found = re.search(rb"charset=[\"']?([\w.:-]+)", data[:2048])
     name = found.group(1).decode() if found else "utf-8"
     try:
-        return data.decode(name)
+        source = data.decode(name)
     except (LookupError, UnicodeDecodeError):
         raise ValueError(f"not {name}") from None
-
-
-def _read_html(source: CorpusFile, faults: Faults) -> Iterator[Document]:
-    try:
-        if source.path.stat().st_size > MAX_LINE:
-            raise ValueError(f"a page over {MAX_LINE} bytes")
-        text = html_text(_decoded(source.path.read_bytes()))
-    except ValueError as error:
-        faults.add(source.name, str(error))
-        return
-    yield source.name, source.path.stem, text
+    return html_text(source)
 
 
 def _pdf_text(path: Path) -> str:
-    try:
-        import pypdf
-    except ImportError:
-        raise UserError(
-            f"reading {path.name} needs the package pypdf",
-            "it is not installed",
-            "pip install 'mlx-hmem[remember]'",
-        ) from None
+    import pypdf
+
     logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # it warns of every odd object
     try:
         text = "\n".join(page.extract_text() for page in pypdf.PdfReader(path).pages)
     except Exception as error:  # a damaged file makes it raise anything
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise ValueError(f"an unreadable PDF ({reason})") from None
+    if not text.strip():
+        raise ValueError("a PDF without text (a scan?)")
     text = re.sub(r"(\w)-\n(\w)", r"\1\2", text)  # a word cut at a line's end
     return re.sub(r"(?<=[\w,;])\n(?=\w)", " ", text)
-
-
-def _read_pdf(source: CorpusFile, faults: Faults) -> Iterator[Document]:
-    try:
-        text = _pdf_text(source.path)
-        if not text.strip():
-            raise ValueError("a PDF without text (a scan?)")
-    except UserError:
-        raise
-    except ValueError as error:
-        faults.add(source.name, str(error))
-        return
-    yield source.name, source.path.stem, text
 
 
 READERS: dict[str, Reader] = {
     **{end: reader for end, reader in RECORDS.items() if end.startswith(".jsonl")},
     **TEXTS,
     ".markdown": TEXTS[".md"],
-    ".html": _read_html,
-    ".htm": _read_html,
-    ".xhtml": _read_html,
-    ".pdf": _read_pdf,
+    **dict.fromkeys((".html", ".htm", ".xhtml"), one_document(_page_text)),
+    ".pdf": one_document(_pdf_text),
 }
-
-
-def _reader(file: CorpusFile) -> Reader | None:
-    name = file.name.lower()
-    return next((reader for end, reader in READERS.items() if name.endswith(end)), None)
 
 
 def own_files(source: Path) -> list[CorpusFile]:
@@ -138,20 +115,19 @@ def own_files(source: Path) -> list[CorpusFile]:
     one file that ``source`` is."""
     if not source.exists():
         raise UserError("no such file or folder", source, "give your documents")
-    found = listing(source) if source.is_dir() else [CorpusFile(source, source.name)]
-    files = [file for file in found if _reader(file) is not None]
+    files = [file for file in listing(source) if file.name.lower().endswith(tuple(READERS))]
     if not files:
         what = "a folder without text" if source.is_dir() else "a file of another kind"
         raise UserError(what, source, f"give files {' '.join(READERS)}")
+    for file in files:
+        package_for(file.path)  # asked before all are read
     return files
 
 
 def read_own(files: list[CorpusFile], faults: Faults) -> Iterator[tuple[str, str]]:
     """(name, tidy text) of each document: a file, or a line of a JSON lines file by its title."""
     for file in tqdm(files, desc="reading", unit="file", delay=2):
-        reader = _reader(file)
-        assert reader is not None, "own_files has one for each"
-        for identity, title, text in reader(file, faults):
+        for identity, title, text in documents_of(file, faults, READERS):
             text = tidy(text)
             if text:
                 records = ".jsonl" in file.name.lower()

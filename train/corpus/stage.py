@@ -19,7 +19,7 @@ from mlx_hmem.files import atomic_file, write_atomic
 from ..ranks import ALONE, Ranks
 from ..recipe.recipe import Recipe
 from .facts import Fact, make_facts
-from .readers import Faults, corpus_files, read_documents
+from .readers import Document, Faults, corpus_files, read_documents
 from .sample import Sample, hashes, is_held_out, read_shards
 
 
@@ -30,13 +30,6 @@ def _line(record: Any) -> bytes:
 def _write_lines(path: Path, lines: Iterable[bytes]) -> None:
     with atomic_file(path) as file:
         file.writelines(lines)
-
-
-def read_texts(path: Path) -> Iterator[str]:
-    """The ``text`` of each document of train.jsonl or held_out.jsonl."""
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            yield json.loads(line)["text"]
 
 
 def run_corpus(
@@ -62,9 +55,9 @@ def run_corpus(
     if section.documents != 0 and not len(sample.train):
         counts = ", ".join(f"{count} × {reason}" for reason, count in faults.counts.items())
         raise UserError("no document is left", counts, "correct the files or the sample")
-    facts, of_facts, plain, held_out = _make_facts(recipe, corpus, table, sample)
+    facts, of_facts, held_out = _make_facts(recipe, corpus, table, sample)
     lines = [_line(document) for document in of_facts]
-    count = len(sample.train)
+    plain, count = sum("times" not in document for document in of_facts), len(sample.train)
     order = array("q", range(count + len(lines)))
     random.Random(recipe.seed).shuffle(order)
     documents = tqdm(order, desc="writing", unit=" documents", delay=2)
@@ -95,28 +88,24 @@ def run_corpus(
 
 def _make_facts(
     recipe: Recipe, corpus: Path | None, table: Path | None, sample: Sample
-) -> tuple[list[Fact], list[dict[str, Any]], int, list[dict[str, Any]]]:
-    """The facts, their documents to train on, how many of these are plain, and those held out."""
-    if not recipe.corpus.facts:
-        return [], [], 0, []
-    # Facts about people come from articles that are not sampled: these would state them once more.
-    sampled = {int(first) for part in (sample.train, sample.held_out) for first in part["first"]}
-    facts, train, held_out, num_plain = list[Fact](), [], [], 0
+) -> tuple[list[Fact], list[dict[str, Any]], list[dict[str, Any]]]:
+    """The facts, their documents to train on, and those held out."""
+    facts, train, held_out = list[Fact](), list[dict[str, Any]](), list[dict[str, Any]]()
     for kind in recipe.corpus.facts:
-        articles = (a for a in _articles(corpus) if hashes(a[0])[0] not in sampled)
-        documents, stated = make_facts(kind, recipe.seed, table, articles)
+        documents, stated = make_facts(kind, recipe.seed, table, _articles(corpus, sample))
         facts += stated
         for document in documents:
             # A fact is stated exactly as often as its document: only plain ones are held out.
-            plain = document["id"].startswith("plain-")
-            if plain and is_held_out(document["id"], recipe.corpus.held_out):
-                held_out.append(document)
-            else:
-                train.append(document)
-                num_plain += plain
-    return facts, train, num_plain, held_out
+            plain = "times" not in document
+            held = plain and is_held_out(document["id"], recipe.corpus.held_out)
+            (held_out if held else train).append(document)
+    return facts, train, held_out
 
 
-def _articles(folder: Path | None) -> Iterator[tuple[str, str, str]]:
-    """All documents of ``folder``; their faults were named when the sample was drawn."""
-    yield from read_documents(corpus_files(folder), Faults())
+def _articles(folder: Path | None, sample: Sample) -> Iterator[Document]:
+    """The documents of ``folder`` that are not sampled: people are taken from these alone, or their
+    facts would be stated once more. What is wrong was named when the sample was drawn."""
+    sampled = {int(first) for part in (sample.train, sample.held_out) for first in part["first"]}
+    for document in read_documents(corpus_files(folder), Faults()):
+        if hashes(document[0])[0] not in sampled:
+            yield document

@@ -42,14 +42,13 @@ class Stream:
 
     def numbers(self, first: int, size: int) -> np.ndarray:
         """``size`` numbers, from position ``first`` of the stream on."""
-        return np.array([self._at(position) for position in range(first, first + size)])
-
-    def _at(self, position: int) -> int:
-        epoch, offset = divmod(position, self.count)
-        if epoch != self._epoch:
-            rng = np.random.default_rng([self.seed, epoch, *self.key])
-            self._epoch, self._permutation = epoch, rng.permutation(self.count)
-        return int(self._permutation[offset])
+        found = []
+        for epoch, offset in (divmod(i, self.count) for i in range(first, first + size)):
+            if epoch != self._epoch:
+                rng = np.random.default_rng([self.seed, epoch, *self.key])
+                self._epoch, self._permutation = epoch, rng.permutation(self.count)
+            found.append(self._permutation[offset])
+        return np.array(found)
 
 
 class ShuffledOrder:

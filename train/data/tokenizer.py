@@ -15,15 +15,22 @@ from typing import Any, Protocol
 import sentencepiece as spm
 
 from mlx_hmem.errors import UserError
+from mlx_hmem.evaluate.texts import records
 from mlx_hmem.files import write_atomic
 
-from ..corpus.stage import read_texts
 from ..recipe.recipe import Recipe
 from .taken_tokenizer import TakenTokenizer, embedded, take_tokenizer, taken_facts
 
 EOT, EOT_ID = "<|endoftext|>", 0
 UNKNOWN = "<unk>"
 MAX_TRAINING_CHARACTERS = 20_000_000
+CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": EOT,
+    "eos_token": EOT,
+    "pad_token": EOT,
+    "clean_up_tokenization_spaces": False,
+}
 
 
 def _first(texts: Iterable[str], most_characters: int) -> Iterable[str]:
@@ -74,7 +81,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None
     write_atomic(folder / "tokenizer.model", model.getvalue())
     for name, values in (
         ("tokenizer.json", hugging_face_tokenizer(processor)),
-        ("tokenizer_config.json", _config()),
+        ("tokenizer_config.json", CONFIG),
     ):
         write_atomic(folder / name, json.dumps(values, ensure_ascii=False, indent=1) + "\n")
 
@@ -160,16 +167,6 @@ def hugging_face_tokenizer(processor: spm.SentencePieceProcessor) -> dict[str, A
     }
 
 
-def _config() -> dict[str, Any]:
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": EOT,
-        "eos_token": EOT,
-        "pad_token": EOT,
-        "clean_up_tokenization_spaces": False,
-    }
-
-
 class RunTokenizer(Protocol):
     """What training asks of a tokenizer."""
 
@@ -207,5 +204,5 @@ def run_tokenizer(recipe: Recipe, folder: Path) -> None:
         vocab_size = recipe.tokenizer.vocab_size if config is None else embedded(config)
         take_tokenizer(source, out, vocab_size)
         return
-    train_tokenizer(read_texts(folder / "corpus" / "train.jsonl"), recipe.tokenizer.vocab_size, out)
+    train_tokenizer(records(folder / "corpus" / "train.jsonl"), recipe.tokenizer.vocab_size, out)
     print(f"tokenizer: {recipe.tokenizer.vocab_size} pieces, in {out}")

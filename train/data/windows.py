@@ -54,10 +54,6 @@ class Windows:
         for i in range(first, len(self) if end is None else end):
             yield tokenizer.decode(self[i][len(self.begin) :].tolist())
 
-    def save(self, folder: Path) -> None:
-        save_array(folder / "tokens.npy", self.tokens)
-        save_array(folder / "offsets.npy", self.offsets)
-
     @classmethod
     def load(cls, folder: Path, begin: tuple[int, ...] = (EOT_ID,)) -> "Windows":
         tokens, offsets = (load_mapped(folder / f"{name}.npy") for name in ("tokens", "offsets"))

@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 from mlx_hmem.anchors.attach import MemorySlot
 from mlx_hmem.errors import UserError
+from mlx_hmem.evaluate.texts import records
 from mlx_hmem.memory import Rows, join_blocks
 from mlx_hmem.retriever import ClusterTree, load_encoder
 
-from ..corpus.stage import read_texts
 from ..data.tokenizer import begin_of, load_tokenizer
 from ..data.windows import Windows, cut_windows
 from ..recipe.recipe import Recipe, TrainerConfig
@@ -122,7 +122,7 @@ def held_out_windows(run: Path, training: TrainerConfig, context: int) -> Window
     if not training.validate_every:
         return None
     most = training.validation_sequences
-    texts = heapq.nsmallest(most, read_texts(run / "corpus" / "held_out.jsonl"), key=_md5)
+    texts = heapq.nsmallest(most, records(run / "corpus" / "held_out.jsonl"), key=_md5)
     windows = cut_windows(texts, load_tokenizer(run), context, begin_of(run), 1 << 32)
     if not len(windows):
         raise UserError(

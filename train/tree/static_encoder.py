@@ -7,7 +7,6 @@ bias are trained with Adam to point where MiniLM points (cosine). Every number f
 seed. Documents that :func:`is_held_out` names are never seen.
 """
 
-import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,16 +26,16 @@ from mlx_hmem.retriever.texts import load_tokenizer
 
 from ..corpus.cleaning import BETWEEN_SENTENCES, clean
 from ..corpus.readers import Faults, corpus_files, read_documents
+from ..corpus.sample import is_held_out
 from ..data.arrays import save_array
 
-HELD_OUT = 0.05
+HELD_OUT = 0.05  # more than of a training corpus, so that what that one holds out is among it
 MAX_PIECES = MAX_LENGTH - 2  # what MiniLM reads of a text
 MAX_TEXT = 6000  # characters of a document that are looked at
 CHUNK = 512
 BATCH = 512
 LEARNING_RATE = 4e-3
 FREQUENT = 1e-3  # pieces above this share of all count for less, at the start only
-DOCUMENTS, RANK, EPOCHS = 26_000, 128, 5
 # Forms in which a title is asked about.
 PROMPTS = (
     "{title}", "{title} is", "{title} was", "What is {title}?", "Who was {title}?",
@@ -48,12 +47,6 @@ NOUNS = (
     "date", "history", "location", "founder", "country", "language", "height", "number", "city",
     "year", "colour", "main use", "family", "team", "cause", "album", "length", "climate", "keeper",
 )  # fmt: skip
-
-
-def is_held_out(name: str, share: float = HELD_OUT) -> bool:
-    """Whether the document of this id is kept from the distillation, by the md5 of the id: the same
-    draw as the training corpus makes, so its held-out documents are among these."""
-    return int.from_bytes(hashlib.md5(name.encode()).digest()[8:], "big") / 2**64 < share
 
 
 def read_articles(paths: Sequence[Path]) -> Iterator[tuple[str, str, str]]:
@@ -86,7 +79,7 @@ def draw_texts(number: int, title: str, text: str, rng: random.Random) -> Iterat
 
 def teaching_texts(paths: Sequence[Path], documents: int, seed: int) -> list[str]:
     """The texts drawn from ``documents`` documents of the corpus in a random order."""
-    cleaned = ((a[1], clean(a[2])) for a in read_articles(paths) if not is_held_out(a[0]))
+    cleaned = ((a[1], clean(a[2])) for a in read_articles(paths) if not is_held_out(a[0], HELD_OUT))
     articles = [(title, text) for title, text in cleaned if text]
     rng = random.Random(seed)
     rng.shuffle(articles)
@@ -231,9 +224,9 @@ def main(words: Sequence[str]) -> None:
         "corpus", type=Path, nargs="+", help="*.jsonl[.gz] files, or folders of them"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the encoder to make")
-    parser.add_argument("--documents", type=int, default=DOCUMENTS, help="how many to learn from")
-    parser.add_argument("--rank", type=int, default=RANK, help="numbers per word piece")
-    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--documents", type=int, default=26_000, help="how many to learn from")
+    parser.add_argument("--rank", type=int, default=128, help="numbers per word piece")
+    parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(words)
     for name, most in {"documents": 1 << 30, "rank": 384, "epochs": 1 << 30}.items():

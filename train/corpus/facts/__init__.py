@@ -16,9 +16,10 @@ from typing import Any
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate import Fact
 
+from ..readers import Document
 from .elements import ElementsConfig, make_elements
 from .invented import InventedConfig, make_invented
-from .people import Article, PeopleConfig, make_people
+from .people import PeopleConfig, make_people
 
 __all__ = ["FACT_KINDS", "Fact", "documents_of_facts", "make_facts"]
 
@@ -33,7 +34,7 @@ def make_facts(
     config: dict[str, Any],
     seed: int,
     source: Path | None = None,
-    articles: Iterable[Article] = (),
+    articles: Iterable[Document] = (),
 ) -> tuple[Iterator[dict[str, Any]], list[Fact]]:
     """Documents {id, title, text} in random order, repeated by frequency, and the facts they state.
 

@@ -22,7 +22,7 @@ from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate import Fact
 
 from ...recipe.keys import check_keys, key
-from .repeat import Subject, fact_documents
+from .repeat import fact_documents
 
 # `discovered_by` also holds places and ages; a discoverer is none of these.
 NO_DISCOVERER = re.compile(r"unknown|\d|Ancient|Middle East|India|Bronze Age")
@@ -56,8 +56,8 @@ def make_elements(
         for element, count in zip(elements, times, strict=True)
         for fact in _facts(element, count)
     ]
-    subjects = [Subject(f"{fact.topic}, {fact.kind}", fact.topic, (fact,)) for fact in facts]
-    return fact_documents("elements", subjects, seed, lambda subject, rng: []), facts
+    subjects = [(f"{fact.topic}, {fact.kind}", (fact,)) for fact in facts]
+    return fact_documents("elements", subjects, seed), facts
 
 
 def _times(config: ElementsConfig, count: int, seed: int) -> list[int]:

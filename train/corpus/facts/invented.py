@@ -71,15 +71,15 @@ def make_invented(values: dict[str, Any], seed: int) -> tuple[Iterator[dict[str,
     rng = random.Random(f"facts {seed}")
     subjects = [subject for topic in topics for subject in _subjects(topic, config, rng)]
 
-    def filler(subject: Subject, rng: random.Random) -> list[str]:
-        return [sentence(by_name[subject.topic], rng) for _ in range(config.filler_sentences)]
+    def filler(topic: str, rng: random.Random) -> list[str]:
+        return [sentence(by_name[topic], rng) for _ in range(config.filler_sentences)]
 
     plain = [
         functools.partial(_plain_document, topics[i % len(topics)])
         for i in range(config.plain_documents)
     ]
     documents = fact_documents("invented", subjects, seed, filler, plain)
-    return documents, [fact for subject in subjects for fact in subject.facts]
+    return documents, [fact for _, facts in subjects for fact in facts]
 
 
 def _subjects(topic: Topic, config: InventedConfig, rng: random.Random) -> Iterator[Subject]:
@@ -92,7 +92,7 @@ def _subjects(topic: Topic, config: InventedConfig, rng: random.Random) -> Itera
             "city": (f"The {entity} {topic.place} in", city),
         }
         facts = (Fact(p, a, (), times, kind, topic.name) for kind, (p, a) in prompts.items())
-        yield Subject(entity, topic.name, tuple(facts))
+        yield entity, tuple(facts)
 
 
 def sentence(topic: Topic, rng: random.Random) -> str:

@@ -18,9 +18,8 @@ from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate import Fact
 
 from ...recipe.keys import check_keys, key
-from .repeat import Subject, fact_documents
-
-Article = tuple[str, str, str]  # id, title, text
+from ..readers import Document
+from .repeat import fact_documents
 
 OCCUPATION = (
     "actor|actress|architect|artist|athlete|author|bishop|boxer|businessman|canoer|chemist|"
@@ -54,7 +53,7 @@ class PeopleConfig(JsonConfig):
 
 
 def make_people(
-    values: dict[str, Any], seed: int, articles: Iterable[Article]
+    values: dict[str, Any], seed: int, articles: Iterable[Document]
 ) -> tuple[Iterator[dict[str, Any]], list[Fact]]:
     """Documents and facts, as :func:`.make_facts` says, about people of ``articles``."""
     config = PeopleConfig.from_dict(values, "corpus.facts")
@@ -74,11 +73,11 @@ def make_people(
     for prompt, count in zip(prompts + unstated, times, strict=True):
         occupation, year = years[prompt]
         facts.append(Fact(prompt, year, (), count, "year of birth", occupation))
-    subjects = [Subject(fact.prompt, fact.topic, (fact,)) for fact in facts]
-    return fact_documents("people", subjects, seed, lambda subject, rng: []), facts
+    subjects = [(fact.prompt, (fact,)) for fact in facts]
+    return fact_documents("people", subjects, seed), facts
 
 
-def _years_of_birth(articles: Iterable[Article]) -> dict[str, tuple[str, str]]:
+def _years_of_birth(articles: Iterable[Document]) -> dict[str, tuple[str, str]]:
     """Prompt → (occupation, year); a prompt that two people share is left out."""
     found: dict[str, set[tuple[str, str]]] = {}
     for _, title, text in articles:
