@@ -53,10 +53,6 @@ class Storage:
     size: int
 
 
-class _TensorClass:
-    """torch.Tensor and Parameter, named where a tensor has attributes."""
-
-
 class _Type(str):
     """A torch.dtype: as a value its name."""
 
@@ -119,9 +115,9 @@ def _tensor_v3(
     storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any,
     metadata: Any = None,
 ) -> LazyTensor:  # fmt: skip
-    if type(dtype) is not _Type or str(dtype).removeprefix("torch.") not in TYPES:
+    if type(dtype) is not _Type:
         raise ValueError("its pickle has a tensor without a type")
-    name = TYPES[str(dtype).removeprefix("torch.")]
+    name = TYPES[dtype.removeprefix("torch.")]  # :data:`NAMES` alone makes types
     return _tensor(storage, offset, shape, strides, name, metadata)
 
 
@@ -135,7 +131,8 @@ def _with_attributes(function: Any, kind: Any, arguments: Any, state: Any) -> La
     """A tensor with attributes of its own: ``function(*arguments)``."""
     if kind is not TENSOR_CLASS or type(arguments) is not tuple or function not in REBUILD:
         raise ValueError("its pickle has a tensor of another class")
-    return _parameter(function(*arguments))
+    rebuilt: LazyTensor = function(*arguments)
+    return rebuilt
 
 
 def _ordered(pairs: Any = ()) -> _Ordered:
@@ -175,14 +172,13 @@ def _numpy_type(code: Any, *ignored: Any) -> _NumpyType:
 
 
 def _numpy_number(kind: Any, data: Any) -> int | float | bool:
-    if type(kind) is not _NumpyType or type(data) is not bytes:
-        raise ValueError("its pickle has a wrong NumPy number")
-    if len(data) != np.dtype(kind.code).itemsize:
+    right = type(kind) is _NumpyType and type(data) is bytes
+    if not right or len(data) != np.dtype(kind.code).itemsize:
         raise ValueError("its pickle has a wrong NumPy number")
     return np.frombuffer(data, f"<{kind.code}").item()
 
 
-TENSOR_CLASS = _TensorClass()
+TENSOR_CLASS = object()  # torch.Tensor and Parameter, named where a tensor has attributes
 TENSOR_V2, TENSOR_V3 = Function(_tensor_v2, 6, 7), Function(_tensor_v3, 7, 8)
 REBUILD = (TENSOR_V2, TENSOR_V3)
 NUMBER = Function(_numpy_number, 2, 2)

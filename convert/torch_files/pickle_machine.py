@@ -9,7 +9,7 @@ a small file cannot fill the memory.
 
 import struct
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 MAX_PICKLE = 1 << 25  # bytes
 MAX_STEPS = 5_000_000  # about 125,000 tensors
@@ -86,15 +86,14 @@ class Machine:
             raise ValueError("its pickle has a name without an end")
         return self.take(end + 1 - self.at)[:-1].decode()
 
-    def pop(self) -> Any:
-        if not self.stack:
-            raise ValueError("its pickle takes a value where none is")
-        return self.stack.pop()
-
     def top(self) -> Any:
         if not self.stack:
             raise ValueError("its pickle takes a value where none is")
         return self.stack[-1]
+
+    def pop(self) -> Any:
+        self.top()
+        return self.stack.pop()
 
     def pop_mark(self) -> list[Any]:
         if not self.marks:
@@ -120,12 +119,6 @@ class Machine:
     def tuple_of_mark(self) -> None:
         values = tuple(self.pop_mark())  # first: it changes which list the stack is
         self.stack.append(values)
-
-    def long(self) -> None:
-        self.stack.append(int.from_bytes(self.take(self.take(1)[0]), "little", signed=True))
-
-    def append(self) -> None:
-        self.extend([self.pop()])
 
     def extend(self, values: list[Any]) -> None:
         if type(self.top()) is not list:
@@ -156,7 +149,9 @@ class Machine:
             raise ValueError("its pickle has a name that is no text")
         full = f"{module[:MAX_NAME]}.{name[:MAX_NAME]}"
         if full not in self.names:
-            _refuse(full)
+            raise ValueError(
+                f"its pickle names {full[:80]!r}, which is not read: it could run code"
+            )
         self.stack.append(self.names[full])
 
     def stack_name(self) -> None:
@@ -175,9 +170,6 @@ class Machine:
             raise ValueError("its pickle sets the state of what has none")
         target.set_state(state)
 
-    def persistent_id(self) -> None:
-        self.stack.append(self.persistent(self.pop()))
-
 
 def put(target: dict[Any, Any], key: Any, value: Any) -> None:
     """Adds an item; ValueError for a key that is there already or is no plain value."""
@@ -188,10 +180,6 @@ def put(target: dict[Any, Any], key: Any, value: Any) -> None:
     target[key] = value
 
 
-def _refuse(name: str) -> NoReturn:
-    raise ValueError(f"its pickle names {name[:80]!r}, which is not read: it could run code")
-
-
 U8, U16, I32, U32, U64, F64 = (struct.Struct(form) for form in ("B", "<H", "<i", "<I", "<Q", ">d"))
 
 
@@ -199,12 +187,16 @@ def _push(make: Callable[[Machine], Any]) -> Callable[[Machine], None]:
     return lambda machine: machine.stack.append(make(machine))
 
 
-def _text(form: struct.Struct) -> Callable[[Machine], None]:
-    return _push(lambda machine: machine.take(machine.number(form)).decode())
+def _number(form: struct.Struct) -> Callable[[Machine], None]:
+    return _push(lambda machine: machine.number(form))
 
 
 def _bytes(form: struct.Struct) -> Callable[[Machine], None]:
     return _push(lambda machine: machine.take(machine.number(form)))
+
+
+def _text(form: struct.Struct) -> Callable[[Machine], None]:
+    return _push(lambda machine: machine.take(machine.number(form)).decode())
 
 
 STEPS: dict[bytes, Callable[[Machine], None]] = {
@@ -214,11 +206,13 @@ STEPS: dict[bytes, Callable[[Machine], None]] = {
     b"N": _push(lambda machine: None),
     b"\x88": _push(lambda machine: True),
     b"\x89": _push(lambda machine: False),
-    b"K": _push(lambda machine: machine.number(U8)),
-    b"M": _push(lambda machine: machine.number(U16)),
-    b"J": _push(lambda machine: machine.number(I32)),
-    b"\x8a": Machine.long,
-    b"G": _push(lambda machine: machine.number(F64)),
+    b"K": _number(U8),
+    b"M": _number(U16),
+    b"J": _number(I32),
+    b"\x8a": _push(
+        lambda machine: int.from_bytes(machine.take(machine.take(1)[0]), "little", signed=True)
+    ),
+    b"G": _number(F64),
     b"\x8c": _text(U8),
     b"X": _text(U32),
     b"\x8d": _text(U64),
@@ -232,7 +226,7 @@ STEPS: dict[bytes, Callable[[Machine], None]] = {
     b"\x86": lambda machine: machine.tuple_of(2),
     b"\x87": lambda machine: machine.tuple_of(3),
     b"t": Machine.tuple_of_mark,
-    b"a": Machine.append,
+    b"a": lambda machine: machine.extend([machine.pop()]),
     b"e": lambda machine: machine.extend(machine.pop_mark()),
     b"s": Machine.set_item,
     b"u": lambda machine: machine.set_items(machine.pop_mark()),
@@ -245,5 +239,5 @@ STEPS: dict[bytes, Callable[[Machine], None]] = {
     b"\x93": Machine.stack_name,
     b"R": Machine.reduce,
     b"b": Machine.build,
-    b"Q": Machine.persistent_id,
+    b"Q": _push(lambda machine: machine.persistent(machine.pop())),
 }

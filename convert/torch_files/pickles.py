@@ -2,7 +2,7 @@
 
 A ``.pt`` or ``.bin`` file is a zip archive: ``data.pkl``, a pickle that names the tensors, and one
 entry of raw bytes per storage. ``zips`` checks the archive, ``pickle_machine`` runs the pickle, and
-``torch_names`` holds what it may name. Tensors are not read, so a checkpoint of any size opens in
+``names`` holds what it may name. Tensors are not read, so a checkpoint of any size opens in
 the time its pickle takes; their checksums are therefore not compared. Formats that are programs, or
 that PyTorch has not written by default since 2020, are refused: there is no unsafe way around.
 """
@@ -37,8 +37,8 @@ END = object()
 
 def open_files(paths: Sequence[Path]) -> Checkpoint:
     """What a checkpoint of safetensors or of ``torch.save`` holds, in one file or several."""
-    opens = [open_safetensors if p.suffix == ".safetensors" else open_torch for p in paths]
-    return join([open_one([path]) for open_one, path in zip(opens, paths, strict=True)])
+    opens = {".safetensors": open_safetensors}
+    return join([opens.get(path.suffix, open_torch)([path]) for path in paths])
 
 
 def open_torch(paths: Sequence[Path]) -> Checkpoint:
@@ -49,7 +49,7 @@ def open_torch(paths: Sequence[Path]) -> Checkpoint:
     it give names joined with dots. Raises :class:`UserError` for a file that is damaged, of another
     format, or that could run code.
     """
-    return join([_open(Path(path)) for path in paths])
+    return join([_open(path) for path in paths])
 
 
 def _open(path: Path) -> Checkpoint:
@@ -116,10 +116,10 @@ def _entry(file: BinaryIO, entry: Entry, most: int) -> bytes:
 
 def _storage(path: Path, entries: dict[str, Entry], reference: Any) -> Storage:
     """Of ("storage", class, key, device, number of elements), the only persistent id."""
-    if type(reference) is not tuple or len(reference) != 5:
+    if type(reference) is not tuple or len(reference) != 5 or reference[0] != "storage":
         raise ValueError("its pickle refers to what is no storage")
-    word, kind, key, _, count = reference
-    if type(word) is not str or word != "storage" or type(kind) is not StorageClass:
+    _, kind, key, _, count = reference
+    if type(kind) is not StorageClass:
         raise ValueError("its pickle refers to what is no storage")
     if type(key) is not str or not is_whole(count):
         raise ValueError("its pickle refers to a wrong storage")
@@ -145,8 +145,7 @@ class _Sorter:
         value: Any = root
         prefix = ""
         for _ in range(MAX_DEPTH):
-            nest = self.nest(value)
-            if nest is None:
+            if (nest := self.nest(value)) is None:
                 break
             for key, other in value.items():
                 if key != nest:

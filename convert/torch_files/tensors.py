@@ -6,12 +6,11 @@ takes the memory of what was asked for; a transposed or cut-out tensor takes one
 more, and is read in the order in which it lies in the file.
 """
 
-import contextlib
 import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,7 @@ from mlx_hmem.errors import UserError
 
 # Bytes per element. Beyond MLX's types those that PyTorch knows and a conversion may meet.
 ITEM_SIZES = files.ITEM_SIZES | {"F64": 8, "F8_E5M2": 1}
-BITS: dict[int, np.dtype] = {
-    1: np.dtype("u1"),
-    2: np.dtype("<u2"),
-    4: np.dtype("<u4"),
-    8: np.dtype("<u8"),
-}
+BITS: dict[int, np.dtype] = {size: np.dtype(f"<u{size}") for size in (1, 2, 4, 8)}
 MLX_TYPES = {
     "BOOL": mx.bool_, "U8": mx.uint8, "I8": mx.int8, "U16": mx.uint16, "I16": mx.int16,
     "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32, "I32": mx.int32, "F32": mx.float32,
@@ -87,7 +81,8 @@ class LazyTensor:
             return result
         strides = self.strides or row_major(self.shape)
         start = self.offset + (first * strides[0] * item if strides else 0)
-        with _opened(self.path) as handle:
+        with files.open_regular(self.path) as file:
+            handle = file.fileno()
             if self.strides is None:
                 _read_into(handle, result.reshape(-1), start, self.path)
             else:
@@ -172,9 +167,8 @@ def row_major(shape: Sequence[int]) -> tuple[int, ...]:
 def read_bits(bits: np.ndarray, dtype: str) -> mx.array:
     """Bits, as :meth:`LazyTensor.read` gives them, as an array of ``dtype``, in the same shape."""
     if dtype not in MLX_TYPES:
-        raise UserError(
-            "MLX has no such type", dtype, "convert the tensor to float32 in the source first"
-        )
+        remedy = "convert the tensor to float32 in the source first"
+        raise UserError("MLX has no such type", dtype, remedy)
     if dtype == "BOOL":  # a byte of a foreign file may be neither 0 nor 1
         return mx.array(bits).astype(mx.bool_)
     return mx.array(bits).view(MLX_TYPES[dtype])
@@ -191,12 +185,6 @@ def numbers_of(bits: np.ndarray, dtype: str) -> mx.array:
 def bits_of(array: mx.array) -> np.ndarray:
     """The array's bits as unsigned integers of its width, contiguous, in the same shape."""
     return np.array(array.view(BITS_OF_MLX[array.itemsize]), copy=None, order="C")
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    with files.open_regular(path) as file:
-        yield file.fileno()
 
 
 def _read_into(handle: int, result: np.ndarray, start: int, path: Path) -> None:
@@ -221,9 +209,7 @@ def _read_strided(
     """
     item = result.itemsize
     if not result.ndim:
-        buffer = np.empty(1, result.dtype)
-        _read_into(handle, buffer, start, path)
-        result[...] = buffer[0]
+        _read_into(handle, result.reshape(-1), start, path)
         return
     lengths = zip(result.shape[1:], strides[1:], strict=True)
     row = 1 + sum((n - 1) * stride for n, stride in lengths)

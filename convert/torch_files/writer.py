@@ -73,7 +73,8 @@ def write_torch(
             state[name] = _Tensor(str(index), dtype, tuple(shape))
         state |= {new: state[old] for new, old in (aliases or {}).items()}
         plain = dict(values or {})
-        pickled = _pickled(plain | {under: state} if under else state | plain)
+        root_value = plain | {under: state} if under else state | plain
+        pickled = b"\x80\x02" + _value(root_value) + b"."
         _add(archive, file, f"{root}/data.pkl", [pickled], len(pickled))
         _add(archive, file, f"{root}/version", [b"3\n"], 2)
 
@@ -99,10 +100,6 @@ def bytes_of(chunk: Chunk) -> memoryview | bytes:
     if isinstance(chunk, np.ndarray):
         return np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data
     return chunk
-
-
-def _pickled(values: dict[str, Any]) -> bytes:
-    return b"\x80\x02" + _value(values) + b"."
 
 
 def _value(value: Any) -> bytes:
@@ -140,19 +137,10 @@ def _int(value: int) -> bytes:
 
 def _tensor(tensor: _Tensor) -> bytes:
     """``torch._utils._rebuild_tensor_v2(storage, 0, shape, strides, False, OrderedDict())``."""
-    count = math.prod(tensor.shape)
-    strides = row_major(tensor.shape)
-    storage = (
-        b"("
-        + _value("storage")
-        + b"ctorch\n"
-        + CLASSES[tensor.dtype].encode()
-        + b"\n"
-        + _value(tensor.storage)
-        + _value("cpu")
-        + _value(count)
-        + b"tQ"
-    )
+    kind = b"ctorch\n" + CLASSES[tensor.dtype].encode() + b"\n"
+    place = _value(tensor.storage) + _value("cpu") + _value(math.prod(tensor.shape))
+    storage = b"(" + _value("storage") + kind + place + b"tQ"
+    shape, strides = _value(tensor.shape), _value(row_major(tensor.shape))
     hooks = b"ccollections\nOrderedDict\n)R"
-    arguments = storage + _value(0) + _value(tensor.shape) + _value(strides) + b"\x89" + hooks
+    arguments = storage + _value(0) + shape + strides + b"\x89" + hooks
     return b"ctorch._utils\n_rebuild_tensor_v2\n(" + arguments + b"tR"
