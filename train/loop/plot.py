@@ -9,8 +9,7 @@ it.
 """
 
 import json
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -233,9 +232,6 @@ def plot_run(run: Path, target: Path) -> None:
     held_out = validations.pop(("anchor", "none"), None)
     if not curves and not validations and not steps and counts is None:
         raise UserError("nothing to draw", run, "give the folder of a run that has begun to train")
-    pyplot = import_pyplot()
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
     arms = {name: curve for name, curve in curves.items() if name != "anchor"}
     panels: list[Callable[[Any], None]] = []
     if "anchor" in curves:
@@ -248,36 +244,30 @@ def plot_run(run: Path, target: Path) -> None:
         panels.append(lambda axes: _draw_blocks(axes, steps))
     if counts is not None:
         panels.append(lambda axes: _draw_leaves(axes, counts))
-    with style(pyplot):
-        rows = -(-len(panels) // COLUMNS)
-        columns = -(-len(panels) // rows)
-        layout = ConstrainedLayoutEngine(w_pad=0.12)
-        save(pyplot, target, panels, (rows, columns), (5 * columns, 4 * rows), layout)
-
-
-def style(pyplot: Any) -> AbstractContextManager[None]:
-    values = {"axes.spines.top": False, "axes.spines.right": False, "axes.titleweight": "bold"}
-    context: AbstractContextManager[None] = pyplot.rc_context(values)
-    return context
+    rows = -(-len(panels) // COLUMNS)
+    columns = -(-len(panels) // rows)
+    apart = {"figure.constrained_layout.w_pad": 0.12}
+    save(target, panels, (rows, columns), (5 * columns, 4 * rows), apart)
 
 
 def save(
-    pyplot: Any,
     target: Path,
     panels: Sequence[Callable[[Any], None]],
     shape: tuple[int, int],
     size: tuple[float, float],
-    layout: Any = "constrained",
+    style: Mapping[str, Any] | None = None,
 ) -> None:
     """Draws the panels side by side in ``shape`` (rows, columns) and writes a PNG file."""
-    figure, grid = pyplot.subplots(*shape, figsize=size, layout=layout, squeeze=False)
-    for axes, draw in zip(grid.flat, panels, strict=False):
-        draw(axes)
-    for axes in grid.flat[len(panels) :]:
-        axes.set_axis_off()
-    with atomic_file(target) as file:
+    pyplot = import_pyplot()
+    own = {"axes.spines.top": False, "axes.spines.right": False, "axes.titleweight": "bold"}
+    with pyplot.rc_context({**own, **(style or {})}), atomic_file(target) as file:
+        figure, grid = pyplot.subplots(*shape, figsize=size, layout="constrained", squeeze=False)
+        for axes, draw in zip(grid.flat, panels, strict=False):
+            draw(axes)
+        for axes in grid.flat[len(panels) :]:
+            axes.set_axis_off()
         figure.savefig(file, format="png", dpi=150)
-    pyplot.close(figure)
+        pyplot.close(figure)
 
 
 def main(words: Sequence[str]) -> None:

@@ -5,14 +5,15 @@ in common is made once. A stopped study goes on with the same command; the same 
 shell shares the work. At the end ``table.txt``, ``results.json`` and the plots are in the folder.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from mlx_hmem.errors import ArgumentParser, UserError
 from mlx_hmem.folders import locked
 
 from ..corpus.readers import FOLDER_HELP
-from .file import Study, load_study
+from .file import load_study
 from .plan import print_plan
 from .plot import plot_study
 from .rows import collect
@@ -20,25 +21,14 @@ from .runs import make_all
 from .table import write_tables
 
 
-def _seeds(text: str | None, study: Study) -> list[int]:
-    known = sorted({*study.seeds, *(s for arm in study.arms for s in study.seeds_of(arm))})
-    if text is None:
-        return known
-    parts = text.split(",")
-    if odd := [p for p in parts if not p.strip().isdecimal() or int(p) not in known]:
-        raise UserError("--seeds has one that the study has not", odd[0], f"use some of {known}")
-    return [int(p) for p in parts]
-
-
-def _arms(text: str | None, study: Study) -> list[str]:
-    if text is None:
-        return list(study.arms)
-    parts = [part.strip() for part in text.split(",")]
-    if odd := [part for part in parts if part not in study.arms]:
-        raise UserError(
-            "--arms has one that the study has not", odd[0], f"use some of {', '.join(study.arms)}"
-        )
-    return parts
+def _chosen(option: str, text: str | None, known: Iterable[Any]) -> list[Any]:
+    """Those of ``known`` that the option's text names; all of them without it."""
+    names = {str(each): each for each in known}
+    parts = list(names) if text is None else [part.strip() for part in text.split(",")]
+    if odd := [part for part in parts if part not in names]:
+        remedy = f"use some of {', '.join(names)}"
+        raise UserError(f"{option} has one that the study has not", odd[0], remedy)
+    return [names[part] for part in parts]
 
 
 def main(words: Sequence[str]) -> None:
@@ -57,7 +47,9 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--plan", action="store_true", help="say what is to be done, and how long")
     args = parser.parse_args(words)
     study = load_study(args.study)
-    seeds, arms = _seeds(args.seeds, study), _arms(args.arms, study)
+    known = sorted({*study.seeds, *(s for arm in study.arms for s in study.seeds_of(arm))})
+    seeds = _chosen("--seeds", args.seeds, known)
+    arms = _chosen("--arms", args.arms, study.arms)
     if args.plan:
         print_plan(study, args.out, seeds, arms)
         return

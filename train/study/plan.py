@@ -13,7 +13,6 @@ from mlx_hmem.evaluate.tables import table
 
 from ..cost.costs import anchor_sizes_of, check_memory, context_of, has_memory, trainings_of
 from ..cost.plan import seconds_per_step, sequences_of
-from ..recipe.recipe import Recipe
 from ..stages import identity, identity_made, stages_of
 from .file import Study
 from .runs import Run, choice, runs_of, search_of
@@ -21,14 +20,14 @@ from .runs import Run, choice, runs_of, search_of
 
 def print_plan(study: Study, out: Path, seeds: Collection[int], arms: Collection[str]) -> None:
     """Prints a line per run: what it trains itself, and for how many minutes."""
-    runs = [*runs_of(study, out, seeds, arms)[0], *_later(study, out, seeds, arms)]
+    runs = [*runs_of(study, out, seeds, arms), *_later(study, out, seeds, arms)]
     made = {(run.seed, key) for run in runs for key in _made(out / str(run.seed))}
     timed: dict[Any, float] = {}
     total, lines = 0.0, [["run", "trains", "minutes"]]
     for run in runs:
         names, minutes = [], 0.0
         for name in run.stages():
-            key = (run.seed, _key(run.recipe, name))
+            key = run.seed, (name, identity(stages_of(run.recipe)[name], run.recipe))
             if key in made:
                 continue
             made.add(key)
@@ -49,8 +48,7 @@ def _later(study: Study, out: Path, seeds: Collection[int], arms: Collection[str
     for arm in arms:
         search = search_of(study, out, arm)
         if search and choice(search, study.choose_by) is None:
-            own = [seed for seed in study.seeds_of(arm) if seed in seeds]
-            others = [seed for seed in own if seed != study.seeds[0]]
+            others = [s for s in study.seeds_of(arm) if s in seeds and s != study.seeds[0]]
             runs += [Run(study, out, seed, arm, search[0].setting) for seed in others]
     return runs
 
@@ -59,14 +57,9 @@ def _text(minutes: float) -> str:
     return "?" if math.isnan(minutes) else f"{minutes:.0f}"
 
 
-def _key(recipe: Recipe, name: str) -> tuple[str, str]:
-    return name, identity(stages_of(recipe)[name], recipe)
-
-
 def _made(seed: Path) -> set[tuple[str, str]]:
     """The stages that runs in the folder of a seed have finished."""
-    folders = [done.parent for done in seed.glob("*/*/done.json")]
-    made = [(folder.name, identity_made(folder)) for folder in folders]
+    made = ((done.parent.name, identity_made(done.parent)) for done in seed.glob("*/*/done.json"))
     return {(name, key) for name, key in made if key is not None}
 
 

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..loop.plot import import_pyplot, save, style
+from ..loop.plot import save
 from .file import Study, Sweep
-from .rows import Row, sweep_rows
+from .rows import Figure, Row, sweep_rows
 
 # Okabe and Ito's colours, told apart by colour-blind people too.
 COLOURS = ["#444444", "#E69F00", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#0072B2", "#999999"]
@@ -27,19 +27,24 @@ def headline(study: Study, rows: Sequence[Row]) -> list[Row]:
 
 def plot_study(study: Study, out: Path, rows: Sequence[Row]) -> None:
     """Writes recall.png, perplexity.png and sweep-NAME.png, of what there are figures for."""
-    pyplot = import_pyplot()
-    with style(pyplot):
-        main = headline(study, rows)
-        if any(row.recall for row in main):
-            _save(pyplot, out / "recall.png", [lambda axes: _draw_recall(axes, main)], width=9)
-        if any(row.perplexity for row in main):
-            _save(pyplot, out / "perplexity.png", [lambda axes: _draw_perplexity(axes, main)])
-        for sweep in study.sweeps:
-            _plot_sweep(pyplot, out, sweep, sweep_rows(study, out, sweep))
+    main = headline(study, rows)
+    if any(row.recall for row in main):
+        _save(out / "recall.png", [lambda axes: _draw_recall(axes, main)], width=9)
+    if any(row.perplexity for row in main):
+        _save(out / "perplexity.png", [lambda axes: _draw_perplexity(axes, main)])
+    for sweep in study.sweeps:
+        _plot_sweep(out, sweep, sweep_rows(study, out, sweep))
 
 
-def _save(pyplot: Any, target: Path, panels: Sequence[Any], width: float = 6.5) -> None:
-    save(pyplot, target, panels, (1, len(panels)), (width * len(panels), 4.2))
+def _save(target: Path, panels: Sequence[Any], width: float = 6.5) -> None:
+    save(target, panels, (1, len(panels)), (width * len(panels), 4.2))
+
+
+def _draw_line(
+    axes: Any, places: Sequence[float], figures: Sequence[Figure | None], fmt: str, **look: Any
+) -> None:
+    means, errors = ([getattr(figure, name) for figure in figures] for name in ("mean", "error"))
+    axes.errorbar(places, means, errors, fmt=fmt, ms=4, capsize=3, **look)
 
 
 def _times(row: Row) -> list[int]:
@@ -48,13 +53,10 @@ def _times(row: Row) -> list[int]:
 
 def _draw_recall(axes: Any, rows: Sequence[Row]) -> None:
     for i, row in enumerate(row for row in rows if row.recall):
-        times = _times(row)
-        means, errors = ([getattr(row.recall[t], n) for t in times] for n in ("mean", "error"))
-        colour = COLOURS[i % len(COLOURS)]
+        times, colour = _times(row), COLOURS[i % len(COLOURS)]
         line = "o-" if i < len(COLOURS) else "s--"  # the colours once more
-        axes.errorbar(
-            times, means, errors, fmt=line, ms=4, capsize=3, color=colour, label=row.label
-        )
+        figures = [row.recall[t] for t in times]
+        _draw_line(axes, times, figures, line, color=colour, label=row.label)
     axes.set_xscale("log", base=2)
     ticks = _times(rows[0])
     axes.set_xticks(ticks, [str(t) for t in ticks])
@@ -79,7 +81,7 @@ def _draw_perplexity(axes: Any, rows: Sequence[Row]) -> None:
     axes.set(title="Held-out text", xlabel="perplexity per token")
 
 
-def _plot_sweep(pyplot: Any, out: Path, sweep: Sweep, points: Sequence[Row]) -> None:
+def _plot_sweep(out: Path, sweep: Sweep, points: Sequence[Row]) -> None:
     if not points:
         return
     panels = []
@@ -87,7 +89,7 @@ def _plot_sweep(pyplot: Any, out: Path, sweep: Sweep, points: Sequence[Row]) -> 
         panels.append(lambda axes: _draw_sweep_recall(axes, sweep, points))
     if all(row.perplexity for row in points):
         panels.append(lambda axes: _draw_sweep_perplexity(axes, sweep, points))
-    _save(pyplot, out / f"sweep-{sweep.name.replace(' ', '-')}.png", panels)
+    _save(out / f"sweep-{sweep.name.replace(' ', '-')}.png", panels)
 
 
 def _axis(axes: Any, sweep: Sweep, points: Sequence[Row]) -> list[float]:
@@ -108,24 +110,13 @@ def _draw_sweep_recall(axes: Any, sweep: Sweep, points: Sequence[Row]) -> None:
     places, joined = _axis(axes, sweep, points), "-" if sweep.x else ":"
     for i, times in enumerate(_times(points[0])):
         figures = [row.recall[times] for row in points]
-        axes.errorbar(
-            places,
-            [f.mean for f in figures],
-            [f.error for f in figures],
-            fmt="o" + joined,
-            ms=4,
-            capsize=3,
-            color=COLOURS[i % len(COLOURS)],
-            label=f"{times}×",
-        )
+        colour = COLOURS[i % len(COLOURS)]
+        _draw_line(axes, places, figures, "o" + joined, color=colour, label=f"{times}×")
     axes.set(title=f"{sweep.name}: facts recalled", ylabel="per cent", ylim=(0, 100))
     axes.legend(frameon=False, fontsize="small")
 
 
 def _draw_sweep_perplexity(axes: Any, sweep: Sweep, points: Sequence[Row]) -> None:
-    places = _axis(axes, sweep, points)
-    figures = [row.perplexity for row in points if row.perplexity]
-    means, errors = [f.mean for f in figures], [f.error for f in figures]
-    fmt = "o-" if sweep.x else "o:"
-    axes.errorbar(places, means, errors, fmt=fmt, ms=4, capsize=3, color="#0072B2")
+    places, figures = _axis(axes, sweep, points), [row.perplexity for row in points]
+    _draw_line(axes, places, figures, "o-" if sweep.x else "o:", color="#0072B2")
     axes.set(title=f"{sweep.name}: held-out text", ylabel="perplexity per token")

@@ -25,10 +25,10 @@ from mlx_hmem.model.load import load
 from mlx_hmem.model.model import MemoryModel
 
 from ..corpus.facts import documents_of_facts
+from ..cost.costs import anchor_parameters
 from ..export import run_export
 from ..recipe.recipe import Recipe
 from ..report import dense_model
-from ..step.start import anchor_shape, num_parameters
 from .file import FETCHED
 
 VERSION = 1  # of what is measured and how: results of another one are made anew
@@ -78,11 +78,8 @@ def measure_run(recipe: Recipe, run: Path, measures: Sequence[str]) -> None:
             scored = dense_model(run)
         else:
             model = scored = model or exported(recipe, run, measures)
-        values: dict[str, Any] = {
-            "version": VERSION,
-            "measure": measure,
-            **sizes_of(recipe, measure),
-        }
+        values: dict[str, Any] = {"version": VERSION, "measure": measure}
+        values |= sizes_of(recipe, measure)
         if facts and measure not in NO_FACTS:
             values["recall"] = _recall(scored, facts, measure, run, recipe.seed)
         if texts and measure not in NO_TEXT:
@@ -114,15 +111,11 @@ def exported(recipe: Recipe, run: Path, measures: Sequence[str]) -> MemoryModel:
 
 def sizes_of(recipe: Recipe, measure: str) -> dict[str, int]:
     """Parameters of what is measured: the anchor, one fetched memory, the bank."""
-    fetched = bank = 0
-    if _memory(measure) != "none":
-        fetched = recipe.memory_config.fetched_parameters
-    if measure in FETCHED:
-        bank = recipe.memory_config.bank_parameters
+    config = recipe.memory_config
     return {
-        "anchor_parameters": num_parameters(anchor_shape(recipe)),
-        "fetched_parameters": fetched,
-        "bank_parameters": bank,
+        "anchor_parameters": anchor_parameters(recipe),
+        "fetched_parameters": 0 if _memory(measure) == "none" else config.fetched_parameters,
+        "bank_parameters": config.bank_parameters if measure in FETCHED else 0,
     }
 
 
@@ -141,15 +134,14 @@ def _recall(
         with (run / "corpus" / "train.jsonl").open(encoding="utf-8") as lines:
             route = {"routed_by": documents_of_facts(facts, map(json.loads, lines))}
     found = recall(model, facts, _memory(measure), **route)
-    halves, result = halves_of(facts), {}
-    for number, half in enumerate(HALVES):
-        total: Counter[int] = Counter()
-        right: Counter[int] = Counter()
-        for fact, is_right, of in zip(facts, found.right, halves, strict=True):
-            total[fact.times] += of == number
-            right[fact.times] += of == number and is_right
-        buckets = [{"times": t, "right": right[t], "total": total[t]} for t in sorted(total)]
-        result[half] = [b for b in buckets if b["total"]]
+    total, right = Counter[tuple[int, int]](), Counter[tuple[int, int]]()
+    for fact, is_right, half in zip(facts, found.right, halves_of(facts), strict=True):
+        total[half, fact.times] += 1
+        right[half, fact.times] += bool(is_right)
+    result: dict[str, Any] = {half: [] for half in HALVES}
+    for (half, times), count in sorted(total.items()):
+        bucket = {"times": times, "right": right[half, times], "total": count}
+        result[HALVES[half]].append(bucket)
     return result
 
 

@@ -81,11 +81,11 @@ def collect(study: Study, out: Path, seeds: Collection[int] | None = None) -> li
         seeds = {seed for arm in study.arms for seed in study.seeds_of(arm)}
     rows = []
     for arm in study.arms:
-        runs, chosen = runs_of(study, out, seeds, [arm])
-        measured = [run for run in runs if run.is_measured] if chosen else []
+        runs = runs_of(study, out, seeds, [arm])
+        measured = [run for run in runs if run.is_measured and not run.tries]
         for measure in study.arms[arm].measure if measured else ():
-            found = {run.seed: read_results(run.folder, measure) for run in measured}
-            results = {seed: values for seed, values in found.items() if values is not None}
+            each = ((run.seed, read_results(run.folder, measure)) for run in measured)
+            results = {seed: values for seed, values in each if values is not None}
             rows.append(_row(study, arm, measure, measured[0].setting, results))
     return rows
 
@@ -139,8 +139,7 @@ def searches(study: Study, out: Path) -> list[dict[str, Any]]:
     found = []
     for arm in study.arms:
         runs = search_of(study, out, arm)
-        best = choice(runs, study.choose_by) if runs else None
-        if best is not None:
+        if best := choice(runs, study.choose_by):
             tried = {str(run.setting): figure(run, study.choose_by) for run in runs}
             found.append({"arm": arm, "tried": tried, "chosen": best.setting})
     return found

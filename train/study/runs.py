@@ -67,28 +67,23 @@ class Run:
         return names + (["dense"] if "dense" in self.measures else [])
 
 
-def runs_of(
-    study: Study, out: Path, seeds: Collection[int], arms: Collection[str]
-) -> tuple[list[Run], bool]:
-    """The runs that can be said so far, and whether these are all: an arm whose search is not
-    finished has only the runs of its search."""
+def runs_of(study: Study, out: Path, seeds: Collection[int], arms: Collection[str]) -> list[Run]:
+    """The runs that can be said so far: an arm whose search is not finished has only the runs of
+    its search, which all try a rate."""
     runs: list[Run] = []
-    everything = True
     for arm in study.arms:
-        if arm not in arms or not set(seeds) & set(study.seeds_of(arm)):
-            continue
-        search, setting = search_of(study, out, arm), None
-        if search:
-            best = choice(search, study.choose_by)
-            if best is None:
-                runs += search
-                everything = False
-                continue
-            setting = best.setting
         own = [seed for seed in study.seeds_of(arm) if seed in seeds]
-        runs += [Run(study, out, seed, arm, setting) for seed in own]
+        if arm not in arms or not own:
+            continue
+        search = search_of(study, out, arm)
+        best = choice(search, study.choose_by)
+        if search and best is None:
+            runs += search
+        else:
+            setting = best.setting if best else None
+            runs += [Run(study, out, seed, arm, setting) for seed in own]
     order = list(dict.fromkeys(run.seed for run in runs))
-    return sorted(runs, key=lambda run: order.index(run.seed)), everything
+    return sorted(runs, key=lambda run: order.index(run.seed))
 
 
 def search_of(study: Study, out: Path, arm: str) -> list[Run]:
@@ -98,11 +93,11 @@ def search_of(study: Study, out: Path, arm: str) -> list[Run]:
 
 
 def choice(search: list[Run], choose_by: str) -> Run | None:
-    """The best run of a search by its first measure; None while one is not measured. Of equals the
-    first."""
+    """The best run of a search by its first measure; None while one is not measured, and without
+    a search. Of equals the first."""
     if not all(run.is_measured for run in search):
         return None
-    return max(search, key=lambda run: figure(run, choose_by))
+    return max(search, key=lambda run: figure(run, choose_by), default=None)
 
 
 def figure(run: Run, choose_by: str) -> float:
@@ -145,9 +140,9 @@ def make_all(
     done: set[tuple[Path, bool]] = set()
     told = False
     while True:
-        runs, everything = runs_of(study, out, seeds, arms)
+        runs = runs_of(study, out, seeds, arms)
         todo = [run for run in runs if (run.folder, run.tries) not in done]
-        if not todo and everything:
+        if not todo and not any(run.tries for run in runs):
             return
         for run in todo:
             with locked(run.folder / "study.lock") as got:
