@@ -5,6 +5,8 @@ can be streamed and both directions read one table; a test holds the two against
 the anchor needs, and in which shape, its own class says.
 """
 
+import re
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,31 +20,27 @@ from . import hugging_face_config
 from .keys import SAME, Drop, Rule, strip, to_mlx, to_torch
 from .weights import AnchorConversion, companions, equal_bits
 
-_MOE = "model.layers.{i}"
+EXPERTS = ("gate_proj", "up_proj", "down_proj")  # the matrices of an expert, as mlx-lm calls them
+
+
+def _stacked(block: str, theirs: Sequence[str]) -> list[Rule]:
+    """The rules of a mixture of experts whose FFNs lie in ``block``."""
+    front = f"model.layers.{{i}}.{block}"
+    pairs = [
+        (f"{front}.experts.{{e}}.{name}.weight", f"{front}.switch_mlp.{ours}.weight")
+        for name, ours in zip(theirs, EXPERTS, strict=True)
+    ]
+    return [*(Rule(torch, (mlx,), "stacked") for torch, mlx in pairs), SAME]
+
+
 RULES: dict[str, list[Rule]] = {
     "gpt2": [
         Rule(f"h.{{i}}.{name}.weight", (f"model.h.{{i}}.{name}.weight",), "transposed")
         for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     ]
     + [Rule("{any}", ("model.{any}",))],
-    "qwen3_moe": [
-        Rule(
-            f"{_MOE}.mlp.experts.{{e}}.{name}.weight",
-            (f"{_MOE}.mlp.switch_mlp.{name}.weight",),
-            "stacked",
-        )
-        for name in ("gate_proj", "up_proj", "down_proj")
-    ]
-    + [SAME],
-    "mixtral": [
-        Rule(
-            f"{_MOE}.block_sparse_moe.experts.{{e}}.{theirs}.weight",
-            (f"{_MOE}.block_sparse_moe.switch_mlp.{ours}.weight",),
-            "stacked",
-        )
-        for theirs, ours in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj"))
-    ]
-    + [SAME],
+    "qwen3_moe": _stacked("mlp", EXPERTS),
+    "mixtral": _stacked("block_sparse_moe", ("w1", "w3", "w2")),
 }
 DROPS = [
     Drop("{any}rotary_emb.inv_freq", "RoPE is computed from the config"),
@@ -63,9 +61,8 @@ def weight_files(folder: Path) -> list[Path]:
         elif (folder / f"{stem}{suffix}").is_file():
             names = [f"{stem}{suffix}"]
         else:
-            names = _whole_set(
-                sorted(f.name for f in folder.glob(f"{stem}-*-of-*{suffix}")), folder
-            )
+            names = sorted(f.name for f in folder.glob(f"{stem}-*-of-*{suffix}"))
+            check_whole_set(names, "weight files", folder)
         if names:
             return [folder / name for name in names]
     raise UserError(
@@ -83,14 +80,12 @@ def _indexed(index: Path) -> list[str]:
     return sorted(set(names.values()))
 
 
-def _whole_set(names: list[str], folder: Path) -> list[str]:
-    """Checks that of ``…-00001-of-00003`` no part is missing."""
-    if not names:
-        return []
-    count = names[0].rpartition("-of-")[2].partition(".")[0].lstrip("0")
-    if count != str(len(names)):
-        raise UserError(f"{len(names)} of {count} weight files are there", folder, "download all")
-    return names
+def check_whole_set(names: Sequence[str], kind: str, folder: Path) -> None:
+    """Raises UserError if of files ``…-00001-of-00003`` a part is missing."""
+    count = re.search(r"-of-0*(\d+)\.[^.]*$", names[0]) if names else None
+    if count and int(count[1]) != len(names):
+        what = f"{len(names)} of {count[1]} {kind} are there"
+        raise UserError(what, folder, "fetch them all")
 
 
 def wanted_of(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -119,10 +114,8 @@ def from_torch(
     files = weight_files(source)
     checkpoint = open_files(files)
     tensors = strip(checkpoint.tensors, PREFIXES.get(name, ()))
-    head, embedding = (
-        tensors.get(HEAD),
-        tensors.get(EMBEDDINGS.get(name, "model.embed_tokens.weight")),
-    )
+    head = tensors.get(HEAD)
+    embedding = tensors.get(EMBEDDINGS.get(name, "model.embed_tokens.weight"))
     equal = head is not None and embedding is not None and equal_bits(head, embedding)
     config, notes = hugging_face_config.for_mlx(config, head, equal)
     wanted = wanted_of(config)

@@ -74,9 +74,8 @@ def for_mlx(
 def _check_settings(name: str, config: Config) -> list[str]:
     """Refuses what mlx-lm would silently compute otherwise."""
     notes = []
-    key = next(
-        (k for k in ("hidden_activation", "hidden_act", "activation_function") if config.get(k)), ""
-    )
+    keys = ("hidden_activation", "hidden_act", "activation_function")
+    key = next((k for k in keys if config.get(k)), "")
     allowed = ACTIVATIONS.get(name, ("silu", "swish"))
     if key and config[key] not in allowed:
         raise UserError(
@@ -129,10 +128,8 @@ def _rope(name: str, config: Config) -> Config:
         scaling = {k: v for k, v in found.items() if k != "rope_theta"}
         added["rope_scaling"] = scaling | {"type": kind, "rope_type": kind}
     scaling = added.get("rope_scaling") or config.get("rope_scaling") or {}
-    if name == "starcoder2" and scaling.get("rope_type", scaling.get("type")) not in (
-        None,
-        "default",
-    ):
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if name == "starcoder2" and kind not in (None, "default"):
         raise UserError("mlx-lm does not scale starcoder2's RoPE", scaling, "use PyTorch")
     return added
 

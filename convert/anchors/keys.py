@@ -7,7 +7,8 @@ of the wrong shape are errors, listed together in one line.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -171,26 +172,25 @@ def _torch_shape(rule: Rule, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _target(
-    name: str, shape: tuple[int, ...], pieces: Iterable[LazyTensor], dtype: str | None
+    name: str, shape: tuple[int, ...], pieces: Sequence[LazyTensor], dtype: str | None
 ) -> Target:
-    pieces = tuple(pieces)
     own = pieces[0].dtype
     if own not in FLOATS:
         raise UserError(f"{name} holds no floating-point numbers", own, "dequantise the model")
     if dtype is None and own == "F64":
         raise UserError(f"{name} has a type MLX does not have", own, "add --dtype float32")
-    return Target(name, DTYPES[dtype] if dtype else own, shape, pieces)
+    return Target(name, DTYPES[dtype] if dtype else own, shape, tuple(pieces))
 
 
 def _dropped(names: set[str], drops: Sequence[Drop], problems: Problems) -> list[str]:
     """What no rule took: a line for each rule of dropping; the rest are problems."""
-    notes: dict[Drop, int] = {}
+    notes = Counter[Drop]()
     for name in sorted(names):
         drop = next((d for d in drops if fits(d.torch, name) is not None), None)
         if drop is None:
             problems.lists["left over"].append(name)
         else:
-            notes[drop] = notes.get(drop, 0) + 1
+            notes[drop] += 1
     return [f"dropped {d.torch} ({count}): {d.why}" for d, count in notes.items()]
 
 

@@ -17,7 +17,7 @@ from ..torch_files.pickles import open_files
 from ..torch_files.tensors import Checkpoint, open_safetensors
 from ..torch_files.writer import Entry, write_torch
 from . import hugging_face
-from .hugging_face import wanted_of
+from .hugging_face import check_whole_set, wanted_of
 from .keys import Drop, Rule, strip, to_mlx, to_torch
 from .openlm_config import (
     EMBEDDING,
@@ -51,9 +51,7 @@ def checkpoint_files(source: Path) -> list[Path]:
     if len(sets) != 1:
         names = ", ".join(f.name for f in files[:6])
         raise UserError(f"{len(sets)} checkpoints in {folder}", names, "name the file of one")
-    count = re.search(r"-of-0*(\d+)$", files[0].stem)
-    if count and int(count[1]) != len(files):
-        raise UserError(f"{len(files)} of {count[1]} shards are there", folder, "fetch them all")
+    check_whole_set([file.name for file in files], "shards", folder)
     return files
 
 
@@ -113,8 +111,7 @@ class ToOpenLM(AnchorConversion):
             tied = {HEAD: EMBEDDING} if self.config["weight_tying"] else {}
             with progress(self.targets) as bar:
                 entries: list[Entry] = [
-                    (target.name, target.dtype, target.shape, target.chunks(bar))
-                    for target in self.targets
+                    (t.name, t.dtype, t.shape, t.chunks(bar)) for t in self.targets
                 ]
                 entries += [(INV_FREQ.format(i=i), "F32", values.shape, [values]) for i in layers]
                 write_torch(part / "model.pt", entries, {"name": "mlx_hmem"}, aliases=tied)

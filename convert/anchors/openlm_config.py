@@ -83,7 +83,7 @@ class _Facts:
     def tensor(self, name: str) -> LazyTensor:
         if name not in self.tensors:
             raise UserError("not an OpenLM checkpoint: a tensor is missing", name, "check the file")
-        if len(self.tensors[name].shape) != len(("rows", "columns")):
+        if len(self.tensors[name].shape) != 2:
             raise UserError(f"{name} is no matrix", self.tensors[name].shape, "check the file")
         return self.tensors[name]
 
@@ -91,12 +91,12 @@ class _Facts:
         """The value of ``key`` that the tensors show; the config must not contradict it."""
         if key not in self.config:
             self.notes.append(f"{key} {found}: from {where}")
-        elif self.config[key] != found or isinstance(self.config[key], bool) != isinstance(
-            found, bool
-        ):
+            return found
+        stated = self.config[key]
+        if stated != found or isinstance(stated, bool) != isinstance(found, bool):
             raise UserError(
                 "the config contradicts the tensors",
-                f"{key} is {self.config[key]!r} in the config, {found!r} by {where}",
+                f"{key} is {stated!r} in the config, {found!r} by {where}",
                 "give the config of this checkpoint",
             )
         return found
@@ -107,9 +107,8 @@ class _Facts:
             self.notes.append(f"{key} {DEFAULTS[key]}: OpenLM's default, as no config says it")
         value = self.config.get(key, DEFAULTS.get(key))
         if not isinstance(value, str) or value not in choices:
-            raise UserError(
-                f"this {key} is not supported", value, f"models with {', '.join(choices)} are"
-            )
+            remedy = f"models with {', '.join(choices)} are"
+            raise UserError(f"this {key} is not supported", value, remedy)
         return value
 
     def number(self, key: str, default: float) -> float:
@@ -131,9 +130,8 @@ def model_args(tensors: dict[str, LazyTensor], config: Config) -> tuple[Config, 
     packed = facts.tensor("layers.0.feed_forward.w12.weight")
     for name, tensor, parts in (("in_proj", in_proj, 3), ("w12", packed, 2)):
         if tensor.shape[0] % parts or not tensor.shape[0]:
-            raise UserError(
-                f"{name} does not hold {parts} matrices", tensor.shape, "check the file"
-            )
+            what = f"{name} does not hold {parts} matrices"
+            raise UserError(what, tensor.shape, "check the file")
     ffn = facts.agree("ffn_dim", packed.shape[0] // 2, "the shape of w12")
     heads, head_dim = _heads(facts, in_proj.shape[0] // 3)
     if facts.config.get("post_embed_norm"):
