@@ -68,15 +68,15 @@ def conversion_of(args: argparse.Namespace, source: Path, kind: str) -> Conversi
     if args.to == "pytorch":
         if kind == "model":
             return to_pytorch(source, args.dtype)
-        return openlm.into_torch(source, args.dtype).alone
+        return openlm.into_torch(source, args.dtype)
     if kind in ("anchor", "model"):
         remedy = "use mlx_hmem.convert quantize" if args.quantize else "add --to pytorch"
         raise UserError("this is a model of MLX already", source, remedy)
     if kind == "huggingface":
-        return hugging_face.from_torch(source, args.dtype).alone
+        return hugging_face.from_torch(source, args.dtype)
     own = (args.config, options_of(args.set), args.tokenizer)
     if kind == "openlm":
-        return openlm.from_torch(source, args.dtype, *own).alone
+        return openlm.from_torch(source, args.dtype, *own)
     return from_pytorch(source, args.dtype, *own)
 
 

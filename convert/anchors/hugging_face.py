@@ -7,6 +7,7 @@ the anchor needs, and in which shape, its own class says.
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..torch_files.pickles import open_files
 from ..torch_files.tensors import open_safetensors
 from . import hugging_face_config
 from .keys import SAME, Drop, Rule, strip, to_mlx, to_torch
-from .weights import AnchorConversion, companions, equal_bits
+from .weights import Conversion, anchor_conversion, companions, equal_bits, write_shards
 
 EXPERTS = ("gate_proj", "up_proj", "down_proj")  # the matrices of an expert, as mlx-lm calls them
 
@@ -101,9 +102,7 @@ def is_hugging_face(folder: Path) -> bool:
     return isinstance(values, dict) and "model_type" in values
 
 
-def from_torch(
-    source: Path, dtype: str | None = None, tokenizer: Path | None = None
-) -> AnchorConversion:
+def from_torch(source: Path, dtype: str | None = None, tokenizer: Path | None = None) -> Conversion:
     """A Hugging Face folder as a model directory of mlx-lm.
 
     ``dtype`` rounds all weights to float32, float16 or bfloat16; None keeps each tensor's bits.
@@ -124,18 +123,18 @@ def from_torch(
     notes += dropped + [f"left out {name}: no part of the model" for name in checkpoint.left_out]
     sources = [source / "config.json", *files]
     copied = companions(*([tokenizer] if tokenizer else []), source)
-    return AnchorConversion(sources, targets, with_dtype(config, dtype), notes, copied)
+    config = with_dtype(config, dtype)
+    return anchor_conversion(sources, targets, config, notes, copied, write_shards)
 
 
-def into_torch(source: Path, dtype: str | None = None) -> AnchorConversion:
+def into_torch(source: Path, dtype: str | None = None) -> Conversion:
     """A model directory of mlx-lm as a Hugging Face folder."""
     config, files = read_config(source), weight_files(source)
     rules = RULES.get(config["model_type"], [SAME])
     targets = to_torch(open_safetensors(files).tensors, rules, wanted_of(config), dtype)
     sources = [source / "config.json", *files]
-    return AnchorConversion(
-        sources, targets, with_dtype(config, dtype), [], companions(source), metadata="pt"
-    )
+    config, write = with_dtype(config, dtype), partial(write_shards, form="pt")
+    return anchor_conversion(sources, targets, config, [], companions(source), write)
 
 
 def with_dtype(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:

@@ -5,7 +5,8 @@ looks like, :mod:`convert.anchors.openlm_config` finds out.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from mlx_hmem.anchors.load import read_config
@@ -31,7 +32,7 @@ from .openlm_config import (
     model_args,
     read_openlm_config,
 )
-from .weights import AnchorConversion, companions, progress
+from .weights import Conversion, Target, anchor_conversion, companions, progress, write_shards
 
 RULES = [Rule(name, ours, "parts" if len(ours) > 1 else "same") for name, ours in NAMES.items()]
 
@@ -71,7 +72,7 @@ def from_torch(
     options: Config | None = None,
     tokenizer: Path | None = None,
     is_foreign: Callable[[str], bool] = lambda name: False,
-) -> AnchorConversion:
+) -> Conversion:
     """An OpenLM checkpoint as a model directory.
 
     Args:
@@ -97,28 +98,24 @@ def from_torch(
     copied = companions(tokenizer or (source if source.is_dir() else source.parent))
     if not any(file.name.startswith("tokenizer") for file in copied):
         notes.append("no tokenizer beside the checkpoint: put tokenizer.json into the result")
-    return AnchorConversion([*files, *([file] if file else [])], targets, args, notes, copied)
+    sources = [*files, *([file] if file else [])]
+    return anchor_conversion(sources, targets, args, notes, copied, write_shards)
 
 
-class ToOpenLM(AnchorConversion):
-    """The way back: writes one ``model.pt`` instead of safetensors."""
-
-    def write(self, part: Path) -> None:
-        if not (part / "model.pt").exists():
-            interleaved = POSITIONS[self.config["positional_embedding_type"]]
-            layers = range(0 if interleaved else self.config["n_layers"])
-            values = inverse_frequencies(self.config["rope_theta"], self.config["head_dim"])
-            tied = {HEAD: EMBEDDING} if self.config["weight_tying"] else {}
-            with progress(self.targets) as bar:
-                entries: list[Entry] = [
-                    (t.name, t.dtype, t.shape, t.chunks(bar)) for t in self.targets
-                ]
-                entries += [(INV_FREQ.format(i=i), "F32", values.shape, [values]) for i in layers]
-                write_torch(part / "model.pt", entries, {"name": "mlx_hmem"}, aliases=tied)
-        self.write_rest(part)
+def write_checkpoint(part: Path, targets: Sequence[Target], config: Config) -> None:
+    """Writes ``model.pt`` of an anchor with this config of OpenLM's, unless it is there."""
+    if not (part / "model.pt").exists():
+        interleaved = POSITIONS[config["positional_embedding_type"]]
+        layers = range(0 if interleaved else config["n_layers"])
+        values = inverse_frequencies(config["rope_theta"], config["head_dim"])
+        tied = {HEAD: EMBEDDING} if config["weight_tying"] else {}
+        with progress(targets) as bar:
+            entries: list[Entry] = [(t.name, t.dtype, t.shape, t.chunks(bar)) for t in targets]
+            entries += [(INV_FREQ.format(i=i), "F32", values.shape, [values]) for i in layers]
+            write_torch(part / "model.pt", entries, {"name": "mlx_hmem"}, aliases=tied)
 
 
-def into_torch(source: Path, dtype: str | None = None) -> AnchorConversion:
+def into_torch(source: Path, dtype: str | None = None) -> Conversion:
     """A model directory as a Hugging Face folder, or with an OpenLM anchor as ``model.pt`` and
     ``model.json``, OpenLM's own."""
     config = read_config(source)
@@ -149,4 +146,5 @@ def into_torch(source: Path, dtype: str | None = None) -> AnchorConversion:
         "ffn_type": "swiglu_torch",
     } | {key: config[key] for key in IDS if config.get(key) is not None}
     sources = [source / "config.json", *files]
-    return ToOpenLM(sources, targets, values, [], companions(source), "model.json", "pt")
+    write = partial(write_checkpoint, config=values)
+    return anchor_conversion(sources, targets, values, [], companions(source), write, "model.json")

@@ -184,7 +184,9 @@ def _heads(facts: _Facts, inner: int) -> tuple[int, int]:
         head_dim = facts.agree("head_dim", inner // heads, "the shape of in_proj and n_heads")
     head_dim = int(head_dim)
     if heads is None:
-        heads = facts.agree("n_heads", inner // head_dim, "the shape of in_proj and head_dim")
+        heads = facts.agree(
+            "n_heads", inner // max(1, head_dim), "the shape of in_proj and head_dim"
+        )
     if heads * head_dim != inner:
         raise UserError(
             "the config contradicts the tensors",

@@ -55,12 +55,11 @@ class Target:
     def nbytes(self) -> int:
         return math.prod(self.shape) * ITEM_SIZES[self.dtype]
 
-    def chunks(self, bar: tqdm | None = None) -> Iterator[np.ndarray]:
+    def chunks(self, bar: tqdm) -> Iterator[np.ndarray]:
         for piece in self.pieces:
             for bits in chunks_of(piece):
                 yield bits if piece.dtype == self.dtype else cast(bits, piece, self)
-                if bar is not None:
-                    bar.update(bits.size * ITEM_SIZES[self.dtype])
+                bar.update(bits.size * ITEM_SIZES[self.dtype])
 
 
 def chunks_of(tensor: LazyTensor) -> Iterator[np.ndarray]:
@@ -96,13 +95,11 @@ def cast(bits: np.ndarray, source: LazyTensor, target: Target) -> np.ndarray:
     return bits_of(result)
 
 
-def write_safetensors(
-    path: Path, targets: Sequence[Target], metadata: dict[str, str], bar: tqdm | None = None
-) -> None:
+def write_safetensors(path: Path, targets: Sequence[Target], form: str, bar: tqdm) -> None:
     """Writes a safetensors file, whole or not at all."""
     # The widest first: each tensor then begins at a multiple of its elements' size.
     ordered = sorted(targets, key=lambda target: -ITEM_SIZES[target.dtype])
-    header = safetensors_header(((t.name, t.dtype, t.shape) for t in ordered), metadata)
+    header = safetensors_header(((t.name, t.dtype, t.shape) for t in ordered), {"format": form})
     with atomic_file(path) as file:
         file.write(header)
         for target in ordered:
@@ -117,10 +114,11 @@ def progress(targets: Iterable[Target]) -> tqdm:
     return tqdm(total=total, unit="B", unit_scale=True, delay=2, desc="converting")
 
 
-def write_shards(folder: Path, targets: Sequence[Target], metadata: dict[str, str]) -> None:
+def write_shards(folder: Path, targets: Sequence[Target], form: str = "mlx") -> None:
     """Writes ``model*.safetensors`` of at most 1 GiB, or one tensor, and their index.
 
-    A shard that exists is whole, and left as it is.
+    ``form`` is what the files say of themselves, "mlx" or "pt". A shard that exists is whole, and
+    left as it is.
     """
     shards: list[list[Target]] = [[]]
     for target in targets:
@@ -136,7 +134,7 @@ def write_shards(folder: Path, targets: Sequence[Target], metadata: dict[str, st
             if path.exists():
                 bar.update(sum(target.nbytes for target in shard))
             else:
-                write_safetensors(path, shard, metadata, bar)
+                write_safetensors(path, shard, form, bar)
     if len(shards) > 1:
         size = sum(target.nbytes for target in targets)
         index_json = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
@@ -157,7 +155,7 @@ class Conversion(NamedTuple):
     """A conversion that has been checked, before anything is written.
 
     sources: files that it reads. notes: lines for the user. write: makes it in a folder, where it
-    skips what is there. made: what came of it, in words.
+    skips what is there. made: what came of it, in words. config: that of its anchor.
     """
 
     sources: list[Path]
@@ -165,42 +163,29 @@ class Conversion(NamedTuple):
     notes: list[str]
     write: Callable[[Path], None]
     made: str
+    config: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class AnchorConversion:
+def anchor_conversion(
+    inputs: Sequence[Path],
+    targets: Sequence[Target],
+    config: dict[str, Any],
+    notes: list[str],
+    copied: Sequence[Path],
+    write_weights: Callable[[Path, Sequence[Target]], None],
+    config_name: str = "config.json",
+) -> Conversion:
     """That of an anchor: ``config`` is that of ``config_name``, ``copied`` are small files that are
     taken along."""
+    size = sum(target.nbytes for target in targets)
+    small = sum(file.stat().st_size for file in copied)
 
-    inputs: list[Path]
-    targets: list[Target]
-    config: dict[str, Any]
-    notes: list[str]
-    copied: list[Path]
-    config_name: str = "config.json"
-    metadata: str = "mlx"  # or "pt"
+    def write(part: Path) -> None:
+        write_weights(part, targets)
+        copy_missing({file.name: file for file in copied}, part)
+        # The config comes last, so none loads before its time.
+        write_atomic(part / config_name, json.dumps(config, indent=2) + "\n")
 
-    @property
-    def sources(self) -> list[Path]:
-        return [*self.inputs, *self.copied]
-
-    @property
-    def alone(self) -> Conversion:
-        size = sum(target.nbytes for target in self.targets)
-        numbers = sum(math.prod(target.shape) for target in self.targets)
-        made = f"{numbers:,} parameters in {len(self.targets)} tensors, {size / 1e6:,.1f} MB"
-        return Conversion(self.sources, self.need_bytes, self.notes, self.write, made)
-
-    def write(self, part: Path) -> None:
-        """Writes the anchor into a folder; the config comes last, so none loads before its time."""
-        write_shards(part, self.targets, {"format": self.metadata})
-        self.write_rest(part)
-
-    def write_rest(self, part: Path) -> None:
-        copy_missing({file.name: file for file in self.copied}, part)
-        write_atomic(part / self.config_name, json.dumps(self.config, indent=2) + "\n")
-
-    @property
-    def need_bytes(self) -> int:
-        small = sum(file.stat().st_size for file in self.copied)
-        return sum(target.nbytes for target in self.targets) + small + (1 << 20)
+    numbers = sum(math.prod(target.shape) for target in targets)
+    made = f"{numbers:,} parameters in {len(targets)} tensors, {size / 1e6:,.1f} MB"
+    return Conversion([*inputs, *copied], size + small + (1 << 20), notes, write, made, config)

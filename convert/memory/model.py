@@ -30,7 +30,7 @@ from mlx_hmem.retriever import ClusterTree, Retriever, load_encoder
 
 from ..anchors import hugging_face, openlm
 from ..anchors.keys import short_name
-from ..anchors.weights import AnchorConversion, Conversion
+from ..anchors.weights import Conversion
 from ..torch_files.pickles import open_files
 from .bank import bank_bytes, tables_file, write_bank_as_tables, write_tensors_as_bank
 from .tensors import (
@@ -145,11 +145,12 @@ def from_pytorch(
         notes,
         write,
         f"a model with {memory.bank_parameters:,} parameters of memory in {stored}",
+        anchor.config,
     )
 
 
 def _levels(
-    files: list[Path], anchor: AnchorConversion, memory: MemoryConfig
+    files: list[Path], anchor: Conversion, memory: MemoryConfig
 ) -> dict[int, LevelTensors | None]:
     """The memory's tensors in files, of which some may be the anchor's as well."""
     anchor_files = {file.resolve() for file in anchor.sources}
@@ -168,7 +169,7 @@ def _anchor(
     options: dict[str, Any],
     tokenizer: Path | None,
     dtype: str | None,
-) -> AnchorConversion:
+) -> Conversion:
     if path.is_dir() and hugging_face.is_hugging_face(path):
         return hugging_face.from_torch(path, dtype, tokenizer)
     files = {f.resolve() for f in openlm.checkpoint_files(path)}
@@ -252,4 +253,4 @@ def to_pytorch(source: Path, dtype: str | None = None) -> Conversion:
 
     need = anchor.need_bytes + bank_bytes(hmem.memory, stored) + tree.stat().st_size
     made = f"{MARKER}, anchor and {len(names)} files of memory in {stored}"
-    return Conversion(sources, need, anchor.notes, write, made)
+    return Conversion(sources, need, anchor.notes, write, made, anchor.config)
