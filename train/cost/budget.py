@@ -121,23 +121,20 @@ def _fit(recipe: Recipe, stage: str, training: TrainerConfig, budget: int) -> Fi
     peaks = []
     for each in _smaller(training):
         peak = peak_memory(recipe, stage, each) + blocks + IMPORTS + BUFFERS + MARGIN
-        if peak <= budget and has_memory(stage):
-            return _with_blocks(each, config, peak, blocks, budget - peak)
         if peak <= budget:
-            return Fit(stage, each, peak)
+            alone = Fit(stage, each, peak)
+            return _with_blocks(alone, config, blocks, budget) if has_memory(stage) else alone
         peaks.append(peak)
     needed = -(-min(peaks) // 10**6) * 10**6
     remedy = f"give at least {bytes_text(needed)}, or make batch_size or windows.context smaller"
     raise UserError(f"the memory budget is too small for stage {stage}", bytes_text(budget), remedy)
 
 
-def _with_blocks(
-    training: TrainerConfig, config: MemoryConfig, peak: int, blocks: int, spare: int
-) -> Fit:
+def _with_blocks(fit: Fit, config: MemoryConfig, blocks: int, budget: int) -> Fit:
     """What is left holds blocks: level 1 stays if it fits."""
-    first = 12 * config.num_clusters[0] * math.prod(config.block_shape(1))
+    first, spare = 12 * config.num_clusters[0] * math.prod(config.block_shape(1)), budget - fit.peak
     stays = first + blocks <= spare
     most = 12 * config.bank_parameters
     cache = min(spare - first if stays else spare + blocks, MOST_CACHE, most)
-    used = peak + cache + (first if stays else -blocks)
-    return Fit("memories", training, used, cache, not stays)
+    used = fit.peak + cache + (first if stays else -blocks)
+    return replace(fit, peak=used, cache_bytes=cache, cache_level_1=not stays)

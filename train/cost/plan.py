@@ -145,8 +145,7 @@ def trainee_of(recipe: Recipe, stage: str, training: TrainerConfig, folder: Path
     depth = memory.num_levels
     leaves = np.arange(training.batch_size) % 2**depth
     paths = np.stack([leaves >> (depth - level) for level in range(1, depth + 1)], axis=1)
-    small = replace(memory, branching=(2,) * depth)
-    store = BlockStore(folder, small, 0)
+    store = BlockStore(folder, replace(memory, branching=(2,) * depth), 0)
     paths, cotrain = paths.astype(np.int32), recipe.memories.cotrain
     return MemoryTrainee(model, store, tokens, paths, EOT_ID, training, cotrain)
 
@@ -190,7 +189,7 @@ def make_plan(recipe: Recipe, out: Path | None = None, tokens: int | None = None
     needed, free = check_disk(recipe, out or Path.cwd())
     peaks = {stage: check_memory(recipe, stage, own) for stage, own in trainings.items()}
     first, others, source = sequences_of(recipe, out, tokens)
-    stages: list[StageCost] = []
+    stages = list[StageCost]()
     timed: dict[tuple[str, int, int], tuple[float, str]] = {}
     for stage, training in trainings.items():
         context = context_of(recipe, stage)
@@ -214,14 +213,14 @@ def make_plan(recipe: Recipe, out: Path | None = None, tokens: int | None = None
                 hours=None if steps is None else steps * seconds / 3600,
             )
         )
-    blocks = [n for n, r in zip(config.num_clusters, config.r, strict=True) if r]
+    blocks = sum(n for n, r in zip(config.num_clusters, config.r, strict=True) if r)
     alone = recipe.anchor_only
     return RunCost(
         name=recipe.name,
         anchor_parameters=anchor_parameters(recipe),
         fetched_parameters=0 if alone else config.fetched_parameters,
         bank_parameters=0 if alone else config.bank_parameters,
-        bank_blocks=0 if alone else sum(blocks),
+        bank_blocks=0 if alone else blocks,
         bank_bytes=0 if alone else bank_bytes(recipe),
         training_state_bytes=0 if alone else training_state_bytes(recipe),
         disk_bytes=needed,
@@ -252,9 +251,8 @@ def table(plan: RunCost) -> str:
     cells = [head]
     for s in plan.stages:
         known = ["?" if n is None else f"{n:,}" for n in (s.sequences, s.tokens, s.steps)]
-        lasts = f"{time_text(s.hours_per_million_tokens)} per million tokens"
-        if s.hours is not None:
-            lasts = time_text(s.hours)
+        a_million = f"{time_text(s.hours_per_million_tokens)} per million tokens"
+        lasts = a_million if s.hours is None else time_text(s.hours)
         memory = bytes_text(s.peak_memory_bytes)
         cells.append([s.stage, *known, memory, f"{s.seconds_per_step:.3g}", s.timed, lasts])
     if all(s.hours is not None for s in plan.stages):
