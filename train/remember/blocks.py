@@ -104,14 +104,7 @@ class Trainer:
         folder, settings = subtree_folder(run, subtree.number), self.settings
         config = settings.memory
         with BlockStore(folder / "store", config, settings.seed) as store:
-            trainee = self._trainee(subtree, store)
-            validate = None
-            if len(subtree.held_out):
-                memory = TrainedMemory(
-                    trainee.slot, store, {"fetched": subtree.held_paths}, frozen=True
-                )
-                validate = Validation(self.anchor, subtree.held_out, self.training.part, memory)
-            done = self._until_best(subtree, trainee, validate, bar)
+            done = self._until_best(subtree, self._trainee(subtree, store), bar)
         with BlockStore(folder / "store", config, settings.seed, readonly=True) as store:
             blocks = {
                 f"{level}-{c}": mx.array(store.block(level, c)) for level, c in store.touched()
@@ -121,21 +114,23 @@ class Trainer:
         shutil.rmtree(folder / "store")
         (folder / "tokens.npy").unlink()
 
-    def _until_best(
-        self, subtree: Subtree, trainee: MemoryTrainee, validate: Validation | None, bar: Any
-    ) -> dict[str, Any]:
+    def _until_best(self, subtree: Subtree, trainee: MemoryTrainee, bar: Any) -> dict[str, Any]:
         """Steps until the held-out perplexity stops falling; the store's last commit is the best
         state. What is recorded of it comes back."""
-        training, store = self.training, trainee.store
+        training, store, held_out = self.training, trainee.store, subtree.held_out
+        paths = {"fetched": subtree.held_paths}
+        memory = TrainedMemory(trainee.slot, store, paths, frozen=True)
+        validate = Validation(self.anchor, held_out, training.part, memory)
         stream = Stream(len(subtree.rows), self.settings.seed, subtree.number)
         size = training.batch_size
         if training.part == size:  # else its parts would not come out even
             size = min(size, len(subtree.rows))
         a_pass = -(-len(subtree.rows) // size)
         progress = store.progress() or Progress({"subtree": subtree.number})
-        first = validate() if validate is not None else {}
-        best, misses, step = first.get("fetched", np.inf), 0, progress.step
-        fixed = self.settings.passes or (0 if validate is not None else PASSES)
+        first: dict[str, Any] = validate() if len(held_out) else {}
+        best: Any = first.get("fetched")
+        misses, step = 0, progress.step
+        fixed = self.settings.passes or (0 if first else PASSES)
         last = a_pass * (fixed or MOST_PASSES)
         while step < last and misses < PATIENCE:
             rows = stream.numbers(step * size, size)
@@ -144,8 +139,8 @@ class Trainer:
             step += 1
             if step % a_pass:
                 continue
-            found = validate()["fetched"] if validate is not None else 0.0
-            shown = f"{first['none']:.2f} -> {found:.2f}" if validate is not None else "-"
+            found: Any = validate()["fetched"] if first else None
+            shown = f"{first['none']:.2f} -> {found:.2f}" if first else "-"
             bar.set_postfix_str(f"held-out perplexity {shown}")
             misses = 0 if fixed or found < best * (1 - BETTER) else misses + 1
             if misses == 0:
@@ -155,9 +150,9 @@ class Trainer:
         return {
             "steps": 0 if kept is None else kept.step,
             "rows": len(subtree.rows),
-            "held_out_tokens": len(subtree.held_out.tokens),
+            "held_out_tokens": len(held_out.tokens),
             "perplexity_before": first.get("none"),
-            "perplexity": best if validate is not None else None,
+            "perplexity": best,
         }
 
 
@@ -166,9 +161,8 @@ def trained_blocks(run: Path, numbers: list[int]) -> dict[Key, mx.array]:
     touched is not there."""
     found: dict[Key, mx.array] = {}
     for number in numbers:
-        for name, block in load_safetensors(
-            subtree_folder(run, number) / "blocks.safetensors"
-        ).items():
+        blocks = load_safetensors(subtree_folder(run, number) / "blocks.safetensors")
+        for name, block in blocks.items():
             level, cluster = name.split("-")
             found[int(level), int(cluster)] = block
     return found

@@ -17,7 +17,7 @@ from mlx_hmem.retriever import ClusterTree
 
 from ..corpus.readers import CorpusFile, Faults
 from ..corpus.readers_files import own_files
-from ..data.taken_tokenizer import TakenTokenizer, embedded
+from ..data.taken_tokenizer import TakenTokenizer
 from ..stages import alone
 from .blocks import Trainer, results_of, subtrees_of, trained_blocks
 from .export import Base, export, open_base
@@ -28,15 +28,12 @@ from .run import (
     Settings,
     begin_run,
     check_same,
-    context_of,
     cut_text,
     documents_of,
     leaves_of,
     provenance,
 )
 from .text import OwnDocument, read_folder
-
-ANY_SIZE = 1 << 62
 
 
 def source_of(files: list[CorpusFile], most_bytes: int | None) -> str:
@@ -62,10 +59,8 @@ def text_of(
     restated: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[OwnText, TakenTokenizer]:
     """The documents in the model's tokens, with what was restated of each, and its tokenizer."""
-    config, tokenizer = read_config(base.folder), TakenTokenizer(base.folder)
-    begin, context = tokenizer.begin(), context_of(config)
-    vocab_size = embedded(config)
-    return cut_text(documents, tokenizer, begin, context, vocab_size, restated), tokenizer
+    tokenizer = TakenTokenizer(base.folder)
+    return cut_text(documents, tokenizer, read_config(base.folder), restated or {}), tokenizer
 
 
 def read_new(
@@ -73,19 +68,15 @@ def read_new(
 ) -> tuple[list[OwnDocument], str]:
     """The documents to remember, and in words what was found; UserError if there is none."""
     faults, known = Faults(), {document.sha256 for document in base.documents}
-    reading = read_folder(files, known, most_bytes or ANY_SIZE, faults)
+    reading = read_folder(files, known, faults, most_bytes or math.inf)
     faults.print()
-    passed = sum(faults.counts.values())
-    notes = [
-        f"{count} {what}"
-        for count, what in (
-            (reading.duplicates, "duplicates"),
-            (reading.known, "known already"),
-            (passed, "passed over"),
-        )
-        if count
-    ]
-    if reading.files_left:
+    counts = {
+        "duplicates": reading.duplicates,
+        "known already": reading.known,
+        "passed over": sum(faults.counts.values()),
+    }
+    notes = [f"{count} {what}" for what, count in counts.items() if count]
+    if reading.more_left:
         notes.append(f"the rest left out by --max-bytes {most_bytes}")
     if not reading.documents:
         raise UserError("there is nothing to remember", ", ".join(notes) or "0", "give more text")
@@ -138,11 +129,11 @@ def remember(base: Base, run: Path, settings: Settings, out: Path) -> None:
     known = provenance(text, settings, paths)
     tree = ClusterTree.load(run / "tree.safetensors")
     export(base, settings, tree, trained_blocks(run, numbers), known, out)
-    results = [r for r in results_of(run, numbers) if r["perplexity_before"] is not None]
-    if results:
+    results = results_of(run, numbers)
+    if measured := [r for r in results if r["perplexity_before"] is not None]:
         chosen = "" if settings.passes else "; they chose when to stop"
-        print(held_out_line(results) + chosen)
-    steps = sum(r["steps"] for r in results_of(run, numbers))
+        print(held_out_line(measured) + chosen)
+    steps = sum(r["steps"] for r in results)
     print(f"remembered {len(documents)} documents in {steps} steps: {out}; your text is in {run}")
 
 

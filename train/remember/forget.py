@@ -44,8 +44,6 @@ from .restate import restated, restated_without
 from .run import OwnText, Settings, begin_run, check_same, documents_of, without
 from .text import OwnDocument, read_folder
 
-ANY_SIZE = 1 << 62
-
 
 def check_run(base: Base, run: Path) -> Settings:
     """The settings of the run whose clusters the model has; UserError if it has others."""
@@ -57,9 +55,8 @@ def check_run(base: Base, run: Path) -> Settings:
         if settings.anchor_hash != base.anchor_hash or not np.array_equal(
             part, np.asarray(own.centroids[level])
         ):
-            raise UserError(
-                "this run did not make the model's clusters", run, "give its own with --run"
-            )
+            remedy = "give its own with --run"
+            raise UserError("this run did not make the model's clusters", run, remedy)
     return settings
 
 
@@ -117,7 +114,7 @@ def controls(folder: Path | None, known: Sequence[Document]) -> list[OwnDocument
     if folder is None:
         return []
     faults = Faults()
-    found = read_folder(own_files(folder), {d.sha256 for d in known}, ANY_SIZE, faults).documents
+    found = read_folder(own_files(folder), {d.sha256 for d in known}, faults).documents
     faults.print()
     if not found:
         raise UserError("no control document is left", folder, "give documents never remembered")

@@ -90,7 +90,7 @@ def new_memory(config: dict[str, Any], branching: tuple[int, ...]) -> MemoryConf
 def training_for(
     folder: Path, config: dict[str, Any], memory: MemoryConfig, context: int
 ) -> TrainerConfig:
-    """How the blocks are trained: constant after a short warm-up (train/remember_blocks.py)."""
+    """How the blocks are trained: constant after a short warm-up (:mod:`.blocks`)."""
     rate = LEARNING_RATE * min(1.0, WIDTH / memory.hidden_size)
     training = TrainerConfig(
         batch_size=8,
@@ -105,10 +105,10 @@ def training_for(
         recipe = as_recipe(config, memory, smaller, context, str(folder))
         if peak_memory(recipe, "memories", smaller) < machine_bytes() / 2:
             return smaller
+    needs, has = peak_memory(recipe, "memories", smaller), machine_bytes()
     raise UserError(
         "a training step does not fit in memory",
-        f"{bytes_text(peak_memory(recipe, 'memories', smaller))}, this machine has "
-        f"{bytes_text(machine_bytes())}",
+        f"{bytes_text(needs)}, this machine has {bytes_text(has)}",
         "use a smaller or a quantised anchor",
     )
 
@@ -174,20 +174,19 @@ def new_bytes(base: Base, memory: MemoryConfig, first: int) -> tuple[int, int]:
 
 def text_bytes(files: list[CorpusFile]) -> int:
     """About how many bytes of text the files hold, from their sizes."""
-    return int(
-        sum(f.path.stat().st_size * TEXT_IN_FILE.get(f.path.suffix.lower(), 1) for f in files)
-    )
+    sizes = [(f.path.stat().st_size, f.path.suffix.lower()) for f in files]
+    return int(sum(size * TEXT_IN_FILE.get(suffix, 1) for size, suffix in sizes))
 
 
 def needed(base: Base, config: dict[str, Any], size: int) -> tuple[int, int]:
     """About how many bytes of disk and of memory so many bytes of text need."""
     windows = max(1, int(size / BYTES_PER_TOKEN / context_of(config)))
-    old = None if base.hmem is None else base.hmem.memory
-    branching = branching_for(windows, None if old is None else old.branching[1:])
-    if old is None:
-        memory = new_memory(config, branching)
+    if base.hmem is None:
+        memory = new_memory(config, branching_for(windows, None))
     else:
-        memory = replace(old, branching=(MORE_COVERING * branching[0], *branching[1:]))
+        old = base.hmem.memory
+        first, *deeper = branching_for(windows, old.branching[1:])
+        memory = replace(old, branching=(MORE_COVERING * first, *deeper))
     bank, run = new_bytes(base, memory, 0)
     return bank + run + 2 * size, MEMORY_PER_BYTE * size
 

@@ -88,19 +88,16 @@ def proof(
                 for i, d in enumerate(documents)
             ],
             **{key: _mean(rows) for key, rows in found.items()},
-            **{
-                f"{key}_less_anchor": _difference(found[key], found["anchor"])
-                for key in ("before", "after")
-            },
+            "before_less_anchor": _difference(found["before"], found["anchor"]),
+            "after_less_anchor": _difference(found["after"], found["anchor"]),
         }
     return result
 
 
 def _mean(rows: Sequence[Remains]) -> dict[str, Any]:
-    sentences = sum(r.sentences for r in rows)
     return {
         "loss": float(np.mean([r.loss for r in rows])) if rows else math.nan,
-        "sentences": sentences,
+        "sentences": sum(r.sentences for r in rows),
         "extracted": sum(r.extracted for r in rows),
     }
 
@@ -126,14 +123,11 @@ def report_lines(result: dict[str, Any]) -> list[str]:
         label = f"{name}, {len(own['documents'])} documents"
         lines.append(label)
         lines.append("  loss, nats a token    " + "".join(f"{s['loss']:12.3f}" for s in stages))
-        lines.append("  less the anchor's     " + "".join(map(_said, _differences(own))))
+        less = (_said(own[f"{key}_less_anchor"]) for key in ("before", "after"))
+        lines.append("  less the anchor's     " + "".join(less))
         said = "".join(f"{s['extracted']:5} of {s['sentences']:3}" for s in stages)
         lines.append("  sentences by heart    " + said)
     return lines
-
-
-def _differences(own: dict[str, Any]) -> list[dict[str, float | None]]:
-    return [own[f"{key}_less_anchor"] for key in ("before", "after")]
 
 
 def _said(value: dict[str, float | None]) -> str:

@@ -11,7 +11,6 @@ clusters here are counted from the first new one.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,15 +19,15 @@ import numpy as np
 from mlx_hmem.bank.documents import Document
 from mlx_hmem.config import JsonConfig, MemoryConfig, check_version, read_json
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import write_atomic
+from mlx_hmem.files import atomic_file, write_atomic
 from mlx_hmem.retriever import ClusterTree, Encoder
 
 from ..data.arrays import load_mapped, save_array
-from ..data.taken_tokenizer import TakenTokenizer
+from ..data.taken_tokenizer import TakenTokenizer, embedded
 from ..data.windows import Windows, cut_windows
 from ..loop.validation import choose
 from ..tree.stage import distinct
-from .text import OwnDocument, hold_out, read_texts, typical_words, write_texts
+from .text import OwnDocument, hold_out, typical_words
 
 FORMAT_VERSION = 1
 LONGEST = 512  # tokens of a window
@@ -97,7 +96,7 @@ class OwnText:
     held_out: Windows
     near: np.ndarray
 
-    @cached_property
+    @property
     def tokens_of(self) -> list[int]:
         """The tokens of each document, beginnings of windows and what is held out among them;
         restatements are not."""
@@ -115,27 +114,28 @@ def context_of(config: dict[str, Any]) -> int:
 def cut_text(
     documents: list[OwnDocument],
     tokenizer: TakenTokenizer,
-    begin: tuple[int, ...],
-    context: int,
-    vocab_size: int,
-    restated: Mapping[str, Sequence[str]] | None = None,
+    config: dict[str, Any],
+    restated: Mapping[str, Sequence[str]],
 ) -> OwnText:
-    """Windows of what is trained on and of what is held out, document by document; ``restated``:
-    of each by its hash, a window each."""
+    """Windows, for an anchor with this ``config.json``, of what is trained on and of what is held
+    out, document by document; ``restated``: of each by its hash, a window each."""
+    begin = tokenizer.begin()
+
+    def cut(texts: Sequence[str]) -> Windows:
+        return cut_windows(texts, tokenizer, context_of(config), begin, embedded(config))
+
     texts, owner, added = [], list[int](), list[bool]()
     held, near, count = list[str](), list[int](), 0
     for number, document in enumerate(documents):
         kept, sentences = hold_out(document)
-        own = cut_windows([kept], tokenizer, context, begin, vocab_size)
+        own, more = cut([kept]), cut(restated.get(document.sha256, ()))
         near += [count + min(len(own) - 1, int(s.place * len(own))) for s in sentences]
         held += [s.text for s in sentences]
-        again = (restated or {}).get(document.sha256, ())
-        more = cut_windows(again, tokenizer, context, begin, vocab_size)
         texts += [own, more]
         owner += [number] * (len(own) + len(more))
         added += [False] * len(own) + [True] * len(more)
         count += len(own) + len(more)
-    apart = [cut_windows([s], tokenizer, context, begin, vocab_size) for s in held]
+    apart = [cut([sentence]) for sentence in held]
     near = [n for n, s in zip(near, apart, strict=True) for _ in range(len(s))]
     return OwnText(
         documents,
@@ -209,12 +209,16 @@ def without(text: OwnText, paths: np.ndarray, gone: set[str]) -> tuple[OwnText, 
 def begin_run(folder: Path, settings: Settings, documents: list[OwnDocument]) -> None:
     """Writes what a run begins with; the settings come last."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_texts(folder / "documents.jsonl", documents)
+    with atomic_file(folder / "documents.jsonl") as file:
+        for document in documents:
+            file.write((json.dumps(asdict(document), ensure_ascii=False) + "\n").encode())
     settings.save(folder)
 
 
 def documents_of(folder: Path) -> list[OwnDocument]:
-    return read_texts(folder / "documents.jsonl")
+    """What :func:`begin_run` wrote."""
+    with (folder / "documents.jsonl").open(encoding="utf-8") as file:
+        return [OwnDocument(**json.loads(line)) for line in file]
 
 
 def check_same(found: Settings, folder: Path, **wanted: Any) -> None:

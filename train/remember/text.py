@@ -6,19 +6,16 @@ when to stop; never a document's first, and none of a short document.
 
 import hashlib
 import itertools
-import json
 import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import xxhash
 
 from mlx_hmem.bank.documents import MAX_TERMS
-from mlx_hmem.files import atomic_file
 
 from ..corpus.readers import CorpusFile, Faults
 from ..corpus.readers_files import read_own
@@ -53,11 +50,11 @@ class Reading:
     documents: list[OwnDocument]
     duplicates: int = 0
     known: int = 0
-    files_left: int = 0
+    more_left: bool = False
 
 
 def read_folder(
-    files: list[CorpusFile], known: Collection[str], most_bytes: int, faults: Faults
+    files: list[CorpusFile], known: Collection[str], faults: Faults, most_bytes: float = math.inf
 ) -> Reading:
     """The documents of ``files``, by hash; those ``known`` and second copies are counted only.
 
@@ -65,13 +62,12 @@ def read_folder(
     first that is left out.
     """
     found: dict[str, OwnDocument] = {}
-    result, size, names = Reading([]), 0, set[str]()
+    result, size = Reading([]), 0
     for name, text in read_own(files, faults):
         data = text.encode()
         if size + len(data) > most_bytes:
-            result.files_left = 1
+            result.more_left = True
             break
-        names.add(name)
         sha256 = hashlib.sha256(data).hexdigest()
         if sha256 in known:
             result.known += 1
@@ -112,16 +108,3 @@ def typical_words(documents: Iterable[OwnDocument]) -> Iterator[tuple[str, ...]]
     for own in counts:
         scores = {w: n * math.log(1 + len(counts) / everywhere[w]) for w, n in own.items()}
         yield tuple(sorted(scores, key=lambda word: (-scores[word], word))[:MAX_TERMS])
-
-
-def write_texts(path: Path, documents: Iterable[OwnDocument]) -> None:
-    """Writes the documents as JSON lines, whole or not at all."""
-    with atomic_file(path) as file:
-        for d in documents:
-            file.write((json.dumps(asdict(d), ensure_ascii=False) + "\n").encode())
-
-
-def read_texts(path: Path) -> list[OwnDocument]:
-    """What :func:`write_texts` wrote."""
-    with path.open(encoding="utf-8") as file:
-        return [OwnDocument(**json.loads(line)) for line in file]
