@@ -6,7 +6,6 @@ tables show: facts and held-out documents are dealt into two halves, one to choo
 show (:mod:`train.study.results`).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,8 @@ class Arm(JsonConfig):
         rates = self.rates.values() if isinstance(self.rates, dict) else ()
         if self.rates and not (len(rates) == 1 and all(isinstance(r, list) and r for r in rates)):
             raise UserError("`rates` of an arm", self.rates, "give one KEY: [VALUE, …]")
-        check_seeds(self.seeds)
+        if self.seeds is not None:
+            check_wholes("seeds", self.seeds, 0)
 
     @property
     def settings(self) -> list[str]:
@@ -82,7 +82,7 @@ class Study(JsonConfig):
         check_texts("against", self.against)
         if self.choose_by not in CHOOSE_BY:
             raise UserError("unknown `choose_by`", self.choose_by, f"use one of {CHOOSE_BY}")
-        check_seeds(self.seeds)
+        check_wholes("seeds", self.seeds, 0)
         if not isinstance(self.arms, dict) or not self.arms:
             raise UserError("a study without arms", self.arms, "give `arms:`")
         if odd := [name for name in self.arms if not _is_name(name)]:
@@ -108,11 +108,6 @@ def _is_name(name: Any) -> bool:
 def check_texts(name: str, texts: Any) -> None:
     if not isinstance(texts, tuple) or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{name} is not a list of texts", repr(texts), "write [TEXT, …]")
-
-
-def check_seeds(seeds: Sequence[Any] | None) -> None:
-    if seeds is not None:
-        check_wholes("seeds", seeds, 0)
 
 
 def load_study(path: Path) -> Study:

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..loop.plot import save
 from .file import Study, Sweep
-from .rows import Figure, Row, sweep_rows
+from .rows import Figure, Row, leading, sweep_rows
 
 # Okabe and Ito's colours, told apart by colour-blind people too.
 COLOURS = ["#444444", "#E69F00", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#0072B2", "#999999"]
@@ -16,18 +16,10 @@ AXIS = {
 }
 
 
-def headline(study: Study, rows: Sequence[Row]) -> list[Row]:
-    """The first measure of each arm that is run with all seeds of the study."""
-    return [
-        row
-        for row in rows
-        if row.measure == study.arms[row.arm].measure[0] and study.arms[row.arm].seeds is None
-    ]
-
-
 def plot_study(study: Study, out: Path, rows: Sequence[Row]) -> None:
     """Writes recall.png, perplexity.png and sweep-NAME.png, of what there are figures for."""
-    main = headline(study, rows)
+    # The arms that are run with all seeds of the study.
+    main = [row for row in leading(study, rows).values() if study.arms[row.arm].seeds is None]
     if any(row.recall for row in main):
         _save(out / "recall.png", [lambda axes: _draw_recall(axes, main)], width=9)
     if any(row.perplexity for row in main):

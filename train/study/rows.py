@@ -4,7 +4,7 @@ Only the halves of facts and documents that no rate was chosen by are counted.
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,15 +121,16 @@ def _share(buckets: list[dict[str, int]], times: int | None) -> tuple[float, flo
     return 100 * share, 100 * math.sqrt(share * (1 - share) / total)
 
 
+def leading(study: Study, rows: Iterable[Row]) -> dict[str, Row]:
+    """The row of each arm's first measure."""
+    return {row.arm: row for row in rows if row.measure == study.arms[row.arm].measure[0]}
+
+
 def sweep_rows(study: Study, out: Path, sweep: Sweep) -> list[Row]:
     """The first measure of each arm of a sweep, over the seeds that all of them have; none while
     there is only one, which compares nothing."""
     own = [set(study.seeds_of(arm)) for arm in sweep.arms]
-    first = {
-        row.arm: row
-        for row in collect(study, out, set.intersection(*own))
-        if row.measure == study.arms[row.arm].measure[0]
-    }
+    first = leading(study, collect(study, out, set.intersection(*own)))
     rows = [first[arm] for arm in sweep.arms if arm in first]
     return rows if len(rows) > 1 else []
 

@@ -18,7 +18,7 @@ from mlx_hmem.evaluate.tables import table
 from mlx_hmem.files import write_atomic
 
 from .file import Study
-from .rows import Documents, Figure, Row, searches, sweep_rows
+from .rows import Documents, Figure, Row, leading, searches, sweep_rows
 
 
 def _cell(figure: Figure | None, digits: int) -> str:
@@ -42,7 +42,7 @@ def table_of(rows: Sequence[Row]) -> str:
 
 def comparisons(study: Study, rows: Sequence[Row]) -> list[dict[str, Any]]:
     """By how many per cent the perplexity of each row is above that of the arms ``against``."""
-    first = {r.arm: r for r in rows if r.measure == study.arms[r.arm].measure[0] and r.documents}
+    first = leading(study, rows)
     pairs = [(row, first[arm]) for row in rows for arm in study.against if arm in first]
     return [
         {"row": row.label, "against": other.label, **difference}
