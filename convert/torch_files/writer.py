@@ -110,8 +110,11 @@ def _value(value: Any) -> bytes:
         return b"N"
     if isinstance(value, bool):
         return b"\x88" if value else b"\x89"
+    if isinstance(value, int) and -(2**31) <= value < 2**31:
+        return b"J" + struct.pack("<i", value)
     if isinstance(value, int):
-        return _int(value)
+        data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+        return b"\x8a" + bytes([len(data)]) + data
     if isinstance(value, float):
         return b"G" + struct.pack(">d", value)
     if isinstance(value, str):
@@ -124,15 +127,6 @@ def _value(value: Any) -> bytes:
     if isinstance(value, dict):
         return b"}(" + b"".join(_value(k) + _value(v) for k, v in value.items()) + b"u"
     raise UserError("a checkpoint cannot hold this value", type(value).__name__, "leave it out")
-
-
-def _int(value: int) -> bytes:
-    if -(2**31) <= value < 2**31:
-        return b"J" + struct.pack("<i", value)
-    data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
-    if len(data) > 255:
-        raise UserError("a checkpoint cannot hold this number", f"{len(data)} bytes", "leave it")
-    return b"\x8a" + bytes([len(data)]) + data
 
 
 def _tensor(tensor: _Tensor) -> bytes:
