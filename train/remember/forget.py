@@ -50,13 +50,11 @@ def check_run(base: Base, run: Path) -> Settings:
     settings = Settings.load(run)
     own = ClusterTree.load(run / "tree.safetensors")
     assert base.tree is not None
-    for level, first in enumerate(settings.offsets):
-        part = np.asarray(base.tree.centroids[level])[first : first + own.num_clusters[level]]
-        if settings.anchor_hash != base.anchor_hash or not np.array_equal(
-            part, np.asarray(own.centroids[level])
-        ):
-            remedy = "give its own with --run"
-            raise UserError("this run did not make the model's clusters", run, remedy)
+    levels = zip(base.tree.centroids, own.centroids, settings.offsets, strict=False)
+    same = all(np.array_equal(np.asarray(a)[n : n + len(b)], b) for a, b, n in levels)
+    if settings.anchor_hash != base.anchor_hash or not same:
+        remedy = "give its own with --run"
+        raise UserError("this run did not make the model's clusters", run, remedy)
     return settings
 
 
