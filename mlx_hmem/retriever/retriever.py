@@ -41,7 +41,11 @@ class Retriever:
 
     def vectors(self, texts: Sequence[str], progress: bool = False) -> np.ndarray:
         """As :meth:`vector`, of many, (n, dim)."""
-        return self.encoder.encode(self._check(texts), progress=progress)
+        texts = check_texts(texts)
+        for index, text in enumerate(texts):
+            if not text.strip():
+                raise UserError("an empty text has no cluster path", f"text {index}", "give words")
+        return self.encoder.encode(texts, progress=progress)
 
     def route_many(self, texts: Sequence[str], progress: bool = False) -> list[ClusterPath]:
         """The cluster path of each text; :class:`UserError` where one is empty.
@@ -53,10 +57,3 @@ class Retriever:
             return []
         paths = self.tree.route_batch(self.vectors(texts, progress))
         return [tuple(path) for path in paths.tolist()]
-
-    def _check(self, texts: Sequence[str]) -> list[str]:
-        texts = check_texts(texts)
-        for index, text in enumerate(texts):
-            if not text.strip():
-                raise UserError("an empty text has no cluster path", f"text {index}", "give words")
-        return texts

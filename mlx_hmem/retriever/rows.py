@@ -5,15 +5,12 @@ A file that shrinks meanwhile is a short read, not a bus error as it would be un
 """
 
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import RESTORE, Source, TensorInfo
-
-STEP = 1 << 13  # rows read at once where all are
 
 
 class RowsInFile:
@@ -39,10 +36,6 @@ class RowsInFile:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return self._read(0, len(self)).astype(dtype or self.dtype, copy=False)
-
-    def pieces(self) -> Iterator[np.ndarray]:
-        """All rows, some at a time."""
-        return (self[start : start + STEP] for start in range(0, len(self), STEP))
 
     def _read(self, first: int, last: int) -> np.ndarray:
         result = np.empty((max(0, last - first), self.shape[1]), self.dtype)

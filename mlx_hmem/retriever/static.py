@@ -89,14 +89,12 @@ class StaticEncoder:
         texts = check_texts(texts)
         result = np.empty((len(texts), self.dim), np.float32)
         with tqdm(total=len(texts), desc="encoding", unit="text", disable=not progress) as bar:
-            start = 0
-            for ids in _batches(texts, self.pieces):
-                pooled = pool(self.vectors, ids)
+            for part in _batches(texts):
+                pooled = pool(self.vectors, self.pieces(texts[part]))
                 vectors = pooled @ self.projection + self.bias
                 vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-                result[start : start + len(ids)] = vectors
-                start += len(ids)
-                bar.update(len(ids))
+                result[part] = vectors
+                bar.update(len(vectors))
         return result
 
 
@@ -113,26 +111,24 @@ def pool(vectors: np.ndarray, ids: Sequence[Sequence[int]]) -> np.ndarray:
     return result
 
 
-def _batches(texts: list[str], pieces: WordPieces) -> Iterator[list[list[int]]]:
-    """Word pieces of consecutive texts, so many at a time that the gathered rows stay small."""
-    start = 0
-    while start < len(texts):
-        end, characters = start, 0
-        while end < len(texts) and characters < CHARACTERS_PER_BATCH:
-            characters += min(len(texts[end]), MAX_CHARACTERS) + 1
-            end += 1
-        yield pieces(texts[start:end])
-        start = end
+def _batches(texts: list[str]) -> Iterator[slice]:
+    """Consecutive texts, so many at a time that the gathered rows stay small."""
+    start = characters = 0
+    for end, text in enumerate(texts, 1):
+        characters += min(len(text), MAX_CHARACTERS) + 1
+        if characters >= CHARACTERS_PER_BATCH or end == len(texts):
+            yield slice(start, end)
+            start, characters = end, 0
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     config = read_json(path)
     if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
         raise UserError("not a static encoder", path, "use the folder that the distillation made")
-    for key, least, most in (("dim", 1, 65536), ("rank", 1, 65536), ("max_length", 1, 65536)):
+    for key in ("dim", "rank", "max_length"):
         value = config.get(key)
-        if type(value) is not int or not least <= value <= most:
-            raise UserError(f"{path}: {key} is out of range", value, f"use {least} to {most}")
+        if type(value) is not int or not 1 <= value <= 65536:
+            raise UserError(f"{path}: {key} is out of range", value, "use 1 to 65536")
     if not isinstance(config.get("teacher"), str):
         raise UserError(f"{path}: teacher is not a text", config.get("teacher"), "restore the file")
     return config

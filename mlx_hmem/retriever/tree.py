@@ -13,6 +13,7 @@ import json
 import math
 import operator
 from collections.abc import Collection, Sequence
+from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
@@ -90,8 +91,7 @@ class ClusterTree:
         members: dict[int, np.ndarray | None] = {0: rows}  # of the clusters with examples
         total = len(widths) * len(data if rows is None else rows)
         with tqdm(total=total, desc="clustering", unit="vec", disable=not progress) as bar:
-            for level, k in enumerate(widths, 1):
-                size = _num_clusters(widths)[level - 1]
+            for level, (k, size) in enumerate(zip(widths, _num_clusters(widths), strict=True), 1):
                 centroids.append(np.zeros((size, data.shape[1]), np.float32))
                 counts.append(np.zeros(size, np.int64))
                 below: dict[int, np.ndarray | None] = {}
@@ -121,7 +121,7 @@ class ClusterTree:
         ``start`` are the clusters of the first levels, where they are given.
         :class:`UserError` where nothing is left.
         """
-        closed = self._closed(barred) if barred else set()
+        closed = self._closed(barred)
         x = np.asarray(vector)
         if x.ndim != 1:
             raise UserError("not one vector", f"shape {x.shape}", "use route_batch for many")
@@ -221,11 +221,12 @@ class ClusterTree:
             raise UserError(f"{path} does not hold the tensors of its metadata", branching, RESTORE)
         arrays = load_safetensors(path)  # lazy: what stays in the file is not read
         centroids: list[Any] = []
+        counts = []
         for level, size in enumerate(_num_clusters(branching), 1):
             name = f"level-{level}"
             stays = size * dim * 4 > MOST_IN_MEMORY
             centroids.append(RowsInFile(path, tensors[name]) if stays else np.array(arrays[name]))
-        counts = [np.array(arrays[f"counts-{level + 1}"]) for level in range(len(branching))]
+            counts.append(np.array(arrays[f"counts-{level}"]))
         _check_tree(path, branching, centroids, counts)
         return cls(branching, centroids, counts, seed, encoder_hash)
 
@@ -244,7 +245,7 @@ def _split(
 
 
 def _num_clusters(branching: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(math.prod(branching[: i + 1]) for i in range(len(branching)))
+    return tuple(accumulate(branching, operator.mul))
 
 
 def check_branching(branching: int | Sequence[int], depth: int | None) -> tuple[int, ...]:
@@ -300,8 +301,8 @@ def _check_tree(
     """Finite centroids, and counts that add up from the leaves to the root."""
     for level, k in enumerate(branching, 1):
         own, values = counts[level - 1], centroids[level - 1]
-        pieces = values.pieces() if isinstance(values, RowsInFile) else [values]
-        if not all(np.isfinite(p).all() and np.abs(p).max() <= LARGEST_ENTRY for p in pieces):
+        pieces = (values[start : start + CHUNK] for start in range(0, len(values), CHUNK))
+        if not all(np.abs(piece).max() <= LARGEST_ENTRY for piece in pieces):  # false of NaN
             raise UserError(f"{path} has a centroid that is not finite", f"level {level}", RESTORE)
         sums = own.reshape(-1, k).sum(1)
         if own.min() < 0 or sums.min() < 0 or (level == 1 and sums[0] == 0):

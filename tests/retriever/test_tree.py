@@ -282,7 +282,7 @@ def test_a_tree_whose_centroids_stay_in_the_file_is_the_same(tmp_path, monkeypat
     ClusterTree.fit(vectors, branching=(4, 3, 3), seed=0).save(path, "hash")
     tree = ClusterTree.load(path)
     monkeypatch.setattr("mlx_hmem.retriever.tree.MOST_IN_MEMORY", 0)
-    monkeypatch.setattr("mlx_hmem.retriever.rows.STEP", 5)
+    monkeypatch.setattr("mlx_hmem.retriever.tree.CHUNK", 5)
     stored = ClusterTree.load(path)
     for mine, wanted in zip(stored.centroids, tree.centroids, strict=True):
         assert isinstance(mine, RowsInFile)
