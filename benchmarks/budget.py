@@ -159,7 +159,6 @@ def resident(
 def peaks_of(place: Path, anchor: str, dtype: str, repeats: int) -> Result:
     """Median peaks of generate.py, and how much more they are than with no bank."""
     for name in ("no bank", "bank"):
-        (place / name).mkdir()
         write_anchor(place / name, anchor, dtype)
     write_memory(place / "bank", anchor, [PROMPT])
 

@@ -43,9 +43,10 @@ ANCHOR, CONTEXT, PREFILL = "openlm-160m", 256, 32
 TEXT = " ".join(f"w{7 * i + 5}" for i in range(PREFILL + 1))
 
 
-def open_bundle(folder: Path) -> Any:
-    """The bundle as its own runner opens it."""
-    return runpy.run_path(str(folder / "run.py"))["Bundle"](folder)
+def bundled(model: Path, out: Path, *options: str) -> Any:
+    """The bundle of a model, made at ``out``, as its own runner opens it."""
+    bundle.main([str(model), str(out), *options])
+    return runpy.run_path(str(out / "run.py"))["Bundle"](out)
 
 
 def prompts(count: int, opened: Any) -> list[str]:
@@ -71,8 +72,7 @@ def sizes(folder: Path) -> dict[str, float]:
 
 def compare(folder: Path, place: Path, count: int) -> dict[str, Any]:
     """A model's answers against those of its bundle, made at ``place``."""
-    bundle.main([str(folder), str(place)])
-    opened, model = open_bundle(place), load(folder)
+    opened, model = bundled(folder, place), load(folder)
     same, tokens, routes, ratios = 0, 0, 0, list[float]()
     for prompt in tqdm(prompts(count, opened), desc=folder.name, delay=2):
         path = model.retriever.route(prompt) if model.retriever else None
@@ -100,26 +100,17 @@ def ask(opened: Any, prompt: str) -> list[int]:
     return list(opened.generate(opened.ids_of(prompt), rows, TOKENS))
 
 
-def paper_bundles(place: Path) -> dict[int, Any]:
-    """Bundles of one anchor with a bank in bfloat16 and one in 4 bits."""
-    found: dict[int, Any] = {}
+def overhead(place: Path, repeats: int) -> Result:
+    """A 4-bit bank against one in bfloat16."""
+    bundles: dict[str, Any] = {}
     for bits in (16, 4):
-        model, out = place / f"model-{bits}", place / f"bundle-{bits}"
-        model.mkdir()
+        model = place / f"model-{bits}"
         write_anchor(model, ANCHOR, "float32")
         write_memory(model, ANCHOR, [TEXT], bits)
         options = ["--context", str(CONTEXT), "--prefill", str(PREFILL)]
-        bundle.main([str(model), str(out), *options])
-        found[bits] = open_bundle(out)
-    return found
+        bundles[f"{bits}_bits"] = bundled(model, place / f"bundle-{bits}", *options)
 
-
-def overhead(place: Path, repeats: int) -> Result:
-    """A 4-bit bank against one in bfloat16."""
-    bundles = paper_bundles(place)
-
-    def run(bits: int, _: int) -> tuple[Timed, Timed, Timed]:
-        each = bundles[bits]
+    def run(each: Any, _: int) -> tuple[Timed, Timed, Timed]:
         ids, blocks = each.ids_of(TEXT), each.blocks_of(each.route(TEXT))
         rows, attach = returned(lambda: each.attach(blocks))
         steps = each.generate(ids, rows, 8)
@@ -127,7 +118,8 @@ def overhead(place: Path, repeats: int) -> Result:
         decode = timed(lambda: list(islice(steps, 6)), times=6)
         return attach, Timed(attach.ms + first.ms, attach.cpu_ms + first.cpu_ms), decode
 
-    found = in_turns({f"{bits}_bits": partial(run, bits) for bits in (16, 4)}, repeats, ANCHOR)
+    contenders = {name: partial(run, each) for name, each in bundles.items()}
+    found = in_turns(contenders, repeats, ANCHOR)
     return {
         name: compared({bits: [run[i] for run in runs] for bits, runs in found.items()}, "16_bits")
         for i, name in enumerate(("attach", "first_token", "decode"))

@@ -19,18 +19,19 @@ article, where each turn is a text of its own and where the turns before stand b
 
 import json
 import re
-import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 from tqdm import tqdm
 
-from benchmarks.common.counting import in_turns, timed
+from benchmarks.common.counting import Timed, in_turns, returned, timed
 from benchmarks.common.show import Result, benchmark
 from mlx_hmem.config import ClusterPath
 from mlx_hmem.errors import UserError
@@ -126,11 +127,17 @@ def histories(model: MemoryModel, texts: Sequence[list[str]], repeats: int) -> d
     def ids_of(sentences: list[str]) -> list[int]:
         return list(model.tokenizer.encode(" ".join(sentences)))
 
+    def read(ids: list[int], path: ClusterPath, cache: Any, scored: bool) -> mx.array:
+        logits = model(mx.array([ids]), paths=[path], cache=cache)[0]
+        scores = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        mx.eval(scores if scored else [layer.state for layer in cache])
+        return scores
+
     assert model.retriever is not None
     long = [t for t in texts if len(ids_of(t)) > LENGTH + 1][: repeats + 1]
     paths = model.retriever.route_many([" ".join(t) for t in long])
     losses: dict[str, list[float]] = {"kept": [], "anew": [], "no_history": []}
-    divergence, passes, answers = [], [], []
+    divergence, passes = [], []
     for number in tqdm(range(len(long) - 1), desc="histories"):
         history, text = ids_of(long[number])[:LENGTH], ids_of(long[number + 1])[:LENGTH]
         old, new = paths[number], paths[number + 1]
@@ -138,31 +145,23 @@ def histories(model: MemoryModel, texts: Sequence[list[str]], repeats: int) -> d
             continue
         found = {}
         for name, path in (("kept", old), ("anew", new), ("no_history", None)):
-            cache = make_prompt_cache(model.anchor)
-            start = time.perf_counter()
-            if path is not None:
-                model(mx.array([history]), paths=[path], cache=cache)
-                mx.eval([layer.state for layer in cache])
-            between = time.perf_counter()
-            logits = model(mx.array([text[:-1]]), paths=[new], cache=cache)[0]
-            scores = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-            mx.eval(scores)
+            cache: Any = make_prompt_cache(model.anchor)
+            before = timed(partial(read, history, path, cache, False)) if path else Timed(0, 0)
+            found[name], after = returned(partial(read, text[:-1], new, cache, True))
             if name == "anew":
-                passes.append(between - start)
-                answers.append(time.perf_counter() - between)
-            chosen = mx.take_along_axis(scores, mx.array(text[1:])[:, None], axis=1)
-            losses[name].append(float(-chosen.mean()))
-            found[name] = scores
-        gap = mx.exp(found["anew"]) * (found["anew"] - found["kept"])
-        divergence.append(float(gap.sum(-1).mean()))
+                passes.append(before.ms / after.ms)
+            target = mx.array(text[1:])
+            losses[name].append(float(nn.losses.nll_loss(found[name], target, reduction="mean")))
+        gap = nn.losses.kl_div_loss(found["kept"], found["anew"], reduction="mean")
+        divergence.append(float(gap))
     difference = np.subtract(losses["kept"], losses["anew"])
     return {
         "pairs": len(difference),
         "perplexity": {name: float(np.exp(np.mean(x))) for name, x in losses.items()},
         "kept_minus_anew_nll": float(difference.mean()),
         "standard_error": float(difference.std(ddof=1) / len(difference) ** 0.5),
-        "divergence": float(np.mean(divergence)),
-        "history_pass_of_turn": float(np.median(np.divide(passes, answers))),
+        "divergence": mean(divergence),
+        "history_pass_of_turn": median(passes),
     }
 
 

@@ -70,7 +70,6 @@ def measure(rounds: int = 1) -> Result:
             raise UserError("no room on the disk", name, f"{NEED:,} bytes are needed; set TMPDIR")
         source, model, copy = folder / "source", folder / "model", folder / "copy"
         before = folder / "before"
-        before.mkdir()
         write_anchor(before, ANCHOR, "bfloat16")
         write_memory(before, ANCHOR, [TEXT])
         convert([str(before), str(source), "--to", "pytorch"])

@@ -38,6 +38,7 @@ import numpy as np
 from benchmarks.common.banks import paper_config
 from benchmarks.common.counting import (
     Timed,
+    anonymous_bytes,
     bare,
     compared,
     in_own_process,
@@ -132,14 +133,6 @@ def step(steps: int = 10, context: int = 512, batch_size: int = 2) -> Result:
     return {"tokens_per_step": context * batch_size, "steps": steps, "a step": rows}
 
 
-def resident_memory() -> int:
-    """Bytes of this process that are not pages of a file; where only the peak is known, that."""
-    if sys.platform == "darwin":
-        return peak_resident_bytes()
-    pages = [int(n) for n in Path("/proc/self/statm").read_text().split()]
-    return (pages[1] - pages[2]) * os.sysconf("SC_PAGE_SIZE")
-
-
 def bank(steps: int = 10) -> Result:
     sizes = {"a bank": 1, "about ten times as large": 10}
     return {"bank": {name: in_own_process(of_bank, f, steps) for name, f in sizes.items()}}
@@ -157,7 +150,7 @@ def of_bank(factor: int, steps: int) -> dict[str, float]:
             one = step_time(trainee, 8, 64, step)
             if step >= steps:
                 times.append(one)
-                most = max(most, resident_memory())
+                most = max(most, anonymous_bytes())
     return {
         "bank_parameters": config.bank_parameters,
         "resident_bytes": most,

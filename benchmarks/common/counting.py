@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 import mlx.core as mx
 from tqdm import trange
 
+from mlx_hmem.budget.resident import resident_bytes
 from mlx_hmem.errors import UserError
 
 IO, STATUS, FILES = (Path("/proc/self") / name for name in ("io", "status", "fd"))
@@ -140,6 +141,11 @@ def status_of(text: str) -> dict[str, int]:
     """The sizes of /proc/PID/status, in bytes."""
     pairs = (line.split(":") for line in text.splitlines() if line.endswith(" kB"))
     return {name: int(value.split()[0]) * 1024 for name, value in pairs}
+
+
+def anonymous_bytes() -> int:
+    """Resident memory of this process that is no page of a file; elsewhere than on Linux, all."""
+    return status_of(STATUS.read_text())["RssAnon"] if STATUS.exists() else resident_bytes()
 
 
 def watched(process: subprocess.Popen[Any], most: int | None = None) -> dict[str, int]:

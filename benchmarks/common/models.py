@@ -19,6 +19,8 @@ from mlx.utils import tree_map
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from benchmarks.common.banks import BRANCHING, GROUP, keys_of, make_bank, paper_config
+from convert.anchors.weights import DTYPES
+from convert.torch_files.tensors import ITEM_SIZES, safetensors_header
 from mlx_hmem.anchors.load import anchor_hash, named_parameters
 from mlx_hmem.anchors.openlm import PRESETS, Model
 from mlx_hmem.bank import Bank
@@ -28,11 +30,11 @@ from mlx_hmem.model.load import read_tokenizer
 from mlx_hmem.model.model import MemoryModel
 from mlx_hmem.retriever import ClusterTree, Retriever, load_encoder
 from mlx_hmem.retriever.encoder import STATIC_FOLDER
+from train.step.start import num_parameters
 
 VOCAB = 50_432
 POOL = 4096  # random texts whose vectors become centroids
 Dtype = Literal["float32", "bfloat16"]
-DTYPES = {"float32": ("F32", 4), "bfloat16": ("BF16", 2)}
 
 
 def random_texts(count: int, words: int, seed: int) -> list[str]:
@@ -61,9 +63,8 @@ def random_retriever() -> Retriever:
 
 def write_config(folder: Path, name: str, **more: Any) -> None:
     """An anchor's config.json, and its tokenizer."""
-    write_atomic(
-        folder / "config.json", json.dumps(asdict(PRESETS[name]) | {"eos_token_id": 1} | more)
-    )
+    config = asdict(PRESETS[name]) | {"eos_token_id": 1} | more
+    write_atomic(folder / "config.json", json.dumps(config))
     write_tokenizer(folder)
 
 
@@ -108,18 +109,14 @@ def model_of(
 
 def write_anchor(folder: Path, name: str, dtype: str) -> None:
     """An anchor with zeros for weights, which take no room on the disk and all of it in memory, and
-    its tokenizer."""
-    tag, size = DTYPES[dtype]
-    header, at = {}, 0
-    for key, array in named_parameters(Model(PRESETS[name])).items():
-        end = at + size * array.size
-        header[key] = {"dtype": tag, "shape": list(array.shape), "data_offsets": [at, end]}
-        at = end
-    text = json.dumps(header).encode()
-    file = folder / "model.safetensors"
-    write_atomic(file, len(text).to_bytes(8, "little") + text)
-    with open(file, "r+b") as opened:
-        opened.truncate(8 + len(text) + at)
+    its tokenizer; ``folder`` may be new."""
+    folder.mkdir(exist_ok=True)
+    model, tag = Model(PRESETS[name]), DTYPES[dtype]
+    tensors = [(key, tag, array.shape) for key, array in named_parameters(model).items()]
+    header = safetensors_header(tensors, {})
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(header)
+        file.truncate(len(header) + ITEM_SIZES[tag] * num_parameters(model))
     write_config(folder, name)
 
 

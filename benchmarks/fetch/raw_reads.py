@@ -90,13 +90,7 @@ class RawReader(ExitStack):
 
 def _read(job: tuple[int, memoryview, int]) -> bool:
     handle, target, offset = job
-    done = 0
-    while done < len(target):
-        count = os.preadv(handle, [target[done:]], offset + done)
-        if count == 0:
-            return False
-        done += count
-    return True
+    return os.preadv(handle, [target], offset) == len(target)
 
 
 def make_ready(parts: Sequence[FilePart], heat: str) -> None:
