@@ -28,10 +28,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.common.banks import GROUP, Anchor, paper_config
 from benchmarks.common.counting import bare, in_turns, returned, run, watched
 from benchmarks.common.models import (
+    GROUP,
+    Anchor,
     Dtype,
+    paper_config,
     random_anchor,
     random_texts,
     write_anchor,

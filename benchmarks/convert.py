@@ -16,9 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.banks import paper_config
 from benchmarks.common.counting import evict, in_own_process, timed
-from benchmarks.common.models import write_anchor, write_memory
+from benchmarks.common.models import paper_config, write_anchor, write_memory
 from benchmarks.common.show import Result, benchmark
 from convert.command import main as convert
 from mlx_hmem.anchors.openlm import PRESETS

@@ -22,9 +22,8 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.generate import generate_step
 
-from benchmarks.common.banks import BRANCHING, R
 from benchmarks.common.counting import Timed, compared, in_turns, timed
-from benchmarks.common.models import copy_of, random_anchor
+from benchmarks.common.models import BRANCHING, R, copy_of, random_anchor
 from benchmarks.common.show import Result, benchmark
 from mlx_hmem.anchors.attach import attach_memory, memory_config
 from mlx_hmem.anchors.fused import FusedMemory

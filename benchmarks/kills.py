@@ -220,13 +220,16 @@ def is_whole(found: Files, wanted: Files, *beside: str) -> bool:
     return not more and {name: found.get(name) for name in wanted} == wanted
 
 
-def check(case: Case, out: Path, part: Path, before: Files | None, wanted: Files) -> str:
-    """What lies at the destination after a kill: "nothing", "before" or "whole"."""
-    loaded = False
+def loads(case: Case, part: Path) -> bool:
     with suppress(UserError):
         case.load(part)
-        loaded = True
-    if loaded:
+        return True
+    return False
+
+
+def check(case: Case, out: Path, part: Path, before: Files | None, wanted: Files) -> str:
+    """What lies at the destination after a kill: "nothing", "before" or "whole"."""
+    if part.exists() and loads(case, part):
         found = {name: data for name, data in contents(part).items() if ".part" not in name}
         if not is_whole(found, wanted, RECORD, f"{REPLACED}/", NOTES):
             raise UserError("a half-made directory loads", part, "find out why")

@@ -35,7 +35,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from benchmarks.common.banks import paper_config
 from benchmarks.common.counting import (
     Timed,
     anonymous_bytes,
@@ -47,6 +46,7 @@ from benchmarks.common.counting import (
     run,
     timed,
 )
+from benchmarks.common.models import paper_config
 from benchmarks.common.show import Result, benchmark
 from mlx_hmem.anchors.openlm import PRESETS, Model, ModelArgs
 from mlx_hmem.budget.resident import Watch, parse_bytes, peak_resident_bytes

@@ -7,7 +7,7 @@ of level 1 or of level 2, as the texts of one topic are.
 
 import numpy as np
 
-from benchmarks.common.banks import paper_config
+from benchmarks.common.models import paper_config
 from benchmarks.common.show import Result
 from mlx_hmem.bank.format import GENERIC, PAGE, Level, num_blocks, stored_levels
 from mlx_hmem.bank.writer import shard_cuts

@@ -21,11 +21,19 @@ from statistics import median
 import mlx.core as mx
 from mlx_lm.generate import generation_stream
 
-from benchmarks.common.banks import file_parts, keys_of, make_bank, paper_config
 from benchmarks.common.counting import CAN_DROP, Timed, compared, evict, in_turns, timed
-from benchmarks.common.models import copy_of, model_of, random_anchor, random_retriever
+from benchmarks.common.models import (
+    copy_of,
+    file_parts,
+    keys_of,
+    make_bank,
+    model_of,
+    paper_config,
+    random_anchor,
+    random_retriever,
+)
 from benchmarks.common.show import Result
-from benchmarks.fetch.walk import fetch_all
+from benchmarks.fetch.topics import fetch_all
 from mlx_hmem.bank import Bank
 from mlx_hmem.model.model import MemoryModel
 

@@ -19,7 +19,17 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from benchmarks.common.banks import (
+from benchmarks.common.counting import (
+    HEATS,
+    Timed,
+    compared,
+    forget_peak,
+    in_own_process,
+    in_turns,
+    io_counts,
+    timed,
+)
+from benchmarks.common.models import (
     ANCHORS,
     BITS,
     Anchor,
@@ -30,16 +40,6 @@ from benchmarks.common.banks import (
     make_bank,
     paper_config,
     spread_paths,
-)
-from benchmarks.common.counting import (
-    HEATS,
-    Timed,
-    compared,
-    forget_peak,
-    in_own_process,
-    in_turns,
-    io_counts,
-    timed,
 )
 from benchmarks.common.show import Result
 from benchmarks.fetch.raw_reads import PLAIN, fastest_ways, make_ready, raw_read

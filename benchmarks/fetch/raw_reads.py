@@ -14,8 +14,8 @@ from itertools import product
 from statistics import median
 from typing import NamedTuple
 
-from benchmarks.common.banks import FilePart
 from benchmarks.common.counting import Timed, evict, timed
+from benchmarks.common.models import FilePart
 
 SECTOR = 4096  # what O_DIRECT wants offsets, lengths and buffers to be multiples of
 
