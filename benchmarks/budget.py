@@ -28,7 +28,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.common.counting import bare, in_turns, returned, run, watched
+from benchmarks.common.counting import bare, ended, in_turns, returned, run
 from benchmarks.common.models import (
     GROUP,
     Anchor,
@@ -104,16 +104,13 @@ def converse(
     """One conversation, watched from here: beyond ``most`` resident bytes it is killed. Its peaks
     in bytes, and what it said."""
     options = ["--max-tokens", str(ANSWER), "--memory-budget", str(budget)]
-    with tempfile.TemporaryFile("w+") as lines, tempfile.TemporaryFile("w+") as said:
+    with tempfile.TemporaryFile("w+") as lines:
         lines.write("\n".join(["/history on", *texts, "/stats"]))
         lines.seek(0)
-        process = subprocess.Popen(
-            [*command, *options], stdin=lines, stdout=subprocess.DEVNULL, stderr=said
-        )
-        peaks, took = returned(lambda: watched(process, most))
-        said.seek(0)
-        output = said.read().splitlines()
-    return {"status": process.returncode, "seconds": took.ms / 1e3, **peaks}, output
+        given = {"stdin": lines, "stdout": subprocess.DEVNULL}
+        work = partial(ended, [*command, *options], "stderr", most, **given)
+        (said, status, peaks), took = returned(work)
+    return {"status": status, "seconds": took.ms / 1e3, **peaks}, said.splitlines()
 
 
 def _file(group: Path, *names: str) -> Path:

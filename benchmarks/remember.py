@@ -129,8 +129,8 @@ def _paths(arm: Arm, questions: Sequence[Question]) -> list[tuple[int, ...]] | N
 def interval(right: np.ndarray) -> tuple[float, float]:
     """Wilson's 95 % interval of a proportion."""
     n, p, z = len(right), float(right.mean()), 1.96
-    middle, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return tuple(float(x / (1 + z * z / n)) for x in (middle - half, middle + half))  # type: ignore[return-value]
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
 
 def recall(arm: Arm, questions: Sequence[Question]) -> dict[str, Any]:
@@ -190,9 +190,7 @@ def retrieval(model: MemoryModel, text: OwnText) -> Callable[[str], str]:
     """The nearest window of the documents to a question."""
     assert model.retriever is not None
     encoder, tokenizer = model.retriever.encoder, model.tokenizer
-    front = len(text.windows.begin)
-    ids = [text.windows[i][front:].tolist() for i in range(len(text.windows))]
-    texts = [tokenizer.decode(row) for row in ids]
+    texts = list(text.windows.texts(tokenizer))
     vectors = encoder.encode(texts)
     return lambda question: texts[int((vectors @ encoder.encode([question])[0]).argmax())]
 

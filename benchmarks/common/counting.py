@@ -148,7 +148,7 @@ def anonymous_bytes() -> int:
     return status_of(STATUS.read_text())["RssAnon"] if STATUS.exists() else resident_bytes()
 
 
-def watched(process: subprocess.Popen[Any], most: int | None = None) -> dict[str, int]:
+def watched(process: subprocess.Popen[Any], most: int | None) -> dict[str, int]:
     """The most that a program has held until its end: resident memory, and on Linux what is asked
     for and what is no page of a file, in bytes. Beyond ``most`` resident bytes it is killed there.
 
@@ -173,13 +173,21 @@ def watched(process: subprocess.Popen[Any], most: int | None = None) -> dict[str
 def run(command: Sequence[str], **how: Any) -> tuple[str, int]:
     """What another program says, and the most resident memory that it held, in bytes. ``how`` is
     Popen's. Raises UserError if the program fails."""
-    with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(command, stdout=output, **how)
-        peaks = watched(process)
-        if process.returncode:
-            raise UserError("a program failed", " ".join(command), "see above")
-        output.seek(0)
-        return output.read(), peaks["VmHWM"]
+    said, status, peaks = ended(command, **how)
+    if status:
+        raise UserError("a program failed", " ".join(command), "see above")
+    return said, peaks["VmHWM"]
+
+
+def ended(
+    command: Sequence[str], output: str = "stdout", most: int | None = None, **how: Any
+) -> tuple[str, int, dict[str, int]]:
+    """What another program says on ``output``, its status, and what it is :func:`watched` for."""
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, **how | {output: said})
+        peaks = watched(process, most)
+        said.seek(0)
+        return said.read(), process.returncode, peaks
 
 
 def bare() -> dict[str, int]:

@@ -121,8 +121,6 @@ class Cases:
             }
             for n, topic in enumerate(topics)
         ]
-        for each in self.changes if ram is not None else ():
-            each["levels_ram_disk"] = each["levels"]._replace(level_folders={1: ram})
         self._make(place / "levels", config)
         flat = MemoryConfig(*sizes, (rows // LARGE,), (clusters * LARGE,))
         self._make(place / "flat", flat)
@@ -131,6 +129,8 @@ class Cases:
         )
         self.scattered = [[parts[key] for key in keys] for keys in scattered[:num_topics]]
         if ram is not None:
+            for each in self.changes:
+                each["levels_ram_disk"] = each["levels"]._replace(level_folders={1: ram})
             for file in (place / "levels").glob("level-1.*"):
                 shutil.copy(file, ram)
 
