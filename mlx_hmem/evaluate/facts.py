@@ -71,6 +71,10 @@ class Proportion:
     total: int
     of: dict[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def among(cls, right: Sequence[bool], **of: Any) -> "Proportion":
+        return cls(sum(right), len(right), of)
+
     @property
     def accuracy(self) -> float:
         return self.right / self.total
@@ -109,7 +113,7 @@ class FactRecall:
             for fact, right in zip(self.facts, self.right, strict=True)
             if kind in ("all", fact.kind) and times in (None, fact.times)
         ]
-        return Proportion(sum(chosen), len(chosen), {"kind": kind, "times": times})
+        return Proportion.among(chosen, kind=kind, times=times)
 
     @property
     def kinds(self) -> list[str]:

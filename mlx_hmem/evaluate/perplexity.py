@@ -7,7 +7,6 @@ All tokens of a text are predicted, the first from end-of-text alone; end-of-tex
 Windows of about one length share a batch, padded on the right, which a causal model cannot see.
 """
 
-import dataclasses
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_hmem.config import JsonConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.routing import route_texts
 from mlx_hmem.evaluate.scoring import Candidate, longest_sequence, one_by_one, score_candidates
@@ -25,7 +25,7 @@ ROUTE_BY = ("window", "document", "first_sentence")
 
 
 @dataclass(frozen=True)
-class Perplexity:
+class Perplexity(JsonConfig):
     """Perplexity per token and per byte with standard errors over documents.
 
     The bits per byte compare models of different tokenizers.
@@ -41,9 +41,6 @@ class Perplexity:
     per_byte: float
     bits_per_byte: float
     bits_per_byte_error: float
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)

@@ -106,8 +106,7 @@ def plan_question(index: int, candidates: Sequence[Candidate]) -> _Question:
     unique = dict.fromkeys(keys)
     places = {key: row for row, key in enumerate(unique)}
     contexts, answers = zip(*([list(c), list(a)] for c, a in unique), strict=True)
-    starts = zip(*(context[:-1] for context in contexts), strict=False)
-    shared = sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, starts))
+    shared = len(common_start([context[:-1] for context in contexts]))
     if 2 * shared >= max(map(len, contexts)) or len(contexts) == 1:
         prefixes = [contexts[0][:shared]]
     else:  # cut from the left, say: every one for itself
@@ -117,6 +116,12 @@ def plan_question(index: int, candidates: Sequence[Candidate]) -> _Question:
         prefix = min(i, len(prefixes) - 1)
         rows.append((prefix, context[len(prefixes[prefix]) :] + answer[:-1], answer))
     return _Question(index, prefixes, rows, [places[key] for key in keys])
+
+
+def common_start(lists: Iterable[Sequence[T]]) -> list[T]:
+    """The longest start that all of ``lists`` share."""
+    columns = zip(*lists, strict=False)
+    return [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
 
 
 def _batches(

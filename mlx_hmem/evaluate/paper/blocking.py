@@ -20,7 +20,7 @@ from mlx_hmem.config import ClusterPath
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.facts import Fact, FactRecall, Proportion
 from mlx_hmem.evaluate.paper.fact_runs import FactRun
-from mlx_hmem.evaluate.routing import check_levels, used_clusters, withhold
+from mlx_hmem.evaluate.routing import used_clusters, withhold
 from mlx_hmem.model.model import MemoryModel
 
 
@@ -43,10 +43,6 @@ class BlockingRow:
 
 def blocking(run: FactRun, facts: Sequence[Fact], levels: Sequence[int]) -> list[BlockingRow]:
     """The table of the module's docstring; the facts are routed by their prompts."""
-    model = run.model
-    check_levels(model, levels)
-    if run.route != "prompt":
-        raise UserError("blocking goes by the prompt", f"route {run.route}", "leave --route out")
     paths = run.paths(facts)
     assert paths is not None  # it is the fetched memory's
     whole = run.recall(facts, "fetched", paths)
@@ -82,7 +78,7 @@ def _row(
     name: str, level: int, withheld: float, moved: int, found: FactRecall, whole: FactRecall
 ) -> BlockingRow:
     known = [r for r, before in zip(found.right, whole.right, strict=True) if before]
-    parts = [Proportion(sum(right), len(right)) for right in (found.right, known)]
+    parts = Proportion.among(found.right), Proportion.among(known)
     return BlockingRow(name, level, withheld, moved, *parts)
 
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.journal import Journal, kept_rows
 from mlx_hmem.evaluate.texts import reading, records
+from mlx_hmem.folders import identity_of
 
 WORD = re.compile(r"\w+")
 RECORDS = (".jsonl", ".jsonl.gz")
@@ -90,15 +91,19 @@ def corpus_files(corpus: Path) -> list[Path]:
     raise UserError("a corpus without text", corpus, f"give a folder with {kinds}")
 
 
+def states(files: Sequence[Path]) -> list[list[Any]]:
+    """Of each file its path, bytes and time of change."""
+    return [[name, *state] for name, state in identity_of(files)["sources"].items()]
+
+
 def count_names(keys: Keys, corpus: Path, out: Path, progress: bool = True) -> list[int]:
     """How often each of ``keys`` is named in ``corpus``; every finished file's counts are kept in
     the folder ``out``, and a corpus that was counted before is not read again."""
     files = corpus_files(corpus)
-    stats = [(str(file.resolve()), file.stat()) for file in files]
     settings = {
         "version": 1,
         "keys": xxhash.xxh3_64_hexdigest(json.dumps([list(names) for names in keys]).encode()),
-        "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
+        "files": states(files),
     }
     counter = NameCounter(keys)
 

@@ -122,7 +122,7 @@ def count_buckets(result: FactRecall) -> list[Proportion]:
     for fact, right in zip(result.facts, result.right, strict=True):
         decades.setdefault(len(str(fact.times)) if fact.times else 0, []).append(right)
     return [
-        Proportion(sum(right), len(right), {"least": 10 ** (d - 1) if d else 0, "most": 10**d - 1})
+        Proportion.among(right, least=10 ** (d - 1) if d else 0, most=10**d - 1)
         for d, right in sorted(decades.items())
     ]
 

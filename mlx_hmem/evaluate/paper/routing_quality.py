@@ -30,16 +30,13 @@ class RoutingRow:
     shares: tuple[Proportion, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "group": self.group,
-            "name": self.name,
-            "levels": [share.to_dict() for share in self.shares],
-        }
+        levels = [share.to_dict() for share in self.shares]
+        return {"group": self.group, "name": self.name, "levels": levels}
 
 
 def same_cluster(first: np.ndarray, second: np.ndarray) -> tuple[Proportion, ...]:
     """On each level the share of equal clusters of two arrays of paths (n, depth)."""
-    return tuple(Proportion(int(column.sum()), len(first)) for column in (first == second).T)
+    return tuple(Proportion.among(column) for column in (first == second).T.tolist())
 
 
 def document_rows(model: MemoryModel, texts: Sequence[str], other: Encoder | None = None,
@@ -85,15 +82,15 @@ def fact_rows(run: FactRun, facts: Sequence[Fact]) -> list[RoutingRow]:
     """Which prompts reach their statement's cluster, and the accuracy of those that do and do not;
     the facts are routed by their prompts."""
     route = run.model.require_retriever().route_many
+    paths = route([fact.prompt for fact in facts], run.progress)
     prompts, statements = (
-        np.array(route([getattr(f, name) for f in facts], run.progress))
-        for name in ("prompt", "statement")
+        np.array(paths),
+        np.array(route([f.statement for f in facts], run.progress)),
     )
-    paths = [tuple(path) for path in prompts.tolist()]
     right = np.array(run.recall(facts, "fetched", paths).right)
     reached = prompts == statements
     rows = [RoutingRow("facts", "prompt reaches its statement", same_cluster(prompts, statements))]
     for name, chosen in (("answered where it does", reached), ("answered where not", ~reached)):
-        shares = [Proportion(int(right[column].sum()), int(column.sum())) for column in chosen.T]
-        rows.append(RoutingRow("facts", name, tuple(shares)))
+        shares = tuple(Proportion.among(right[column].tolist()) for column in chosen.T)
+        rows.append(RoutingRow("facts", name, shares))
     return rows

@@ -14,7 +14,7 @@ vectors of one cluster, of any file size.
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -72,9 +72,8 @@ class Found:
 class DocumentIndex:
     """An index that :mod:`mlx_hmem.evaluate.rag.index` has made; see :meth:`open`."""
 
-    def __init__(self, folder: Path, manifest: IndexManifest, arrays: dict[str, np.ndarray]):
-        self.folder, self.manifest = folder, manifest
-        self.fingerprint = manifest.fingerprint
+    def __init__(self, manifest: IndexManifest, arrays: dict[str, np.ndarray]):
+        self.manifest, self.fingerprint = manifest, manifest.fingerprint
         self._vectors = arrays["vectors.f16"].reshape(manifest.documents, manifest.dim)
         self._ends, self._texts = arrays["ends.i64"], arrays["texts.utf8"]
         self._order, self._starts = arrays["order.i64"], arrays["starts.i64"]
@@ -106,7 +105,7 @@ class DocumentIndex:
         if fingerprint(*(folder / name for name in TYPES)) != manifest.fingerprint:
             raise UserError("the index is damaged", folder, REMEDY)
         arrays = {name: np.memmap(folder / name, dtype, "r") for name, dtype in TYPES.items()}
-        return cls(folder, manifest, arrays)  # type: ignore[arg-type]
+        return cls(manifest, arrays)  # type: ignore[arg-type]
 
     def text(self, document: int) -> str:
         start = int(self._ends[document - 1]) if document else 0
@@ -143,20 +142,16 @@ class DocumentIndex:
     def _nearest(self, vectors: np.ndarray, rows: np.ndarray) -> list[int]:
         best = np.full(len(vectors), -np.inf, np.float32)
         document = np.full(len(vectors), -1, np.int64)
-        for numbers, block in self._blocks(rows):
+        for start in range(0, len(rows), AT_ONCE):
+            numbers = rows[start : start + AT_ONCE]
+            block = self._vectors[numbers].astype(np.float32)
             lengths = np.maximum(np.linalg.norm(block, axis=1), 1e-12)
             cosines = vectors @ (block / lengths[:, None]).T
             at = cosines.argmax(axis=1)
             value = cosines[np.arange(len(vectors)), at]
             document = np.where(value > best, numbers[at], document)
             best = np.maximum(value, best)
-        return [int(number) for number in document]
-
-    def _blocks(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(numbers, vectors) of some documents at a time."""
-        for start in range(0, len(rows), AT_ONCE):
-            numbers = np.array(rows[start : start + AT_ONCE])
-            yield numbers, self._vectors[numbers].astype(np.float32)
+        return document.tolist()
 
 
 def finish(folder: Path, identity: dict[str, Any], dim: int, branching: Sequence[int]) -> None:
@@ -166,8 +161,7 @@ def finish(folder: Path, identity: dict[str, Any], dim: int, branching: Sequence
     """
     leaves = np.fromfile(folder / "leaves.i32", np.int32)
     order = np.argsort(leaves, kind="stable").astype(np.int64, copy=False)
-    starts = np.zeros(int(np.prod(branching)) + 1, np.int64)
-    np.cumsum(np.bincount(leaves, minlength=len(starts) - 1), out=starts[1:])
+    starts = np.searchsorted(leaves[order], np.arange(np.prod(branching) + 1)).astype(np.int64)
     for name, array in (("order.i64", order), ("starts.i64", starts)):
         with atomic_file(folder / name) as file:
             file.write(array.data)

@@ -12,7 +12,7 @@ Softmax, norms' roots and activations are left out, as is usual, and so is the s
 document: encoder, tree and cosines. A sliding window is counted as if the anchor had none.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,18 +44,15 @@ class Work:
         return Work(self.tokens + other.tokens, self.pairs + other.pairs)
 
 
-def total(works: Iterable[Work]) -> Work:
-    return sum(works, Work())
-
-
 def question_work(candidates: Sequence[Candidate], max_tokens: int = 0) -> Work:
     """Of one question: what its choices share is read once, then the rest of each; or, where
     ``max_tokens`` are generated, the prompt and all of these but the last."""
     if max_tokens:
         return Work.of(len(candidates[0].context) + max_tokens - 1)
     plan = plan_question(0, candidates)
-    read = total(Work.of(len(prefix)) for prefix in plan.prefixes)
-    return read + total(Work.of(len(row), len(plan.prefixes[p])) for p, row, _ in plan.rows)
+    read = [Work.of(len(prefix)) for prefix in plan.prefixes]
+    read += [Work.of(len(row), len(plan.prefixes[p])) for p, row, _ in plan.rows]
+    return sum(read, Work())
 
 
 def parameters_per_token(anchor: nn.Module, experts_per_token: int = 0) -> int:

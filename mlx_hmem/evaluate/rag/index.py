@@ -20,11 +20,11 @@ from tqdm import tqdm
 
 from mlx_hmem.config import HmemConfig, read_json
 from mlx_hmem.errors import ArgumentParser, UserError
-from mlx_hmem.evaluate.paper.counting import RECORDS, corpus_files
+from mlx_hmem.evaluate.paper.counting import RECORDS, corpus_files, states
 from mlx_hmem.evaluate.rag.document_index import MANIFEST, finish
 from mlx_hmem.evaluate.texts import read_articles, records
 from mlx_hmem.files import sync, write_atomic
-from mlx_hmem.folders import identity_of, whole_folder
+from mlx_hmem.folders import whole_folder
 from mlx_hmem.model.find import MODEL_FILES, find_model
 from mlx_hmem.model.load import open_encoder, open_tree
 from mlx_hmem.retriever import Retriever
@@ -47,11 +47,11 @@ def build_index(model: str | Path, corpus: Path, out: Path, progress: bool = Tru
     hmem = HmemConfig.from_file(folder / "hmem.json")
     retriever = Retriever(open_encoder(folder, hmem), open_tree(folder, hmem))
     files = corpus_files(corpus)
-    made_of = identity_of(
-        files, tree_hash=hmem.retriever.tree_hash, encoder_hash=hmem.retriever.encoder_hash
-    )
-    corpus_states = [[name, *state] for name, state in made_of.pop("sources").items()]
-    identity = made_of | {"corpus": corpus_states}
+    identity = {
+        "tree_hash": hmem.retriever.tree_hash,
+        "encoder_hash": hmem.retriever.encoder_hash,
+        "corpus": states(files),
+    }
     if _is_there(out, identity):
         return os.path.getsize(out / "leaves.i32") // 4
     with whole_folder(out, {"version": 1} | identity) as part:

@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.rag.document_index import DocumentIndex, Found
-from mlx_hmem.evaluate.rag.flops import Flops, Work, question_work, total
+from mlx_hmem.evaluate.rag.flops import Flops, Work, question_work
 from mlx_hmem.evaluate.scoring import Candidate
 from mlx_hmem.model.model import MemoryModel
 
@@ -51,9 +50,6 @@ class Rag:
     """Documents of ``index`` for the questions that ``model`` is asked."""
 
     def __init__(self, model: MemoryModel, index: DocumentIndex, progress: bool = True):
-        if index.manifest.tree_hash != model.require_bank().tree_hash:
-            what = "the index belongs to another cluster tree"
-            raise UserError(what, index.folder, "make one with this model")
         self.model, self.index, self.progress = model, index, progress
         self._separator = self._encode(SEPARATOR)
         start = list(model.tokenizer.encode(""))
@@ -127,7 +123,7 @@ class RagSummary:
             sum(row["document_cut"] for row in rows) - left_out,
             left_out,
             sum(row["holds_answer"] for row in rows) if "holds_answer" in rows[0] else None,
-            *(total(Work(*row["work"][i]) for row in rows) for i in (0, 1)),
+            *(sum((Work(*row["work"][i]) for row in rows), Work()) for i in (0, 1)),
         )
 
     def line(self, name: str) -> str:

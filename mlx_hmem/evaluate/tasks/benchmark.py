@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_hmem.anchors.load import anchor_hash
-from mlx_hmem.config import ClusterPath
+from mlx_hmem.config import ClusterPath, JsonConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.facts import Proportion
 from mlx_hmem.evaluate.journal import Journal, kept_rows
@@ -98,7 +98,7 @@ class TaskResult:
 
 
 @dataclass(frozen=True)
-class Average:
+class Average(JsonConfig):
     """Avg-CK or Avg-SK: the mean of a group's tasks, of those that were scored."""
 
     name: str
@@ -107,9 +107,6 @@ class Average:
     missing: tuple[str, ...]
     accuracy: float
     standard_error: float
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
 
 def averages(results: Sequence[TaskResult]) -> list[Average]:
@@ -169,8 +166,11 @@ def score_task(
     if limit is not None and limit < len(examples):
         chosen = sorted(random.Random(0).sample(chosen, limit))
     asked = len(chosen)
-    if task.icl_task_type != GENERATION:
-        chosen = _with_room(tokens, examples, chosen, file)
+    if task.icl_task_type != GENERATION:  # no other row can be scored
+        chosen = [i for i in chosen if tokens.has_room(examples[i])]
+        if not chosen:
+            remedy = f"use a model with a context beyond {tokens.context} tokens"
+            raise UserError("no row has room for a question beside its answers", file, remedy)
     settings = {
         "version": 1,
         "model": model_name,
@@ -195,17 +195,17 @@ def score_task(
     rows = kept_rows(
         Journal(out, name, settings), chosen, score, f"{task.name}, {label}", "row", progress
     )
+    rights = [bool(row["right"]) for row in rows]
     categories = {}
     for category in dict.fromkeys(e.category for e in examples if e.category):
-        pairs = zip(chosen, rows, strict=True)
-        own = [bool(row["right"]) for i, row in pairs if examples[i].category == category]
-        if own:
-            categories[category] = Proportion(sum(own), len(own))
+        pairs = zip(chosen, rights, strict=True)
+        if own := [right for i, right in pairs if examples[i].category == category]:
+            categories[category] = Proportion.among(own)
     return TaskResult(
         task,
         file.name,
         label,
-        right=sum(bool(row["right"]) for row in rows),
+        right=sum(rights),
         rows=len(rows),
         of_rows=len(examples),
         cut=sum(row["cut"] > 0 for row in rows),
@@ -213,17 +213,6 @@ def score_task(
         documents=RagSummary.of(rows) if rag else None,
         left_out=asked - len(chosen),
     )
-
-
-def _with_room(
-    tokens: PromptTokens, examples: Sequence[Example], rows: Sequence[int], file: Path
-) -> list[int]:
-    """Of ``rows`` those with answers that fit the context; no other can be scored."""
-    some = [i for i in rows if tokens.has_room(examples[i])]
-    if not some:
-        remedy = f"use a model with a context beyond {tokens.context} tokens"
-        raise UserError("no row has room for a question beside its answers", file, remedy)
-    return some
 
 
 def _score_rows(
@@ -254,27 +243,26 @@ def _score_rows(
         shown = rag.show_all(texts, questions, tokens.context - longest)
         documents = [s.kept(q, longest) for s, q in zip(shown, questions, strict=True)]
         questions = [each.candidates for each in shown]
-    results: Iterator[list[tuple[int, dict[str, Any]]]]
+    batches: Iterator[list[tuple[int, Any]]]
     if generates:
         starts = [question[0].context for question in questions]
-        new = continue_greedily(model, starts, longest, memory, paths, tokens_per_batch)
-        results = (
-            [(i, judge_text(task, some[i].example, tokens.decode(ids))) for i, ids in batch]
-            for batch in new
-        )
+        batches = continue_greedily(model, starts, longest, memory, paths, tokens_per_batch)
     else:
-        scores = score_candidates(model, questions, memory, paths, tokens_per_batch)
-        results = ([(i, judge(task, some[i].example.gold, s)) for i, s in b] for b in scores)
-    for batch in results:
+        batches = score_candidates(model, questions, memory, paths, tokens_per_batch)
+
+    def judged(example: Example, found: Any) -> dict[str, Any]:
+        if not generates:
+            return judge(task, example.gold, found)
+        text = tokens.decode(found)
+        return {"right": is_right(task, example, text), "text": text}
+
+    for batch in batches:
         yield [
-            {"row": rows[i], "cut": max(c.cut for c in questions[i])} | documents[i] | found
+            {"row": rows[i], "cut": max(c.cut for c in questions[i])}
+            | documents[i]
+            | judged(some[i].example, found)
             for i, found in batch
         ]
-
-
-def judge_text(task: Task, example: Example, text: str) -> dict[str, Any]:
-    """Whether a generated text makes its row right, and what it is."""
-    return {"right": is_right(task, example, text), "text": text}
 
 
 def judge(task: Task, gold: int, scores: Sequence[Score]) -> dict[str, Any]:

@@ -8,11 +8,10 @@ Memory is routed by the row's own text, never by the examples (paper, section 2)
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from mlx_hmem.errors import UserError
-from mlx_hmem.evaluate.scoring import Candidate
+from mlx_hmem.evaluate.scoring import Candidate, common_start
 from mlx_hmem.evaluate.tasks.task import SCHEMA, Example, Task
 
 
@@ -42,7 +41,7 @@ def draw_examples(rows: int, shots: int, row: int, rng: random.Random) -> set[in
 def build_prompts(task: Task, examples: Sequence[Example]) -> list[Prompt]:
     """The prompt of every row, in their order. With categories, draws stay inside a category."""
     prompts: list[Any] = [None] * len(examples)
-    for category in dict.fromkeys(example.category for example in examples):
+    for category in {example.category for example in examples}:
         rows = [i for i, example in enumerate(examples) if example.category == category]
         rng = random.Random(task.fewshot_random_seed)
         for row, i in enumerate(rows):
@@ -77,17 +76,9 @@ def route_text(example: Example) -> str:
     if len(example.contexts) == 1:
         return example.contexts[0]
     options = [option.split() for option in example.contexts]
-    front = _common(options)
-    behind = _common([option[len(front) :][::-1] for option in options])[::-1]
+    front = common_start(options)
+    behind = common_start(option[len(front) :][::-1] for option in options)[::-1]
     return " ".join([*front, *behind, example.answers[0]])
-
-
-def _common(lists: Sequence[Sequence[Any]]) -> list[Any]:
-    """The longest start that all of ``lists`` share."""
-    length = min(map(len, lists))
-    for a, b in pairwise(lists):
-        length = next((i for i in range(length) if a[i] != b[i]), length)
-    return list(lists[0][:length])
 
 
 class PromptTokens:
@@ -101,18 +92,17 @@ class PromptTokens:
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
-    def _start(self, preamble: str) -> list[int]:
-        ids = list(self.tokenizer.encode(preamble))
-        ends = self.tokenizer.eos_token_ids
-        return ids[:-1] if len(ids) > 1 and ids[-1] in ends else ids
+    def _contexts(self, prompt: Prompt) -> list[list[int]]:
+        start = list(self.tokenizer.encode(prompt.preamble))
+        if len(start) > 1 and start[-1] in self.tokenizer.eos_token_ids:
+            start.pop()
+        return [start + self._encode(context) for context in prompt.contexts]
 
     def candidates(self, prompt: Prompt) -> list[Candidate]:
         """One sequence per choice: of multiple choice the answers, of a schema the contexts."""
-        start = self._start(prompt.preamble)
-        contexts = [start + self._encode(context) for context in prompt.contexts]
         answers = [self._answer(text) for text in prompt.example.answers]
         where = f"line {prompt.example.line}"
-        return [self._fit(c, a, where) for c in contexts for a in answers]
+        return [self._fit(c, a, where) for c in self._contexts(prompt) for a in answers]
 
     def has_room(self, example: Example) -> bool:
         """Whether each answer leaves at least one token of the context for its question."""
@@ -144,7 +134,7 @@ class PromptTokens:
                 f"{max_tokens} tokens",
                 f"use a model with a context beyond {self.context}",
             )
-        context = self._start(prompt.preamble) + self._encode(prompt.contexts[0])
+        (context,) = self._contexts(prompt)
         if not context:
             where = f"line {prompt.example.line}"
             raise UserError("nothing of the question is left as tokens", where, "correct the row")
