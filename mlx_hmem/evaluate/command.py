@@ -25,7 +25,7 @@ from mlx_hmem.evaluate.paper.routing_quality import RoutingRow, document_rows, f
 from mlx_hmem.evaluate.perplexity import ROUTE_BY, perplexity
 from mlx_hmem.evaluate.rag.document_index import DocumentIndex
 from mlx_hmem.evaluate.rag.rag import Arm, Rag, named, with_flops
-from mlx_hmem.evaluate.routing import check_levels, used_clusters
+from mlx_hmem.evaluate.routing import used_clusters
 from mlx_hmem.evaluate.tables import (
     blocking_table,
     count_table,
@@ -162,7 +162,7 @@ def main(words: Sequence[str]) -> None:
         print(model.plan.line(), file=sys.stderr)
     arms: list[Arm] = [(mode, None) for mode in modes]
     if args.rag:
-        rag = Rag(model, DocumentIndex.open(args.rag, model.require_bank().tree_hash))
+        rag = Rag(model, DocumentIndex(args.rag, model.require_bank().tree_hash))
         arms += [(mode, rag) for mode in modes]
     levels = _levels(model, args.block_best) if args.block_best else []
     sets = [counted(each, args.corpus, args.out) for each in sets]
@@ -205,13 +205,16 @@ def main(words: Sequence[str]) -> None:
 
 
 def _levels(model: MemoryModel, text: str) -> list[int]:
+    depth = model.require_bank().config.num_levels
     if text == "all":
-        return list(range(1, model.require_bank().config.num_levels + 1))
+        return list(range(1, depth + 1))
     try:
         levels = list(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
         raise UserError("--block-best is no list of levels", text, "give 1 or 1,2 or all") from None
-    check_levels(model, levels)
+    for level in levels:
+        if not 1 <= level <= depth:
+            raise UserError("the bank has no such level", level, f"use 1 to {depth}")
     return levels
 
 

@@ -166,12 +166,8 @@ def recall(
     is an oracle; "random", a leaf of the tree drawn for each fact by ``seed``. ``routed_by`` gives
     a text per fact in place of these (the document that states it), ``paths`` a cluster path.
     """
-    if not facts:
-        raise UserError("there are no facts to recall", "an empty list", "give some facts")
     if routed_by is not None and len(routed_by) != len(facts):
         raise UserError("routed_by needs one text per fact", len(routed_by), f"give {len(facts)}")
-    if paths is not None and len(paths) != len(facts):
-        raise UserError("paths needs one path per fact", len(paths), f"give {len(facts)}")
     if paths is None or memory != "fetched":
         paths = fact_paths(model, facts, memory, route, seed, routed_by, progress)
     prompts, new = encode_prompts(model, facts)
@@ -211,6 +207,8 @@ def fact_paths(
 ) -> list[ClusterPath] | None:
     """The cluster path of each fact, routed as :func:`recall` says; None where ``memory`` needs
     none."""
+    if not facts:
+        raise UserError("there are no facts to recall", "an empty list", "give some facts")
     if route not in ROUTES:
         raise UserError("unknown route", repr(route), f"use one of {', '.join(ROUTES)}")
     if routed_by is None and route == "random" and memory == "fetched":

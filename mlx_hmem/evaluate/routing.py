@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from mlx_hmem.config import ClusterPath
-from mlx_hmem.errors import UserError
 from mlx_hmem.model.fetch import check_mode
 from mlx_hmem.model.model import MemoryModel
 
@@ -28,22 +27,12 @@ def route_texts(
         return None
     if not withheld:
         return model.require_retriever().route_many(texts, progress)
-    check_levels(model, [withheld])
     return withhold(model, texts, withheld, progress=progress)
 
 
 def used_clusters(model: MemoryModel, level: int) -> list[int]:
     """The clusters of ``level`` that have examples."""
-    counts = model.require_retriever().tree.counts[level - 1]
-    return [int(cluster) for cluster in counts.nonzero()[0]]
-
-
-def check_levels(model: MemoryModel, levels: Sequence[int]) -> None:
-    """Raises UserError unless the model's tree has these levels."""
-    depth = model.require_bank().config.num_levels
-    for level in levels:
-        if not 1 <= level <= depth:
-            raise UserError("the bank has no such level", level, f"use 1 to {depth}")
+    return model.require_retriever().tree.counts[level - 1].nonzero()[0].tolist()
 
 
 def withhold(

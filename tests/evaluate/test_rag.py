@@ -54,7 +54,7 @@ def documents(corpus, model_folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def opened(documents, model) -> DocumentIndex:
-    return DocumentIndex.open(documents, model.bank.tree_hash)
+    return DocumentIndex(documents, model.bank.tree_hash)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_an_empty_leaf_takes_from_the_cluster_above(model_folder, model, texts, 
     few = texts[:3]
     file = write_rows(tmp_path / "few.jsonl", [{"text": text} for text in few])
     build_index(model_folder, file, tmp_path / "index", progress=False)
-    small = Rag(model, DocumentIndex.open(tmp_path / "index", model.bank.tree_hash), progress=False)
+    small = Rag(model, DocumentIndex(tmp_path / "index", model.bank.tree_hash), progress=False)
     found = small.find(texts[3:40])
     by_hand = [nearest_by_hand(model, few, text) for text in texts[3:40]]
     assert [(f.document, f.in_leaf) for f in found] == by_hand
@@ -160,22 +160,22 @@ def test_a_truncated_or_damaged_index_is_refused(documents, model, tmp_path, nam
     copy = shutil.copytree(documents, tmp_path / "index")
     data = (copy / name).read_bytes()
     (copy / name).write_bytes(bytes([data[0] ^ 1]) + data[1:])
-    refused("the index is damaged", DocumentIndex.open, copy, model.bank.tree_hash)
+    refused("the index is damaged", DocumentIndex, copy, model.bank.tree_hash)
     (copy / name).write_bytes(data[:-3])
     with pytest.raises(UserError, match=f"{name} is not whole: {len(data) - 3} bytes"):
-        DocumentIndex.open(copy, model.bank.tree_hash)
+        DocumentIndex(copy, model.bank.tree_hash)
     (copy / name).unlink()
-    refused(f"{name} is not whole: missing", DocumentIndex.open, copy, model.bank.tree_hash)
+    refused(f"{name} is not whole: missing", DocumentIndex, copy, model.bank.tree_hash)
 
 
 def test_an_index_of_another_tree_or_none_is_refused(documents, model, tmp_path):
-    refused("belongs to another cluster tree", DocumentIndex.open, documents, "xxh3:0")
-    refused("no index of documents", DocumentIndex.open, tmp_path, model.bank.tree_hash)
+    refused("belongs to another cluster tree", DocumentIndex, documents, "xxh3:0")
+    refused("no index of documents", DocumentIndex, tmp_path, model.bank.tree_hash)
     copy = shutil.copytree(documents, tmp_path / "index")
     for change in ({"documents": 58}, {"format_version": 2}, {"dim": "wide"}, {"more": 1}):
         values = json.loads((documents / "index.json").read_text()) | change
         (copy / "index.json").write_text(json.dumps(values))
-        refused("", DocumentIndex.open, copy, model.bank.tree_hash)
+        refused("", DocumentIndex, copy, model.bank.tree_hash)
 
 
 def test_a_document_goes_before_the_prompt_and_is_cut_to_fit(rag, opened, model):
@@ -207,7 +207,7 @@ def test_a_document_goes_before_the_prompt_and_is_cut_to_fit(rag, opened, model)
 def test_a_document_far_beyond_the_context_is_shown_from_its_start(model_folder, model, tmp_path):
     file = write_rows(tmp_path / "long.jsonl", [{"text": "The anchor of the harbour. " * 90_000}])
     build_index(model_folder, file, tmp_path / "index", progress=False)
-    long = Rag(model, DocumentIndex.open(tmp_path / "index", model.bank.tree_hash), progress=False)
+    long = Rag(model, DocumentIndex(tmp_path / "index", model.bank.tree_hash), progress=False)
     (shown,) = long.show_all(["Where?"], [[Candidate(model.tokenizer.encode("Where?"), [])]], 80)
     assert len(shown.candidates[0].context) == 80
     assert shown.cut

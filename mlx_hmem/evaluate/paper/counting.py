@@ -62,8 +62,7 @@ class NameCounter:
             for name, offset, numbers in self._by_first.get(word.group(), ()):
                 start = word.start() - offset
                 if start >= end and _stands(name, text, start):
-                    for number in numbers:
-                        self.counts[number] += 1
+                    self.counts.update(numbers)
                     end = start + len(name)
                     break
 
@@ -119,11 +118,10 @@ def count_names(keys: Keys, corpus: Path, out: Path, progress: bool = True) -> l
     rows = kept_rows(journal, range(len(files)), count, "counting names", "file", progress)
     if not sum(row["documents"] for row in rows):
         raise UserError("a corpus without text", corpus, "give one that has some")
-    total = [0] * len(keys)
+    total: Counter[int] = Counter()
     for row in rows:
-        for thing, count in row["counts"]:
-            total[thing] += count
-    return total
+        total.update(dict(row["counts"]))
+    return [total[thing] for thing in range(len(keys))]
 
 
 def _documents(file: Path, progress: bool) -> Iterator[str]:

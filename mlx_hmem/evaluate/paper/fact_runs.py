@@ -15,7 +15,6 @@ from typing import Any
 import xxhash
 
 from mlx_hmem.config import ClusterPath
-from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.facts import (
     Fact,
     FactRecall,
@@ -58,8 +57,6 @@ class FactRun:
         """As :func:`mlx_hmem.evaluate.facts.recall`, going on where a run was cut short. ``label``
         names the result in place of ``memory``. ``rag`` sets a document before each prompt, found
         by the bare prompt whatever routes the memory."""
-        if not facts:
-            raise UserError("there are no facts to recall", "an empty list", "give some facts")
         if paths is None or memory != "fetched":
             paths = self.paths(facts, memory)
         settings = {

@@ -15,7 +15,7 @@ vectors of one cluster, of any file size.
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,19 +70,9 @@ class Found:
 
 
 class DocumentIndex:
-    """An index that :mod:`mlx_hmem.evaluate.rag.index` has made; see :meth:`open`."""
+    """An index that :mod:`mlx_hmem.evaluate.rag.index` has made."""
 
-    def __init__(self, manifest: IndexManifest, arrays: dict[str, np.ndarray]):
-        self.manifest, self.fingerprint = manifest, manifest.fingerprint
-        self._vectors = arrays["vectors.f16"].reshape(manifest.documents, manifest.dim)
-        self._ends, self._texts = arrays["ends.i64"], arrays["texts.utf8"]
-        self._order, self._starts = arrays["order.i64"], arrays["starts.i64"]
-
-    def __len__(self) -> int:
-        return self.manifest.documents
-
-    @classmethod
-    def open(cls, folder: Path, tree_hash: str) -> "DocumentIndex":
+    def __init__(self, folder: Path, tree_hash: str):
         """Maps the index in ``folder``; UserError unless it is whole and was made by the tree with
         this fingerprint. Of a large file 256 pieces are compared with what was written."""
         if not (folder / MANIFEST).is_file():
@@ -104,8 +94,14 @@ class DocumentIndex:
                 raise UserError(f"{folder / name} is not whole", what, REMEDY)
         if fingerprint(*(folder / name for name in TYPES)) != manifest.fingerprint:
             raise UserError("the index is damaged", folder, REMEDY)
-        arrays = {name: np.memmap(folder / name, dtype, "r") for name, dtype in TYPES.items()}
-        return cls(manifest, arrays)  # type: ignore[arg-type]
+        arrays: Any = {name: np.memmap(folder / name, of, "r") for name, of in TYPES.items()}
+        self.manifest, self.fingerprint = manifest, manifest.fingerprint
+        self._vectors = arrays["vectors.f16"].reshape(manifest.documents, manifest.dim)
+        self._ends, self._texts = arrays["ends.i64"], arrays["texts.utf8"]
+        self._order, self._starts = arrays["order.i64"], arrays["starts.i64"]
+
+    def __len__(self) -> int:
+        return self.manifest.documents
 
     def text(self, document: int) -> str:
         start = int(self._ends[document - 1]) if document else 0
@@ -174,4 +170,4 @@ def finish(folder: Path, identity: dict[str, Any], dim: int, branching: Sequence
         sizes={name: os.path.getsize(folder / name) for name in TYPES},
         fingerprint=fingerprint(*(folder / name for name in TYPES)),
     )
-    write_atomic(folder / MANIFEST, json.dumps(asdict(manifest), indent=2) + "\n")
+    write_atomic(folder / MANIFEST, json.dumps(manifest.to_dict(), indent=2) + "\n")

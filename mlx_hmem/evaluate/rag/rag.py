@@ -62,8 +62,6 @@ class Rag:
 
     def find(self, questions: Sequence[str]) -> list[Found]:
         """The document of each question."""
-        if not questions:
-            return []
         retriever = self.model.require_retriever()
         vectors = retriever.vectors(questions, self.progress)
         return self.index.nearest(vectors, retriever.tree.route_batch(vectors)[:, -1].tolist())
