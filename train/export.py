@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_hmem.anchors.load import anchor_hash, read_config
-from mlx_hmem.bank.format import GENERIC, Manifest, stored_levels
+from mlx_hmem.bank.format import GENERIC
 from mlx_hmem.bank.writer import Given, rewrite_bank
 from mlx_hmem.config import FORMAT_VERSION, HmemConfig, RetrieverConfig
 from mlx_hmem.files import fingerprint, write_atomic
@@ -56,15 +56,7 @@ def _add_memory(recipe: Recipe, folder: Path, part: Path, trained: Collection[st
         ),
         anchor_hash=anchor_hash(part),
     )
-    stored = stored_levels(recipe.memory_config)
-    quantized = recipe.export.quantization is not None
-    planned = Manifest.planned(
-        recipe.memory_config,
-        recipe.export.dtype,
-        tuple(map(recipe.export.quantization_of, stored)) if quantized else None,
-        hmem.anchor_hash,
-        hmem.retriever.tree_hash,
-    )
+    planned = recipe.planned_bank(hmem.anchor_hash, hmem.retriever.tree_hash)
     generic = trained_generic(recipe, folder) if "generic" in trained else None
     with trained_blocks(recipe, folder) if "memories" in trained else nullcontext() as blocks:
 

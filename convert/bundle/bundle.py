@@ -31,7 +31,7 @@ from mlx_hmem.model.load import load
 from mlx_hmem.model.model import MemoryModel
 from mlx_hmem.retriever.encoder import STATIC_FOLDER
 
-from .functions import Functions, dtype_and_shape, parts_of
+from .functions import Functions, dtype_and_shape
 
 FORMAT_VERSION = 1
 CONTEXT, PREFILL = 2048, (32, 128, 512)
@@ -180,7 +180,7 @@ def check_functions(functions: Functions, part: Path) -> None:
 
     bank, weights = functions.bank, list(functions.weights.values())
     num_rows = functions.num_rows((GENERIC,))
-    stored = bank.stored(GENERIC, 0).arrays(parts_of(bank.manifest, GENERIC))
+    stored = bank.stored(GENERIC, 0).arrays(bank.manifest.parts(GENERIC))
     rows = call("memory-0.mlxfn", *stored)
     vocabulary = functions.model.tokenizer.vocab_size
     ids = np.random.default_rng(0).integers(vocabulary, size=min(5, functions.context)).tolist()

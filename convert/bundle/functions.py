@@ -20,7 +20,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_hmem.anchors.load import float_dtype, named_parameters
 from mlx_hmem.bank import Manifest
-from mlx_hmem.bank.format import GENERIC, STORED_TYPES, block_parts, stored_r
+from mlx_hmem.bank.format import GENERIC, STORED_TYPES, stored_r
 from mlx_hmem.bank.quantization import Part, dequantize_block
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import atomic_file
@@ -137,7 +137,7 @@ class Functions:
     def memory(self, levels: tuple[int, ...]) -> Function:
         """Blocks as they are stored, level by level, to the rows of all of them in the anchor's
         dtype."""
-        manifest, parts = self.bank.manifest, [parts_of(self.bank.manifest, n) for n in levels]
+        manifest, parts = self.bank.manifest, [self.bank.manifest.parts(n) for n in levels]
 
         def traced(*arrays: mx.array) -> list[mx.array]:
             blocks, rest = [], list(arrays)
@@ -208,11 +208,6 @@ class Functions:
             yield
         finally:
             self.anchor.update(tree_unflatten(list(self.weights.items())))
-
-
-def parts_of(manifest: Manifest, level: int) -> tuple[Part, ...]:
-    """The arrays that a stored block of a level consists of."""
-    return block_parts(manifest.memory, level, manifest.dtype, manifest.quantization_of(level))
 
 
 def _block(manifest: Manifest, level: int, stored: Arrays) -> mx.array:

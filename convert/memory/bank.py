@@ -26,7 +26,7 @@ from mlx_hmem.bank.format import (
     stored_r,
 )
 from mlx_hmem.bank.header import shard_header
-from mlx_hmem.bank.writer import SHARD_BYTES, Stored, rewrite_bank, shard_cuts
+from mlx_hmem.bank.writer import SHARD_BYTES, Stored, rewrite_bank
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.files import atomic_file, open_regular, read_exactly
 
@@ -139,13 +139,6 @@ def kept_shard(folder: Path, planned: Manifest, level: int, shard: Shard) -> Sha
             block = memoryview(read_exactly(file, layout.block_stride, path))
             sums.append(xxhash.xxh3_64_hexdigest(block[: layout.block_bytes]))
     return replace(shard, xxh3="".join(sums))
-
-
-def bank_bytes(config: MemoryConfig, dtype: str) -> int:
-    """Bytes of a bank's files that is not quantised, without its manifest."""
-    planned = Manifest.planned(config, dtype, None, "", "")
-    levels = ((level, num_blocks(planned.memory, level.level)) for level in planned.all_levels)
-    return sum(shard.bytes for level in levels for shard in shard_cuts(*level))
 
 
 def tables_file(level: int) -> str:

@@ -12,7 +12,8 @@ from typing import Any
 from mlx_hmem.anchors.attach import check_sizes
 from mlx_hmem.anchors.load import anchor_hash, anchor_of_config
 from mlx_hmem.anchors.openlm import PREFIXES
-from mlx_hmem.bank.format import MANIFEST, stored_r
+from mlx_hmem.bank.format import MANIFEST, Manifest, stored_r
+from mlx_hmem.bank.writer import planned_bytes
 from mlx_hmem.config import (
     FORMAT_VERSION,
     HmemConfig,
@@ -32,7 +33,7 @@ from ..anchors import hugging_face, openlm
 from ..anchors.keys import short_name
 from ..anchors.weights import Conversion
 from ..torch_files.pickles import open_files
-from .bank import bank_bytes, tables_file, write_bank_as_tables, write_tensors_as_bank
+from .bank import tables_file, write_bank_as_tables, write_tensors_as_bank
 from .tensors import (
     LevelTensors,
     common_dtype,
@@ -123,6 +124,7 @@ def from_pytorch(
     Retriever(load_encoder(encoder), tree)  # that they belong together
     small = [*_files_of(tree_file), *(_files_of(encoder) if isinstance(encoder, Path) else [])]
     small_bytes = sum(file.stat().st_size for file in small)
+    planned = Manifest.planned(memory, stored, None, "", "")
 
     def write(part: Path) -> None:
         (part / "bank").mkdir(parents=True, exist_ok=True)  # else the anchor would load alone
@@ -141,7 +143,7 @@ def from_pytorch(
 
     return Conversion(
         [source / MARKER, *files, *anchor.sources, *small],
-        anchor.need_bytes + bank_bytes(memory, stored) + 2 * small_bytes + (1 << 20),
+        anchor.need_bytes + planned_bytes(planned) + 2 * small_bytes + (1 << 20),
         notes,
         write,
         f"a model with {memory.bank_parameters:,} parameters of memory in {stored}",
@@ -251,6 +253,7 @@ def to_pytorch(source: Path, dtype: str | None = None) -> Conversion:
         )
         write_atomic(part / MARKER, json.dumps(marker.to_dict(), indent=2) + "\n")
 
-    need = anchor.need_bytes + bank_bytes(hmem.memory, stored) + tree.stat().st_size
+    planned = Manifest.planned(hmem.memory, stored, None, "", "")
+    need = anchor.need_bytes + planned_bytes(planned) + tree.stat().st_size
     made = f"{MARKER}, anchor and {len(names)} files of memory in {stored}"
     return Conversion(sources, need, anchor.notes, write, made, anchor.config)

@@ -225,6 +225,12 @@ def shard_cuts(
     return cuts
 
 
+def planned_bytes(planned: Manifest) -> int:
+    """Bytes of the files of a bank that is to be written, without its manifest."""
+    levels = ((level, num_blocks(planned.memory, level.level)) for level in planned.all_levels)
+    return sum(shard.bytes for level in levels for shard in shard_cuts(*level))
+
+
 def write_shard(
     folder: Path,
     planned: Manifest,

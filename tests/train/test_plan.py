@@ -12,13 +12,13 @@ import pytest
 from mlx_hmem.anchors.load import named_parameters
 from mlx_hmem.anchors.openlm import Model
 from mlx_hmem.bank import write_bank
+from mlx_hmem.bank.writer import planned_bytes
 from mlx_hmem.errors import UserError
 from tests.helpers.programs import assert_refused, run
 from train.command import main
 from train.corpus.facts import make_facts
 from train.cost.costs import (
     anchor_parameters,
-    bank_bytes,
     check_disk,
     check_memory,
     peak_memory,
@@ -100,7 +100,7 @@ def test_sizes_are_those_of_the_anchor_and_of_the_written_bank(tmp_path, quantiz
         anchor_hash="", tree_hash="",
     )  # fmt: skip
     written = sum(f.stat().st_size for f in (tmp_path / "bank").glob("*.safetensors"))
-    assert bank_bytes(recipe) == written
+    assert planned_bytes(recipe.planned_bank()) == written
 
 
 def test_memory_costs_operations_and_the_generic_memory_as_many_as_the_fetched():

@@ -23,14 +23,12 @@ factor of 1.5.
 
 import math
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlx_hmem.anchors.architectures import anchor_layers
 from mlx_hmem.anchors.load import named_parameters, weight_files
-from mlx_hmem.bank import Quantization
-from mlx_hmem.bank.format import PAGE, Level, num_blocks, stored_levels
+from mlx_hmem.bank.writer import planned_bytes
 from mlx_hmem.budget.resident import bytes_text, machine_bytes
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
@@ -89,25 +87,6 @@ def anchor_sizes_of(recipe: Recipe) -> AnchorSizes:
 
 def anchor_parameters(recipe: Recipe) -> int:
     return num_parameters(anchor_shape(recipe))
-
-
-def bank_bytes(recipe: Recipe) -> int:
-    """Bytes of the exported bank's blocks, the generic memory with them, as they lie on disk."""
-    config, export = recipe.memory_config, recipe.export
-    counts = {level: num_blocks(config, level) for level in stored_levels(config)}
-    how = {} if export.quantization is None else {n: export.quantization_of(n) for n in counts}
-    return blocks_bytes(config, counts, export.dtype, how)
-
-
-def blocks_bytes(
-    config: MemoryConfig,
-    counts: dict[int, int],
-    dtype: str,
-    quantized: Mapping[int, Quantization | None],
-) -> int:
-    """Bytes of so many blocks of each level as they lie in a bank."""
-    strides = {n: Level.layout(config, n, dtype, quantized.get(n)).block_stride for n in counts}
-    return sum(PAGE + count * strides[level] for level, count in counts.items())
 
 
 def free_bytes(place: Path) -> int:
@@ -196,7 +175,9 @@ def disk_bytes(recipe: Recipe) -> int:
     generic = 3 * 4 * recipe.memory_config.fetched_parameters
     # Weights, checkpoint of three times as much, and its copy; the exported anchors.
     anchors = arms * (1 + 3 + 3 + 1) * parameters
-    return anchors + training_state_bytes(recipe) + 2 * generic + bank_bytes(recipe)
+    return (
+        anchors + training_state_bytes(recipe) + 2 * generic + planned_bytes(recipe.planned_bank())
+    )
 
 
 def training_state_bytes(recipe: Recipe) -> int:

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from mlx_hmem.anchors.openlm import Model
+from mlx_hmem.bank.writer import planned_bytes
 from mlx_hmem.budget.resident import bytes_text, machine_bytes
 from mlx_hmem.config import read_json
 from mlx_hmem.errors import ArgumentParser, UserError
@@ -36,7 +37,6 @@ from ..store.blocks import BlockStore
 from .costs import (
     anchor_parameters,
     anchor_sizes_of,
-    bank_bytes,
     check_disk,
     check_memory,
     context_of,
@@ -221,7 +221,7 @@ def make_plan(recipe: Recipe, out: Path | None = None, tokens: int | None = None
         fetched_parameters=0 if alone else config.fetched_parameters,
         bank_parameters=0 if alone else config.bank_parameters,
         bank_blocks=0 if alone else blocks,
-        bank_bytes=0 if alone else bank_bytes(recipe),
+        bank_bytes=0 if alone else planned_bytes(recipe.planned_bank()),
         training_state_bytes=0 if alone else training_state_bytes(recipe),
         disk_bytes=needed,
         disk_free_bytes=free,

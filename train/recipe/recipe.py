@@ -16,8 +16,7 @@ import yaml
 
 from mlx_hmem.anchors.attach import memory_config
 from mlx_hmem.anchors.load import anchor_of_config, read_config
-from mlx_hmem.bank.format import stored_r
-from mlx_hmem.bank.quantization import check_quantization
+from mlx_hmem.bank import Manifest, stored_levels
 from mlx_hmem.config import JsonConfig, MemoryConfig
 from mlx_hmem.errors import ArgumentParser, UserError, nearest
 from mlx_hmem.model.find import find_model
@@ -71,7 +70,6 @@ class Recipe(JsonConfig):
         check_keys(self, "")
         if self.anchor.path is not None and self.anchor.config is None:
             return  # its sizes are not known yet
-        config = self.memory_config  # r, branching and the anchor must fit together
         cotrains = self.memories.cotrain is not None and not self.anchor_only
         if self.anchor.path is None and self.anchor.training is None and not cotrains:
             raise UserError(
@@ -79,9 +77,7 @@ class Recipe(JsonConfig):
                 "anchor.training null, memories.cotrain null",
                 "give one of them",
             )
-        if self.export.quantization is not None:
-            r = stored_r(config)
-            check_quantization(tuple(map(self.export.quantization_of, r)), config, r)
+        self.planned_bank()  # r, branching, quantisation and the anchor must fit together
 
     @property
     def memory_config(self) -> MemoryConfig:
@@ -100,6 +96,13 @@ class Recipe(JsonConfig):
             key_value_size=heads,
         )
         return config.placed(memories.layers, memories.keep_parameters)
+
+    def planned_bank(self, anchor_hash: str = "", tree_hash: str = "") -> Manifest:
+        """What the export is to write."""
+        config, export, how = self.memory_config, self.export, None
+        if export.quantization is not None:
+            how = tuple(map(export.quantization_of, stored_levels(config)))
+        return Manifest.planned(config, export.dtype, how, anchor_hash, tree_hash)
 
     def _memory_of_model(self) -> MemoryConfig:
         assert self.anchor.config is not None, "load_recipe fills it in"

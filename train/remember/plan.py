@@ -17,7 +17,7 @@ import numpy as np
 
 from mlx_hmem.anchors.attach import memory_config
 from mlx_hmem.anchors.load import anchor_of_config, named_parameters, read_config
-from mlx_hmem.bank.format import stored_levels
+from mlx_hmem.bank.format import PAGE, Manifest
 from mlx_hmem.budget.resident import bytes_text, machine_bytes
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
@@ -25,7 +25,7 @@ from mlx_hmem.retriever import ClusterTree
 from mlx_hmem.retriever.kmeans import nearest
 
 from ..corpus.readers import CorpusFile
-from ..cost.costs import blocks_bytes, count_text, free_bytes, peak_memory
+from ..cost.costs import count_text, free_bytes, peak_memory
 from ..cost.plan import seconds_per_step, time_text
 from ..data.taken_tokenizer import TakenTokenizer, embedded
 from ..recipe.recipe import AnchorSection, MemoriesSection, Recipe, TreeSection, WindowsSection
@@ -163,12 +163,13 @@ def make_settings(base: Base, text: OwnText, tokenizer: TakenTokenizer, **given:
 def new_bytes(base: Base, memory: MemoryConfig, first: int) -> tuple[int, int]:
     """(bytes of the new blocks in the bank, bytes of a run's folder without its text)."""
     own = memory.branching[0] - first
-    levels = [level for level in stored_levels(memory) if level]
-    counts = {n: own * math.prod(memory.branching[1:n]) for n in levels}
-    how = {} if base.manifest is None else {n: base.manifest.quantization_of(n) for n in levels}
-    dtype = "float16" if base.manifest is None else base.manifest.dtype
-    bank = blocks_bytes(memory, counts, dtype, how)
-    parameters = sum(count * math.prod(memory.block_shape(n)) for n, count in counts.items())
+    old = base.manifest
+    form = ("float16", None) if old is None else (old.dtype, old.quantization)
+    bank = parameters = 0
+    for level in Manifest.planned(memory, *form, "", "").levels:
+        count = own * math.prod(memory.branching[1 : level.level])
+        bank += PAGE + count * level.block_stride
+        parameters += count * math.prod(memory.block_shape(level.level))
     return bank, 4 * parameters + 24 * parameters // max(1, own)  # a store has weights and moments
 
 
