@@ -56,6 +56,9 @@ class JsonConfig:
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)  # type: ignore[call-overload]
 
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
 
 def _placement(layers: Any, num_layers: int) -> tuple[int, ...] | None:
     """The layers that a placement names; None for all of them."""
@@ -291,9 +294,6 @@ class HmemConfig(JsonConfig):
     memory: MemoryConfig
     retriever: RetrieverConfig
     anchor_hash: str
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2) + "\n"
 
     @classmethod
     def from_file(cls, path: Path) -> "HmemConfig":

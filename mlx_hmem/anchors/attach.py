@@ -34,14 +34,14 @@ class ArrivingRows(Protocol):
 
 class MemorySlot:
     """Holds the memory that the attached layers use: rows for the whole batch, rows with a batch
-    axis in front for one memory per row, rows that are still being read, or None for the anchor
-    alone (see mlx_hmem.memory)."""
+    axis in front for one memory per row, those of each layer in a list, rows that are still being
+    read, or None for the anchor alone (see mlx_hmem.memory)."""
 
     def __init__(self, config: MemoryConfig):
         self.config = config
         self.by_layer: list[Rows] | ArrivingRows | None = None
 
-    def set(self, rows: Rows | ArrivingRows | None) -> None:
+    def set(self, rows: Rows | list[Rows] | ArrivingRows | None) -> None:
         if rows is not None and not isinstance(rows, tuple):
             self.by_layer = rows
             return
@@ -60,19 +60,10 @@ class MemorySlot:
         self.by_layer = None if rows is None else _by_layer(rows)
 
     @contextmanager
-    def using(self, rows: Rows | ArrivingRows | None) -> Iterator[None]:
+    def using(self, rows: Rows | list[Rows] | ArrivingRows | None) -> Iterator[None]:
         """The memory for the calls inside the ``with`` block; what was there before comes back."""
         before = self.by_layer
         self.set(rows)
-        try:
-            yield
-        finally:
-            self.by_layer = before
-
-    @contextmanager
-    def using_in_layer(self, rows: Rows) -> Iterator[None]:
-        """The rows of the one layer that is called inside the ``with`` block."""
-        before, self.by_layer = self.by_layer, [rows] * self.config.num_memory_layers
         try:
             yield
         finally:

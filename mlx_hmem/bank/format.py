@@ -7,7 +7,6 @@ byte.
 """
 
 import dataclasses
-import json
 from bisect import bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
@@ -223,9 +222,6 @@ class Manifest(JsonConfig):
     def all_levels(self) -> tuple[Level, ...]:
         """The generic memory first, then the levels that have files."""
         return (self.generic, *self.levels)
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2) + "\n"
 
     @classmethod
     def from_file(cls, path: Path) -> "Manifest":

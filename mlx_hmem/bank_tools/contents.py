@@ -100,10 +100,6 @@ class Contents:
             if key in self.clusters:
                 self.clusters[key].empty = True
 
-    def path_to(self, key: Key) -> ClusterPath:
-        """The path that leads to a cluster."""
-        return self.config.path_to(*key)
-
     def below(self, path: ClusterPath) -> Iterator[Key]:
         """The cluster at a path and all under it, level by level."""
         for level in range(len(path), self.config.num_levels + 1):

@@ -46,7 +46,7 @@ def _bank_lines(contents: Contents, effects: Effects | None) -> list[str]:
 
 
 def _cluster_table(contents: Contents, effects: Effects | None) -> list[str]:
-    ranked = sorted(contents.clusters, key=contents.path_to)
+    ranked = sorted(contents.clusters, key=lambda key: contents.config.path_to(*key))
     if len(ranked) > MOST_CLUSTERS:  # the largest of them, in order of the tree
         size = {key: _size(contents.clusters[key], key) for key in ranked}
         kept = set(sorted(ranked, key=lambda key: size[key])[:MOST_CLUSTERS])
@@ -72,7 +72,7 @@ def _size(cluster: Cluster, key: Key) -> tuple[float, int, Key]:
 
 
 def _cluster_row(contents: Contents, key: Key, effects: Effects | None) -> str:
-    cluster, path = contents.clusters[key], contents.path_to(key)
+    cluster, path = contents.clusters[key], contents.config.path_to(*key)
     effect = ""
     if effects is not None:
         found = effects.blocks.get((contents.opened.name, *key))

@@ -129,7 +129,7 @@ class Conversation:
         """
         self.stop_prefetch()
         start = time.perf_counter()
-        turn = self._turn(text)
+        turn = Turn(text, prompt_ids(self.model.tokenizer, text, self.model.context))
         ids = self._fit(turn)
         vector, self.fetch = self._remember(turn)
         fetch, self._latest = self.fetch, self._latest + 1
@@ -169,10 +169,6 @@ class Conversation:
         """Ends what is being read ahead; waits for one block at most."""
         if self._prefetch is not None:
             self._prefetch.stop()
-
-    def _turn(self, text: str) -> Turn:
-        tokenizer, context = self.model.tokenizer, self.model.context
-        return Turn(text, prompt_ids(tokenizer, text, context))
 
     def _fit(self, turn: Turn) -> list[int]:
         """The ids of history and turn; the oldest turns go until there is room for an answer."""

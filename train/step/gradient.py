@@ -184,7 +184,7 @@ def _recomputed(
         layer.update(tree_unflatten(list(zip(names, arrays, strict=False))))
         if slot is None or rows is None:
             return before(x, *arguments, **options)
-        with slot.using_in_layer(arrays[len(names) :]):
+        with slot.using([arrays[len(names) :]] * slot.config.num_memory_layers):
             return before(x, *arguments, **options)
 
     return _computed_again(call)(x, *weights, *(rows or ()))

@@ -38,7 +38,8 @@ class ArrivingBlock:
         """The layer at this place, which has been waited for; each is asked for once, in order."""
         if self.missing.in_layers:
             return self.storage.take_layer(self.missing)
-        return self.storage.decode_layer(self.missing.key[0], self.missing.reading.block, place)
+        block, layers = self.missing.reading.block, slice(place, place + 1)
+        return self.storage.decode(self.missing.key[0], block, layers)[0]
 
     def _needed(self, place: int) -> int:
         """The bytes of the block up to the end of a layer."""
@@ -58,7 +59,7 @@ class KeptBlock:
 
     def layer(self, place: int) -> mx.array:
         """The layer at this place, in the bank's dtype."""
-        return self.storage.decode_layer(self.level, self.block, place)
+        return self.storage.decode(self.level, self.block, slice(place, place + 1))[0]
 
 
 class RowsByLayer:

@@ -90,17 +90,11 @@ class Storage:
         """The next layer of a block that is read layer by layer, when it has been waited for."""
         return StoredBlock([missing.reading.take()]).arrays(self.layers[missing.key[0]][:1])[0]
 
-    def decode_layer(self, level: int, block: StoredBlock, place: int) -> mx.array:
-        """One layer of :meth:`decode`: the others take no memory in the bank's dtype."""
+    def decode(self, level: int, block: StoredBlock, layers: slice | None = None) -> mx.array:
+        """The block in the bank's dtype, or these ``layers`` of it: the others take no memory."""
         arrays, quantization = block.arrays(self.parts[level]), self.quantization[level]
-        layer = [array[place : place + 1] for array in arrays]
-        if quantization is None:
-            return layer[0][0]
-        return dequantize_block(layer, self.config, self.dtype, quantization)[0]
-
-    def decode(self, level: int, block: StoredBlock) -> mx.array:
-        """The block in the bank's dtype."""
-        arrays, quantization = block.arrays(self.parts[level]), self.quantization[level]
+        if layers is not None:
+            arrays = [array[layers] for array in arrays]
         if quantization is None:
             return arrays[0]
         return dequantize_block(arrays, self.config, self.dtype, quantization)
