@@ -91,24 +91,20 @@ def attached(name: str, kind: str) -> dict[str, float | None]:
     if kind == "kv":
         switch_rope_off(anchor)
         switch_rope_off(other)
-    alone, config = anchor(ids), config_of(anchor, kind)
-    mx.eval(alone)
+    alone, config = np.array(anchor(ids)), config_of(anchor, kind)
     slot = attach_memory(anchor, config)
     start = [mx.array(initial_block(config, r, np.random.default_rng(r))) for r in (4, 3)]
     memories = [random_rows(config, seed, size=0.15) for seed in range(2)]
     together = tuple(mx.stack(list(groups)) for groups in zip(*memories, strict=True))
 
-    def logits(rows: Any, ids: mx.array = ids) -> mx.array:
+    def logits(rows: Any, ids: mx.array = ids) -> np.ndarray:
         with slot.using(rows):
-            found = anchor(ids)
-        mx.eval(found)
-        return found
+            return np.array(anchor(ids))
 
     first, second, batch = logits(memories[0]), logits(memories[1], ids[1:]), logits(together)
     with pytest.MonkeyPatch.context() as patch:
         apply_reference(other, name, kind, memories[0], patch.setattr)
-        reference = other(ids)
-        mx.eval(reference)
+        reference = np.array(other(ids))
     return {
         "start": difference(logits(join_blocks(start, config)), alone),
         "patched": difference(first, reference),

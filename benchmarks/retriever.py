@@ -16,6 +16,7 @@ import random
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 
@@ -65,8 +66,7 @@ def speed(texts: Sequence[str], minilm: Encoder) -> dict[str, float]:
     static = [load_encoder("static") for _ in range(5)]
     for encoder in static:
         encoder.encode(["warm up"])
-    cold = float(np.median([seconds(encoder, texts) for encoder in static]))
-    warm = float(np.median([seconds(encoder, texts) for encoder in static]))
+    cold, warm = (median(seconds(encoder, texts) for encoder in static) for _ in range(2))
     rates = {"minilm": slow, "static_cold": cold, "static_warm": warm}
     result = {f"{name}_texts_per_s": len(texts) / value for name, value in rates.items()}
     return result | {"ratio_cold": slow / cold, "ratio_warm": slow / warm}
@@ -100,17 +100,17 @@ def encoders(*, corpus: Path, documents: int = 1500, seed: int = 0) -> Result:
     rates = {kind: speed(texts[kind][:count], minilm) for kind, count in TIMED.items()}
 
     starts = [text for _, text in fitted]
-    vectors, seeds = minilm.encode(starts, progress=True), range(seed, seed + TREES)
-    trees = [ClusterTree.fit(vectors, branching=BRANCHING, seed=s) for s in seeds]
-    vectors = static.encode(starts)
-    own = [ClusterTree.fit(vectors, branching=BRANCHING, seed=s) for s in seeds]
+    trees, own = (
+        [ClusterTree.fit(v, branching=BRANCHING, seed=s) for s in range(seed, seed + TREES)]
+        for v in (minilm.encode(starts, progress=True), static.encode(starts))
+    )
     slow = {kind: minilm.encode(t, progress=True) for kind, t in texts.items()}
     fast = {kind: static.encode(t) for kind, t in texts.items()}
-    rows = {}
-    for kind in texts:
-        cosine = {"cosine": float((slow[kind] * fast[kind]).sum(axis=1).mean())}
-        row = agreement(trees, slow[kind], fast[kind]) | cosine
-        rows[f"static chooses MiniLM's, {kind}"] = row
+    rows = {
+        f"static chooses MiniLM's, {kind}": agreement(trees, slow[kind], fast[kind])
+        | {"cosine": float((slow[kind] * fast[kind]).sum(axis=1).mean())}
+        for kind in texts
+    }
     for kind in ("first_sentences", "prompts"):
         for name, its_trees, its in (("minilm", trees, slow), ("static", own, fast)):
             row = agreement(its_trees, its["documents"], its[kind])

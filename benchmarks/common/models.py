@@ -55,9 +55,9 @@ POOL = 4096  # random texts whose vectors become centroids
 Dtype = Literal["float32", "bfloat16"]
 
 
-def paper_config(anchor: str, branching: tuple[int, ...] = BRANCHING) -> MemoryConfig:
+def paper_config(anchor: str) -> MemoryConfig:
     args = PRESETS[anchor]
-    return MemoryConfig(args.hidden_size, args.num_hidden_layers, R[anchor], branching)
+    return MemoryConfig(args.hidden_size, args.num_hidden_layers, R[anchor], BRANCHING)
 
 
 def spread_paths(config: MemoryConfig, count: int) -> list[ClusterPath]:

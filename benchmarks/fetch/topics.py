@@ -24,7 +24,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -41,7 +41,6 @@ from benchmarks.common.counting import (
     timed,
 )
 from benchmarks.common.models import (
-    FilePart,
     Key,
     file_parts,
     keys_of,
@@ -56,7 +55,7 @@ from benchmarks.common.models import (
 from benchmarks.common.show import Result
 from benchmarks.fetch.raw_reads import PLAIN, raw_read
 from mlx_hmem.anchors.openlm import PRESETS, Model
-from mlx_hmem.bank import Bank
+from mlx_hmem.bank import Bank, Manifest
 from mlx_hmem.bank.read.arriving import ArrivingMemory
 from mlx_hmem.budget.resident import resident_bytes
 from mlx_hmem.config import ClusterPath, MemoryConfig
@@ -121,27 +120,25 @@ class Cases:
             }
             for n, topic in enumerate(topics)
         ]
-        self._make(place / "levels", config)
         flat = MemoryConfig(*sizes, (rows // LARGE,), (clusters * LARGE,))
+        one_row = MemoryConfig(*sizes, (1,), (clusters * rows,))
+        self._make(place / "levels", config)
         self._make(place / "flat", flat)
-        parts = self._make(
-            place / "scattered", MemoryConfig(*sizes, (1,), (clusters * rows,)), 4 << 30
-        )
-        self.scattered = [[parts[key] for key in keys] for keys in scattered[:num_topics]]
+        manifest = self._make(place / "scattered", one_row, shard_bytes=4 << 30)
+        self.scattered = [
+            file_parts(place / "scattered", manifest, keys) for keys in scattered[:num_topics]
+        ]
         if ram is not None:
             for each in self.changes:
                 each["levels_ram_disk"] = each["levels"]._replace(level_folders={1: ram})
             for file in (place / "levels").glob("level-1.*"):
                 shutil.copy(file, ram)
 
-    def _make(
-        self, folder: Path, config: MemoryConfig, shard_bytes: int = 64 << 20
-    ) -> dict[Key, FilePart]:
-        """The bank with values in all blocks that the changes need, and where those lie."""
+    def _make(self, folder: Path, config: MemoryConfig, **how: Any) -> Manifest:
+        """The bank with values in all blocks that the changes need."""
         changes = [c for some in self.changes for c in some.values() if c.folder == folder]
-        keys = sorted({key for c in changes for key in (*c.before, *c.keys)})
-        manifest = make_bank(folder, config, set(keys), shard_bytes=shard_bytes)
-        return dict(zip(keys, file_parts(folder, manifest, keys), strict=True))
+        keys = {key for c in changes for key in (*c.before, *c.keys)}
+        return make_bank(folder, config, keys, **how)
 
 
 def _draw(clusters: int, each: int, times: int) -> list[list[Key]]:
