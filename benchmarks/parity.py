@@ -16,15 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
 from tqdm import tqdm
 
 from benchmarks.common.show import Result, benchmark
 from mlx_hmem.anchors.attach import attach_memory
-from mlx_hmem.anchors.openlm import Model, ModelArgs
 from mlx_hmem.errors import UserError
 from mlx_hmem.memory import KINDS, initial_block, join_blocks
 from mlx_hmem.retriever import load_encoder
@@ -33,16 +30,14 @@ from tests.helpers.references import (
     PAIRS,
     apply_reference,
     config_of,
+    difference,
     gradient_errors,
     make_ids,
+    openlm_differences,
     random_rows,
     switch_rope_off,
 )
 from tests.helpers.tiny_anchors import EXPERTS, make_anchor
-
-
-def difference(a: object, b: object) -> float:
-    return float(np.abs(np.array(a) - np.array(b)).max())
 
 
 def openlm(folder: Path, head: str) -> dict[str, float]:
@@ -50,26 +45,7 @@ def openlm(folder: Path, head: str) -> dict[str, float]:
     path = folder / f"openlm_tiny_ln_{head}.npz"
     if not path.exists():
         raise UserError("no golden numbers", path, "name the folder that holds them")
-    data = dict(np.load(path))
-    model = Model(ModelArgs("openlm", 64, 3, 160, 6, 8, 101, tie_word_embeddings=head == "tied"))
-
-    def part(prefix: str) -> dict[str, mx.array]:
-        found = {k.removeprefix(prefix): v for k, v in data.items() if k.startswith(prefix)}
-        return model.sanitize({name: mx.array(array) for name, array in found.items()})
-
-    model.load_weights(list(part("w/").items()))
-    ids, expected = mx.array(data["ids"]), part("g/")
-
-    def loss(model: nn.Module) -> mx.array:
-        return nn.losses.cross_entropy(model(ids[:, :-1]), ids[:, 1:], reduction="mean")
-
-    value, gradients = nn.value_and_grad(model, loss)(model)
-    pairs: Any = tree_flatten(gradients)
-    return {
-        "logits": difference(model(ids), data["logits"]),
-        "loss": difference(value, data["loss"]),
-        "gradients": max(difference(a, expected[name]) for name, a in pairs),
-    }
+    return openlm_differences(path, tied=head == "tied")
 
 
 def minilm(folder: Path) -> dict[str, float]:

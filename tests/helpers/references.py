@@ -5,13 +5,16 @@ written out inside the architecture's own attention function.
 """
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 
 from mlx_hmem.anchors.attach import attach_memory, memory_config
+from mlx_hmem.anchors.openlm import Model, ModelArgs
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.memory import KINDS, Rows, join_blocks
 from tests.helpers import tiny_anchors as anchors
@@ -166,3 +169,33 @@ def gradient_errors(name: str, kind: str) -> list[float]:
             measured = (8 * one - two) / (12 * h)
             errors.append(abs(expected - measured) / abs(measured))
         return errors
+
+
+def difference(a: object, b: object) -> float:
+    """The largest absolute one."""
+    return float(np.abs(np.array(a) - np.array(b)).max())
+
+
+def openlm_differences(path: Path, tied: bool) -> dict[str, float]:
+    """How far logits, loss and every gradient of a tiny OpenLM are from PyTorch's in ``path``."""
+    data = dict(np.load(path))
+    model = Model(ModelArgs("openlm", 64, 3, 160, 6, 8, 101, tie_word_embeddings=tied))
+
+    def part(prefix: str) -> dict[str, mx.array]:
+        found = {k.removeprefix(prefix): v for k, v in data.items() if k.startswith(prefix)}
+        return model.sanitize({name: mx.array(array) for name, array in found.items()})
+
+    model.load_weights(list(part("w/").items()))
+    ids, expected = mx.array(data["ids"]), part("g/")
+
+    def loss(model: nn.Module) -> mx.array:
+        return nn.losses.cross_entropy(model(ids[:, :-1]), ids[:, 1:], reduction="mean")
+
+    value, gradients = nn.value_and_grad(model, loss)(model)
+    found: Any = dict(tree_flatten(gradients))
+    assert found.keys() == expected.keys()
+    return {
+        "logits": difference(model(ids), data["logits"]),
+        "loss": difference(value, data["loss"]),
+        "gradients": float(np.max([difference(found[name], g) for name, g in expected.items()])),
+    }
