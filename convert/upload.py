@@ -6,7 +6,7 @@ the old one or the new one. Only a bank of very many shards takes more: its shar
 what names them last. An upload that was stopped is run again; what the Hub has is not sent again.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from json import dumps
 from pathlib import Path
@@ -16,6 +16,7 @@ from mlx_hmem.anchors.load import read_config, weight_files
 from mlx_hmem.bank import Manifest
 from mlx_hmem.bank.format import MANIFEST
 from mlx_hmem.bank_tools.checks import verify
+from mlx_hmem.bank_tools.folders import model_files
 from mlx_hmem.config import HmemConfig
 from mlx_hmem.errors import ArgumentParser, UserError
 from mlx_hmem.files import write_atomic
@@ -26,8 +27,7 @@ from mlx_hmem.model.load import load
 
 CARD = "README.md"
 UPLOADED = (*MODEL_FILES, *BANK_FILES, CARD, "LICENSE*", "NOTICE*")
-# Half-written files begin with a dot; the others are left by a conversion killed in its last step.
-NOT_UPLOADED = (".*", "*/.*", RECORD, f"{FORMER}/*")
+NOT_UPLOADED = (RECORD, f"{FORMER}/*")  # left by a conversion killed in its last step
 # What an earlier model may have left and would mix with this one.
 REPLACED = ("model*.safetensors*", "hmem.json", "tokenizer*", "retriever/*", "bank/*", "banks/*")
 ONE_COMMIT = 200  # huggingface_hub cuts commits of more than 250 files
@@ -73,7 +73,7 @@ def upload(directory: Path, repo: str, private: bool = False) -> None:
 
 def _send(api: Any, directory: Path, repo: str) -> str:
     """Uploads the files of a model; returns the hash of the last commit."""
-    files = list(_uploaded(directory))
+    files = _uploaded(directory)
     stale = [
         name
         for name in api.list_repo_files(repo)
@@ -94,13 +94,8 @@ def _send(api: Any, directory: Path, repo: str) -> str:
     ).oid
 
 
-def _uploaded(directory: Path) -> Iterator[str]:
-    for path in sorted(directory.rglob("*")):
-        name = path.relative_to(directory).as_posix()
-        if not path.is_file() or any(fnmatch(name, pattern) for pattern in NOT_UPLOADED):
-            continue
-        if any(fnmatch(name, pattern) for pattern in UPLOADED):
-            yield name
+def _uploaded(directory: Path) -> list[str]:
+    return [str(file) for file in model_files(directory, UPLOADED, NOT_UPLOADED)]
 
 
 def check_whole(directory: Path) -> None:
