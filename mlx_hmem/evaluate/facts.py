@@ -117,16 +117,18 @@ class FactRecall:
 
     @property
     def kinds(self) -> list[str]:
-        return list(dict.fromkeys(f.kind for f in self.facts))
+        """ "all", and every kind where there are several."""
+        kinds = dict.fromkeys(f.kind for f in self.facts)
+        return ["all", *kinds] if len(kinds) > 1 else ["all"]
 
     @property
-    def times(self) -> list[int]:
-        return sorted({f.times for f in self.facts})
+    def times(self) -> list[int | None]:
+        """How often facts were stated, rising; None, for any, is the last."""
+        return [*sorted({f.times for f in self.facts}), None]
 
     def buckets(self) -> list[Proportion]:
         """All buckets that hold facts: "all" and every kind, by times stated and altogether."""
-        kinds = ["all", *self.kinds] if len(self.kinds) > 1 else ["all"]
-        found = [self.bucket(kind, times) for kind in kinds for times in [*self.times, None]]
+        found = [self.bucket(kind, times) for kind in self.kinds for times in self.times]
         return [b for b in found if b.total]
 
     def to_dict(self) -> dict[str, Any]:

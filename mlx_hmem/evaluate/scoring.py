@@ -103,9 +103,8 @@ def plan_question(index: int, candidates: Sequence[Candidate]) -> _Question:
     The last token of a context is in the row: it predicts the answer's first.
     """
     keys = [(tuple(c.context), tuple(c.answer)) for c in candidates]
-    unique = dict.fromkeys(keys)
-    places = {key: row for row, key in enumerate(unique)}
-    contexts, answers = zip(*([list(c), list(a)] for c, a in unique), strict=True)
+    places = {key: row for row, key in enumerate(dict.fromkeys(keys))}
+    contexts, answers = zip(*([list(c), list(a)] for c, a in places), strict=True)
     shared = len(common_start([context[:-1] for context in contexts]))
     if 2 * shared >= max(map(len, contexts)) or len(contexts) == 1:
         prefixes = [contexts[0][:shared]]

@@ -24,15 +24,13 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 def recall_table(results: Sequence[FactRecall]) -> str:
     """Recall in per cent ± standard error, one column per number of times stated."""
     first = results[0]
-    rows = [["recall, %", *(f"{t}×" for t in first.times), "all"]]
-    rows.append(["facts", *(str(first.bucket(times=t).total) for t in [*first.times, None])])
-    kinds = ["all", *first.kinds] if len(first.kinds) > 1 else ["all"]
-    for kind in kinds:
+    rows = [["recall, %", *("all" if t is None else f"{t}×" for t in first.times)]]
+    rows.append(["facts", *(str(first.bucket(times=t).total) for t in first.times)])
+    for kind in first.kinds:
         for result in results:
             name = result.memory if kind == "all" else f"{result.memory}, {kind}"
-            cells = [cell(result.bucket(kind, t)) for t in [*first.times, None]]
-            rows.append([name, *cells])
-    return table(_with_flops(rows, [*results] * len(kinds)))
+            rows.append([name, *(cell(result.bucket(kind, t)) for t in first.times)])
+    return table(_with_flops(rows, [*results] * len(first.kinds)))
 
 
 def count_table(results: Sequence[FactRecall], counted: bool = True) -> str:

@@ -32,17 +32,15 @@ def numbered_jsonl(path: Path, limit: int | None = None) -> Iterator[tuple[int, 
     with reading(path) as file:
         lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
         for number, line in islice(lines, limit):
-            yield number, _parse(line, f"{path}, line {number}")
-
-
-def _parse(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not valid JSON", error, "restore the file") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{where} is not a JSON object", line.strip()[:60], "restore the file")
-    return row
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{where} is not valid JSON", error, "restore the file") from None
+            if not isinstance(row, dict):
+                what = f"{where} is not a JSON object"
+                raise UserError(what, line.strip()[:60], "restore the file")
+            yield number, row
 
 
 def records(path: Path, limit: int | None = None) -> Iterator[str]:

@@ -6,7 +6,7 @@ word pieces, [CLS] and [SEP] counted, as sentence-transformers does.
 """
 
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 
 import mlx.core as mx
@@ -70,11 +70,7 @@ def gelu(x: mx.array) -> mx.array:
     """GELU by erf, within 2e-6 of ``nn.gelu``."""
     z = mx.clip(x * 0.5**0.5, -4, 4)
     square = z * z
-    p, q = square * ERF_P[0] + ERF_P[1], square * ERF_Q[0] + ERF_Q[1]
-    for value in ERF_P[2:]:
-        p = p * square + value
-    for value in ERF_Q[2:]:
-        q = q * square + value
+    p, q = (reduce(lambda value, more: value * square + more, of) for of in (ERF_P, ERF_Q))
     return 0.5 * x * (1 + z * p / q)
 
 

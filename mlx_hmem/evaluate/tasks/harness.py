@@ -158,16 +158,14 @@ class MemoryLM(LM):
 
     def _start(self) -> int:
         """What a text without context is predicted from."""
-        tokenizer = self.model.tokenizer
-        start = tokenizer.bos_token_id
-        return int(tokenizer.eos_token_id if start is None else start)
+        start = self.model.tokenizer.bos_token_id
+        return int(self.model.tokenizer.eos_token_id if start is None else start)
 
     def _candidate(self, context: str, continuation: str) -> Candidate:
         """Both are tokenised in one piece, as the harness's own models do."""
         ids = self._encode(context.rstrip()) or [self._start()]
         if context.strip():
-            spaces = context[len(context.rstrip()) :]
-            answer = self._encode(context.rstrip() + spaces + continuation)[len(ids) :]
+            answer = self._encode(context + continuation)[len(ids) :]
         else:
             answer = self._encode(context + continuation, special=False)
         room = self.max_length - len(answer)
