@@ -13,7 +13,6 @@ import pytest
 
 from mlx_hmem.anchors.load import anchor_hash, named_parameters
 from mlx_hmem.anchors.openlm import Model, ModelArgs
-from mlx_hmem.bank import write_bank
 from mlx_hmem.bank.documents import write_documents
 from mlx_hmem.config import FORMAT_VERSION, HmemConfig, MemoryConfig, RetrieverConfig
 from mlx_hmem.files import fingerprint, save_safetensors
@@ -21,6 +20,7 @@ from mlx_hmem.model.load import load
 from mlx_hmem.model.model import MemoryModel
 from mlx_hmem.retriever import ClusterTree, load_encoder
 from tests.helpers.hub_server import TOKEN, Hub
+from tests.helpers.write_bank import write_bank
 from train.corpus.facts import make_facts
 from train.data.tokenizer import EOT_ID, train_tokenizer
 

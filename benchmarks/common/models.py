@@ -12,7 +12,7 @@ on: a text of so many words has so many tokens.
 import json
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -27,7 +27,7 @@ from convert.anchors.weights import DTYPES
 from convert.torch_files.tensors import ITEM_SIZES, safetensors_header
 from mlx_hmem.anchors.load import anchor_hash, named_parameters
 from mlx_hmem.anchors.openlm import PRESETS, Model
-from mlx_hmem.bank import Bank, Manifest, Quantization, stored_levels, write_bank
+from mlx_hmem.bank import Bank, Manifest, Quantization, rewrite_bank, stored_levels
 from mlx_hmem.config import FORMAT_VERSION, ClusterPath, HmemConfig, MemoryConfig, RetrieverConfig
 from mlx_hmem.files import fingerprint, write_atomic
 from mlx_hmem.model.load import read_tokenizer
@@ -92,27 +92,15 @@ def make_bank(
     mode affine on all levels, or 16 for bfloat16 as it is."""
     rng = np.random.default_rng(0)
 
-    def blocks(level: int) -> Iterator[np.ndarray | None]:
-        shape = config.block_shape(level)
-        for cluster in range(config.num_clusters[level - 1]):
-            wanted = (level, cluster) in filled
-            yield rng.standard_normal(shape, np.float32) if wanted else None
+    def block(level: int, cluster: int) -> np.ndarray | None:
+        wanted = (level, cluster) in filled
+        return rng.standard_normal(config.block_shape(level), np.float32) if wanted else None
 
-    levels = [blocks(level) if r else None for level, r in enumerate(config.r, 1)]
     how = None
     if bits < 16:
-        how = [Quantization(level, "affine", bits, GROUP) for level in stored_levels(config)]
-    return write_bank(
-        folder,
-        config,
-        levels,
-        None,
-        dtype="bfloat16",
-        anchor_hash=anchor_hash,
-        tree_hash=tree_hash,
-        quantization=how,
-        shard_bytes=shard_bytes,
-    )
+        how = tuple(Quantization(n, "affine", bits, GROUP) for n in stored_levels(config))
+    planned = Manifest.planned(config, "bfloat16", how, anchor_hash, tree_hash)
+    return rewrite_bank(folder, planned, block, shard_bytes=shard_bytes)
 
 
 class FilePart(NamedTuple):

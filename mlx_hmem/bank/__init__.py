@@ -3,6 +3,6 @@
 from mlx_hmem.bank.format import Manifest, stored_levels
 from mlx_hmem.bank.quantization import Quantization
 from mlx_hmem.bank.read.reader import Bank
-from mlx_hmem.bank.writer import write_bank
+from mlx_hmem.bank.writer import rewrite_bank
 
-__all__ = ["Bank", "Manifest", "Quantization", "stored_levels", "write_bank"]
+__all__ = ["Bank", "Manifest", "Quantization", "rewrite_bank", "stored_levels"]

@@ -6,7 +6,7 @@ blocks of other banks, bytes. Every file is written beside its place, synced and
 becomes a hole in the file and costs neither time nor, on most file systems, disk space.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -29,74 +29,16 @@ from mlx_hmem.bank.format import (
     shard_name,
 )
 from mlx_hmem.bank.header import shard_header
-from mlx_hmem.bank.quantization import Part, Quantization, quantize_block
+from mlx_hmem.bank.quantization import Part, quantize_block
 from mlx_hmem.bank.read.reader import Bank
-from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import atomic_file, link_or_copy, write_atomic
 
 # The unit in which a bank is copied or downloaded: of the paper's 9.2 GB for OpenLM-160M one route
 # needs 184 MB in shards of 64 MiB, 5.9 GB in shards of 4 GiB (docs/bank_format.md).
 SHARD_BYTES = 64 << 20
-Block = np.ndarray | mx.array | None
 Stored = list[memoryview]  # the bytes of the parts of a block
-Given = Block | Stored | Literal["keep"]
-
-
-def write_bank(
-    folder: str | Path,
-    config: MemoryConfig,
-    levels: Sequence[Iterable[Block] | None],
-    generic: Block,
-    *,
-    dtype: str = "float16",
-    anchor_hash: str,
-    tree_hash: str,
-    quantization: Sequence[Quantization] | None = None,
-    shard_bytes: int = SHARD_BYTES,
-) -> Manifest:
-    """Writes a whole bank into ``folder``, which must not hold one yet.
-
-    Args:
-        levels: one entry per level, coarsest first: its blocks in order of cluster, each of
-            ``config.block_shape(level)`` in any float type, or None for a block of zeros. The
-            entry of a level with r = 0 is not looked at.
-        generic: a block of ``config.shape_of(sum(config.r))``, or None for zeros.
-        dtype: ``float32``, ``float16`` or ``bfloat16``; blocks are rounded to it,
-            and quantised ones come back in it.
-        anchor_hash: fingerprint of the anchor's weights; tree_hash: of the tree's file.
-        quantization: the levels that are stored quantised, and how; level 0 is the generic memory.
-        shard_bytes: a file is cut, between blocks, before it grows beyond this.
-
-    Raises:
-        UserError: a bank is there already; a block has another shape or is not finite in
-            ``dtype`` or is lost in the quantisation; a level has too few or too many blocks; rows
-            cannot be cut into groups of ``group_size``.
-    """
-    if (Path(folder) / MANIFEST).exists():
-        raise UserError("a bank is already there", folder, "choose another folder or delete it")
-    if len(levels) != config.num_levels:
-        raise UserError(
-            "the bank needs the blocks of each level", len(levels), f"give {config.num_levels}"
-        )
-    chosen = tuple(sorted(quantization or (), key=lambda q: q.level)) or None
-    planned = Manifest.planned(config, dtype, chosen, anchor_hash, tree_hash)
-    sources = [iter(() if blocks is None else blocks) for blocks in ([generic], *levels)]
-    end = object()
-
-    def block_of(level: int, cluster: int) -> Block:
-        block, expected = next(sources[level], end), num_blocks(config, level)
-        if block is end:
-            raise UserError(f"too few blocks on level {level}", cluster, f"give {expected}")
-        return block  # type: ignore[return-value]
-
-    def made(level: int, shard: Shard) -> None:
-        expected = num_blocks(config, level)
-        last = shard.first_cluster + shard.num_clusters == expected
-        if last and next(sources[level], end) is not end:
-            raise UserError(f"too many blocks on level {level}", f"over {expected}", "check r")
-
-    return rewrite_bank(folder, planned, block_of, made=made, shard_bytes=shard_bytes)
+Given = np.ndarray | mx.array | Stored | Literal["keep"] | None
 
 
 def rewrite_bank(

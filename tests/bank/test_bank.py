@@ -12,7 +12,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_hmem.bank import Bank, write_bank
+from mlx_hmem.bank import Bank
 from mlx_hmem.bank.format import PAGE, STORED_TYPES, block_shape
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
@@ -20,6 +20,7 @@ from mlx_hmem.files import read_safetensors_header
 from tests.bank.test_views import Reads
 from tests.helpers.faults import any_input, in_threads
 from tests.helpers.programs import refused
+from tests.helpers.write_bank import write_bank
 
 CONFIG = MemoryConfig(hidden_size=8, num_hidden_layers=2, r=(3, 0, 2), branching=(2, 2, 3))
 PATH = (1, 3, 10)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mlx_hmem.anchors.attach import attach_memory
-from mlx_hmem.bank import Bank, Manifest, Quantization, stored_levels, write_bank
+from mlx_hmem.bank import Bank, Manifest, Quantization, stored_levels
 from mlx_hmem.bank.format import PAGE, STORED_TYPES, block_shape
 from mlx_hmem.bank.quantization import MODES
 from mlx_hmem.config import ROWS_OF_KIND, MemoryConfig
@@ -20,6 +20,7 @@ from mlx_hmem.model.load import load
 from tests.bank.test_bank_faults import SHARDS, read_all
 from tests.helpers.references import config_of, make_ids
 from tests.helpers.tiny_anchors import make_anchor
+from tests.helpers.write_bank import write_bank
 
 HASHES = {"anchor_hash": "xxh3:a", "tree_hash": "xxh3:t"}
 EVERY = [(m, b, g) for m, (bits, groups) in MODES.items() for b in bits for g in groups]

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_hmem.bank import Bank, Quantization, write_bank
+from mlx_hmem.bank import Bank, Quantization
 from mlx_hmem.bank.format import PAGE, block_shape
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
@@ -21,6 +21,7 @@ from tests.bank import test_bank_faults as plain
 from tests.bank.test_bank_quantized import CONFIG, KINDS, all_levels, block_of, make, rounded
 from tests.helpers.faults import any_input, flip
 from tests.helpers.programs import refused
+from tests.helpers.write_bank import write_bank
 
 HOW = {"level": 1, "mode": "affine", "bits": 4, "group_size": 32}
 WRONG_QUANTIZATION: list[tuple[str, object]] = [

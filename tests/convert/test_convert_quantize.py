@@ -16,7 +16,7 @@ from mlx_hmem import load
 from mlx_hmem.anchors.attach import attach_memory
 from mlx_hmem.anchors.load import anchor_hash, anchor_of_config, load_anchor, named_parameters
 from mlx_hmem.anchors.openlm import Model, ModelArgs
-from mlx_hmem.bank import Bank, stored_levels, write_bank
+from mlx_hmem.bank import Bank, stored_levels
 from mlx_hmem.bank.format import block_shape, num_blocks
 from mlx_hmem.config import HmemConfig, MemoryConfig
 from mlx_hmem.evaluate import perplexity
@@ -26,6 +26,7 @@ from tests.conftest import CONTEXT, MEMORY, edit_json
 from tests.helpers.places import bytes_of
 from tests.helpers.programs import refused
 from tests.helpers.tiny_anchors import EXPERTS, GATED, LLAMA_LIKE, OTHER_KEYS, UNGATED, make_anchor
+from tests.helpers.write_bank import write_bank
 
 ARGS = ModelArgs(
     "openlm", hidden_size=64, num_hidden_layers=2, intermediate_size=96, num_attention_heads=2,

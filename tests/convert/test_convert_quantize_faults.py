@@ -9,7 +9,6 @@ import pytest
 
 from convert.quantize.command import main
 from mlx_hmem import load
-from mlx_hmem.bank import write_bank
 from mlx_hmem.config import HmemConfig
 from mlx_hmem.files import save_safetensors
 from tests.conftest import edit_json
@@ -17,6 +16,7 @@ from tests.convert import test_convert_quantize as quantized
 from tests.helpers import programs
 from tests.helpers.places import bytes_of
 from tests.helpers.programs import process
+from tests.helpers.write_bank import write_bank
 
 KILLED = """
 import os, signal, sys

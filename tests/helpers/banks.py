@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_hmem.bank import Bank, write_bank
+from mlx_hmem.bank import Bank
 from mlx_hmem.bank.documents import Document
 from mlx_hmem.bank_tools.command import main
 from tests.helpers import programs
+from tests.helpers.write_bank import write_bank
 
 
 def document(text: str, paths, model) -> Document:

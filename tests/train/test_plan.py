@@ -11,10 +11,10 @@ import pytest
 
 from mlx_hmem.anchors.load import named_parameters
 from mlx_hmem.anchors.openlm import Model
-from mlx_hmem.bank import write_bank
 from mlx_hmem.bank.writer import planned_bytes
 from mlx_hmem.errors import UserError
 from tests.helpers.programs import assert_refused, run
+from tests.helpers.write_bank import write_bank
 from train.command import main
 from train.corpus.facts import make_facts
 from train.cost.costs import (
