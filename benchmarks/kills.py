@@ -40,6 +40,7 @@ from mlx_hmem.errors import UserError
 from mlx_hmem.files import fingerprint, save_safetensors
 from mlx_hmem.folders import RECORD, REPLACED
 from mlx_hmem.model.load import DEMO, load
+from tests.helpers.places import bytes_of
 
 RECIPE = """
 name: kills
@@ -157,10 +158,6 @@ class Case(NamedTuple):
             self.load(out)
 
 
-def contents(folder: Path) -> Files:
-    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
-
-
 def save_model(folder: Path, model: nn.Module, config: dict[str, Any]) -> Path:
     """A random anchor as a model directory, in four shards."""
     folder.mkdir(parents=True)
@@ -230,12 +227,12 @@ def loads(case: Case, part: Path) -> bool:
 def check(case: Case, out: Path, part: Path, before: Files | None, wanted: Files) -> str:
     """What lies at the destination after a kill: "nothing", "before" or "whole"."""
     if part.exists() and loads(case, part):
-        found = {name: data for name, data in contents(part).items() if ".part" not in name}
+        found = {name: data for name, data in bytes_of(part).items() if ".part" not in name}
         if not is_whole(found, wanted, RECORD, f"{REPLACED}/", NOTES):
             raise UserError("a half-made directory loads", part, "find out why")
     if not out.exists():
         return "nothing"
-    found = contents(out)
+    found = bytes_of(out)
     if before is not None and found == before:
         case.load(out)
         return "before"
@@ -258,7 +255,7 @@ def run_case(
     if process.wait():
         raise UserError("a conversion fails undisturbed", case.name, "run it by hand")
     duration, write_time = (time.perf_counter() - at for at in (start, began))
-    wanted, before = contents(model), contents(case.older) if case.older else None
+    wanted, before = bytes_of(model), bytes_of(case.older) if case.older else None
     found = {"kills": 0, "while writing": 0, "runs": 0, "nothing": 0, "before": 0, "whole": 0}
     while found["kills"] < kills:
         out = folder / f"{case.name}-{found['runs']}"
@@ -276,9 +273,9 @@ def run_case(
             found["kills"] += 1
             found["while writing"] += writing
             found[check(case, out, part, before, wanted)] += 1
-        if part.exists() or contents(out) != wanted:
+        if part.exists() or bytes_of(out) != wanted:
             run(arguments)
-        if part.exists() or contents(out) != wanted:
+        if part.exists() or bytes_of(out) != wanted:
             raise UserError("a killed conversion came out otherwise", out, "find out why")
         case.load_result(out)
         found["runs"] += 1

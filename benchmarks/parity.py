@@ -11,7 +11,6 @@ with memories of its own against the row alone; the gradient of the memory again
 differences in float64, as a ratio; and what the random memory changes in the logits.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from mlx_hmem.anchors.attach import attach_memory
 from mlx_hmem.errors import UserError
 from mlx_hmem.memory import KINDS, initial_block, join_blocks
 from mlx_hmem.retriever import load_encoder
-from mlx_hmem.retriever.minilm import MiniLMEncoder
 from tests.helpers.references import (
     PAIRS,
     apply_reference,
@@ -33,6 +31,7 @@ from tests.helpers.references import (
     difference,
     gradient_errors,
     make_ids,
+    minilm_differences,
     openlm_differences,
     random_rows,
     switch_rope_off,
@@ -50,16 +49,8 @@ def openlm(folder: Path, head: str) -> dict[str, float]:
 
 def minilm(folder: Path) -> dict[str, float]:
     """Token ids and vectors of MiniLM against sentence-transformers'."""
-    data = np.load(folder / "minilm_golden.npz")
-    texts = json.loads((folder / "minilm_golden.texts.json").read_text())
-    encoder = load_encoder("minilm")
-    assert isinstance(encoder, MiniLMEncoder)
-    ids = [encoding.ids for encoding in encoder.tokenizer.encode_batch(texts)]
-    golden = [row[:n].tolist() for row, n in zip(data["input_ids"], data["lengths"], strict=True)]
-    return {
-        "texts_whose_ids_differ": sum(a != b for a, b in zip(ids, golden, strict=True)),
-        "vectors": difference(encoder.encode(texts), data["vectors"]),
-    }
+    _, found = minilm_differences(load_encoder("minilm"), folder / "minilm_golden.npz")
+    return found
 
 
 def attached(name: str, kind: str) -> dict[str, float | None]:

@@ -4,6 +4,7 @@ FFN memory widens the anchor's own matrices, LoRA memory patches its weights, KV
 written out inside the architecture's own attention function.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -198,4 +199,18 @@ def openlm_differences(path: Path, tied: bool) -> dict[str, float]:
         "logits": difference(model(ids), data["logits"]),
         "loss": difference(value, data["loss"]),
         "gradients": float(np.max([difference(found[name], g) for name, g in expected.items()])),
+    }
+
+
+def minilm_differences(encoder: Any, path: Path) -> tuple[np.ndarray, dict[str, float]]:
+    """The vectors of the texts in ``path``, and how they and their token ids differ from those of
+    sentence-transformers there."""
+    data = np.load(path)
+    texts = json.loads(path.with_suffix(".texts.json").read_text(encoding="utf-8"))
+    ids = [encoding.ids for encoding in encoder.tokenizer.encode_batch(texts)]
+    golden = [row[:n].tolist() for row, n in zip(data["input_ids"], data["lengths"], strict=True)]
+    vectors = encoder.encode(texts)
+    return vectors, {
+        "texts_whose_ids_differ": sum(a != b for a, b in zip(ids, golden, strict=True)),
+        "vectors": difference(vectors, data["vectors"]),
     }
