@@ -7,7 +7,7 @@ goes on behind those that exist; the checksums of a kept shard are computed from
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
@@ -30,15 +30,9 @@ from mlx_hmem.bank.writer import SHARD_BYTES, Stored, rewrite_bank
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.files import atomic_file, open_regular, read_exactly
 
-from ..torch_files.tensors import bits_of, safetensors_header
+from ..torch_files.tensors import BITS, ITEM_SIZES, bits_of, safetensors_header
 from ..torch_files.writer import bytes_of
-from .tensors import (
-    LevelTensors,
-    bits_type,
-    common_dtype,
-    matrices,
-    table_name,
-)
+from .tensors import LevelTensors, matrices, table_name
 
 PIECE = 64 << 20  # bytes of blocks read at once on the way to PyTorch
 
@@ -48,7 +42,7 @@ def write_tensors_as_bank(
     config: MemoryConfig,
     levels: Mapping[int, LevelTensors | None],
     *,
-    dtype: str | None,
+    dtype: str,
     anchor_hash: str,
     tree_hash: str,
     shard_bytes: int = SHARD_BYTES,
@@ -57,12 +51,11 @@ def write_tensors_as_bank(
 
     Args:
         levels: those of :func:`convert.memory.tensors.find_levels`.
-        dtype: the bank's; None keeps that of the tensors, which must then be one.
+        dtype: the bank's.
 
     Raises:
-        UserError: a number is not finite, or the tensors have no common dtype.
+        UserError: a number is not finite.
     """
-    dtype = common_dtype(levels, dtype)
     planned = Manifest.planned(config, dtype, None, anchor_hash, tree_hash)
     source = _Source(folder, planned, levels)
     return rewrite_bank(
@@ -82,12 +75,24 @@ class _Source:
         self, folder: Path, planned: Manifest, levels: Mapping[int, LevelTensors | None]
     ) -> None:
         self.folder, self.planned, self.levels = folder, planned, levels
-        self.buffer = np.empty(0, bits_type(planned.dtype))
+        self.tag = STORED_TYPES[planned.dtype].tag
+        self.buffer = np.empty(0, BITS[ITEM_SIZES[self.tag]])
 
     def found(self, level: int, shard: Shard) -> Shard | None:
         """A shard that an earlier call wrote whole, its checksums computed again."""
         self.shard = shard
-        return kept_shard(self.folder, self.planned, level, shard)
+        path, layout = self.folder / shard.file, self.planned.level(level)
+        if not path.exists():
+            return None
+        with open_regular(path) as file:
+            whole = os.fstat(file.fileno()).st_size == shard.bytes
+            if not whole or file.read(PAGE) != shard_header(self.planned, level, shard):
+                return None
+            sums = []
+            for _ in range(shard.num_clusters):
+                block = memoryview(read_exactly(file, layout.block_stride, path))
+                sums.append(xxhash.xxh3_64_hexdigest(block[: layout.block_bytes]))
+        return replace(shard, xxh3="".join(sums))
 
     def block(self, level: int, cluster: int) -> Stored | None:
         if (tensors := self.levels[level]) is None:
@@ -96,49 +101,30 @@ class _Source:
         if cluster == first:
             if self.buffer.size < (size := count * tensors.block_size()):
                 self.buffer = np.empty(size, self.buffer.dtype)
-            tag = STORED_TYPES[self.planned.dtype].tag
-            self.blocks = tensors.read(first, count, tag, self.buffer)
-            _advise(tensors, first, count, "POSIX_FADV_DONTNEED")
+            self.blocks = tensors.read(first, count, self.tag, self.buffer)
+            _advise(tensors.spans(first, count), "POSIX_FADV_DONTNEED")
             if left := num_blocks(self.planned.memory, level) - (first + count):
-                _advise(tensors, first + count, min(count, left), "POSIX_FADV_WILLNEED")
+                _advise(tensors.spans(first + count, min(count, left)), "POSIX_FADV_WILLNEED")
         return [self.blocks[cluster - first].data.cast("B")]
 
 
-def _advise(tensors: LevelTensors, first: int, count: int, advice: str) -> None:
-    """Tells the kernel of the rows of some blocks: to read them ahead, or to forget them."""
+def _advise(spans: Iterable[tuple[Path, int, int]], advice: str) -> None:
+    """Tells the kernel of (file, first byte, bytes): to read them ahead, or to forget them."""
     if not hasattr(os, advice):
         return
     with contextlib.ExitStack() as files:
         handles: dict[Path, int] = {}
-        for tensor, start, length in tensors.spans(first, count):
-            if tensor.path not in handles:
-                handles[tensor.path] = files.enter_context(open_regular(tensor.path)).fileno()
+        for path, start, length in spans:
+            if path not in handles:
+                handles[path] = files.enter_context(open_regular(path)).fileno()
             with contextlib.suppress(OSError):
-                os.posix_fadvise(handles[tensor.path], start, length, getattr(os, advice))
+                os.posix_fadvise(handles[path], start, length, getattr(os, advice))
 
 
 def _forget(path: Path) -> None:
     """Gives the pages of a written file back. Streaming gigabytes through the page cache of a
     virtual machine cost twice the system time: each page had to be had from its host first."""
-    if hasattr(os, "posix_fadvise"):
-        with open_regular(path) as file, contextlib.suppress(OSError):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def kept_shard(folder: Path, planned: Manifest, level: int, shard: Shard) -> Shard | None:
-    """The shard that an earlier call wrote whole, its checksums computed again; None without it."""
-    path, layout = folder / shard.file, planned.level(level)
-    if not path.exists():
-        return None
-    with open_regular(path) as file:
-        whole = os.fstat(file.fileno()).st_size == shard.bytes
-        if not whole or file.read(PAGE) != shard_header(planned, level, shard):
-            return None
-        sums = []
-        for _ in range(shard.num_clusters):
-            block = memoryview(read_exactly(file, layout.block_stride, path))
-            sums.append(xxhash.xxh3_64_hexdigest(block[: layout.block_bytes]))
-    return replace(shard, xxh3="".join(sums))
+    _advise([(path, 0, 0)], "POSIX_FADV_DONTNEED")
 
 
 def tables_file(level: int) -> str:

@@ -135,7 +135,7 @@ def from_pytorch(
             part / "bank",
             memory,
             levels,
-            dtype=dtype,
+            dtype=stored,
             anchor_hash=hmem.anchor_hash,
             tree_hash=retriever.tree_hash,
         )

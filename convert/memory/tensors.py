@@ -7,8 +7,9 @@ that they are finite is checked as they pass, while they are in the processor's 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
 
 from ..anchors.keys import Problems, strip
-from ..torch_files.tensors import BITS, ITEM_SIZES, LazyTensor, bits_of, numbers_of
+from ..torch_files.tensors import LazyTensor, bits_of, numbers_of
 
 # The matrices of a kind, for each group of equally wide rows in the order of a block. A LoRA pair
 # of projection p is p_a (r, inputs) and p_b (r, outputs).
@@ -70,11 +71,6 @@ def table_name(layer: int, level: int, matrix: str) -> str:
     return f"layers.{layer}.memory.{where}.{matrix}"
 
 
-def block_name(level: int, cluster: int, matrix: str) -> str:
-    where = "generic" if level == GENERIC else f"levels.{level}.blocks.{cluster}"
-    return f"memory.{where}.{matrix}"
-
-
 @dataclass(frozen=True)
 class LevelTensors:
     """The tensors of one level; level 0 is the generic memory.
@@ -109,25 +105,24 @@ class LevelTensors:
         for place in clusters if self.by_block else range(len(self.tensors)):
             for matrix, tensor in zip(self.matrices, self.tensors[place], strict=True):
                 bits = tensor.read() if self.by_block else tensor.read(first, count)
-                bits = finite_bits(bits, tensor.dtype, tag, self._name(place, matrix))
+                bits = finite_bits(bits, tensor.dtype, tag, self.name(place, matrix))
                 target = blocks[place - first] if self.by_block else blocks[:, place]
                 target[:, matrix.start : matrix.stop] = bits.reshape(len(bits), -1)
         return blocks.reshape(count, -1)
 
-    def spans(self, first: int, count: int) -> list[tuple[LazyTensor, int, int]]:
-        """(tensor, first byte, bytes) of what :meth:`read` will read, as far as it is known."""
-        result = []
+    def spans(self, first: int, count: int) -> Iterator[tuple[Path, int, int]]:
+        """(file, first byte, bytes) of what :meth:`read` will read, as far as it is known."""
         for row in self.tensors[first : first + count] if self.by_block else self.tensors:
             for tensor in row:
                 size = tensor.nbytes if self.by_block else tensor.nbytes // tensor.shape[0]
                 start, length = (0, size) if self.by_block else (first * size, count * size)
                 if tensor.strides is None:
-                    result.append((tensor, tensor.offset + start, length))
-        return result
+                    yield tensor.path, tensor.offset + start, length
 
-    def _name(self, place: int, matrix: Matrix) -> str:
+    def name(self, place: int, matrix: Matrix) -> str:
         if self.by_block:
-            return block_name(self.level, place, matrix.name)
+            where = "generic" if self.level == GENERIC else f"levels.{self.level}.blocks.{place}"
+            return f"memory.{where}.{matrix.name}"
         return table_name(self.config.memory_layers[place], self.level, matrix.name)
 
 
@@ -180,17 +175,13 @@ def _find_level(
     problems: Problems,
     used: set[str],
 ) -> LevelTensors:
-    clusters, own = num_blocks(config, level), matrices(config, r)
-    layers = config.memory_layers
-    rows = []
-    for place in range(clusters) if by_block else range(len(layers)):
+    result = LevelTensors(level, config, matrices(config, r), by_block, [])
+    clusters, layers = num_blocks(config, level), config.num_memory_layers
+    places, count = (clusters, layers) if by_block else (layers, clusters)
+    for place in range(places):
         row = []
-        for matrix in own:
-            if by_block:
-                name, count = block_name(level, place, matrix.name), len(layers)
-            else:
-                name, count = table_name(layers[place], level, matrix.name), clusters
-            used.add(name)
+        for matrix in result.matrices:
+            used.add(name := result.name(place, matrix))
             shape = (count, r, matrix.width)
             if name not in tensors:
                 problems.lists["missing"].append(name)
@@ -201,8 +192,8 @@ def _find_level(
                 )
             else:
                 row.append(tensor)
-        rows.append(row)
-    return LevelTensors(level, config, own, by_block, rows)
+        result.tensors.append(row)
+    return result
 
 
 def fitted(tensor: LazyTensor, shape: tuple[int, int, int]) -> LazyTensor | None:
@@ -232,8 +223,3 @@ def common_dtype(levels: Mapping[int, LevelTensors | None], dtype: str | None) -
             f"choose one with --dtype: {', '.join(STORED_TYPES)}",
         )
     return DTYPES[found[0]]
-
-
-def bits_type(dtype: str) -> np.dtype:
-    """The unsigned integers in which a bank's dtype is moved."""
-    return BITS[ITEM_SIZES[STORED_TYPES[dtype].tag]]

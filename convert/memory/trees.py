@@ -196,12 +196,11 @@ def _clusters(source: Path, level: int, arrays: Arrays) -> int:
 
 
 def _branching(source: Path, sizes: list[int]) -> tuple[int, ...]:
-    above = [1, *sizes[:-1]]
-    if any(size % parents for size, parents in zip(sizes, above, strict=True)):
+    widths, left = zip(*map(divmod, sizes, [1, *sizes]), strict=True)
+    if any(left):
         raise UserError(
             f"{source}: a level's clusters are no multiple of those above", sizes, "mend the tree"
         )
-    widths = [size // parents for size, parents in zip(sizes, above, strict=True)]
     return check_branching(widths, None)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from convert.memory.bank import write_tensors_as_bank
-from convert.memory.tensors import find_levels, finite_bits, short_names
+from convert.memory.tensors import common_dtype, find_levels, finite_bits, short_names
 from mlx_hmem.bank import writer
 from mlx_hmem.bank.format import PAGE, STORED_TYPES
 from mlx_hmem.config import MemoryConfig
@@ -119,8 +119,8 @@ def test_exactly_the_finite_bits_pass(dtype):
 def written(folder: Path, layout: Path, config: MemoryConfig = MEMORY) -> dict[str, bytes]:
     """The files of the bank that is made of a layout, in shards of two blocks."""
     levels = find_levels(short_names(layouts.opened(layout).tensors), config)
-    write_tensors_as_bank(folder, config, levels, dtype=None, anchor_hash="a", tree_hash="t",
-                          shard_bytes=3 * PAGE)  # fmt: skip
+    write_tensors_as_bank(folder, config, levels, dtype=common_dtype(levels, None),
+                          anchor_hash="a", tree_hash="t", shard_bytes=3 * PAGE)  # fmt: skip
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
