@@ -6,8 +6,10 @@ else an app does itself: docs/bundle.md says how, call for call, and ``run.py`` 
 example. Shards of the bank are linked where the file system can, and copied elsewhere.
 """
 
+import hashlib
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -145,10 +147,8 @@ def _known_by(file: Path) -> dict[str, Any]:
     """Length and XXH3 of a file; shards have checksums for each block in bank.json."""
     known: dict[str, Any] = {"bytes": file.stat().st_size}
     if file.parent.name != BANK_FOLDER or file.name == MANIFEST:
-        digest = xxhash.xxh3_64()
         with open_regular(file) as opened:
-            while piece := opened.read(1 << 24):
-                digest.update(piece)
+            digest = hashlib.file_digest(opened, xxhash.xxh3_64)  # type: ignore[arg-type]
         known["xxh3"] = digest.hexdigest()
     return known
 
@@ -268,16 +268,12 @@ def main(words: Sequence[str]) -> None:
         args.out, bundle.identity, replace=args.overwrite, need_bytes=bundle.bytes_needed
     ) as part:
         bundle.write(part)
-    sizes: dict[str, int] = {}
+    sizes = Counter[str]()
     for file in args.out.rglob("*"):
         if file.is_file():
-            kind = file.relative_to(args.out).parts[0]
-            sizes[kind] = sizes.get(kind, 0) + file.stat().st_size
-    total = sum(sizes.values())
-    parts = ", ".join(
-        f"{k} {n / 1e6:,.1f}" for k, n in sorted(sizes.items(), key=lambda item: -item[1])[:5]
-    )
-    print(f"{args.out}: {total / 1e6:,.1f} MB ({parts})")
+            sizes[file.relative_to(args.out).parts[0]] += file.stat().st_size
+    parts = ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in sizes.most_common(5))
+    print(f"{args.out}: {sizes.total() / 1e6:,.1f} MB ({parts})")
     if device() == "cpu":
         print(
             "the functions are recorded for the CPU; make the bundle on a Mac for a phone's GPU",

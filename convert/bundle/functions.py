@@ -7,8 +7,7 @@ the start. A mask made from the offset hides what lies behind it, so a piece may
 end. Traces record the device that they were made on.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -130,8 +129,8 @@ class Functions:
         memories = [levels for levels in (*self.prefixes, (GENERIC,)) if levels]
         result = [self.memory(levels) for levels in memories]
         for num_rows in map(self.num_rows, self.prefixes):
-            result.append(self.decode(num_rows))
-            result += [self.prefill_of(length, num_rows) for length in self.prefill]
+            result.append(self.step("decode", 1, num_rows))
+            result += [self.step("prefill", length, num_rows) for length in self.prefill]
         return result
 
     def memory(self, levels: tuple[int, ...]) -> Function:
@@ -157,25 +156,17 @@ class Functions:
         inputs = [mx.zeros(part.shape, part.dtype) for part in flat]
         return Function(name, about, traced, inputs, "quantise the bank in mode affine or mxfp4")
 
-    def decode(self, num_rows: int) -> Function:
-        """One token: log-probabilities of the next (1, vocabulary), and the cache."""
+    def step(self, kind: str, length: int, num_rows: int) -> Function:
+        """``length`` tokens: log-probabilities of the next (1, vocabulary), and the cache. Of a
+        "prefill" the cache alone: what the head computes is not recorded."""
 
         def traced(*arrays: mx.array) -> list[mx.array]:
             logits, cache = self._call(arrays, num_rows)
+            if kind == "prefill":
+                return cache
             logits = logits[:, -1]
             return [logits - mx.logsumexp(logits, keepdims=True), *cache]  # as mlx-lm has them
 
-        return self._step("decode", 1, num_rows, traced)
-
-    def prefill_of(self, length: int, num_rows: int) -> Function:
-        """``length`` tokens: the cache alone; what the head computes is not recorded."""
-
-        def traced(*arrays: mx.array) -> list[mx.array]:
-            return self._call(arrays, num_rows)[1]
-
-        return self._step("prefill", length, num_rows, traced)
-
-    def _step(self, kind: str, length: int, num_rows: int, traced: Traced) -> Function:
         about = {"kind": kind, "num_tokens": length, "num_rows": num_rows}
         rows = self.empty_rows(num_rows)
         ids, offset = mx.zeros((1, length), mx.int32), mx.array(0, mx.int32)
@@ -196,18 +187,12 @@ class Functions:
         pairs = zip(keys, values, strict=True)
         caches = [TracedCache(*pair, offset) for pair in pairs]
         memory: Any = TracedRows(rows) if rows else None
-        with self._weights(weights):
-            logits = self.model.with_rows(memory)(ids, cache=caches)
-        return logits, [c.keys for c in caches] + [c.values for c in caches]
-
-    @contextmanager
-    def _weights(self, arrays: Arrays) -> Iterator[None]:
-        """The anchor with other weights; traced ones must not stay behind in it."""
-        self.anchor.update(tree_unflatten(list(zip(self.weights, arrays, strict=True))))
+        self.anchor.update(tree_unflatten(list(zip(self.weights, weights, strict=True))))
         try:
-            yield
-        finally:
+            logits = self.model.with_rows(memory)(ids, cache=caches)
+        finally:  # traced weights must not stay behind in the anchor
             self.anchor.update(tree_unflatten(list(self.weights.items())))
+        return logits, [c.keys for c in caches] + [c.values for c in caches]
 
 
 def _block(manifest: Manifest, level: int, stored: Arrays) -> mx.array:
