@@ -7,9 +7,9 @@ changed under a finished stage is refused rather than mixed with it.
 
 import contextlib
 import hashlib
-import importlib
 import json
 import os
+import pkgutil
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -46,9 +46,7 @@ class Stage:
         return self.trains or self.shared
 
     def load(self) -> Callable[..., None]:
-        path, name = self.function.split(":")
-        module = importlib.import_module(path, __package__)
-        function: Callable[..., None] = getattr(module, name)
+        function: Callable[..., None] = pkgutil.resolve_name(f"{__package__}{self.function}")
         return function
 
 

@@ -106,13 +106,12 @@ def _save(anchor: nn.Module, target: Path) -> None:
     for array in tqdm(weights.values(), desc="quantising anchor", unit="array", delay=2):
         mx.eval(array)
     shards = make_shards(weights)
-    index: dict[str, Any] = {"total_size": sum(array.nbytes for array in weights.values())}
-    index["total_parameters"] = get_total_parameters(anchor)
-    places = {}
+    size, places = sum(array.nbytes for array in weights.values()), dict[str, str]()
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         name = name if len(shards) > 1 else "model.safetensors"
         save_safetensors(target / name, shard)
         places.update(dict.fromkeys(shard, name))
-    index = {"metadata": index, "weight_map": dict(sorted(places.items()))}
+    about = {"total_size": size, "total_parameters": get_total_parameters(anchor)}
+    index = {"metadata": about, "weight_map": dict(sorted(places.items()))}
     write_atomic(target / INDEX, json.dumps(index, indent=4))

@@ -83,18 +83,21 @@ class Recipe(JsonConfig):
     def memory_config(self) -> MemoryConfig:
         anchor, memories = self.anchor, self.memories
         if anchor.path is not None:
-            return self._memory_of_model().placed(memories.layers, memories.keep_parameters)
-        heads = anchor.num_attention_heads * anchor.head_dim
-        config = MemoryConfig(
-            hidden_size=anchor.hidden_size,
-            num_hidden_layers=anchor.num_hidden_layers,
-            r=memories.r,
-            branching=self.tree.branching,
-            kind=memories.kind,
-            intermediate_size=anchor.intermediate_size,
-            query_size=heads,
-            key_value_size=heads,
-        )
+            assert anchor.config is not None, "load_recipe fills it in"
+            model = anchor_of_config(anchor.config)  # lazy: no array is made
+            config = memory_config(model, memories.r, self.tree.branching, memories.kind)
+        else:
+            heads = anchor.num_attention_heads * anchor.head_dim
+            config = MemoryConfig(
+                hidden_size=anchor.hidden_size,
+                num_hidden_layers=anchor.num_hidden_layers,
+                r=memories.r,
+                branching=self.tree.branching,
+                kind=memories.kind,
+                intermediate_size=anchor.intermediate_size,
+                query_size=heads,
+                key_value_size=heads,
+            )
         return config.placed(memories.layers, memories.keep_parameters)
 
     def planned_bank(self, anchor_hash: str = "", tree_hash: str = "") -> Manifest:
@@ -103,11 +106,6 @@ class Recipe(JsonConfig):
         if export.quantization is not None:
             how = tuple(map(export.quantization_of, stored_levels(config)))
         return Manifest.planned(config, export.dtype, how, anchor_hash, tree_hash)
-
-    def _memory_of_model(self) -> MemoryConfig:
-        assert self.anchor.config is not None, "load_recipe fills it in"
-        anchor = anchor_of_config(self.anchor.config)  # lazy: no array is made
-        return memory_config(anchor, self.memories.r, self.tree.branching, self.memories.kind)
 
     def sections(self, names: Iterable[str]) -> dict[str, Any]:
         """The named parts as JSON values: what a stage's result depends on."""
@@ -144,14 +142,12 @@ def _section(cls: type[JsonConfig], values: Any, where: str) -> Any:
         )
     if odd := [key for key in values if not isinstance(key, str)]:
         raise UserError(f"a key of {where} is not a word", repr(odd[0]), "write `key: value`")
-    hints = typing.get_type_hints(cls)
     result = dict(values)
-    for part in dataclasses.fields(cls):  # type: ignore[arg-type]
-        hint = hints[part.name]
+    for name, hint in typing.get_type_hints(cls).items():
         nested, optional = section_of(hint), type(None) in typing.get_args(hint)
-        if nested is None or part.name not in values or (optional and values[part.name] is None):
+        if nested is None or name not in values or (optional and values[name] is None):
             continue
-        result[part.name] = _section(nested, values[part.name], f"{where}, {part.name}")
+        result[name] = _section(nested, values[name], f"{where}, {name}")
     return cls.from_dict(result, where)
 
 
@@ -198,8 +194,7 @@ def _set(values: Any, override: str) -> None:
     try:
         value = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"--set {name}: the value is not YAML", reason, "quote it") from None
+        raise UserError(f"--set {name}: the value is not YAML", error, "quote it") from None
     for part in keys[:-1]:
         inner = values.get(part) if isinstance(values, dict) else values
         if inner is None and isinstance(values, dict):
@@ -234,11 +229,11 @@ def _check_of_model(recipe: Recipe, config: dict[str, Any]) -> None:
             f"windows {wanted}, {recipe.anchor.path} {longest}",
             f"use at most {longest}",
         )
-    memories, cotrains = recipe.memories, recipe.memories.cotrain is not None
-    trainings = {"anchor": recipe.anchor.training}
+    trainings, dense, cotrains = {"anchor": recipe.anchor.training}, None, False
     if not recipe.anchor_only:
-        trainings["memories"] = memories.training
-        trainings["dense"] = recipe.dense.training if recipe.dense else None
+        dense = recipe.dense.training if recipe.dense else None
+        cotrains = recipe.memories.cotrain is not None
+        trainings |= {"memories": recipe.memories.training, "dense": dense}
     masked = [name for name, t in trainings.items() if t is not None and t.document_mask]
     if config["model_type"] != "openlm" and masked:
         raise UserError(
@@ -246,15 +241,11 @@ def _check_of_model(recipe: Recipe, config: dict[str, Any]) -> None:
             config["model_type"],
             f"set {masked[0]}.training.document_mask to false",
         )
-    trained = [n for n in ("anchor", "dense") if trainings.get(n)]
-    trained += ["memories.cotrain"] if cotrains and not recipe.anchor_only else []
+    keys = {"anchor.training": trainings["anchor"], "dense": dense, "memories.cotrain": cotrains}
+    trained = [name for name, value in keys.items() if value]
     if trained and (config.get("quantization") or config.get("quantization_config")):
         raise UserError(
             "a quantised anchor cannot be trained",
             recipe.anchor.path,
-            f"set {' and '.join(t if '.' in t else _training_key(t) for t in trained)} to null",
+            f"set {' and '.join(trained)} to null",
         )
-
-
-def _training_key(section: str) -> str:
-    return "anchor.training" if section == "anchor" else section
