@@ -20,8 +20,10 @@ from tests.helpers.recipes import write_recipe
 from train.command import main
 from train.data.order import Order
 from train.loop import arms
+from train.loop.log import UNWATCHED
 from train.parallel.merge import merge_subtrees
 from train.parallel.subtrees import run_subtree, subtree_name
+from train.ranks import ALONE
 from train.recipe.recipe import CotrainSection, Recipe, load_recipe
 from train.stages import STAGES, alone, is_done, run_stages
 from train.step.anchor import initialise
@@ -37,6 +39,7 @@ CHANGES = [
     "memories.training={epochs: 0.5, learning_rate: 8e-3, warmup_steps: 3, save_every: 4}",
     "dense.training={epochs: 0.1}",
 ]  # fmt: skip
+COMPANY = (ALONE, UNWATCHED)
 
 
 def rows_of(order: Order) -> list[list[int]]:
@@ -171,7 +174,7 @@ def test_a_subtree_of_another_run_is_refused_by_what_differs(what, recipe, apart
     if what == "whole":
         shutil.copytree(one / "memories", foreign / subtree_name(2))
     else:
-        arms.train_memory(other, foreign, subtree_name(2), subtree=2)
+        arms.train_memory(other, foreign, subtree_name(2), *COMPANY, subtree=2)
     other = foreign / subtree_name(2)
     refused(rf"subtree-02 belongs to another run: {named}", merge, recipe, run, other)
     assert not is_done(STAGES["memories"], recipe, run)
@@ -210,7 +213,7 @@ def test_a_merge_does_not_mix_with_an_unfinished_job_nor_one_job_with_subtrees(
     recipe, apart, one, tmp_path
 ):
     run = copy_of(apart, tmp_path / "run")
-    refused(r"trained apart: .*subtree-00, .*train merge", arms.run_memories, recipe, run)
+    refused(r"trained apart: .*subtree-00, .*train merge", arms.run_memories, recipe, run, *COMPANY)
     with (
         arms.open_store(recipe, run, "memories") as store,
         arms.open_store(recipe, one, "memories", readonly=True) as source,
@@ -277,7 +280,7 @@ def test_all_arms_of_a_grouped_run_see_the_same_sequences(recipe, prepared, one,
     paths, training = arms.sequences(run)[1], recipe.memories.training
     arm, memories = arms.arm_order(recipe, paths, training), arms.subtree_order(recipe, paths)
     assert rows_of(arm) == rows_of(memories)
-    arms.run_generic(recipe, run)
+    arms.run_generic(recipe, run, *COMPANY)
     curves = [
         (r / "loss.jsonl").read_text().splitlines() for r in (one / "memories", run / "generic")
     ]

@@ -20,13 +20,13 @@ from ..data.arrays import load_mapped
 from ..data.buckets import Buckets
 from ..data.order import BucketOrder, OneSchedule, Order, ShuffledOrder, SubtreeOrder
 from ..data.tokenizer import eot_of
-from ..ranks import ALONE, Ranks
+from ..ranks import Ranks
 from ..recipe.recipe import Recipe, TrainerConfig
 from ..step.anchor import AnchorTrainee
 from ..step.memories import MemoryTrainee, generic_block, generic_config
 from ..step.start import save_anchor, starting_anchor, take_anchor, trainable_anchor
 from ..store.blocks import BlockStore
-from .log import UNWATCHED, Watching
+from .log import Watching
 from .loop import train
 from .validation import validation_of_anchor, validation_of_memory
 
@@ -64,19 +64,15 @@ def _train_all_weights(
         save_anchor(model, config, folder)
 
 
-def run_anchor(
-    recipe: Recipe, folder: Path, ranks: Ranks = ALONE, watching: Watching = UNWATCHED
-) -> None:
+def run_anchor(recipe: Recipe, folder: Path, ranks: Ranks, watching: Watching) -> None:
     training, out = recipe.anchor.training, folder / "anchor"
-    if recipe.anchor.path is not None and training is None:
-        if ranks.first:
+    if training is None:
+        if ranks.first and recipe.anchor.path is not None:
             take_anchor(recipe.anchor.path, out)
+        elif ranks.first:
+            save_anchor(*starting_anchor(recipe, eot_of(folder)), out)
         return
     model, config = starting_anchor(recipe, eot_of(folder))
-    if training is None:
-        if ranks.first:
-            save_anchor(model, config, out)
-        return
     tokens, order = anchor_sequences(recipe, folder, training)
     context = recipe.windows.of_anchor
     _train_all_weights(
@@ -96,9 +92,7 @@ def anchor_sequences(
     return tokens, ShuffledOrder(len(tokens), training, recipe.seed)
 
 
-def run_dense(
-    recipe: Recipe, folder: Path, ranks: Ranks = ALONE, watching: Watching = UNWATCHED
-) -> None:
+def run_dense(recipe: Recipe, folder: Path, ranks: Ranks, watching: Watching) -> None:
     if recipe.dense is None:
         print("dense: the recipe has none")
         return
@@ -123,14 +117,6 @@ def arm_order(recipe: Recipe, paths: np.ndarray, training: TrainerConfig) -> Ord
     if not recipe.memories.group_by_subtree:
         return ShuffledOrder(len(paths), training, recipe.seed)
     return OneSchedule(SubtreeOrder(paths[:, 0], training, recipe.seed))
-
-
-def _memories_order(recipe: Recipe, paths: np.ndarray, subtree: int | None) -> Order:
-    """Blocks on a frozen anchor follow the schedule of their subtree, trained apart or not."""
-    memories = recipe.memories
-    if memories.cotrain is not None or not memories.group_by_subtree:
-        return arm_order(recipe, paths, memories.training)
-    return subtree_order(recipe, paths, subtree)
 
 
 def subtree_order(recipe: Recipe, paths: np.ndarray, subtree: int | None = None) -> SubtreeOrder:
@@ -163,8 +149,8 @@ def train_memory(
     recipe: Recipe,
     folder: Path,
     name: str,
-    ranks: Ranks = ALONE,
-    watching: Watching = UNWATCHED,
+    ranks: Ranks,
+    watching: Watching,
     subtree: int | None = None,
 ) -> None:
     """Trains the arm ``name`` in its folder of the run, or its part for a cluster of level 1."""
@@ -174,11 +160,14 @@ def train_memory(
     else:
         anchor = trainable_anchor(folder / "anchor")
     eot, (tokens, paths) = eot_of(folder), sequences(folder)
-    if name == "generic":
-        order = arm_order(recipe, paths, training)
-        paths = np.zeros((len(tokens), 1), np.int32)
+    order: Order
+    if name != "generic" and cotrain is None and recipe.memories.group_by_subtree:
+        # Blocks on a frozen anchor follow the schedule of their subtree, trained apart or not.
+        order = subtree_order(recipe, paths, subtree)
     else:
-        order = _memories_order(recipe, paths, subtree)
+        order = arm_order(recipe, paths, training)
+    if name == "generic":
+        paths = np.zeros((len(tokens), 1), np.int32)
     own = "store" if ranks.first else f"store-rank-{ranks.rank}"
     with open_store(recipe, folder, name, own=own) as store:
         trainee = MemoryTrainee(
@@ -192,9 +181,7 @@ def train_memory(
         print(f"{name}: {store.num_touched} blocks trained, in {folder / name}")
 
 
-def run_memories(
-    recipe: Recipe, folder: Path, ranks: Ranks = ALONE, watching: Watching = UNWATCHED
-) -> None:
+def run_memories(recipe: Recipe, folder: Path, ranks: Ranks, watching: Watching) -> None:
     if apart := sorted((folder / "memories").glob("subtree-*")):
         raise UserError(
             "subtrees of this run are trained apart",
@@ -204,9 +191,7 @@ def run_memories(
     train_memory(recipe, folder, "memories", ranks, watching)
 
 
-def run_generic(
-    recipe: Recipe, folder: Path, ranks: Ranks = ALONE, watching: Watching = UNWATCHED
-) -> None:
+def run_generic(recipe: Recipe, folder: Path, ranks: Ranks, watching: Watching) -> None:
     if recipe.memories.cotrain is not None:
         print("generic: trained along with the memories")
         return

@@ -75,10 +75,9 @@ class Reporting:
         try:
             return get_reporting_callbacks(self.report_to, self.project_name, str(folder), values)
         except Exception as error:  # whatever the service has: no network, no account
-            reason = " ".join(str(error).split())
             raise UserError(
                 f"{self.report_to} does not begin",
-                reason,
+                error,
                 "log in there, or leave --report-to out: log.jsonl holds the same",
             ) from None
 

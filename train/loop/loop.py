@@ -98,7 +98,8 @@ def train(
             saves = ended or stops or progress.step % config.save_every == 0
             # Before the checkpoint: all that was shown up to it is there if the run goes on.
             log.step(saves)
-            if shown and validate is not None and _is_due(progress.step, ended, config):
+            due = config.validate_every > 0 and progress.step % config.validate_every == 0
+            if shown and validate is not None and (due or ended):
                 log.validated(validate())
             if saves:
                 trainee.save(folder, progress)
@@ -109,10 +110,6 @@ def train(
     if progress.skipped:
         print(f"{name}: {progress.skipped} steps skipped, their loss or gradient was not finite")
     return progress
-
-
-def _is_due(step: int, ended: bool, config: TrainerConfig) -> bool:
-    return ended or (config.validate_every > 0 and step % config.validate_every == 0)
 
 
 def _one_step(

@@ -9,7 +9,6 @@ Trade-off: blocks that are not in the cache are read again each time, so a few w
 import hashlib
 import heapq
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,10 +66,10 @@ class Validation:
         asked = [mode for mode in modes if mode not in self.known]
         total = len(asked) * len(self.batches)
         with tqdm(total=total, desc="validation", leave=False, delay=2) as bar:
-            found = {mode: self._perplexity(mode, bar) for mode in asked}
-        if self.memory is not None and self.memory.frozen and "none" in found:
+            found = self.known | {mode: self._perplexity(mode, bar) for mode in asked}
+        if self.memory is not None and self.memory.frozen:
             self.known = {"none": found["none"]}
-        return {mode: {**self.known, **found}[mode] for mode in modes}
+        return {mode: found[mode] for mode in modes}
 
     def _perplexity(self, mode: str, bar: "tqdm[Any]") -> float:
         total, count, front = 0.0, 0, len(self.windows.begin)
@@ -148,8 +147,7 @@ def route_windows(run: Path, recipe: Recipe, windows: Windows) -> np.ndarray:
     """The cluster path of each window by its text, (n, levels)."""
     encoder = load_encoder(recipe.tree.encoder)
     tree = ClusterTree.load(run / "tree" / "tree.safetensors")
-    texts: Iterator[str] = windows.texts(load_tokenizer(run))
-    return tree.route_batch(encoder.encode(list(texts)))
+    return tree.route_batch(encoder.encode(list(windows.texts(load_tokenizer(run)))))
 
 
 def validation_of_anchor(

@@ -19,7 +19,8 @@ from mlx_hmem.model.find import find_model
 from ..recipe.recipe import Recipe
 from .anchor import initialise
 
-MODEL_FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
+INDEX = "model.safetensors.index.json"
+MODEL_FILES = ["config.json", "model*.safetensors", INDEX]
 
 
 def model_args(recipe: Recipe) -> ModelArgs:
@@ -72,17 +73,14 @@ def save_anchor(model: nn.Module, config: dict[str, Any], folder: Path) -> None:
 
 def take_anchor(path: str, folder: Path) -> None:
     """Copies the anchor of a model as it is."""
-    source = find_model(path, MODEL_FILES)
-    copy_anchor_files(source, folder)
+    copy_anchor_files(find_model(path, MODEL_FILES), folder)
     print(f"{folder.name}: that of {path}, in {folder}")
 
 
 def copy_anchor_files(source: Path, folder: Path) -> None:
     """config.json and weights, in one file or several."""
-    for file in (source / "config.json", *weight_files(source)):
+    for file in (source / "config.json", *weight_files(source), *source.glob(INDEX)):
         shutil.copyfile(file, folder / file.name)
-    if (index := source / "model.safetensors.index.json").exists():
-        shutil.copyfile(index, folder / index.name)
 
 
 def num_parameters(model: nn.Module) -> int:
