@@ -1,7 +1,6 @@
 """A tree whose centroids are moved by prompts: what it is for, its loss, what stays as it was."""
 
 from copy import deepcopy
-from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -9,7 +8,6 @@ import pytest
 
 from mlx_hmem.retriever import ClusterTree, load_encoder
 from train.corpus.facts import make_facts
-from train.recipe.recipe import Recipe
 from train.tree.prompts import SHARPNESS, _loss, move_to_prompts, prompt_of
 
 FACTS = {
@@ -117,10 +115,3 @@ def test_a_prompt_is_a_sentence_or_the_beginning_of_one():
     assert all(any(s.startswith(d) for s in sentences) and len(d.split()) >= 4 for d in drawn)
     assert "It hangs over the" in drawn
     assert prompt_of("Two words", random) == "Two words"
-
-
-def test_a_run_without_prompts_is_the_run_that_it_was_before_there_were_any():
-    recipe = Recipe(name="t")
-    assert "prompts" not in recipe.sections(["tree"])["tree"]
-    other = replace(recipe, tree=replace(recipe.tree, prompts=8))
-    assert other.sections(["tree"])["tree"]["prompts"] == 8
