@@ -10,11 +10,12 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mlx_hmem.anchors.load import anchor_hash
-from mlx_hmem.config import ClusterPath, JsonConfig
+from mlx_hmem.config import JsonConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.facts import Proportion
 from mlx_hmem.evaluate.journal import Journal, kept_rows
@@ -28,7 +29,7 @@ from mlx_hmem.evaluate.scoring import (
     score_candidates,
 )
 from mlx_hmem.evaluate.tasks.answers import is_right
-from mlx_hmem.evaluate.tasks.few_shot import Prompt, PromptTokens, build_prompts
+from mlx_hmem.evaluate.tasks.few_shot import PromptTokens, build_prompts
 from mlx_hmem.evaluate.tasks.task import (
     GENERATION,
     GROUPS,
@@ -40,8 +41,6 @@ from mlx_hmem.evaluate.tasks.task import (
 )
 from mlx_hmem.files import fingerprint
 from mlx_hmem.model.model import MemoryModel
-
-Rows = Iterator[list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -184,14 +183,9 @@ def score_task(
     label = named(memory, rag)
     name = re.sub(r"[^\w.+-]", "_", f"{task.label}.{task.num_fewshot}-shot.{label}")
 
-    def score(missing: list[int]) -> Rows:
-        prompts = build_prompts(task, examples)
-        routed = [prompts[i].route_text for i in missing]
-        paths = route_texts(model, routed, memory, progress, withheld)
-        return _score_rows(
-            model, data, prompts, missing, memory, paths, tokens, rag, tokens_per_batch
-        )
-
+    score = partial(
+        _score_rows, model, data, tokens, memory, withheld, rag, tokens_per_batch, progress
+    )
     rows = kept_rows(
         Journal(out, name, settings), chosen, score, f"{task.name}, {label}", "row", progress
     )
@@ -218,16 +212,19 @@ def score_task(
 def _score_rows(
     model: MemoryModel,
     data: TaskData,
-    prompts: Sequence[Prompt],
-    rows: Sequence[int],
-    memory: str,
-    paths: Sequence[ClusterPath] | None,
     tokens: PromptTokens,
+    memory: str,
+    withheld: int,
     rag: Rag | None,
     tokens_per_batch: int,
-) -> Rows:
+    progress: bool,
+    rows: Sequence[int],
+) -> Iterator[list[dict[str, Any]]]:
     """The results of ``rows``, a batch at a time."""
-    task, some = data.task, [prompts[i] for i in rows]
+    task, prompts = data.task, build_prompts(data.task, data.examples)
+    some = [prompts[i] for i in rows]
+    texts = [prompt.route_text for prompt in some]
+    paths = route_texts(model, texts, memory, progress, withheld)
     longest, generates = 0, task.icl_task_type == GENERATION
     try:
         if generates:
@@ -239,7 +236,6 @@ def _score_rows(
         raise UserError(f"{data.file}: {error.what}", error.value, error.remedy) from None
     documents: list[dict[str, Any]] = [{} for _ in rows]
     if rag is not None:
-        texts = [prompt.route_text for prompt in some]
         shown = rag.show_all(texts, questions, tokens.context - longest)
         documents = [s.kept(q, longest) for s, q in zip(shown, questions, strict=True)]
         questions = [each.candidates for each in shown]
