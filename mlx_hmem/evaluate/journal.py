@@ -34,22 +34,17 @@ class Journal:
         remedy = "wait for it, or choose another --out"
         taken = UserError("another run writes these results", self.path, remedy)
         with locked(self.path, taken) as self._file:
-            self._load()
+            lines = whole_lines(self._file)
+            if not lines:
+                add_lines(self._file, [self._head])
+            try:
+                if lines and lines[0].decode() != self._head:
+                    raise ValueError("the first line is not this run's")
+                for row in map(json.loads, lines[1:]):
+                    self.rows[row["row"]] = row
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{self.path} is no file of results", error, "delete it") from None
             yield self
-
-    def _load(self) -> None:
-        lines = whole_lines(self._file)
-        if not lines:
-            add_lines(self._file, [self._head])
-            return
-        try:
-            if lines[0].decode() != self._head:
-                raise ValueError("the first line is not this run's")
-            for line in lines[1:]:
-                row = json.loads(line)
-                self.rows[row["row"]] = row
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.path} is no file of results", error, "delete it") from None
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Appends results, each with its ``row``, and puts them on the disk."""
