@@ -17,14 +17,7 @@ import xxhash
 from tqdm import tqdm
 
 from mlx_hmem.bank import Bank, Manifest
-from mlx_hmem.bank.format import (
-    GENERIC,
-    PAGE,
-    STORED_TYPES,
-    Shard,
-    num_blocks,
-    stored_r,
-)
+from mlx_hmem.bank.format import GENERIC, PAGE, STORED_TYPES, Shard, num_blocks, stored_r
 from mlx_hmem.bank.header import shard_header
 from mlx_hmem.bank.writer import SHARD_BYTES, Stored, rewrite_bank
 from mlx_hmem.config import MemoryConfig

@@ -34,13 +34,7 @@ from ..anchors.keys import short_name
 from ..anchors.weights import Conversion
 from ..torch_files.pickles import open_files
 from .bank import tables_file, write_bank_as_tables, write_tensors_as_bank
-from .tensors import (
-    LevelTensors,
-    common_dtype,
-    find_levels,
-    is_memory,
-    short_names,
-)
+from .tensors import LevelTensors, common_dtype, find_levels, is_memory, short_names
 from .trees import read_tree
 
 MARKER = "hmem_pytorch.json"

@@ -80,9 +80,7 @@ def read_tree(source: Path, branching: Sequence[int] | None = None) -> ClusterTr
 def _check_branching(source: Path, found: tuple[int, ...], wanted: Sequence[int] | None) -> None:
     if wanted is not None and found != tuple(wanted):
         raise UserError(
-            f"{source} is a tree of another branching",
-            found,
-            f"the memory needs {tuple(wanted)}",
+            f"{source} is a tree of another branching", found, f"the memory needs {tuple(wanted)}"
         )
 
 

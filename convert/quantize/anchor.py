@@ -14,12 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.utils import (
-    compute_bits_per_weight,
-    get_total_parameters,
-    make_shards,
-    quantize_model,
-)
+from mlx_lm.utils import compute_bits_per_weight, get_total_parameters, make_shards, quantize_model
 from tqdm import tqdm
 
 from mlx_hmem.anchors.load import load_anchor, named_parameters, read_config, weight_files

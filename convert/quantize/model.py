@@ -24,13 +24,7 @@ from mlx_hmem.folders import RECORD, REPLACED, copy_missing, identity_of, whole_
 from mlx_hmem.model.find import BANK_FOLDER, BESIDE, MODEL_FILES
 from mlx_hmem.model.load import load, open_bank, read_hmem
 
-from .anchor import (
-    INDEX,
-    AnchorChange,
-    quantized_anchor,
-    save_quantized_anchor,
-    weight_bytes,
-)
+from .anchor import INDEX, AnchorChange, quantized_anchor, save_quantized_anchor, weight_bytes
 from .bank import BankChange, change_bank, forget_notes
 from .report import Report
 

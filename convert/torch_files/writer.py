@@ -55,10 +55,7 @@ def write_torch(
         aliases: further names of tensors, as tied weights have them: new name → a name above.
     """
     state: dict[str, Any] = {}
-    with (
-        atomic_file(path) as file,
-        zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
-    ):
+    with atomic_file(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         root = path.stem
         _add(archive, file, f"{root}/byteorder", [b"little"], 6)
         for index, (name, dtype, shape, chunks) in enumerate(tensors):

@@ -16,12 +16,7 @@ from typing import Any, NamedTuple, Self
 import mlx.core as mx
 import xxhash
 
-from mlx_hmem.bank.quantization import (
-    Part,
-    Quantization,
-    check_quantization,
-    quantized_parts,
-)
+from mlx_hmem.bank.quantization import Part, Quantization, check_quantization, quantized_parts
 from mlx_hmem.config import JsonConfig, MemoryConfig, check_version, read_json
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import strict_json

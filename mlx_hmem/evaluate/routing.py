@@ -10,11 +10,7 @@ from mlx_hmem.model.model import MemoryModel
 
 
 def route_texts(
-    model: MemoryModel,
-    texts: Sequence[str],
-    memory: str,
-    progress: bool = False,
-    withheld: int = 0,
+    model: MemoryModel, texts: Sequence[str], memory: str, progress: bool = False, withheld: int = 0
 ) -> list[ClusterPath] | None:
     """The cluster path of each text, or None where ``memory`` needs no path.
 

@@ -8,10 +8,7 @@ from mlx_hmem.errors import UserError
 
 
 def chat_ids(
-    tokenizer: TokenizerWrapper,
-    system: str | None,
-    turns: Sequence[tuple[str, str]],
-    text: str,
+    tokenizer: TokenizerWrapper, system: str | None, turns: Sequence[tuple[str, str]], text: str
 ) -> list[int]:
     """The ids of a conversation up to where the answer to ``text`` begins.
 

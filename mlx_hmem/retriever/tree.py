@@ -109,10 +109,7 @@ class ClusterTree:
         return cls(widths, centroids, counts, int(seed))
 
     def route(
-        self,
-        vector: np.ndarray,
-        barred: Collection[tuple[int, int]] = (),
-        start: ClusterPath = (),
+        self, vector: np.ndarray, barred: Collection[tuple[int, int]] = (), start: ClusterPath = ()
     ) -> ClusterPath:
         """The cluster path of one vector (dim,): the global cluster index on each level.
 

@@ -54,9 +54,7 @@ def run_folder(out: Path, run: Path | None) -> Path:
 
 
 def text_of(
-    base: Base,
-    documents: list[OwnDocument],
-    restated: Mapping[str, Sequence[str]] | None = None,
+    base: Base, documents: list[OwnDocument], restated: Mapping[str, Sequence[str]] | None = None
 ) -> tuple[OwnText, TakenTokenizer]:
     """The documents in the model's tokens, with what was restated of each, and its tokenizer."""
     tokenizer = TakenTokenizer(base.folder)

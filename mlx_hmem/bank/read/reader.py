@@ -43,11 +43,7 @@ class Bank:
     """
 
     def __init__(
-        self,
-        manifest: Manifest,
-        shards: Shards,
-        resident_levels: tuple[int, ...],
-        cache_bytes: int,
+        self, manifest: Manifest, shards: Shards, resident_levels: tuple[int, ...], cache_bytes: int
     ):
         self.manifest, self.config, self.dtype = manifest, manifest.memory, manifest.dtype
         self.anchor_hash, self.tree_hash = manifest.anchor_hash, manifest.tree_hash
@@ -120,10 +116,7 @@ class Bank:
         return False
 
     def fetch(
-        self,
-        path: ClusterPath,
-        blocked: frozenset[Key] = frozenset(),
-        damaged: Damaged = "stop",
+        self, path: ClusterPath, blocked: frozenset[Key] = frozenset(), damaged: Damaged = "stop"
     ) -> FetchedMemory:
         """The blocks of one cluster path, in the bank's dtype.
 

@@ -157,8 +157,7 @@ def with_flops(
     base = flops.of(summary.alone, "none")
     return [
         dataclasses.replace(  # type: ignore[type-var]
-            result,
-            flops=flops.of(summary.with_document if rag else summary.alone, memory) / base,
+            result, flops=flops.of(summary.with_document if rag else summary.alone, memory) / base
         )
         for result, (memory, rag) in zip(results, arms, strict=True)
     ]

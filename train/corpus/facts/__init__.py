@@ -31,10 +31,7 @@ FACT_KINDS = {
 
 
 def make_facts(
-    config: dict[str, Any],
-    seed: int,
-    source: Path | None = None,
-    articles: Iterable[Document] = (),
+    config: dict[str, Any], seed: int, source: Path | None = None, articles: Iterable[Document] = ()
 ) -> tuple[Iterator[dict[str, Any]], list[Fact]]:
     """Documents {id, title, text} in random order, repeated by frequency, and the facts they state.
 
