@@ -2,8 +2,9 @@
 
 import sys
 
-from mlx_hmem.errors import GO_ON, run_program
-from mlx_hmem.evaluate.command import main
+from mlx_hmem.__main__ import main
+from mlx_hmem.errors import run_program
 
 if __name__ == "__main__":
-    run_program(lambda: main(sys.argv[1:]), GO_ON)
+    sys.argv[:1] = ["mlx_hmem", "evaluate"]
+    run_program(main)
