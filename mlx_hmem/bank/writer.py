@@ -159,7 +159,7 @@ def shard_cuts(
     have no checksums yet. Those of ``before`` come first, unless they hold more blocks than that.
     """
     cuts = list(before) if sum(shard.num_clusters for shard in before) <= total else []
-    most = max(1, (shard_bytes - PAGE) // level.block_stride)
+    most = _blocks_of_shard(level, shard_bytes)
     for first in range(sum(shard.num_clusters for shard in cuts), total, most):
         count = min(most, total - first)
         name = shard_name(level.level, len(cuts))
@@ -167,10 +167,18 @@ def shard_cuts(
     return cuts
 
 
+def _blocks_of_shard(level: Level, shard_bytes: int) -> int:
+    return max(1, (shard_bytes - PAGE) // level.block_stride)
+
+
 def planned_bytes(planned: Manifest) -> int:
     """Bytes of the files of a bank that is to be written, without its manifest."""
-    levels = ((level, num_blocks(planned.memory, level.level)) for level in planned.all_levels)
-    return sum(shard.bytes for level in levels for shard in shard_cuts(*level))
+    total = 0
+    for level in planned.all_levels:
+        blocks = num_blocks(planned.memory, level.level)
+        shards = -(-blocks // _blocks_of_shard(level, SHARD_BYTES))  # listed they may be millions
+        total += shards * PAGE + blocks * level.block_stride
+    return total
 
 
 def write_shard(
