@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_hmem.bank.views import barred_path
-from mlx_hmem.budget.resident import parse_bytes
+from mlx_hmem.budget.resident import SIZE_HELP, parse_bytes
 from mlx_hmem.errors import UserError
 from mlx_hmem.model.load import load
 from mlx_hmem.model.model import MemoryModel
@@ -80,8 +80,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     machine.add_argument(
         "--memory-budget",
         metavar="BYTES",
-        help="most bytes to take, as 400MB, 1.5GB or plain bytes: resident memory above that of "
-        "Python with nothing but MLX imported. What is chosen for it is said in one line",
+        help=f"most bytes to take, {SIZE_HELP}. What is chosen for it is said in one line",
     )
     machine.add_argument(
         "--context",
