@@ -10,7 +10,7 @@ share of all turns that are. Routed are the demo's tree, or one of 16 x 16 x 16 
 fitted to the articles of ``--tree`` with the static encoder.
 
 *In the cache* is the share of the blocks that a change of path asks for that have been fetched
-before or read ahead, with a cache that holds all.
+before or read ahead, with caches (the bank's, the system's) that hold all.
 
 With ``--facts elements.json`` (a list of objects with ``name`` and ``number``) also: of how many
 elements the model gives the atomic number, four in each conversation after four sentences of an

@@ -166,7 +166,7 @@ class Conversation:
         return self.model.require_retriever().route(text)
 
     def stop_prefetch(self) -> None:
-        """Ends what is being read ahead; waits for one block at most."""
+        """Ends what is being read ahead."""
         if self._prefetch is not None:
             self._prefetch.stop()
 
@@ -271,5 +271,6 @@ class Conversation:
             return  # of the banks that were added nothing is read ahead
         keys_of = self._prefetch.bank.keys_of
         likely = likely_paths(self.model.require_retriever().tree, vector, fetch.path, LIKELY)
+        here = {(block["level"], block["cluster"]) for block in fetch.blocks}
         wanted = [key for path in likely for key in keys_of(path, self._barred)]
-        self._prefetch.begin(wanted, [(b["level"], b["cluster"]) for b in fetch.blocks])
+        self._prefetch.begin([key for key in wanted if key not in here])

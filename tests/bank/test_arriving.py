@@ -3,19 +3,15 @@
 import math
 import os
 import threading
-import weakref
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 import pytest
 
 from mlx_hmem import load
 from mlx_hmem.bank import Bank, Quantization
 from mlx_hmem.bank.format import PAGE
 from mlx_hmem.bank.read.blocks import PIECE
-from mlx_hmem.bank.read.unfilled import _Unwritten as unfilled_file
-from mlx_hmem.bank.read.unfilled import unfilled
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.memory import KINDS
 from tests.conftest import save_bank
@@ -166,31 +162,3 @@ def test_text_and_logits_are_those_of_a_memory_fetched_before():
         for m, wait in ((model, False), (other, True))
     ]
     assert texts[0] == texts[1]
-
-
-def test_mlx_lets_go_of_an_unfilled_arrays_file_before_it_is_handed_out(monkeypatch):
-    """Its reading thread takes the interpreter lock for that, and a program that was ending just
-    then was ended by SIGABRT."""
-    files = weakref.WeakSet()
-
-    class File(unfilled_file):
-        def __init__(self, *args):
-            super().__init__(*args)
-            files.add(self)
-
-    monkeypatch.setattr("mlx_hmem.bank.read.unfilled._Unwritten", File)
-    for _ in range(1000):
-        unfilled(64, mx.uint8)
-        assert not files
-
-
-@pytest.mark.parametrize("dtype", [mx.uint8, mx.uint16, mx.uint32])
-@pytest.mark.parametrize("count", [1, 7, 100_003])
-def test_an_unfilled_array_holds_what_is_written_into_it(dtype, count):
-    arrays = [unfilled(count, dtype) for _ in range(3)]
-    wanted = [np.full(count, number, f"u{dtype.size}") for number in range(3)]
-    for array, values in zip(arrays, wanted, strict=True):
-        assert (array.shape, array.dtype) == ((count,), dtype)
-        memoryview(array).cast("B")[:] = values.tobytes()
-    for array, values in zip(arrays, wanted, strict=True):
-        assert np.array_equal(np.array(array), values)

@@ -95,7 +95,7 @@ def ask_everything(model: MemoryModel, path: tuple[int, ...], text: str) -> None
     for key in enumerate(path, 1):
         if key[0] not in {level.level for level in bank.manifest.levels}:
             continue
-        bank.prefetch(key)
+        list(bank.read_ahead(key))
         if bank.bars(*key):
             for ask in (bank.blocks, lambda keys: bank.stored(*keys[0])):
                 refused("this view may not fetch the block", ask, [key])

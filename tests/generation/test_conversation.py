@@ -1,6 +1,8 @@
 """A conversation says what the model says of the same tokens and memory, turn after turn."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -249,7 +251,11 @@ def test_a_turn_that_is_refused_changes_nothing(model):
     assert list(talk.say("The bay"))
 
 
-def test_blocks_read_ahead_are_found_in_the_cache(fresh, texts):
+def test_blocks_are_read_ahead(fresh, texts, monkeypatch):
+    asked, begin = [], Prefetch.begin
+    monkeypatch.setattr(
+        Prefetch, "begin", lambda self, keys: asked.append(keys) or begin(self, keys)
+    )
     talk = Conversation(fresh, max_tokens=4, margin=0.0)
     list(talk.say(texts[0][:60]))
     talk._prefetch.wait()
@@ -257,27 +263,58 @@ def test_blocks_read_ahead_are_found_in_the_cache(fresh, texts):
     assert fresh.bank.bytes_read == sum(read) + talk._prefetch.bytes_read
     assert talk._prefetch.bytes_read > 0
     assert talk.fetch.bytes_read == sum(read)  # nothing of what came after
+    now = {(b["level"], b["cluster"]) for b in talk.fetch.blocks}
+    assert not now & set(asked[0])
     for text in texts[1:6]:
         list(talk.say(text[:60]))
-        talk._prefetch.wait()
-    assert talk.stats.sources[3, "cache"] > 0
+    new = {(b["level"], b["cluster"]) for b in talk.fetch.blocks if b["source"] == "disk"}
+    assert new <= {key for keys in asked[:-1] for key in keys} | now
     assert talk.stats.bytes_read == sum(talk.stats.bytes_by_level.values())
 
 
-def test_reading_ahead_stays_within_the_cache_and_pushes_out_nothing_in_use(model_folder):
+def test_reading_ahead_reads_what_the_cache_would_hold_and_nothing_twice(model_folder):
     top, leaf = 1536, 768
-    with Bank.open(model_folder / "bank", cache_bytes=top + 3 * leaf) as bank:
+    with Bank.open(model_folder / "bank", cache_bytes=3 * leaf) as bank:
         bank.fetch((0, 0, 0))
         ahead = Prefetch(bank)
-        ahead.begin([(3, n) for n in (1, 2, 3, 4, 5)], in_use=[(1, 0), (3, 0)])
+        for wanted, leaves in (
+            ([1, 2, 2, 3, 4], 3),
+            ([2, 3, 5], 1),  # the others were read the time before
+            ([5, 1], 1),  # 1 may be gone meanwhile
+            ([0], 0),  # kept
+        ):
+            before = ahead.bytes_read
+            ahead.begin([(3, n) for n in wanted])
+            ahead.wait()
+            assert ahead.bytes_read - before == leaves * leaf
+        ahead.begin([(1, 1), (1, 2)])
         ahead.wait()
-        assert ahead.bytes_read == 2 * leaf  # what there is room for
-        assert [n for n in range(6) if bank.keeps((3, n))] == [0, 1, 2]
-        ahead.begin([(3, 4), (3, 2)], in_use=[(1, 0), (3, 0)])  # others make way, the oldest first
+        assert bank.bytes_read == top + leaf + ahead.bytes_read
+
+
+def test_reading_ahead_touches_nothing_of_mlx(model_folder):
+    """MLX in a thread beside stopped programs for ever, or ended them by SIGABRT."""
+    with Bank.open(model_folder / "bank") as bank:
+        mx.reset_peak_memory()
+        ahead = Prefetch(bank)
+        ahead.begin([(3, n) for n in range(6)])
         ahead.wait()
-        assert [n for n in range(6) if bank.keeps((3, n))] == [0, 2, 4]
-        assert bank.keeps((1, 0))
-        assert {block.source for block in bank.fetch((0, 0, 0)).reads} == {"cache"}
+        assert ahead.bytes_read > 0
+        assert mx.get_peak_memory() == 0  # not one array was made
+
+
+def test_a_program_that_is_reading_ahead_ends(model_folder, tmp_path):
+    """With nothing closed: it ended by SIGABRT, or stopped in its second turn."""
+    script = """
+import sys
+from mlx_hmem import Conversation, load
+model = load(sys.argv[1])
+for n in range(5):
+    list(Conversation(model, max_tokens=2).say(f"The old lighthouse {n}"))
+    list(model.stream("The bay", max_tokens=2))
+"""
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", script, model_folder], check=True, timeout=60)
 
 
 def test_reading_ahead_stops_and_survives_damage_and_a_closed_bank(broken):
@@ -288,11 +325,11 @@ def test_reading_ahead_stops_and_survives_damage_and_a_closed_bank(broken):
     bank = Bank.open(broken / "bank")
     os.truncate(shard, 16384)
     ahead = Prefetch(bank)
-    ahead.begin([(3, n) for n in range(6)], in_use=[])
+    ahead.begin([(3, n) for n in range(6)])
     ahead.wait()
     assert ahead.bytes_read == 0
     bank.close()
-    ahead.begin([(1, 0)], in_use=[])
+    ahead.begin([(1, 0)])
     ahead.stop()
     assert ahead.bytes_read == 0
 

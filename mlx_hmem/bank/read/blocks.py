@@ -12,7 +12,7 @@ import fcntl
 import os
 import struct
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from typing import Any, BinaryIO, NamedTuple
@@ -21,7 +21,6 @@ import mlx.core as mx
 import xxhash
 
 from mlx_hmem.bank.quantization import Part
-from mlx_hmem.bank.read.unfilled import unfilled
 
 THREADS = 4
 PIECE = 2 << 20  # bytes read at once
@@ -80,7 +79,8 @@ class Reading:
         self._digest, self._done, self._whole = xxhash.xxh3_64(), 0, True
         buffers, start = [], 0
         for part in place.parts:
-            buffer = unfilled(part.nbytes // part.bits.size, part.bits)
+            buffer = mx.zeros(part.nbytes // part.bits.size, part.bits)
+            mx.eval(buffer)
             buffers.append(buffer)
             view = memoryview(buffer).cast("B")  # type: ignore[arg-type]
             self._views.append(view)
@@ -157,6 +157,13 @@ class BlockReader:
 
     def close(self) -> None:
         self._pool.shutdown()
+
+
+def pieces_read(file: int, offset: int, nbytes: int) -> Iterator[int]:
+    """Reads bytes for the system to keep, with no MLX; yields the bytes of each piece."""
+    target = memoryview(bytearray(min(PIECE, nbytes)))
+    for at in range(0, nbytes, PIECE):
+        yield _read_into(file, target[: nbytes - at], offset + at)
 
 
 def advise(file: BinaryIO, offset: int, length: int) -> None:

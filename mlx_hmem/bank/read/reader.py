@@ -11,7 +11,7 @@ fetch: work of 10 to 70 ns a value on one busy Linux core; on Metal it has not b
 """
 
 import copy
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
@@ -200,14 +200,10 @@ class Bank:
         """Whether a block is in memory."""
         return key in self._kept
 
-    def touch(self, keys: Iterable[Key]) -> int:
-        """Counts a use of those blocks that are kept; the bytes of the cache that they take."""
-        return self._sources.touch(keys)
-
-    def prefetch(self, key: Key) -> int:
-        """Reads a block that may be asked for soon, to be kept; the bytes read, none of one that is
-        barred (:meth:`Sources.prefetch`)."""
-        return 0 if self.bars(*key) else self._sources.prefetch(key)
+    def read_ahead(self, key: Key) -> Iterator[int]:
+        """Reads a block that may be asked for soon, but not one that is barred, and yields the
+        bytes of each piece (:meth:`Sources.read_ahead`). Without MLX, for a thread beside."""
+        return iter(()) if self.bars(*key) else self._sources.read_ahead(key)
 
     def stored(self, level: int, cluster: int) -> StoredBlock:
         """A block as it lies in its file, for making another bank of; errors as :meth:`blocks`."""

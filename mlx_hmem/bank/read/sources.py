@@ -3,13 +3,15 @@
 Where a path leads, who may fetch what and what is said of it afterwards, the reader knows.
 """
 
+import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 
 import mlx.core as mx
 
 from mlx_hmem.bank.read.arriving import ArrivingBlock, KeptBlock
-from mlx_hmem.bank.read.blocks import StoredBlock
+from mlx_hmem.bank.read.blocks import StoredBlock, pieces_read
 from mlx_hmem.bank.read.cache import KeptBlocks, Key
 from mlx_hmem.bank.read.shards import MOST_OPEN, Shards
 from mlx_hmem.bank.read.storage import Missing, Storage
@@ -62,24 +64,22 @@ class Sources:
         with self._lock:
             return self.storage.finish(*self.storage.begin([key]))
 
-    def prefetch(self, key: Key) -> int:
-        """Reads a block to be kept, as far as there is room; the bytes read. 0 if it is kept,
-        cannot be read, or lies in a file that is not here."""
+    def read_ahead(self, key: Key) -> Iterator[int]:
+        """Reads a block for the system's page cache, and yields the bytes of each piece; none if it
+        is kept, cannot be read, or lies in a file that is not here."""
         if key in self.kept or self._shards.away(*key):
-            return 0
-        try:
-            block = self.stored(key)
-        except UserError:
-            return 0  # said when it is asked for
-        with self._lock:
-            self.kept.keep(key, block)
-        return block.nbytes
-
-    def touch(self, keys: Iterable[Key]) -> int:
-        """Counts a use of those blocks that are kept; the bytes of the cache that they take."""
-        with self._lock:
-            found = [self.kept.get(key) for key in keys]
-        return sum(each[0].nbytes for each in found if each is not None and each[1] == "cache")
+            return
+        with suppress(UserError, OSError):  # said when it is asked for
+            with self._lock:
+                place = self.storage.place(key)
+                file = os.dup(place.file.fileno())  # another thread may close it meanwhile
+            try:
+                for count in pieces_read(file, place.offset, place.nbytes):
+                    with self._lock:
+                        self.storage.bytes_read += count
+                    yield count
+            finally:
+                os.close(file)
 
     def forget(self, key: Key) -> None:
         """Closes the file that a block lies in; it is opened and checked anew when needed."""

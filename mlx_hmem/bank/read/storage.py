@@ -59,11 +59,9 @@ class Storage:
         found = [self.shards.find(*key) for key in keys]
         places = [
             Place(
-                shard.file,
-                PAGE + row * self.layouts[level].block_stride,
-                self.layers[level] if apart else self.parts[level],
+                shard.file, self._offset(key, row), (self.layers if apart else self.parts)[key[0]]
             )
-            for (level, _), (shard, row), apart in zip(keys, found, layers, strict=True)
+            for key, (shard, row), apart in zip(keys, found, layers, strict=True)
         ]
         first_time = [not shard.verified[row] for shard, row in found]
         readings = self._reader.begin(places, first_time)
@@ -71,6 +69,11 @@ class Storage:
             Missing(key, *place, reading, apart)
             for key, place, reading, apart in zip(keys, found, readings, layers, strict=True)
         ]
+
+    def place(self, key: Key) -> Place:
+        """Where a block lies, as a whole."""
+        shard, row = self.shards.find(*key)
+        return Place(shard.file, self._offset(key, row), self.parts[key[0]])
 
     def finish(self, missing: Missing) -> StoredBlock:
         """The block when all of it is read and, the first time, its checksum found right."""
@@ -98,6 +101,9 @@ class Storage:
         if quantization is None:
             return arrays[0]
         return dequantize_block(arrays, self.config, self.dtype, quantization)
+
+    def _offset(self, key: Key, row: int) -> int:
+        return PAGE + row * self.layouts[key[0]].block_stride
 
     def close(self) -> None:
         self._reader.close()
