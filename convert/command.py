@@ -8,7 +8,6 @@ own.
 """
 
 import argparse
-import importlib
 import json
 import shutil
 import sys
@@ -20,7 +19,7 @@ import mlx_hmem  # noqa: F401  (before mlx.core)
 
 # isort: split
 from mlx_hmem.anchors.load import read_config
-from mlx_hmem.errors import ArgumentParser, UserError, verb_of
+from mlx_hmem.errors import ArgumentParser, UserError, run_verb
 from mlx_hmem.folders import identity_of, whole_folder
 from mlx_hmem.model.find import MODEL_FILES, find_model, is_repo_name
 
@@ -126,8 +125,7 @@ def parser() -> ArgumentParser:
         "With --to pytorch it takes a model directory back. What SOURCE is, is seen from what lies "
         "there."
         "\n\nMakes the folder DESTINATION. Stopped, it goes on with the same command.",
-        epilog="programs of their own, each with --help:\n"
-        + "\n".join(f"  {verb:<10}{about}" for verb, (_, about) in VERBS.items()),
+        verbs=VERBS,
     )
     result.add_argument("source", nargs="?", metavar="SOURCE")
     result.add_argument("destination", nargs="?", metavar="DESTINATION", help="the folder to make")
@@ -183,8 +181,7 @@ def places_of(args: argparse.Namespace) -> tuple[Path, Path]:
 
 
 def main(words: Sequence[str]) -> None:
-    if verb := verb_of(words, VERBS):
-        importlib.import_module(VERBS[verb][0], __package__).main(words[1:])
+    if run_verb(words, VERBS, __package__):
         return
     args = parser().parse_args(words)
     source, out = places_of(args)

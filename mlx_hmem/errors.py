@@ -3,12 +3,14 @@
 import argparse
 import contextlib
 import difflib
+import importlib
 import itertools
 import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import ModuleType
 from typing import Any, NoReturn
 
 GO_ON = "stopped; the same command goes on where it was"
@@ -22,6 +24,10 @@ EXTRAS = {
     "matplotlib": "plot",
     "lm_eval": "harness",
 }
+
+
+# Of each program within a program its module, which has a ``main``, and what it does.
+Verbs = Mapping[str, tuple[str, str]]
 
 
 class UserError(ValueError):
@@ -41,9 +47,14 @@ class ArgumentParser(argparse.ArgumentParser):
     """A wrong command line is a :class:`UserError` like every other wrong input.
 
     Of a description the paragraphs stay apart, and lines that begin with a space stay as they are.
+    ``verbs``: programs of their own by their first word, for :func:`run_verb`.
     """
 
-    def __init__(self, **options: Any):
+    def __init__(self, verbs: Verbs | None = None, **options: Any):
+        if verbs:
+            options["epilog"] = "programs of their own, each with --help:\n" + "\n".join(
+                f"  {verb:<10}{about}" for verb, (_, about) in verbs.items()
+            )
         super().__init__(**{"formatter_class": _Help} | options)
         self.add_argument("--version", action=_Version, nargs=0, help=argparse.SUPPRESS)
 
@@ -103,6 +114,26 @@ def verb_of(words: Sequence[str], verbs: Iterable[str]) -> str | None:
     if (close := difflib.get_close_matches(word, verbs, 1, 0.7)) and not os.path.exists(word):
         raise UserError("no such file or program", word, f"did you mean {close[0]}?")
     return None
+
+
+def run_verb(words: Sequence[str], verbs: Verbs, package: str | None = None) -> bool:
+    """Runs the program that the first word is, with the others; whether it is one."""
+    if verb := verb_of(words, verbs):
+        importlib.import_module(verbs[verb][0], package).main(words[1:])
+    return verb is not None
+
+
+def needed(module: str, what: str) -> ModuleType:
+    """A module of a package that not everybody needs; UserError where that is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = module.partition(".")[0]
+        raise UserError(
+            f"{what} needs the package {package}",
+            "it is not installed",
+            f"pip install 'mlx-hmem[{EXTRAS[package]}]'",
+        ) from None
 
 
 def run_program(main: Callable[[], None], stopped: str = "stopped") -> None:

@@ -1,14 +1,13 @@
 """``mlx_hmem.train RECIPE.yaml --corpus FOLDER --out runs/NAME``: makes a model from text."""
 
 import functools
-import importlib
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from mlx_hmem.budget.resident import SIZE_HELP, parse_bytes
-from mlx_hmem.errors import ArgumentParser, UserError, verb_of
+from mlx_hmem.errors import ArgumentParser, UserError, run_verb
 
 from .corpus.facts import FACT_KINDS
 from .corpus.readers import FOLDER_HELP
@@ -33,8 +32,7 @@ VERBS = {
 
 
 def main(words: Sequence[str]) -> None:
-    if verb := verb_of(words, VERBS):
-        importlib.import_module(VERBS[verb][0], __package__).main(words[1:])
+    if run_verb(words, VERBS, __package__):
         return
     parser = ArgumentParser(
         prog="mlx_hmem.train",
@@ -43,8 +41,7 @@ def main(words: Sequence[str]) -> None:
         "skipped, so a stopped run goes on with the same command."
         "\n\nMakes the folder of the run, in it model/, a model directory. Try --out runs/facts "
         "with the recipe facts.yaml.",
-        epilog="programs of their own, each with --help:\n"
-        + "\n".join(f"  {verb:<10}{about}" for verb, (_, about) in VERBS.items()),
+        verbs=VERBS,
     )
     add_recipe_arguments(parser)
     parser.add_argument(

@@ -6,7 +6,6 @@ for; ``--block-best`` and ``--routing`` look into the memory itself. With ``--js
 object on standard output. Progress goes to standard error.
 """
 
-import importlib
 import json
 import sys
 from argparse import Namespace
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_hmem.budget.resident import SIZE_HELP, parse_bytes
-from mlx_hmem.errors import ArgumentParser, UserError, verb_of
+from mlx_hmem.errors import ArgumentParser, UserError, run_verb
 from mlx_hmem.evaluate.facts import ROUTES
 from mlx_hmem.evaluate.paper.blocking import blocking
 from mlx_hmem.evaluate.paper.fact_runs import FactRun
@@ -58,8 +57,7 @@ def _parser() -> ArgumentParser:
         "were stated, or counted in a corpus, perplexity of text, and accuracy on benchmark tasks."
         "\n\nPrints a table for each, with --json one JSON object; progress goes to standard "
         "error.",
-        epilog="programs of their own, each with --help:\n"
-        + "\n".join(f"  {verb:<10}{about}" for verb, (_, about) in VERBS.items()),
+        verbs=VERBS,
     )
     parser.add_argument("model", help="model directory or Hub id")
     parser.add_argument("--memory", default="none,generic,fetched", help="kinds, with commas")
@@ -145,8 +143,7 @@ def _check(args: Namespace) -> list[str]:
 
 
 def main(words: Sequence[str]) -> None:
-    if verb := verb_of(words, VERBS):
-        importlib.import_module(VERBS[verb][0]).main(words[1:])
+    if run_verb(words, VERBS):
         return
     args = _parser().parse_args(words)
     modes = _check(args)

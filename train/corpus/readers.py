@@ -25,18 +25,14 @@ from typing import Any, BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
-from mlx_hmem.errors import UserError
+from mlx_hmem.errors import UserError, needed
 
 MAX_LINE = 1 << 26  # bytes; a longer line, or text file, is no document
 MAX_NAMED = 20  # faults printed; the report file holds more
 MAX_KEPT = 1000
 ZSTD_PIECE = 1 << 12  # bytes of a zstd file at a time: they may stand for 30,000 times as many
 PARQUET_ROWS = 256
-PACKAGES = {  # and the extra that brings them
-    ".zst": ("zstandard", "corpora"),
-    ".parquet": ("pyarrow.parquet", "corpora"),
-    ".pdf": ("pypdf", "remember"),
-}
+PACKAGES = {".zst": "zstandard", ".parquet": "pyarrow.parquet", ".pdf": "pypdf"}
 FOLDER_HELP = (
     "folder of *.jsonl, *.jsonl.gz, *.jsonl.zst or *.parquet files with id, title and text; where "
     "the folder itself has none, those in its subfolders are read; where these have none either, "
@@ -119,15 +115,8 @@ def _from_zstd(file: BinaryIO, zstandard: Any) -> Iterator[bytes]:
 
 def package_for(path: Path) -> ModuleType | None:
     """The package that reading ``path`` needs, if it needs one."""
-    name, extra = PACKAGES.get(path.suffix.lower(), ("", ""))
-    try:
-        return importlib.import_module(name) if name else None
-    except ImportError:
-        raise UserError(
-            f"reading {path.name} needs the package {name.partition('.')[0]}",
-            "it is not installed",
-            f"pip install 'mlx-hmem[{extra}]'",
-        ) from None
+    name = PACKAGES.get(path.suffix.lower())
+    return needed(name, f"reading {path.name}") if name else None
 
 
 def _good_ones(

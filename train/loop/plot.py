@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mlx_hmem.config import MemoryConfig
-from mlx_hmem.errors import ArgumentParser, UserError
+from mlx_hmem.errors import ArgumentParser, UserError, needed
 from mlx_hmem.files import atomic_file
 
 from ..data.arrays import load_mapped
@@ -211,15 +211,7 @@ def _draw_leaves(axes: Any, counts: np.ndarray) -> None:
 
 def import_pyplot() -> Any:
     """matplotlib's pyplot, drawing to files; UserError where the package is missing."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError(
-            "a picture needs the package matplotlib",
-            "it is not installed",
-            "pip install 'mlx-hmem[plot]'",
-        ) from None
-    matplotlib.use("Agg")  # to a file, without a display
+    needed("matplotlib", "a picture").use("Agg")  # to a file, without a display
     from matplotlib import pyplot
 
     return pyplot
