@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as load_tokenizer
@@ -14,7 +14,7 @@ from mlx_hmem.anchors.load import anchor_hash, load_anchor
 from mlx_hmem.bank import Bank
 from mlx_hmem.bank.views import check_name, read_views
 from mlx_hmem.budget.needs import read_needs
-from mlx_hmem.budget.plan import BudgetPlan, check_context, make_plan, plan_scoring
+from mlx_hmem.budget.plan import check_context, make_plan, plan_scoring
 from mlx_hmem.budget.resident import IMPORTS, resident_bytes, trim
 from mlx_hmem.config import HmemConfig
 from mlx_hmem.errors import UserError
@@ -65,23 +65,25 @@ def load(
 
     A folder with an anchor but no ``hmem.json`` gives a model without memory.
     """
-    limits = _Limits(memory_budget, context, scoring, resident_bytes() - IMPORTS)
+    base = resident_bytes() - IMPORTS
     folder = find_model(path_or_repo, MODEL_FILES if lazy else (*MODEL_FILES, *BANK_FILES))
     obtain = shards_from_hub(path_or_repo, folder) if lazy else None
     if not (folder / "config.json").exists():
         raise UserError("not a model directory: no config.json", folder, "name one, or restore it")
     hmem = read_hmem(folder, (BANK_FOLDER, "retriever"))
-    if hmem is None:
-        if view is not None:
-            raise UserError("a model without memory has no views", view, "leave it out")
-        plan = limits.plan(folder)
-        anchor, config = load_anchor(folder)
-        return limits.keep(MemoryModel(anchor, config, read_tokenizer(folder, config)), plan)
-    configs = {"": hmem, **added_banks(folder, hmem)}
+    if hmem is None and view is not None:
+        raise UserError("a model without memory has no views", view, "leave it out")
+    configs = {} if hmem is None else {"": hmem, **added_banks(folder, hmem)}
     places = {name: folder / BESIDE / name if name else folder for name in configs}
-    files = encoder_folder(folder, hmem)
-    plan = limits.plan(folder, [*places.values()], files, resident_levels, cache_bytes)
-    if plan is not None:
+    plan = None
+    if memory_budget is not None:
+        files = None if hmem is None else encoder_folder(folder, hmem)
+        needs = read_needs(folder, [*places.values()], files)
+        if scoring:
+            plan = plan_scoring(needs, memory_budget, context)
+        else:
+            plan = make_plan(needs, memory_budget, context, resident_levels, cache_bytes)
+        plan.apply()
         cache_bytes, resident_levels = plan.cache_bytes, plan.resident_levels
     options: dict[str, Any] = {"resident_levels": resident_levels, "level_folders": level_folders}
     encoder, banks = None, dict[str, RoutedBank]()
@@ -91,14 +93,20 @@ def load(
             inside = (place / BANK_FOLDER).relative_to(folder).as_posix()
             options["obtain"] = partial(obtain, inside)
         bank = open_bank(place, own, cache_bytes=cache_bytes // len(configs), **options)
-        encoder = encoder or open_encoder(folder, hmem)
+        encoder = encoder or open_encoder(folder, configs[""])
         banks[name] = RoutedBank(Retriever(encoder, open_tree(place, own)), bank)
         options = {}
     views = read_views(folder / BANK_FOLDER, {name: own.memory for name, own in configs.items()})
     anchor, config = load_anchor(folder)
     tokenizer = read_tokenizer(folder, config)
-    model = MemoryModel(anchor, config, tokenizer, *banks.pop(""), banks, views)
-    return limits.keep(model, plan).under(view)
+    retriever, first = banks.pop("") if banks else (None, None)
+    model = MemoryModel(anchor, config, tokenizer, retriever, first, banks, views)
+    if plan is not None:
+        trim()
+        model.keep_to(plan, base)
+    elif context is not None:
+        model.context = check_context(model.context, context)
+    return model if hmem is None else model.under(view)
 
 
 def read_hmem(folder: Path, parts: Sequence[str] = (BANK_FOLDER,)) -> HmemConfig | None:
@@ -163,43 +171,6 @@ def open_bank(folder: Path, hmem: HmemConfig, **options: Any) -> Bank:
             "restore the bank that belongs to this model",
         )
     return bank
-
-
-class _Limits(NamedTuple):
-    """What a model may take: the arguments of :func:`load`, and the resident bytes before it."""
-
-    memory_budget: int | None
-    context: int | None
-    scoring: bool
-    base: int
-
-    def plan(
-        self,
-        folder: Path,
-        models: Sequence[Path] = (),
-        encoder: Path | None = None,
-        resident_levels: tuple[int, ...] = (),
-        cache_bytes: int = 0,
-    ) -> BudgetPlan | None:
-        """Chosen and applied before anything is loaded; None without a budget."""
-        if self.memory_budget is None:
-            return None
-        needs = read_needs(folder, models, encoder)
-        if self.scoring:
-            plan = plan_scoring(needs, self.memory_budget, self.context)
-        else:
-            plan = make_plan(needs, self.memory_budget, self.context, resident_levels, cache_bytes)
-        plan.apply()
-        return plan
-
-    def keep(self, model: MemoryModel, plan: BudgetPlan | None) -> MemoryModel:
-        """The model, held to them."""
-        if plan is not None:
-            trim()
-            model.keep_to(plan, self.base)
-        elif self.context is not None:
-            model.context = check_context(model.context, self.context)
-        return model
 
 
 def read_tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerWrapper:
