@@ -16,6 +16,7 @@ from mlx_hmem.generation.options import (
     add_options,
     memory_options,
     open_model,
+    read_input,
     sampling_options,
     say,
     stops_of,
@@ -82,12 +83,7 @@ def _next_line(at_terminal: bool) -> str | None:
             return None
         except KeyboardInterrupt:
             say("\n/quit or Ctrl-D ends")
-    if sys.stdin is None:
-        raise UserError("standard input is closed", "mlx_hmem.chat", "pipe a text into it")
-    try:
-        return sys.stdin.buffer.readline().decode() or None
-    except UnicodeDecodeError as error:
-        raise UserError("standard input is not UTF-8 text", error, "convert it") from None
+    return read_input("mlx_hmem.chat", one_line=True) or None
 
 
 def _handle(conversation: Conversation, line: str) -> bool:
@@ -131,12 +127,7 @@ def _answer(conversation: Conversation, text: str) -> None:
 
 def _route(conversation: Conversation) -> str:
     fetch = conversation.fetch
-    if fetch is None:
-        return f"memory: {conversation.memory}, no answer yet"
-    path = "" if fetch.path is None else f" {fetch.path}"
-    path = f" of bank {fetch.bank},{path}" if fetch.bank else path
-    sources = ", ".join(f"level {b['level']} {b['source']}" for b in fetch.blocks)
-    return f"memory: {fetch.mode}{path}{f' ({sources})' if sources else ''}"
+    return f"memory: {conversation.memory}, no answer yet" if fetch is None else fetch.line()
 
 
 def _memory_command(conversation: Conversation, mode: str) -> None:

@@ -4,7 +4,6 @@ The text streams to standard output; the route and the timings go to standard er
 """
 
 import json
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -17,11 +16,13 @@ from mlx_hmem.generation.options import (
     add_options,
     memory_options,
     open_model,
+    read_input,
     sampling_options,
     say,
     stops_of,
 )
 from mlx_hmem.generation.template import chat_ids, check_system
+from mlx_hmem.model.fetch import Fetch
 from mlx_hmem.model.model import MemoryModel
 from mlx_hmem.model.stream import check_length, prompt_ids
 
@@ -48,7 +49,9 @@ def main(words: Sequence[str]) -> None:
     add_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
     args = parser.parse_args(words)
-    prompt, stops = read_prompt(args.prompt), check_stops(stops_of(args))
+    prompt, stops = args.prompt, check_stops(stops_of(args))
+    if prompt == "-":
+        prompt = read_input("--prompt -").rstrip("\n")
     model = open_model(args)
     start = time.perf_counter()
     ids = ids_of(model, prompt, args.system_prompt, args.raw)
@@ -75,7 +78,7 @@ def main(words: Sequence[str]) -> None:
         print(json.dumps(result, ensure_ascii=False))
     else:
         print()
-        say(summary(result))
+        say(summary(fetch, result))
     if note := said_of(result["text"], piece, args.max_tokens):
         say(note)
     if fetch.damage:
@@ -98,25 +101,10 @@ def ids_of(model: MemoryModel, prompt: str, system: str | None, raw: bool) -> li
     return check_length(chat_ids(tokenizer, system, [], prompt), model.context)
 
 
-def read_prompt(prompt: str) -> str:
-    if prompt != "-":
-        return prompt
-    if sys.stdin is None:
-        raise UserError("standard input is closed", "--prompt -", "pipe a text into it")
-    try:
-        return sys.stdin.buffer.read().decode().rstrip("\n")
-    except UnicodeDecodeError as error:
-        raise UserError("standard input is not UTF-8 text", error, "convert it") from None
-
-
-def summary(result: dict[str, Any]) -> str:
+def summary(fetch: Fetch, result: dict[str, Any]) -> str:
     memory = result["memory"]
-    where = "" if memory["path"] is None else f" {tuple(memory['path'])}"
-    where = f" of bank {memory['bank']},{where}" if "bank" in memory else where
-    sources = ", ".join(f"level {b['level']} {b['source']}" for b in memory["blocks"])
     return (
-        f"memory: {memory['mode']}{where}{f' ({sources})' if sources else ''}, "
-        f"{memory['bytes_read']:,} bytes read; route {memory['route_ms']:.1f} ms, "
+        f"{fetch.line()}, {memory['bytes_read']:,} bytes read; route {memory['route_ms']:.1f} ms, "
         f"fetch {memory['fetch_ms']:.1f} ms, first token {result['ttft_ms']:.0f} ms, "
         f"{result['tokens_per_s']:.0f} tokens/s, peak {result['peak_memory_bytes'] / 1e6:.0f} MB"
     )

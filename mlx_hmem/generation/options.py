@@ -17,6 +17,16 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def read_input(what: str, one_line: bool = False) -> str:
+    """Standard input, or the next line of it; UserError where there is no text for ``what``."""
+    if sys.stdin is None:
+        raise UserError("standard input is closed", what, "pipe a text into it")
+    try:
+        return (sys.stdin.buffer.readline() if one_line else sys.stdin.buffer.read()).decode()
+    except UnicodeDecodeError as error:
+        raise UserError("standard input is not UTF-8 text", error, "convert it") from None
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", default="demo", help="folder or Hub id (default: demo, the bundled model)"

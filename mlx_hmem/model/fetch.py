@@ -44,6 +44,13 @@ class Fetch:
         arrived = 0.0 if rows is None or isinstance(rows, tuple) else rows.arrived_ms
         return arrived or self.fetch_ms
 
+    def line(self) -> str:
+        """Which memory it is, of which blocks from where, for people."""
+        path = "" if self.path is None else f" {self.path}"
+        path = f" of bank {self.bank},{path}" if self.bank else path
+        sources = ", ".join(f"level {b['level']} {b['source']}" for b in self.blocks)
+        return f"memory: {self.mode}{path}{f' ({sources})' if sources else ''}"
+
     def to_dict(self) -> dict[str, Any]:
         """All but the memory itself, as JSON values; ``fetch_ms`` is ``arrived_ms``."""
         return {
