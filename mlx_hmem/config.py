@@ -5,16 +5,18 @@ newer format is never silently ignored.
 """
 
 import dataclasses
+import inspect
 import json
 import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import open_regular, read_exactly, strict_json
+from mlx_hmem.files import is_whole, open_regular, read_exactly, strict_json
 
 FORMAT_VERSION = 1
 # The rows of one unit of r in one layer (paper, section 3): how many are as wide as which size of
@@ -39,16 +41,11 @@ class JsonConfig:
         name = source or cls.__name__
         if not isinstance(values, dict):
             raise UserError(f"{name} is not a JSON object", repr(values)[:80], "restore the file")
-        fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        if unknown := sorted(set(values) - set(fields)):
-            raise UserError(
-                f"unknown key in {name}", unknown[0], f"known keys are {', '.join(fields)}"
-            )
-        required = {
-            n
-            for n, f in fields.items()
-            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        }
+        known = inspect.signature(cls).parameters
+        if unknown := sorted(set(values) - set(known)):
+            remedy = f"known keys are {', '.join(known)}"
+            raise UserError(f"unknown key in {name}", unknown[0], remedy)
+        required = {n for n, each in known.items() if each.default is each.empty}
         if missing := sorted(required - set(values)):
             raise UserError(f"missing key in {name}", missing[0], "add it or restore the file")
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
@@ -69,20 +66,20 @@ def _placement(layers: Any, num_layers: int) -> tuple[int, ...] | None:
     where, _, text = str(layers).partition(" ")
     count = int(text) if text.isdecimal() else 0
     starts = {"first": 0, "middle": (num_layers - count) // 2, "last": num_layers - count}
-    if where not in starts or not 1 <= count <= num_layers:
-        raise UserError(
-            "no such placement of memory",
-            repr(layers),
-            f"use all, first N, middle N or last N with N up to {num_layers}, or a list of layers",
-        )
+    known = f"all, first N, middle N or last N with N up to {num_layers}, or a list of layers"
+    right = where in starts and 1 <= count <= num_layers
+    _check(right, "no such placement of memory", repr(layers), f"use {known}")
     return tuple(range(starts[where], starts[where] + count))
 
 
+def _check(right: bool, what: str, value: object, remedy: str = "correct it") -> None:
+    if not right:
+        raise UserError(what, value, remedy)
+
+
 def _positive_int(name: str, value: Any, least: int = 1) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UserError(
-            f"{name} is not a whole number of {least} or more", repr(value), "correct it"
-        )
+    right = type(value) is int and value >= least
+    _check(right, f"{name} is not a whole number of {least} or more", repr(value))
 
 
 @dataclass(frozen=True)
@@ -109,52 +106,39 @@ class MemoryConfig(JsonConfig):
     def __post_init__(self) -> None:
         _positive_int("hidden_size", self.hidden_size)
         _positive_int("num_hidden_layers", self.num_hidden_layers)
-        if self.kind not in ROWS_OF_KIND:
-            raise UserError(
-                "unknown memory kind", repr(self.kind), f"use one of {', '.join(ROWS_OF_KIND)}"
-            )
-        if not isinstance(self.gated, bool):
-            raise UserError("gated is not true or false", repr(self.gated), "correct it")
+        known = f"use one of {', '.join(ROWS_OF_KIND)}"
+        _check(self.kind in ROWS_OF_KIND, "unknown memory kind", repr(self.kind), known)
+        _check(isinstance(self.gated, bool), "gated is not true or false", repr(self.gated))
         for name in ("intermediate_size", "query_size", "key_value_size"):
             _positive_int(name, getattr(self, name), least=int(name in ROWS_OF_KIND[self.kind]))
         self._check_layers()
         for name in ("r", "branching"):
-            if not isinstance(getattr(self, name), tuple):
-                raise UserError(
-                    f"{name} is not a list", repr(getattr(self, name)), "give one number per level"
-                )
-        if not 1 <= len(self.r) <= MAX_DEPTH or len(self.r) != len(self.branching):
-            raise UserError(
-                "r and branching need one entry per level, 1 to 8 of them",
-                f"r {self.r}, branching {self.branching}",
-                "give both the same length",
-            )
+            value, remedy = getattr(self, name), "give one number per level"
+            _check(isinstance(value, tuple), f"{name} is not a list", repr(value), remedy)
+        _check(
+            1 <= len(self.r) <= MAX_DEPTH and len(self.r) == len(self.branching),
+            "r and branching need one entry per level, 1 to 8 of them",
+            f"r {self.r}, branching {self.branching}",
+            "give both the same length",
+        )
         for value in self.r:
             _positive_int("r", value, least=0)
         for value in self.branching:
             _positive_int("branching", value, least=2)
-        if not any(self.r):
-            raise UserError("no level has memory", f"r {self.r}", "make one r at least 1")
-        if self.num_clusters[-1] > MAX_CLUSTERS:
-            raise UserError(
-                "too many clusters", self.num_clusters[-1], f"stay within {MAX_CLUSTERS}"
-            )
+        _check(any(self.r), "no level has memory", f"r {self.r}", "make one r at least 1")
+        most = self.num_clusters[-1]
+        _check(most <= MAX_CLUSTERS, "too many clusters", most, f"stay within {MAX_CLUSTERS}")
 
     def _check_layers(self) -> None:
-        if self.layers is None:
-            return
-        known = range(self.num_hidden_layers)
-        if (
-            not isinstance(self.layers, tuple)
-            or not self.layers
-            or not all(type(i) is int and i in known for i in self.layers)
-            or sorted(set(self.layers)) != list(self.layers)
-        ):
-            raise UserError(
-                "layers is not a rising list of layers",
-                repr(self.layers),
-                f"use numbers from 0 to {self.num_hidden_layers - 1}, or null for all",
-            )
+        layers, most = self.layers, self.num_hidden_layers - 1
+        right = layers is None or (
+            isinstance(layers, tuple)
+            and len(layers) > 0
+            and all(is_whole(i, most) for i in layers)
+            and sorted(set(layers)) == list(layers)
+        )
+        remedy = f"use numbers from 0 to {most}, or null for all"
+        _check(right, "layers is not a rising list of layers", repr(layers), remedy)
 
     @property
     def num_levels(self) -> int:
@@ -231,23 +215,16 @@ class MemoryConfig(JsonConfig):
             raise UserError(
                 "a cluster path is not a sequence of whole numbers", repr(path), "use (3, 51)"
             ) from None
-        if not (self.num_levels if whole else 1) <= len(result) <= self.num_levels:
-            raise UserError(
-                f"a cluster path needs {'' if whole else '1 to '}{self.num_levels} levels",
-                result,
-                "route with this model",
-            )
+        least, most = self.num_levels if whole else 1, self.num_levels
+        what = f"a cluster path needs {'' if whole else '1 to '}{most} levels"
+        _check(least <= len(result) <= most, what, result, "route with this model")
         for level, (index, count) in enumerate(zip(result, self.num_clusters, strict=False), 1):
-            if not 0 <= index < count:
-                raise UserError(f"no such cluster on level {level}", index, f"use 0 to {count - 1}")
-        for level in range(1, len(result)):
-            if result[level] // self.branching[level] != result[level - 1]:
-                raise UserError(
-                    "not a cluster path",
-                    result,
-                    f"cluster {result[level]} of level {level + 1} lies under cluster "
-                    f"{result[level] // self.branching[level]} of level {level}",
-                )
+            what = f"no such cluster on level {level}"
+            _check(0 <= index < count, what, index, f"use 0 to {count - 1}")
+        for level, (above, index) in enumerate(pairwise(result), 1):
+            if (under := index // self.branching[level]) != above:
+                remedy = f"{index} of level {level + 1} lies under cluster {under} of level {level}"
+                raise UserError("not a cluster path", result, f"cluster {remedy}")
         return result
 
     def path_to(self, level: int, cluster: int) -> ClusterPath:
@@ -282,8 +259,8 @@ class RetrieverConfig(JsonConfig):
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not isinstance(value, str):
-                raise UserError(f"{name} is not a text", repr(value)[:80], "restore hmem.json")
+            right = isinstance(value, str)
+            _check(right, f"{name} is not a text", repr(value)[:80], "restore hmem.json")
 
 
 @dataclass(frozen=True)
