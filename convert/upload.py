@@ -217,8 +217,7 @@ _SIZES = (
 def _memory_parts(directory: Path) -> dict[str, str]:
     hmem = HmemConfig.from_file(directory / "hmem.json")
     manifest = Manifest.from_file(directory / BANK_FOLDER / MANIFEST)
-    memory = hmem.memory
-    shards = [shard for level in manifest.all_levels for shard in level.shards]
+    memory, shards = hmem.memory, manifest.shards
     table = TABLE.format(
         parameters=memory.bank_parameters,
         clusters=" × ".join(map(str, memory.branching)),

@@ -179,8 +179,9 @@ class MemoryConfig(JsonConfig):
         return (layers, r * sum(rows * width for rows, width in self.groups))
 
     def block_shape(self, level: int) -> tuple[int, ...]:
-        """:meth:`shape_of` a block of ``level`` (1 = coarsest)."""
-        return self.shape_of(self.r[level - 1])
+        """:meth:`shape_of` a block of ``level`` (1 = coarsest); of 0, the generic memory, r is the
+        sum over the levels."""
+        return self.shape_of(self.r[level - 1] if level else sum(self.r))
 
     @property
     def fetched_parameters(self) -> int:

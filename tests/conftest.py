@@ -63,7 +63,7 @@ def save_bank(folder: Path, config, anchor: str, tree: str, size=0.6, seed=0, **
 
     levels = [[block(config.block_shape(level)) for _ in range(count)]
               for level, count in enumerate(config.num_clusters, 1)]  # fmt: skip
-    generic = block(config.shape_of(sum(config.r)))
+    generic = block(config.block_shape(0))
     shutil.rmtree(folder, ignore_errors=True)
     options = {"dtype": "float32", "anchor_hash": anchor, "tree_hash": tree} | options
     write_bank(folder, config, levels, generic, **options)

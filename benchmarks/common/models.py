@@ -28,6 +28,7 @@ from convert.torch_files.tensors import ITEM_SIZES, safetensors_header
 from mlx_hmem.anchors.load import anchor_hash, named_parameters
 from mlx_hmem.anchors.openlm import PRESETS, Model
 from mlx_hmem.bank import Bank, Manifest, Quantization, rewrite_bank, stored_levels
+from mlx_hmem.bank.format import Key
 from mlx_hmem.config import FORMAT_VERSION, ClusterPath, HmemConfig, MemoryConfig, RetrieverConfig
 from mlx_hmem.files import fingerprint, write_atomic
 from mlx_hmem.model.load import read_tokenizer
@@ -49,7 +50,6 @@ ANCHORS: tuple[Anchor, ...] = get_args(Anchor)
 BITS: tuple[Bits, ...] = get_args(Bits)
 GROUP = 64  # values that share a scale and a bias
 
-Key = tuple[int, int]  # (level, cluster)
 VOCAB = 50_432
 POOL = 4096  # random texts whose vectors become centroids
 Dtype = Literal["float32", "bfloat16"]

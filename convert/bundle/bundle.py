@@ -58,8 +58,7 @@ class Bundle:
     @cached_property
     def shards(self) -> dict[str, Path]:
         """The shards of the bank, by their names in the bundle."""
-        manifest = self.model.require_bank().manifest
-        names = [shard.file for level in manifest.all_levels for shard in level.shards]
+        names = [shard.file for shard in self.model.require_bank().manifest.shards]
         return {f"{BANK_FOLDER}/{name}": self.folder / BANK_FOLDER / name for name in names}
 
     @cached_property

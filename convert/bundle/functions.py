@@ -196,11 +196,8 @@ class Functions:
 
 
 def _block(manifest: Manifest, level: int, stored: Arrays) -> mx.array:
-    how = manifest.quantization_of(level)
-    if how is None:
-        return stored[0]
     dtype = STORED_TYPES[manifest.dtype].dtype
-    return dequantize_block(stored, manifest.memory, dtype, how)
+    return dequantize_block(stored, manifest.memory, dtype, manifest.quantization_of(level))
 
 
 def dtype_and_shape(part: Part | mx.array) -> dict[str, Any]:

@@ -185,7 +185,7 @@ class _ChangedBlocks:
         arrays = [after] if how is None else quantize_block(after, config, how, lost)
         if new.dtype != old.dtype:  # the rounding to it counts too
             lost = RoundingErrors()
-            back = after if how is None else dequantize_block(arrays, config, after.dtype, how)
+            back = dequantize_block(arrays, config, after.dtype, how)
             for one, other in zip(before, back, strict=True):  # layer by layer
                 lost.add(one.astype(mx.float32), other.astype(mx.float32))
         self.errors.merge(lost, lost.relative)

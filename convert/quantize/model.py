@@ -49,7 +49,7 @@ class ModelChange:
         files = [self.folder / file for file in self.files] + weight_files(self.folder)
         files.append(self.folder / "config.json")
         if self.bank is not None:
-            shards = [s.file for level in self.bank.before.all_levels for s in level.shards]
+            shards = [shard.file for shard in self.bank.before.shards]
             files += [self.folder / BANK_FOLDER / name for name in (MANIFEST, *shards)]
             files.append(self.folder / "hmem.json")
         return identity_of(

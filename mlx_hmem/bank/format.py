@@ -28,6 +28,7 @@ PAGE = 16_384  # Apple's page; a multiple of the 4,096 bytes elsewhere
 MAX_MANIFEST = 1 << 29  # 16 hex digits for each of 2**24 clusters are half of it
 GENERIC = 0  # the level number under which the generic memory is kept
 REMEDY = "fetch or export the bank again"
+Key = tuple[int, int]  # level and cluster of a block
 
 
 class StoredType(NamedTuple):
@@ -116,18 +117,13 @@ def stored_levels(config: MemoryConfig) -> list[int]:
     return list(stored_r(config))
 
 
-def block_shape(config: MemoryConfig, level: int) -> tuple[int, ...]:
-    """``config.block_shape``; for GENERIC that of a block whose r is the sum over the levels."""
-    return config.shape_of(sum(config.r) if level == GENERIC else config.r[level - 1])
-
-
 def block_parts(
     config: MemoryConfig, level: int, dtype: str, quantization: Quantization | None
 ) -> tuple[Part, ...]:
     """The arrays of which a stored block consists, one after the other without a gap."""
     stored = STORED_TYPES[dtype].dtype
     if quantization is None:
-        return (Part(stored, block_shape(config, level)),)
+        return (Part(stored, config.block_shape(level)),)
     return quantized_parts(group_shapes(config, stored_r(config)[level]), stored, quantization)
 
 
@@ -217,6 +213,11 @@ class Manifest(JsonConfig):
     def all_levels(self) -> tuple[Level, ...]:
         """The generic memory first, then the levels that have files."""
         return (self.generic, *self.levels)
+
+    @property
+    def shards(self) -> list[Shard]:
+        """The files of all levels."""
+        return [shard for level in self.all_levels for shard in level.shards]
 
     @classmethod
     def from_file(cls, path: Path) -> "Manifest":

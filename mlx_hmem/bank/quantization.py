@@ -190,10 +190,15 @@ def _check_loss(before: mx.array, after: mx.array, mode: str) -> None:
 
 
 def dequantize_block(
-    parts: Sequence[mx.array], config: MemoryConfig, dtype: mx.Dtype, quantization: Quantization
+    parts: Sequence[mx.array],
+    config: MemoryConfig,
+    dtype: mx.Dtype,
+    quantization: Quantization | None,
 ) -> mx.array:
     """The block (``MemoryConfig.shape_of``) in ``dtype`` that :func:`quantize_block` took apart, or
-    some of its layers where ``parts`` are of those."""
+    some of its layers where ``parts`` are of those; the one part where it is not quantised."""
+    if quantization is None:
+        return parts[0]
     each = len(parts) // len(config.groups)
     groups = [
         _dequantize(parts[first : first + each], dtype, quantization)

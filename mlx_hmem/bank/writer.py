@@ -24,7 +24,6 @@ from mlx_hmem.bank.format import (
     Level,
     Manifest,
     Shard,
-    block_shape,
     num_blocks,
     shard_name,
 )
@@ -119,7 +118,7 @@ def _stored(
         return stored_bytes(bank, level, cluster)
     if block is None or isinstance(block, list):
         return block
-    shape = block_shape(planned.memory, level)
+    shape = planned.memory.block_shape(level)
     where = f"block {cluster} on level {level}"
     if tuple(block.shape) != shape:
         raise UserError(f"wrong shape of {where}", tuple(block.shape), f"the config needs {shape}")

@@ -12,12 +12,10 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_hmem.bank import Bank
-from mlx_hmem.bank.format import STORED_TYPES, block_shape
+from mlx_hmem.bank.format import STORED_TYPES, Key
 from mlx_hmem.bank_tools.contents import OpenBank
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import atomic_file
-
-Key = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,7 @@ def _write_safetensors(opened: OpenBank, keys: Sequence[Key], out: Path) -> None
     header: dict[str, object] = {"__metadata__": metadata}
     start = 0
     for key in keys:
-        shape = block_shape(bank.config, key[0])
+        shape = bank.config.block_shape(key[0])
         end = start + math.prod(shape) * stored.dtype.size
         offsets = [start, end]
         header[exported_name(key)] = dict(dtype=stored.tag, shape=shape, data_offsets=offsets)

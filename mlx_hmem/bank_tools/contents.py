@@ -12,14 +12,13 @@ from typing import NamedTuple
 
 from mlx_hmem.bank import Bank
 from mlx_hmem.bank.documents import MAX_TERMS, Document, read_documents
+from mlx_hmem.bank.format import Key
 from mlx_hmem.bank.views import Views, read_views
 from mlx_hmem.config import ClusterPath, HmemConfig, MemoryConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.model.find import BANK_FILES, BANK_FOLDER, BESIDE, MODEL_FILES, find_model
 from mlx_hmem.model.load import added_banks, open_bank, open_tree
 from mlx_hmem.retriever import ClusterTree
-
-Key = tuple[int, int]
 
 
 class OpenBank(NamedTuple):

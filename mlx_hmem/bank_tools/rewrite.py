@@ -79,8 +79,8 @@ def split(folder: Path, opened: OpenBank, views: Views, path: ClusterPath, out: 
         documents = list(_documents_below(opened, path))
         if documents:
             write_documents(part / BANK_FOLDER, documents)
-    count = sum(len(level.shards) for level in manifest.all_levels)
-    return f"{out} has the subtree {path} alone, in {count} files; {len(documents)} documents"
+    count = f"{len(manifest.shards)} files; {len(documents)} documents"
+    return f"{out} has the subtree {path} alone, in {count}"
 
 
 def _subtree(

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
+from mlx_hmem.bank.format import Key
 from mlx_hmem.bank.views import Views, shown
-from mlx_hmem.bank_tools.contents import Cluster, Contents, Key, stored_as
+from mlx_hmem.bank_tools.contents import Cluster, Contents, stored_as
 from mlx_hmem.bank_tools.effects import Effects
 from mlx_hmem.config import ClusterPath
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_hmem.bank import Bank
-from mlx_hmem.bank.format import PAGE, STORED_TYPES, block_shape
+from mlx_hmem.bank.format import PAGE, STORED_TYPES
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import read_safetensors_header
@@ -25,13 +25,13 @@ from tests.helpers.write_bank import write_bank
 CONFIG = MemoryConfig(hidden_size=8, num_hidden_layers=2, r=(3, 0, 2), branching=(2, 2, 3))
 PATH = (1, 3, 10)
 HASHES = {"anchor_hash": "xxh3:a", "tree_hash": "xxh3:t"}
-BLOCK_BYTES = {level: 4 * int(np.prod(block_shape(CONFIG, level))) for level in (0, 1, 3)}
+BLOCK_BYTES = {level: 4 * int(np.prod(CONFIG.block_shape(level))) for level in (0, 1, 3)}
 
 
 def block_of(level: int, cluster: int, config: MemoryConfig = CONFIG) -> np.ndarray:
     """A block of its own for each (level, cluster); level 0 is the generic memory."""
     rng = np.random.default_rng((level, cluster))
-    return rng.standard_normal(block_shape(config, level), dtype=np.float32)
+    return rng.standard_normal(config.block_shape(level), dtype=np.float32)
 
 
 def blocks_of(level: int, config: MemoryConfig = CONFIG) -> Iterator[np.ndarray]:

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_hmem.bank import Bank, Manifest
-from mlx_hmem.bank.format import PAGE, block_shape
+from mlx_hmem.bank.format import PAGE
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.memory import FetchedMemory
@@ -31,7 +31,7 @@ HASHES = {"anchor_hash": "xxh3:a", "tree_hash": "xxh3:t"}
 
 def block_of(level: int, cluster: int) -> np.ndarray:
     rng = np.random.default_rng((level, cluster))
-    return rng.standard_normal(block_shape(CONFIG, level), dtype=np.float32)
+    return rng.standard_normal(CONFIG.block_shape(level), dtype=np.float32)
 
 
 def make(folder: Path) -> Path:
@@ -130,7 +130,7 @@ def test_failing_disk_is_an_error_that_names_the_block(folder, monkeypatch):
 
 def test_swapped_shards_are_refused(folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
-    levels = [[np.ones(block_shape(CONFIG, 1))] * 2, [np.ones(block_shape(CONFIG, 2))] * 4]
+    levels = [[np.ones(CONFIG.block_shape(1))] * 2, [np.ones(CONFIG.block_shape(2))] * 4]
     write_bank(other, CONFIG, levels, block_of(0, 0), dtype="float32", **HASHES)
     (other / SHARDS[1]).replace(folder / SHARDS[1])
     assert "level 2, cluster 0 of the bank is damaged" in refusal(folder)
@@ -301,8 +301,8 @@ def test_killed_writer_leaves_no_bank_and_can_start_again(tmp_path: Path, cluste
 
 def test_writer_refuses_what_it_cannot_keep(tmp_path: Path) -> None:
     one, two = ([block_of(level, c) for c in range(2**level)] for level in (1, 2))
-    infinite = [np.full(block_shape(CONFIG, 1), 1e6)] * 2  # beyond float16
-    nan = [np.full(block_shape(CONFIG, 1), np.nan)] * 2
+    infinite = [np.full(CONFIG.block_shape(1), 1e6)] * 2  # beyond float16
+    nan = [np.full(CONFIG.block_shape(1), np.nan)] * 2
 
     def written(levels: list, generic: np.ndarray | None = None, dtype: str = "float16") -> None:
         write_bank(tmp_path, CONFIG, levels, generic, dtype=dtype, **HASHES)

@@ -11,7 +11,7 @@ import pytest
 
 from mlx_hmem.anchors.attach import attach_memory
 from mlx_hmem.bank import Bank, Manifest, Quantization, stored_levels
-from mlx_hmem.bank.format import PAGE, STORED_TYPES, block_shape
+from mlx_hmem.bank.format import PAGE, STORED_TYPES
 from mlx_hmem.bank.quantization import MODES
 from mlx_hmem.config import ROWS_OF_KIND, MemoryConfig
 from mlx_hmem.files import read_safetensors_header
@@ -38,7 +38,7 @@ KINDS = {
 
 def block_of(config: MemoryConfig, level: int, cluster: int, size: float = 0.3) -> np.ndarray:
     rng = np.random.default_rng((level, cluster))
-    return size * rng.standard_normal(block_shape(config, level), dtype=np.float32)
+    return size * rng.standard_normal(config.block_shape(level), dtype=np.float32)
 
 
 def make(
@@ -248,7 +248,7 @@ def test_levels_differ_and_the_others_stay_as_they_were(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("mode", "bits", "group_size"), EACH)
 def test_no_block_is_a_hole_of_zeros(tmp_path: Path, mode: str, bits: int, group_size: int) -> None:
     how = all_levels(CONFIG, mode, bits, group_size)
-    zeros = np.zeros(block_shape(CONFIG, 2), np.float32)
+    zeros = np.zeros(CONFIG.block_shape(2), np.float32)
     write_bank(tmp_path, CONFIG, [[None] * 2, [zeros] * 4], None, quantization=how, **HASHES)
     data = (tmp_path / SHARDS[0]).read_bytes()
     assert not any(data[PAGE:])

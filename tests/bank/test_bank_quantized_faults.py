@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_hmem.bank import Bank, Quantization
-from mlx_hmem.bank.format import PAGE, block_shape
+from mlx_hmem.bank.format import PAGE
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
 from tests.bank import test_bank_faults as plain
@@ -174,7 +174,7 @@ def test_writer_refuses_what_it_cannot_quantise(tmp_path: Path) -> None:
 
     q, lora = Quantization, dataclasses.replace(KINDS["lora_vo"], r=(1, 1), branching=(2, 2))
     odd = MemoryConfig(hidden_size=16, num_hidden_layers=1, r=(1, 1), branching=(2, 2))
-    nan, huge = ([np.full(block_shape(CONFIG, 1), value)] * 2 for value in (np.nan, 65504.0))
+    nan, huge = ([np.full(CONFIG.block_shape(1), value)] * 2 for value in (np.nan, 65504.0))
     apart = [block * np.float32(6e4) / np.abs(block).max() for block in one]
     small, large = ([block * np.float32(f) for block in one] for f in (0.003, 1e6))
     partly = [block * np.array([1, 1, 0.003], np.float32)[:, None, None] for block in one]

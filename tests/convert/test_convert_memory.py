@@ -18,7 +18,7 @@ from convert.torch_files.writer import write_torch
 from mlx_hmem import load
 from mlx_hmem.anchors.load import anchor_hash, load_anchor, named_parameters
 from mlx_hmem.bank import Bank, Quantization
-from mlx_hmem.bank.format import PAGE, block_shape, num_blocks
+from mlx_hmem.bank.format import PAGE, num_blocks
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.files import save_safetensors
 from tests.conftest import MEMORY, edit_json
@@ -102,7 +102,7 @@ def test_tables_that_lie_turned_in_the_file_are_read_as_they_are_meant(layout, t
         count = num_blocks(MEMORY, level)
         out = np.empty(count * tensors.block_size(), np.uint32)
         blocks = tensors.read(0, count, "F32", out).view("f4")
-        blocks = blocks.reshape(count, *block_shape(MEMORY, level))
+        blocks = blocks.reshape(count, *MEMORY.block_shape(level))
         for layer in range(2):
             where = f"levels.{level}" if level else "generic"
             own = expected[f"layers.{layer}.memory.{where}.down"]

@@ -17,7 +17,7 @@ from mlx_hmem.anchors.attach import attach_memory
 from mlx_hmem.anchors.load import anchor_hash, anchor_of_config, load_anchor, named_parameters
 from mlx_hmem.anchors.openlm import Model, ModelArgs
 from mlx_hmem.bank import Bank, stored_levels
-from mlx_hmem.bank.format import block_shape, num_blocks
+from mlx_hmem.bank.format import num_blocks
 from mlx_hmem.config import HmemConfig, MemoryConfig
 from mlx_hmem.evaluate import perplexity
 from mlx_hmem.files import save_safetensors
@@ -42,7 +42,7 @@ ANCHOR_OPTIONS = ["--anchor-bits", "4", "--anchor-group-size", "32"]
 
 def block_of(config: MemoryConfig, level: int, cluster: int) -> np.ndarray:
     rng = np.random.default_rng((level, cluster))
-    return rng.normal(0, 0.5, block_shape(config, level)).astype(np.float32)
+    return rng.normal(0, 0.5, config.block_shape(level)).astype(np.float32)
 
 
 def save_bank(folder: Path, config: MemoryConfig, hmem: HmemConfig) -> None:
@@ -103,7 +103,7 @@ def assert_same(first: dict[str, mx.array], second: dict[str, mx.array]) -> None
 def rounded(config: MemoryConfig, level: int, cluster: int, how: tuple | None) -> np.ndarray:
     """A block as MLX itself quantises and dequantises it, out of the float16 that was stored."""
     if (level, cluster) == (1, 1):
-        return np.zeros(block_shape(config, level), np.float16)
+        return np.zeros(config.block_shape(level), np.float16)
     block = mx.array(block_of(config, level, cluster)).astype(mx.float16)
     if how is None:
         return np.array(block)

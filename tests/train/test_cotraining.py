@@ -153,7 +153,7 @@ def test_the_generic_block_is_the_memory_that_the_anchor_was_trained_with(make: 
         trainee.step(np.arange(4 * step, 4 * step + 4), 0.02)
     trainee.save(Path(), Progress({}))
     block = mx.array(generic_block(trainee.store))
-    assert block.shape == config.shape_of(sum(config.r))
+    assert block.shape == config.block_shape(0)
     levels = [
         trainee.store.gather(n, np.array([c]), 1)[0][0]
         for n, c in enumerate(generic_path(config), 1)

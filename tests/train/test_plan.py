@@ -91,7 +91,7 @@ def test_sizes_are_those_of_the_anchor_and_of_the_written_bank(tmp_path, quantiz
         np.zeros((count, *config.block_shape(level)), np.float32)
         for level, count in enumerate(config.num_clusters, 1)
     ]
-    generic = np.zeros(config.shape_of(sum(config.r)), np.float32)
+    generic = np.zeros(config.block_shape(0), np.float32)
     how = None
     if quantization is not None:
         how = [recipe.export.quantization_of(level) for level in range(3)]

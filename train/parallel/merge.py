@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from mlx_hmem.bank.format import Key
 from mlx_hmem.errors import ArgumentParser, UserError
 
 from ..data.order import SubtreeOrder
@@ -23,7 +24,7 @@ from ..loop.loop import identity_of
 from ..ranks import Ranks
 from ..recipe.recipe import Recipe, add_recipe_arguments, load_recipe
 from ..stages import run_stages
-from ..store.blocks import BlockStore, Key
+from ..store.blocks import BlockStore
 from ..store.checkpoint import Progress, check_identity
 from ..store.records import check_free_space
 from .subtrees import check_subtrees, subtree_name

@@ -23,6 +23,7 @@ import mlx.nn as nn
 import numpy as np
 from tqdm import tqdm
 
+from mlx_hmem.bank.format import Key
 from mlx_hmem.files import load_safetensors, save_safetensors, write_atomic
 
 from ..data.order import Stream
@@ -38,7 +39,6 @@ PATIENCE = 2  # passes without a better held-out loss
 BETTER = 1e-3  # how much smaller, relative, a perplexity must be to count
 PASSES = 4  # where nothing is held out
 MOST_PASSES = 40
-Key = tuple[int, int]
 
 
 @dataclass(frozen=True)

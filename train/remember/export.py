@@ -13,7 +13,7 @@ import numpy as np
 
 from mlx_hmem.anchors.load import anchor_hash, read_config
 from mlx_hmem.bank.documents import Document, read_documents, write_documents
-from mlx_hmem.bank.format import MANIFEST, Manifest
+from mlx_hmem.bank.format import MANIFEST, Key, Manifest
 from mlx_hmem.bank.views import VIEWS, read_views, write_views
 from mlx_hmem.bank.writer import Given, rewrite_bank
 from mlx_hmem.bank_tools.folders import TREE, link_model
@@ -25,7 +25,6 @@ from mlx_hmem.model.load import added_banks, open_encoder, open_tree, read_hmem
 from mlx_hmem.retriever import ClusterTree, Encoder, load_encoder
 
 from ..export import place_encoder
-from .blocks import Key
 from .run import Settings
 
 CARD = """# A model with remembered documents

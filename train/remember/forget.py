@@ -22,7 +22,7 @@ import numpy as np
 
 from mlx_hmem.anchors.load import load_anchor
 from mlx_hmem.bank.documents import Document, find_document, write_documents
-from mlx_hmem.bank.format import GENERIC
+from mlx_hmem.bank.format import GENERIC, Key
 from mlx_hmem.bank.writer import Given, rewrite_bank
 from mlx_hmem.bank_tools.folders import BANK, link_model
 from mlx_hmem.errors import ArgumentParser, UserError
@@ -36,7 +36,7 @@ from ..corpus.readers import Faults
 from ..corpus.readers_files import own_files
 from ..data.arrays import load_mapped, save_array
 from ..stages import alone
-from .blocks import Key, Trainer, subtree_folder, subtrees_of, trained_blocks
+from .blocks import Trainer, subtree_folder, subtrees_of, trained_blocks
 from .command import run_folder, text_of
 from .export import Base, open_base, write_card
 from .proof import proof, report_lines

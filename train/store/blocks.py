@@ -22,6 +22,7 @@ from typing import NamedTuple, Self
 import mlx.core as mx
 import numpy as np
 
+from mlx_hmem.bank.format import Key
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.memory import initial_block
 
@@ -30,7 +31,6 @@ from .records import TRANSACTION_BYTES, RecordStore, check_free_space
 
 CACHE_BYTES = 1 << 30
 BLOCK = b"block"  # how the names of their records begin
-Key = tuple[int, int]  # level, cluster
 
 
 class Entry(NamedTuple):

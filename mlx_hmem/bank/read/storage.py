@@ -8,10 +8,9 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlx_hmem.bank.format import GENERIC, PAGE, REMEDY, STORED_TYPES, Manifest
+from mlx_hmem.bank.format import GENERIC, PAGE, REMEDY, STORED_TYPES, Key, Manifest
 from mlx_hmem.bank.quantization import Part, dequantize_block
 from mlx_hmem.bank.read.blocks import BlockReader, Place, Reading, StoredBlock
-from mlx_hmem.bank.read.cache import Key
 from mlx_hmem.bank.read.shards import OpenShard, Shards
 from mlx_hmem.errors import UserError
 
@@ -95,12 +94,10 @@ class Storage:
 
     def decode(self, level: int, block: StoredBlock, layers: slice | None = None) -> mx.array:
         """The block in the bank's dtype, or these ``layers`` of it: the others take no memory."""
-        arrays, quantization = block.arrays(self.parts[level]), self.quantization[level]
+        arrays = block.arrays(self.parts[level])
         if layers is not None:
             arrays = [array[layers] for array in arrays]
-        if quantization is None:
-            return arrays[0]
-        return dequantize_block(arrays, self.config, self.dtype, quantization)
+        return dequantize_block(arrays, self.config, self.dtype, self.quantization[level])
 
     def _offset(self, key: Key, row: int) -> int:
         return PAGE + row * self.layouts[key[0]].block_stride
