@@ -46,11 +46,7 @@ def _leads_to(above: Barred, path: Barred) -> bool:
 
 def _least(barred: Sequence[Barred]) -> list[Barred]:
     """Without what lies below another."""
-    return [
-        path
-        for path in barred
-        if not any(other != path and _leads_to(other, path) for other in barred)
-    ]
+    return [p for p in barred if not any(b != p and _leads_to(b, p) for b in barred)]
 
 
 def _said(name: str, barred: Sequence[Barred]) -> str:

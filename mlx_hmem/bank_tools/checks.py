@@ -19,11 +19,10 @@ def verify(folder: Path) -> tuple[int, list[str]]:
         load(folder, cache_bytes=0)  # anchor, tokenizer, encoder, trees, views, and each header
     except UserError as error:
         damage.append(str(error))
-    hmem = HmemConfig.from_file(folder / "hmem.json")
+    banks = {"": HmemConfig.from_file(folder / "hmem.json")}
     try:
-        banks = {"": hmem, **added_banks(folder, hmem)}
+        banks |= added_banks(folder, banks[""])
     except UserError as error:
-        banks = {"": hmem}
         damage.append(str(error))
     sound = 0
     for name, own in banks.items():

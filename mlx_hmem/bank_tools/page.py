@@ -6,6 +6,7 @@ it shows the routes of the texts given with ``--text`` alone.
 """
 
 import base64
+import html
 import json
 from collections.abc import Sequence
 from importlib.resources import files
@@ -47,7 +48,7 @@ def write_page(
         "routeNote": note,
     }
     parts = {
-        "@TITLE@": _escaped(str(data["title"])),
+        "@TITLE@": html.escape(str(data["title"]), quote=False),
         "@STYLE@": _asset("page.css"),
         "@DATA@": _json(data),
         "@ENCODER@": _json(encoder),
@@ -71,10 +72,6 @@ def _json(value: Any) -> str:
     """JSON that may stand in a script element: no < can end it."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     return text.replace("<", "\\u003c")
-
-
-def _escaped(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;")
 
 
 def _base64(array: np.ndarray, dtype: str = "<f4") -> str:

@@ -118,32 +118,29 @@ def _write_subtree(
 def _documents_below(opened: OpenBank, path: ClusterPath) -> Iterator[Document]:
     """The documents that trained leaves of the subtree, with those leaves as they are called now;
     of their tokens the share of these leaves."""
-    config = opened.bank.config
-    for document in read_documents(opened.folder / BANK_FOLDER, config):
+    for document in read_documents(opened.folder / BANK_FOLDER, opened.bank.config):
         leaves = [leaf for leaf in document.clusters if leaf[: len(path)] == path]
         if leaves:
-            starts = [config.clusters_on(path, n)[0] for n in range(1, config.num_levels + 1)]
-            moved = tuple(
-                tuple(c - s for c, s in zip(leaf, starts, strict=True)) for leaf in leaves
-            )
+            moved = tuple(_moved(opened, path, leaf) for leaf in leaves)
             share = round(document.tokens * len(leaves) / len(document.clusters))
             yield replace(document, clusters=moved, tokens=share)
 
 
+def _moved(opened: OpenBank, path: ClusterPath, cluster: ClusterPath) -> ClusterPath:
+    """The path to a cluster above or below ``path`` as it is called in that subtree alone."""
+    starts = (opened.bank.config.clusters_on(path, n)[0] for n in range(1, len(cluster) + 1))
+    return tuple(c - start for c, start in zip(cluster, starts, strict=True))
+
+
 def _views_below(opened: OpenBank, views: Views, path: ClusterPath) -> Views:
     """What each view bars of the subtree, as its clusters are called now."""
-    config = opened.bank.config
-    starts = [config.clusters_on(path, level)[0] for level in range(1, config.num_levels + 1)]
 
     def moved(barred: Sequence[Barred]) -> list[Barred]:
         paths = of_bank(barred, opened.name)
         if paths is None:
             return [(0,)]  # all of that bank
-        return [
-            tuple(c - s for c, s in zip(each, starts, strict=False))
-            for each in paths
-            if all(a == b for a, b in zip(each, path, strict=False))
-        ]
+        near = [p for p in paths if all(a == b for a, b in zip(p, path, strict=False))]
+        return [_moved(opened, path, each) for each in near]
 
     return {name: moved(barred) for name, barred in views.items()}
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from mlx_hmem.config import read_json
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import fingerprint, load_safetensors
+from mlx_hmem.files import fingerprint, load_safetensors, require_file
 from mlx_hmem.retriever.texts import check_texts, load_tokenizer
 
 HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
@@ -143,12 +143,8 @@ class MiniLMEncoder:
     def __init__(self, folder: str | Path):
         folder = Path(folder)
         for file in FILES:
-            if not (folder / file).is_file():
-                raise UserError(
-                    "an encoder's file is missing",
-                    folder / file,
-                    f"point to a folder that holds {', '.join(FILES)} of {HUB_ID}",
-                )
+            remedy = f"point to a folder that holds {', '.join(FILES)} of {HUB_ID}"
+            require_file(folder / file, remedy)
         _check_architecture(folder / "config.json")
         self.tokenizer: Tokenizer = load_tokenizer(folder / "tokenizer.json", VOCAB_SIZE)
         self.tokenizer.enable_truncation(MAX_LENGTH)

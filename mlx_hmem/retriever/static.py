@@ -135,8 +135,6 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _read_tensors(path: Path, rank: int, dim: int) -> dict[str, np.ndarray]:
-    if not path.is_file():
-        raise UserError("an encoder's file is missing", path, "restore it or distil it again")
     loaded = load_safetensors(path)
     wanted = {
         "vectors": ((VOCAB_SIZE, rank), mx.int8),

@@ -209,21 +209,20 @@ class ClusterTree:
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise UserError(f"{path} has wrong metadata", error, RESTORE) from None
         dim = tensors["level-1"].shape[-1] if "level-1" in tensors else 0
-        expected: dict[str, tuple[str, tuple[int, ...]]] = {}
-        for level, size in enumerate(_num_clusters(branching), 1):
-            expected[f"level-{level}"] = ("F32", (size, dim))
-            expected[f"counts-{level}"] = ("I64", (size,))
+        levels = list(enumerate(_num_clusters(branching), 1))
+        expected: dict[str, Any] = {f"level-{n}": ("F32", (size, dim)) for n, size in levels}
+        expected |= {f"counts-{n}": ("I64", (size,)) for n, size in levels}
         found = {name: (info.dtype, info.shape) for name, info in tensors.items()}
         if dim < 1 or found != expected:
             raise UserError(f"{path} does not hold the tensors of its metadata", branching, RESTORE)
         arrays = load_safetensors(path)  # lazy: what stays in the file is not read
-        centroids: list[Any] = []
-        counts = []
-        for level, size in enumerate(_num_clusters(branching), 1):
-            name = f"level-{level}"
-            stays = size * dim * 4 > MOST_IN_MEMORY
-            centroids.append(RowsInFile(path, tensors[name]) if stays else np.array(arrays[name]))
-            counts.append(np.array(arrays[f"counts-{level}"]))
+        centroids: list[Any] = [
+            RowsInFile(path, tensors[f"level-{n}"])
+            if size * dim * 4 > MOST_IN_MEMORY
+            else np.array(arrays[f"level-{n}"])
+            for n, size in levels
+        ]
+        counts = [np.array(arrays[f"counts-{n}"]) for n, _ in levels]
         _check_tree(path, branching, centroids, counts)
         return cls(branching, centroids, counts, seed, encoder_hash)
 
@@ -248,23 +247,20 @@ def _num_clusters(branching: tuple[int, ...]) -> tuple[int, ...]:
 def check_branching(branching: int | Sequence[int], depth: int | None) -> tuple[int, ...]:
     """``branching`` as one int of 2 or more per level, or a :class:`UserError`."""
     try:
-        levels = None if depth is None else operator.index(depth)
         if isinstance(branching, Sequence | np.ndarray):
-            widths = tuple(operator.index(k) for k in branching)
+            widths = tuple(map(operator.index, branching))
+            levels = len(widths) if depth is None else operator.index(depth)
         else:
-            levels = DEFAULT_DEPTH if levels is None else levels
+            levels = DEFAULT_DEPTH if depth is None else operator.index(depth)
             # One more than allowed is enough to be refused, and no memory is lost on it.
             widths = (operator.index(branching),) * min(levels, MAX_DEPTH + 1)
     except TypeError:
         raise UserError(
             "branching and depth are not whole numbers", repr((branching, depth)), "use 16 and 3"
         ) from None
-    if not 1 <= len(widths) <= MAX_DEPTH or (levels is not None and levels != len(widths)):
-        raise UserError(
-            "depth is wrong",
-            f"branching {branching}, depth {depth}",
-            f"use 1 to {MAX_DEPTH} levels, one branching each",
-        )
+    if not 1 <= len(widths) <= MAX_DEPTH or levels != len(widths):
+        wrong = f"branching {branching}, depth {depth}"
+        raise UserError("depth is wrong", wrong, f"use 1 to {MAX_DEPTH} levels, one branching each")
     if min(widths) < 2:
         raise UserError("branching is too small", min(widths), "use 2 or more")
     if math.prod(widths) > MAX_CLUSTERS:
