@@ -219,7 +219,7 @@ def test_a_mean_has_its_error_over_seeds_and_of_one_seed_its_own():
         ("[none]", "[nothing]", "unknown `measure` of an arm: ['nothing']"),
         ("[none]", "none", "measure is not a list of texts"),
         ("set: [memories.cotrain.learning_rate_scale=0.5]", "set: 3", "set is not a list of texts"),
-        ("recipe: toy.yaml", "recipe: 3", "`recipe` is not a path"),
+        ("recipe: toy.yaml", "recipe: 3", "recipe is not a text"),
         ("sweeps:\n  - {", "sweeps:\n  {", "`sweeps` is not a list"),
         ("[1e-6, 1e-2]", "1e-2", "`rates` of an arm"),
         ("cotrain.learning", "cotrain.lerning", "arm cotrained: unknown key"),

@@ -28,6 +28,12 @@ NAMES = {
     tuple[str, ...]: "list of texts",
     tuple[dict[str, Any], ...]: "list of mappings",
 }
+# What a list holds, and how one is written.
+LISTS: dict[Any, tuple[type, str]] = {
+    tuple[int, ...]: (int, "[16, 4]"),
+    tuple[str, ...]: (str, "[TEXT, …]"),
+    tuple[dict[str, Any], ...]: (dict, "[{KEY: VALUE}, …]"),
+}
 
 
 def key(default: Any, text: str, least: float = 0, most: float = ANYTHING) -> Any:
@@ -40,8 +46,8 @@ def key(default: Any, text: str, least: float = 0, most: float = ANYTHING) -> An
 
 
 def check_keys(section: Any, where: str) -> None:
-    """Raises UserError unless numbers, lists of whole numbers and truth values are such; ``where``
-    comes before their names."""
+    """Raises UserError unless numbers, texts, truth values and lists are such; ``where`` comes
+    before their names. Numbers are listed one at least; a text is empty only by default."""
     hints = typing.get_type_hints(type(section))
     for each in dataclasses.fields(section):
         value, kinds = getattr(section, each.name), _kinds(hints[each.name])
@@ -56,25 +62,20 @@ def check_keys(section: Any, where: str) -> None:
                 raise UserError(f"{name} is not a number in range", repr(value), _use(least, most))
         elif bool in kinds and type(value) is not bool:
             raise UserError(f"{name} is not true or false", repr(value), "use true or false")
-        elif tuple[int, ...] in kinds:
-            check_wholes(name, value, least)
+        elif str in kinds and not (isinstance(value, str) and (value or each.default == "")):
+            raise UserError(f"{name} is not a text", repr(value), "give a text")
+        for hint in set(LISTS).intersection(kinds):
+            kind, example = LISTS[hint]
+            items = value if isinstance(value, tuple) else (None,)
+            if not all(isinstance(item, kind) for item in items) or (kind is int and not items):
+                raise UserError(f"{name} is not a {NAMES[hint]}", repr(value), f"use {example}")
+            for item in items if kind is int else ():
+                check_whole(name, item, least)
 
 
 def check_whole(name: str, value: Any, least: float, most: float = ANYTHING) -> None:
     if type(value) is not int or not least <= value <= most:
         raise UserError(f"{name} is not a whole number", repr(value), _use(least, most))
-
-
-def check_wholes(name: str, value: Any, least: float) -> None:
-    if not isinstance(value, tuple) or not value:
-        raise UserError(f"{name} is not a list of whole numbers", repr(value), "use [16, 4]")
-    for item in value:
-        check_whole(name, item, least)
-
-
-def check_path(name: str, value: Any) -> None:
-    if value is not None and (not isinstance(value, str) or not value):
-        raise UserError(f"{name} is not a text", repr(value), "give a folder or a Hub id")
 
 
 def _use(least: float, most: float) -> str:

@@ -65,8 +65,6 @@ class Recipe(JsonConfig):
     anchor_only: bool = key(False, "trains an anchor and exports it, without a memory")
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name:
-            raise UserError("name is not a text", repr(self.name), "name the model")
         check_keys(self, "")
         if self.anchor.path is not None and self.anchor.config is None:
             return  # its sizes are not known yet

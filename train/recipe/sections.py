@@ -9,7 +9,7 @@ from mlx_hmem.bank import Quantization
 from mlx_hmem.config import ROWS_OF_KIND, JsonConfig
 from mlx_hmem.errors import UserError
 
-from .keys import check_keys, check_path, check_whole, key
+from .keys import check_keys, check_whole, key
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,6 @@ class CorpusSection(JsonConfig):
 
     def __post_init__(self) -> None:
         check_keys(self, "corpus.")
-        if not isinstance(self.facts, tuple) or not all(isinstance(f, dict) for f in self.facts):
-            raise UserError(
-                "corpus.facts is not a list of mappings",
-                repr(self.facts),
-                "begin each with `- kind:`",
-            )
         if self.documents == 0 and not self.facts:
             raise UserError(
                 "a corpus of nothing", "documents 0, no facts", "raise documents or add facts"
@@ -55,7 +49,6 @@ class TokenizerSection(JsonConfig):
         check_keys(self, "tokenizer.")
         most = 65536 if self.path is None else 1 << 24
         check_whole("tokenizer.vocab_size", self.vocab_size, 300, most)
-        check_path("tokenizer.path", self.path)
 
 
 @dataclass(frozen=True)
@@ -94,8 +87,6 @@ class TreeSection(JsonConfig):
 
     def __post_init__(self) -> None:
         check_keys(self, "tree.")
-        if not isinstance(self.encoder, str) or not self.encoder:
-            raise UserError("tree.encoder is not a name", repr(self.encoder), "use static")
 
 
 # Of a training: how it is watched, not what it makes. A run may go on with other values.
@@ -174,7 +165,6 @@ class AnchorSection(JsonConfig):
 
     def __post_init__(self) -> None:
         check_keys(self, "anchor.")
-        check_path("anchor.path", self.path)
         if self.path is None and self.config is not None:
             raise UserError("anchor.config without a path", "path null", "leave config out")
         if self.head_dim % 2:

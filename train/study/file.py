@@ -13,7 +13,7 @@ from typing import Any
 from mlx_hmem.config import JsonConfig
 from mlx_hmem.errors import UserError
 
-from ..recipe.keys import NEEDED, check_wholes, key
+from ..recipe.keys import NEEDED, check_keys, key
 from ..recipe.recipe import Recipe, load_recipe, read_yaml
 
 CHOOSE_BY = ("recall", "perplexity")
@@ -33,8 +33,7 @@ class Arm(JsonConfig):
     seeds: tuple[int, ...] | None = key(None, "null: those of the study")
 
     def __post_init__(self) -> None:
-        check_texts("measure", self.measure)
-        check_texts("set", self.set)
+        check_keys(self, "")
         unknown = [m for m in self.measure if m not in MEASURES]
         if unknown or not self.measure:
             known = ", ".join(MEASURES)
@@ -42,8 +41,6 @@ class Arm(JsonConfig):
         rates = self.rates.values() if isinstance(self.rates, dict) else ()
         if self.rates and not (len(rates) == 1 and all(isinstance(r, list) and r for r in rates)):
             raise UserError("`rates` of an arm", self.rates, "give one KEY: [VALUE, …]")
-        if self.seeds is not None:
-            check_wholes("seeds", self.seeds, 0)
 
     @property
     def settings(self) -> list[str]:
@@ -60,9 +57,7 @@ class Sweep(JsonConfig):
     x: str | None = key(None, f"axis: one of {AXES}; null: names")
 
     def __post_init__(self) -> None:
-        check_texts("arms of a sweep", self.arms)
-        if not isinstance(self.name, str) or not self.name:
-            raise UserError("name of a sweep", repr(self.name), "give a text")
+        check_keys(self, "of a sweep, ")
         if self.x not in (None, *AXES):
             raise UserError(f"unknown x of sweep {self.name}", self.x, f"use one of {AXES}")
 
@@ -77,12 +72,9 @@ class Study(JsonConfig):
     sweeps: tuple[Any, ...] = key((), "arms drawn side by side")
 
     def __post_init__(self) -> None:
-        if not isinstance(self.recipe, str):
-            raise UserError("`recipe` is not a path", repr(self.recipe), "name a recipe file")
-        check_texts("against", self.against)
+        check_keys(self, "")
         if self.choose_by not in CHOOSE_BY:
             raise UserError("unknown `choose_by`", self.choose_by, f"use one of {CHOOSE_BY}")
-        check_wholes("seeds", self.seeds, 0)
         if not isinstance(self.arms, dict) or not self.arms:
             raise UserError("a study without arms", self.arms, "give `arms:`")
         if odd := [name for name in self.arms if not _is_name(name)]:
@@ -103,11 +95,6 @@ class Study(JsonConfig):
 
 def _is_name(name: Any) -> bool:
     return isinstance(name, str) and name != "" and name.replace("-", "").replace(".", "").isalnum()
-
-
-def check_texts(name: str, texts: Any) -> None:
-    if not isinstance(texts, tuple) or not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{name} is not a list of texts", repr(texts), "write [TEXT, …]")
 
 
 def load_study(path: Path) -> Study:
