@@ -8,10 +8,10 @@ the anchor needs, and in which shape, its own class says.
 import re
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from mlx_hmem.anchors.load import anchor_of_config, named_parameters, read_config
+from mlx_hmem.anchors.load import anchor_of_config, indexed_files, named_parameters, read_config
 from mlx_hmem.config import read_json
 from mlx_hmem.errors import UserError
 
@@ -58,7 +58,7 @@ def weight_files(folder: Path) -> list[Path]:
     for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
         index = folder / f"{stem}{suffix}.index.json"
         if index.is_file():
-            names = _indexed(index)
+            names = indexed_files(index)
         elif (folder / f"{stem}{suffix}").is_file():
             names = [f"{stem}{suffix}"]
         else:
@@ -69,16 +69,6 @@ def weight_files(folder: Path) -> list[Path]:
     raise UserError(
         "no weights: neither model*.safetensors nor pytorch_model*.bin", folder, "download them"
     )
-
-
-def _indexed(index: Path) -> list[str]:
-    values = read_json(index)
-    names = values.get("weight_map") if isinstance(values, dict) else None
-    if not isinstance(names, dict) or not all(
-        isinstance(n, str) and PurePosixPath(n).name == n for n in names.values()
-    ):
-        raise UserError("the index names no files of this folder", index, "download it again")
-    return sorted(set(names.values()))
 
 
 def check_whole_set(names: Sequence[str], kind: str, folder: Path) -> None:

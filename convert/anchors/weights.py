@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
+from mlx_hmem.anchors.load import INDEX
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import atomic_file, write_atomic
 from mlx_hmem.folders import copy_missing
@@ -138,9 +139,7 @@ def write_shards(folder: Path, targets: Sequence[Target], form: str = "mlx") -> 
     if len(shards) > 1:
         size = sum(target.nbytes for target in targets)
         index_json = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
-        write_atomic(
-            folder / "model.safetensors.index.json", json.dumps(index_json, indent=2) + "\n"
-        )
+        write_atomic(folder / INDEX, json.dumps(index_json, indent=2) + "\n")
 
 
 def companions(*folders: Path) -> list[Path]:

@@ -17,12 +17,10 @@ import mlx.nn as nn
 from mlx_lm.utils import compute_bits_per_weight, get_total_parameters, make_shards, quantize_model
 from tqdm import tqdm
 
-from mlx_hmem.anchors.load import load_anchor, named_parameters, read_config, weight_files
+from mlx_hmem.anchors.load import INDEX, load_anchor, named_parameters, read_config, weight_files
 from mlx_hmem.bank import Quantization
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import save_safetensors, write_atomic
-
-INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Loads an anchor from a model directory, ours or mlx-lm's, with every file checked first."""
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import mlx.core as mx
@@ -13,15 +13,38 @@ from mlx_hmem.config import read_json
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import fingerprint, read_safetensors_header
 
+INDEX = "model.safetensors.index.json"
+
 
 def weight_files(folder: Path) -> list[Path]:
-    """The anchor's weight files, checked to be sound safetensors."""
+    """The anchor's weight files, checked to be sound safetensors. Where an index is, they are those
+    that it names: another beside them would be loaded over them, without a word."""
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise UserError("no anchor weights (model*.safetensors)", folder, "name a model directory")
+    named = [file.name for file in files]
+    if (folder / INDEX).exists():
+        named, why = indexed_files(folder / INDEX), f"{INDEX} does not name it"
+    elif "model.safetensors" in named:
+        named, why = ["model.safetensors"], "model.safetensors is there"
     for file in files:
+        if file.name not in named:
+            what = "a weight file that is none of the anchor's"
+            raise UserError(what, f"{file}: {why}", "move the file elsewhere")
+    for file in (folder / name for name in named):
         read_safetensors_header(file)
-    return files
+    return [folder / name for name in named]
+
+
+def indexed_files(index: Path) -> list[str]:
+    """The names of the weight files of an index, each once and in order."""
+    values = read_json(index)
+    names = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(names, dict) or not all(
+        isinstance(n, str) and PurePosixPath(n).name == n for n in names.values()
+    ):
+        raise UserError("the index names no files of this folder", index, "download it again")
+    return sorted(set(names.values()))
 
 
 def named_parameters(module: nn.Module) -> dict[str, mx.array]:

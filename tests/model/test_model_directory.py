@@ -1,5 +1,6 @@
 """A model directory whose parts do not belong together is refused in one line, never gibberish."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,10 @@ import pytest
 
 from mlx_hmem import load
 from mlx_hmem.anchors.attach import attach_memory, memory_config
-from mlx_hmem.anchors.load import load_anchor
+from mlx_hmem.anchors.load import INDEX, anchor_hash, load_anchor
 from mlx_hmem.config import HmemConfig, MemoryConfig
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import fingerprint
+from mlx_hmem.files import fingerprint, save_safetensors
 from mlx_hmem.memory import KINDS
 from mlx_hmem.model.find import DEMO, find_model
 from mlx_hmem.retriever import ClusterTree, load_encoder
@@ -132,6 +133,31 @@ def test_an_anchor_without_memory_speaks_alone_and_says_so(broken, model, texts)
 def test_the_weights_of_another_anchor_are_refused(broken):
     save_anchor(broken, seed=1)
     refused(broken, "the anchor is not the one this memory was made for", "model.safetensors")
+
+
+def test_a_weight_file_that_is_none_of_the_anchors_is_refused(broken, model, texts):
+    """mlx-lm loads whatever is called model*.safetensors, the last over all before."""
+    shutil.copy(broken / "model.safetensors", broken / "model-00001-of-00002.safetensors")
+    refused(broken, "model-00001-of-00002.safetensors: model.safetensors is there")
+    weights = mx.load(str(broken / "model.safetensors"))
+    (broken / "model.safetensors").unlink()
+    names = sorted(weights)
+    files = {f"model-{n:05}-of-00002.safetensors": names[n - 1 :: 2] for n in (1, 2)}
+    for file, own in files.items():
+        save_safetensors(broken / file, {name: weights[name] for name in own})
+    where = {name: file for file, own in files.items() for name in own}
+    (broken / INDEX).write_text(json.dumps({"weight_map": where}))
+    edit_json(broken / "hmem.json", lambda h: h.update(anchor_hash=anchor_hash(broken)))
+    edit_json(broken / "bank" / "bank.json", lambda b: b.update(anchor_hash=anchor_hash(broken)))
+    sharded = load(broken)
+    assert [p.token for p in sharded.stream(texts[0][:30], max_tokens=9)] == [
+        p.token for p in model.stream(texts[0][:30], max_tokens=9)
+    ]
+    save_anchor(broken, seed=1)
+    refused(broken, f"model.safetensors: {INDEX} does not name it")
+    (broken / "model.safetensors").unlink()
+    (broken / "model-00002-of-00002.safetensors").unlink()
+    refused(broken, "model-00002-of-00002.safetensors")
 
 
 def test_a_bank_of_another_anchor_tree_or_shape_is_refused(broken):

@@ -11,7 +11,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_hmem.anchors.load import anchor_of_config, load_anchor, named_parameters, weight_files
+from mlx_hmem.anchors.load import (
+    INDEX,
+    anchor_of_config,
+    load_anchor,
+    named_parameters,
+    weight_files,
+)
 from mlx_hmem.anchors.openlm import Model, ModelArgs
 from mlx_hmem.files import save_safetensors, write_atomic
 from mlx_hmem.model.find import find_model
@@ -19,7 +25,6 @@ from mlx_hmem.model.find import find_model
 from ..recipe.recipe import Recipe
 from .anchor import initialise
 
-INDEX = "model.safetensors.index.json"
 MODEL_FILES = ["config.json", "model*.safetensors", INDEX]
 
 
