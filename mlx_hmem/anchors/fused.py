@@ -11,7 +11,7 @@ kind but ffn is a wider anchor: those keep the attached form (:mod:`mlx_hmem.anc
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import Self
 
 import mlx.core as mx
@@ -21,7 +21,7 @@ from mlx_hmem.anchors.architectures import anchor_layers
 from mlx_hmem.anchors.attach import check_sizes
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
-from mlx_hmem.memory.layer import AnchorLayer, FFNLayer, Projection
+from mlx_hmem.memory.layer import AnchorLayer, FFNLayer
 
 REMEDY = "use the attached form (attach_memory)"
 
@@ -207,23 +207,18 @@ def _joints(layer: AnchorLayer, extra: int) -> list[Joint]:
             f"its ffn is {ffn}",
             "use the attached form of a kind that joins attention",
         )
-    inner = [part for part in (ffn.gate, ffn.up) if part is not None]
-    for module in {id(part.module): part.module for part in (*inner, ffn.down)}.values():
+    parts = [part for part in (ffn.gate, ffn.up, ffn.down) if part is not None]
+    joints = []
+    for _, some in groupby(enumerate(parts), lambda each: id(each[1].module)):
+        rows, own = zip(*some, strict=True)
+        module = own[0].module
         if not isinstance(module, nn.Linear):
             raise UserError(
                 f"ffn memory cannot be fused into layer {layer.index}",
                 f"memory: plain floating-point rows; anchor: {type(module).__name__}",
                 REMEDY,
             )
-    if len(inner) == 2 and inner[0].module is inner[1].module:
-        return [_joint(inner, 0, (0, 1), extra), _joint([ffn.down], 1, (2,), extra)]
-    parts = [_joint([part], 0, (place,), extra) for place, part in enumerate(inner)]
-    return [*parts, _joint([ffn.down], 1, (len(inner),), extra)]
-
-
-def _joint(parts: list[Projection], axis: int, rows: tuple[int, ...], extra: int) -> Joint:
-    module = parts[0].module
-    assert isinstance(module, nn.Linear)
-    width = module.weight.shape[1]
-    places = ((0, width),) if axis else tuple((part.start, part.size) for part in parts)
-    return Joint(module, axis, places, rows, extra)
+        axis = int(own[0] is ffn.down)
+        places = ((0, module.weight.shape[1]),) if axis else tuple((p.start, p.size) for p in own)
+        joints.append(Joint(module, axis, places, rows, extra))
+    return joints

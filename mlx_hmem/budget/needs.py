@@ -98,23 +98,6 @@ def needs_of(folder: Path) -> Needs:
     )
 
 
-def with_banks(needs: Needs, manifests: Sequence[Manifest]) -> Needs:
-    """What the largest fetched memory of the banks takes, and keeping levels of the first."""
-    fetched = max(m.memory.fetched_parameters for m in manifests)
-    stored = max(sum(level.block_bytes for level in m.levels) for m in manifests)
-    first = manifests[0]
-    return replace(
-        needs,
-        fetched=fetched,
-        fetched_rows=max(sum(m.memory.r) for m in manifests),
-        stored=stored,
-        levels={
-            level.level: level.block_bytes * num_blocks(first.memory, level.level)
-            for level in first.levels
-        },
-    )
-
-
 def read_needs(folder: Path, models: Sequence[Path], encoder: Path | None) -> Needs:
     """Of the model in ``folder``, by headers and manifests; nothing is loaded.
 
@@ -134,4 +117,15 @@ def read_needs(folder: Path, models: Sequence[Path], encoder: Path | None) -> Ne
         headers = [read_safetensors_header(f)[0] for f in encoder.glob("*.safetensors")]
         program += sum(4 * math.prod(t.shape) for header in headers for t in header.values())
     manifests = [Manifest.from_file(file) for file in files]
-    return with_banks(replace(needs, program=program), manifests)
+    return replace(
+        needs,
+        program=program,
+        # The largest of the banks; levels are kept of the first alone.
+        fetched=max(m.memory.fetched_parameters for m in manifests),
+        fetched_rows=max(sum(m.memory.r) for m in manifests),
+        stored=max(sum(level.block_bytes for level in m.levels) for m in manifests),
+        levels={
+            level.level: level.block_bytes * num_blocks(manifests[0].memory, level.level)
+            for level in manifests[0].levels
+        },
+    )

@@ -103,7 +103,6 @@ class Watch:
 
     def __init__(self, budget: int, base: int, drop: Callable[[], None], remedy: str):
         self.budget, self.base, self._drop, self._remedy = budget, base, drop, remedy
-        self.num_drops = 0
 
     def __call__(self) -> None:
         """Over the budget, drops what it can; if that is not enough, raises OverBudgetError."""
@@ -111,7 +110,6 @@ class Watch:
             return
         self._drop()
         trim()
-        self.num_drops += 1
         if (used := resident_bytes() - self.base) > self.budget:
             what = f"{bytes_text(used)} of {bytes_text(self.budget)}"
             raise OverBudgetError("the memory budget is used up", what, self._remedy)
