@@ -199,11 +199,8 @@ def full_run(kind: str, steps: int, context: int, budget: int = 0) -> dict[str, 
                 if check is not None:
                     check()
             commit = timed(lambda: trainee.save(folder, Progress({}, steps))).ms
-            touched = store.num_touched
-            touched_bytes = sum(
-                len(np.unique(paths[:, level - 1])) * store.record_bytes(level)
-                for level in (1, 2, 3)
-            )
+            touched = store.touched()
+            touched_bytes = sum(store.record_bytes(level) for level, _ in touched)
         grown = os.stat(folder / "data.mdb").st_blocks * 512
     return {
         "steps": steps,
@@ -213,7 +210,7 @@ def full_run(kind: str, steps: int, context: int, budget: int = 0) -> dict[str, 
         "commit_s": commit / 1e3,
         "peak_resident_bytes": peak_resident_bytes(),
         "disk_bytes": grown,
-        "touched_blocks": touched,
+        "touched_blocks": len(touched),
         "touched_block_bytes": touched_bytes,
         **chosen,
     }

@@ -59,11 +59,8 @@ class Ranks:
             result = mx.distributed.all_sum(array, group=self.group)
             mx.eval(result)
         except RuntimeError as error:
-            raise UserError(
-                "the connection between the ranks was lost",
-                error,
-                "see what the others say, and start all of them again: the run goes on",
-            ) from None
+            remedy = "see what the others say, and start all of them again: the run goes on"
+            raise UserError("the connection between the ranks was lost", error, remedy) from None
         return result
 
     def wait(self) -> None:

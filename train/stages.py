@@ -184,11 +184,8 @@ def check_needs(stage: Stage, recipe: Recipe, folder: Path) -> None:
     stages = stages_of(recipe)
     for need in stage.needs:
         if not is_done(stages[need], recipe, folder):
-            raise UserError(
-                f"stage {stage.name} needs a stage that is not done",
-                need,
-                "run without --only first",
-            )
+            remedy = "run without --only first"
+            raise UserError(f"stage {stage.name} needs a stage that is not done", need, remedy)
 
 
 def run_stages(

@@ -112,7 +112,7 @@ def measure_resident(folder: Path) -> None:
         begin = time.perf_counter()
         train(trainee, ShuffledOrder(len(tokens), training, SEED), training, folder, "memory")
         seconds = (time.perf_counter() - begin) / 120
-        touched = store.num_touched
+        touched = len(store.touched())
     status = Path("/proc/self/status").read_text()
     peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
     result = {

@@ -9,7 +9,7 @@ import pytest
 from mlx_hmem.anchors.openlm import Model, ModelArgs
 from mlx_hmem.config import MemoryConfig
 from tests.helpers.programs import refused
-from train.data.order import OneSchedule, Order, ShuffledOrder, SubtreeOrder
+from train.data.order import Order, ShuffledOrder, SubtreeOrder
 from train.loop.loop import train
 from train.recipe.recipe import TrainerConfig
 from train.step.anchor import initialise
@@ -107,7 +107,8 @@ def test_the_step_after_the_last_is_the_last_and_other_arms_see_the_same_sequenc
     refused("nothing to train on", ShuffledOrder, 0, TRAINING, 0)
     order = order_of()
     rows = [rows for rows, _, _ in batches(order)]
-    assert batches(OneSchedule(order)) == [(r, i, 95) for i, r in enumerate(rows)]
+    one = SubtreeOrder(CLUSTERS, TRAINING, 7, one_schedule=True)
+    assert batches(one) == [(r, i, 95) for i, r in enumerate(rows)]
 
 
 def test_batches_by_subtree_read_and_write_fewer_deep_blocks(tmp_path, monkeypatch):

@@ -175,7 +175,7 @@ def test_anchor_and_memories_trained_together_from_nothing(made, tmp_path):
     )  # fmt: skip
     run_stages(recipe, tmp_path, [name for name in STAGES if name != "report"])
     with trained_blocks(recipe, tmp_path) as store:
-        assert store.num_touched == 2 + 4 + 2  # with the generic memory on both levels
+        assert len(store.touched()) == 2 + 4 + 2  # with the generic memory on both levels
     model = load(tmp_path / "model")
     start = named_parameters(load_anchor(tmp_path / "anchor")[0])
     trained = named_parameters(load_anchor(tmp_path / "memories")[0])

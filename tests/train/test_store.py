@@ -78,7 +78,7 @@ def test_blocks_without_text_take_no_disk_and_start_from_their_seed(tmp_path):
         leaf = np.array([40_000])
         store.scatter(2, leaf, store.gather(2, leaf, 1))
         store.commit(PROGRESS)
-        assert store.num_touched == 1
+        assert len(store.touched()) == 1
     file = (tmp_path / "data.mdb").stat()
     assert file.st_blocks * 512 < 20 * store.record_bytes(2) < config.bank_parameters
     with BlockStore(tmp_path, config, SEED, readonly=True) as store:

@@ -100,7 +100,7 @@ def test_what_was_not_committed_is_gone_and_what_was_is_whole(tmp_path):
         assert np.all(np.array(store.gather(2, np.array([3]), 1)[0]) == 2)
     with small_store(tmp_path) as store:
         assert store.progress() == PROGRESS
-        assert store.num_touched == 3
+        assert len(store.touched()) == 3
         for name, array in store.arrays().items():
             assert array.dtype == arrays[name].dtype
             assert np.array_equal(array, arrays[name])

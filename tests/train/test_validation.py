@@ -28,7 +28,7 @@ from train.data.tokenizer import train_tokenizer
 from train.data.windows import Windows
 from train.loop.log import Reporting, read_log
 from train.loop.loop import train
-from train.loop.validation import TrainedMemory, Validation, choose, held_out_windows
+from train.loop.validation import Validation, choose, held_out_windows
 from train.recipe.recipe import CotrainSection, TrainerConfig, load_recipe
 from train.stages import STAGES, is_done, run_stages
 from train.step.anchor import AnchorTrainee
@@ -74,8 +74,7 @@ def made(kind: str, folder: Path, cache_bytes: int = 1) -> Iterator[tuple[object
         cotrain = COTRAIN if kind == "cotrain" else None
         own = leaf_paths(ROWS, 3)
         trainee = MemoryTrainee(model, store, tokens, own, EOT, CONFIG, cotrain)
-        memory = TrainedMemory(trainee.slot, store, paths, frozen=cotrain is None)
-        yield trainee, Validation(model, windows, 3, memory)
+        yield trainee, Validation(model, windows, 3, trainee, paths)
 
 
 def saved(kind: str, folder: Path) -> dict[str, bytes]:
@@ -115,18 +114,18 @@ def test_a_validation_is_the_mean_over_windows_taken_one_by_one(begin: tuple[int
     with made("cotrain", tmp_path) as (trainee, validation):
         for step in range(6):
             trainee.step(np.arange(3 * step, 3 * step + 3), 2e-2)
-        memory, model = validation.memory, validation.anchor
-        found = Validation(model, windows, 3, memory)()
+        paths, model = validation.paths, validation.anchor
+        found = Validation(model, windows, 3, trainee, paths)()
         for mode in ("none", "generic", "fetched"):
             nats, count = 0.0, 0
             for i in range(len(windows)):
                 rows = None
                 if mode != "none":
-                    path = memory.paths[mode][i]
-                    blocks = [memory.store.current(n, int(path[n - 1])) for n in (1, 3)]
+                    path = paths[mode][i]
+                    blocks = [trainee.store.current(n, int(path[n - 1])) for n in (1, 3)]
                     rows = join_blocks([mx.array(block) for block in blocks], MEMORY)
                 tokens = windows[i].tolist()
-                with memory.slot.using(rows):
+                with trainee.slot.using(rows):
                     logits = model(mx.array([tokens]))[0]
                 logs = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
                 scored = range(len(begin), len(tokens))

@@ -68,7 +68,8 @@ class ShuffledOrder:
 class SubtreeOrder:
     """Batches of one level-1 cluster each. A cluster has a stream, a number of steps and a schedule
     of learning rates of its own, as if it were trained apart; the clusters' batches are mixed, each
-    cluster's spread evenly over the run and in its own order.
+    cluster's spread evenly over the run and in its own order. With ``one_schedule`` all are on the
+    same, for weights that every batch trains, whatever its cluster.
 
     With a frozen anchor no step depends on one of another cluster, so the clusters can also be
     trained by one job each: ``subtree`` leaves only the batches of that cluster.
@@ -78,7 +79,12 @@ class SubtreeOrder:
     """
 
     def __init__(
-        self, clusters: np.ndarray, training: TrainerConfig, seed: int, subtree: int | None = None
+        self,
+        clusters: np.ndarray,
+        training: TrainerConfig,
+        seed: int,
+        subtree: int | None = None,
+        one_schedule: bool = False,
     ):
         clusters = np.ascontiguousarray(clusters, np.int32)
         self.identity: dict[str, Any] = {
@@ -86,7 +92,9 @@ class SubtreeOrder:
             "seed": seed,
             "subtrees": xxhash.xxh3_64_hexdigest(clusters.tobytes()),
             "subtree": subtree,
+            **({"schedule": "one"} if one_schedule else {}),
         }
+        self._one_schedule = one_schedule
         chosen = [c for c in np.unique(clusters).tolist() if subtree in (None, c)]
         self._rows = {cluster: np.flatnonzero(clusters == cluster) for cluster in chosen}
         _check_some(len(self._rows))
@@ -106,7 +114,8 @@ class SubtreeOrder:
         """After the last one: the last again, for which nothing needs to be fetched."""
         cluster, own = self.place(min(step, self.num_steps - 1))
         numbers = self._streams[cluster].numbers(own * self._size, self._size)
-        return Batch(self._rows[cluster][numbers], own, self.steps_of[cluster])
+        place = (step, self.num_steps) if self._one_schedule else (own, self.steps_of[cluster])
+        return Batch(self._rows[cluster][numbers], *place)
 
 
 class BucketOrder:
@@ -145,18 +154,6 @@ class BucketOrder:
         size = self._sizes[bucket]
         numbers = self._streams[bucket].numbers(own * size, size)
         return Batch(self._firsts[bucket] + numbers, step, self.num_steps)
-
-
-class OneSchedule:
-    """The batches of ``order`` on one schedule of learning rates: for weights that every batch
-    trains, whatever its cluster."""
-
-    def __init__(self, order: Order):
-        self.order, self.num_steps = order, order.num_steps
-        self.identity = order.identity | {"schedule": "one"}
-
-    def batch(self, step: int) -> Batch:
-        return Batch(self.order.batch(step).rows, step, self.num_steps)
 
 
 def _mix(steps_of: dict[int, int], seed: int) -> np.ndarray:

@@ -18,7 +18,7 @@ from mlx_hmem.files import fingerprint
 
 from ..data.arrays import load_mapped
 from ..data.buckets import Buckets
-from ..data.order import BucketOrder, OneSchedule, Order, ShuffledOrder, SubtreeOrder
+from ..data.order import BucketOrder, Order, ShuffledOrder, SubtreeOrder
 from ..data.tokenizer import eot_of
 from ..ranks import Ranks
 from ..recipe.recipe import Recipe, TrainerConfig
@@ -116,7 +116,7 @@ def arm_order(recipe: Recipe, paths: np.ndarray, training: TrainerConfig) -> Ord
     """The order of the sequences, the same in all arms."""
     if not recipe.memories.group_by_subtree:
         return ShuffledOrder(len(paths), training, recipe.seed)
-    return OneSchedule(SubtreeOrder(paths[:, 0], training, recipe.seed))
+    return SubtreeOrder(paths[:, 0], training, recipe.seed, one_schedule=True)
 
 
 def subtree_order(recipe: Recipe, paths: np.ndarray, subtree: int | None = None) -> SubtreeOrder:
@@ -178,7 +178,7 @@ def train_memory(
         train(trainee, order, training, folder / name, name, sources, validate, watching)
         if cotrain is not None and ranks.first:
             save_anchor(anchor, read_config(folder / "anchor"), folder / name)
-        print(f"{name}: {store.num_touched} blocks trained, in {folder / name}")
+        print(f"{name}: {len(store.touched())} blocks trained, in {folder / name}")
 
 
 def run_memories(recipe: Recipe, folder: Path, ranks: Ranks, watching: Watching) -> None:

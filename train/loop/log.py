@@ -75,11 +75,8 @@ class Reporting:
         try:
             return get_reporting_callbacks(self.report_to, self.project_name, str(folder), values)
         except Exception as error:  # whatever the service has: no network, no account
-            raise UserError(
-                f"{self.report_to} does not begin",
-                error,
-                "log in there, or leave --report-to out: log.jsonl holds the same",
-            ) from None
+            remedy = "log in there, or leave --report-to out: log.jsonl holds the same"
+            raise UserError(f"{self.report_to} does not begin", error, remedy) from None
 
     def end(self) -> None:
         for name in self.services:

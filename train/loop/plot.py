@@ -129,19 +129,22 @@ def _draw_losses(axes: Any, curves: dict[str, np.ndarray], title: str) -> None:
     axes.legend(frameon=False, title=what, loc="upper right")
 
 
+def _log_scale(axes: Any, ticks: Sequence[float]) -> None:
+    from matplotlib.ticker import LogLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=ticks))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.12g}")
+    axes.yaxis.set_minor_formatter("")
+
+
 def _draw_anchor(axes: Any, curve: np.ndarray, held_out: np.ndarray | None) -> None:
     _draw_losses(axes, {"anchor": curve}, "The anchor learns")
     if held_out is not None:
         nats, label = np.log(held_out[:, 1]), f"held-out text: {np.log(held_out[-1, 1]):.2f}"
         axes.plot(held_out[:, 0], nats, "o-", color="#CC79A7", markersize=3, label=label, zorder=3)
         axes.legend(frameon=False, title=axes.get_legend().get_title().get_text())
-    axes.set_yscale("log")  # a fall of several nats, then of hundredths
-    low, high = curve[:, 1].min(), curve[:, 1].max()
-    ticks = [
-        t for t in (0.1, 0.2, 0.5, 1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12) if low * 0.95 <= t <= high
-    ]
-    axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
-    axes.set_yticks([], minor=True)
+    _log_scale(axes, (1, 1.5, 2, 3, 4, 5, 6, 8))  # a fall of several nats, then of hundredths
 
 
 def _draw_arms(axes: Any, curves: dict[str, np.ndarray]) -> None:
@@ -182,12 +185,7 @@ def _draw_blocks(axes: Any, steps: dict[int, np.ndarray]) -> None:
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "all"])
     used = np.concatenate([counts[counts > 0] for counts in steps.values()])
     if len(used) and used.max() > 10 * used.min():
-        from matplotlib.ticker import LogLocator
-
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:,.0f}")
-        axes.yaxis.set_minor_formatter("")
+        _log_scale(axes, (1, 2, 5))
     else:
         axes.set_ylim(0)
     axes.legend(frameon=False)

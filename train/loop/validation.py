@@ -9,7 +9,7 @@ Trade-off: blocks that are not in the cache are read again each time, so a few w
 import hashlib
 import heapq
 import math
-from dataclasses import dataclass
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ import mlx.nn as nn
 import numpy as np
 from tqdm import tqdm
 
-from mlx_hmem.anchors.attach import MemorySlot
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.texts import records
 from mlx_hmem.memory import Rows, join_blocks
@@ -28,46 +27,40 @@ from ..data.tokenizer import begin_of, load_tokenizer
 from ..data.windows import Windows, cut_windows
 from ..recipe.recipe import Recipe, TrainerConfig
 from ..step.memories import MemoryTrainee, generic_path
-from ..store.blocks import BlockStore
-
-
-@dataclass(frozen=True)
-class TrainedMemory:
-    """The memory in training: ``paths`` are the cluster paths of the windows, (n, levels), by the
-    name of the memory that they lead to in ``store``. On a ``frozen`` anchor that without memory
-    is worked out once."""
-
-    slot: MemorySlot
-    store: BlockStore
-    paths: dict[str, np.ndarray]
-    frozen: bool
 
 
 class Validation:
     """Called, it gives the perplexity per token on ``windows`` by the name of the memory; "none"
-    is the anchor alone.
+    is the anchor alone. Of a frozen anchor that is worked out once.
 
     Args:
         rows: windows at a time.
-        memory: None if there is only the anchor.
+        trainee: trains the memory; None if there is only the anchor.
+        paths: those of the windows, (n, levels), by the name of the memory that they lead to in the
+            trainee's store.
     """
 
     def __init__(
-        self, anchor: nn.Module, windows: Windows, rows: int, memory: TrainedMemory | None = None
+        self,
+        anchor: nn.Module,
+        windows: Windows,
+        rows: int,
+        trainee: MemoryTrainee | None = None,
+        paths: dict[str, np.ndarray] | None = None,
     ):
-        self.anchor, self.windows, self.memory = anchor, windows, memory
+        self.anchor, self.windows, self.trainee, self.paths = anchor, windows, trainee, paths or {}
         # Windows of about one length share a batch.
         order = np.argsort(-np.diff(windows.offsets), kind="stable")
         self.known: dict[str, float] = {}
         self.batches = [order[i : i + rows] for i in range(0, len(order), rows)]
 
     def __call__(self) -> dict[str, float]:
-        modes = ["none", *(self.memory.paths if self.memory else ())]
+        modes = ["none", *self.paths]
         asked = [mode for mode in modes if mode not in self.known]
         total = len(asked) * len(self.batches)
         with tqdm(total=total, desc="validation", leave=False, delay=2) as bar:
             found = self.known | {mode: self._perplexity(mode, bar) for mode in asked}
-        if self.memory is not None and self.memory.frozen:
+        if self.trainee is not None and self.trainee.cotrain is None:
             self.known = {"none": found["none"]}
         return {mode: found[mode] for mode in modes}
 
@@ -91,20 +84,16 @@ class Validation:
             return math.inf
 
     def _losses(self, tokens: mx.array, mode: str, numbers: np.ndarray) -> mx.array:
-        if self.memory is None:
-            logits = self.anchor(tokens[:, :-1])
-        else:
-            with self.memory.slot.using(self._rows(mode, numbers)):
-                logits = self.anchor(tokens[:, :-1])
-        logits = logits.astype(mx.float32)
+        rows = self._rows(mode, numbers)
+        with self.trainee.slot.using(rows) if self.trainee else nullcontext():
+            logits = self.anchor(tokens[:, :-1]).astype(mx.float32)
         return nn.losses.cross_entropy(logits, tokens[:, 1:], reduction="none")
 
     def _rows(self, mode: str, numbers: np.ndarray) -> Rows | None:
         """The memory of each window, as the store holds it now."""
-        if mode == "none":
+        if self.trainee is None or mode == "none":
             return None
-        assert self.memory is not None
-        store, paths, blocks = self.memory.store, self.memory.paths[mode][numbers], []
+        store, paths, blocks = self.trainee.store, self.paths[mode][numbers], []
         for level, r in enumerate(store.config.r, 1):
             if r:
                 clusters, index = np.unique(paths[:, level - 1], return_inverse=True)
@@ -124,11 +113,8 @@ def held_out_windows(run: Path, training: TrainerConfig, context: int) -> Window
     texts = heapq.nsmallest(most, records(run / "corpus" / "held_out.jsonl"), key=_md5)
     windows = cut_windows(texts, load_tokenizer(run), context, begin_of(run), 1 << 32)
     if not len(windows):
-        raise UserError(
-            "there is nothing to validate on",
-            "no document is held out",
-            "raise corpus.held_out, or set training.validate_every to 0",
-        )
+        remedy = "raise corpus.held_out, or set training.validate_every to 0"
+        raise UserError("there is nothing to validate on", "no document is held out", remedy)
     return choose(windows, np.arange(min(most, len(windows))))
 
 
@@ -141,13 +127,6 @@ def choose(windows: Windows, numbers: np.ndarray) -> Windows:
     chosen = [windows[i] for i in numbers]
     offsets = np.cumsum([0, *(len(window) for window in chosen)])
     return Windows(np.concatenate([windows.tokens[:0], *chosen]), offsets, windows.begin)
-
-
-def route_windows(run: Path, recipe: Recipe, windows: Windows) -> np.ndarray:
-    """The cluster path of each window by its text, (n, levels)."""
-    encoder = load_encoder(recipe.tree.encoder)
-    tree = ClusterTree.load(run / "tree" / "tree.safetensors")
-    return tree.route_batch(encoder.encode(list(windows.texts(load_tokenizer(run)))))
 
 
 def validation_of_anchor(
@@ -169,19 +148,16 @@ def validation_of_memory(
     if name == "generic":  # a bank of its own with one block in use
         paths = {"generic": np.zeros((len(windows), 1), np.int32)}
     else:
-        own = route_windows(run, recipe, windows)
+        texts = list(windows.texts(load_tokenizer(run)))
+        tree = ClusterTree.load(run / "tree" / "tree.safetensors")
+        own = tree.route_batch(load_encoder(recipe.tree.encoder).encode(texts))
         if trainee.subtree is not None:
             numbers = np.flatnonzero(own[:, 0] == trainee.subtree)
             if not len(numbers):
                 return None  # no held-out window is of this subtree
             windows, own = choose(windows, numbers), own[numbers]
-        paths = {"fetched": own}
-        if recipe.memories.cotrain is not None:
-            paths = {
-                "generic": np.tile(generic_path(recipe.memory_config), (len(windows), 1)),
-                **paths,
-            }
-    memory = TrainedMemory(
-        trainee.slot, trainee.store, paths, frozen=recipe.memories.cotrain is None
-    )
-    return Validation(anchor, windows, training.part, memory)
+        generic = np.tile(generic_path(recipe.memory_config), (len(windows), 1))
+        paths = (
+            {"fetched": own} if trainee.cotrain is None else {"generic": generic, "fetched": own}
+        )
+    return Validation(anchor, windows, training.part, trainee, paths)

@@ -47,11 +47,8 @@ def subtree_folders(folders: list[Path], run: Path) -> list[Path]:
         if not inside and (folder / "store").is_dir():
             inside = [folder]
         if not inside:
-            raise UserError(
-                "no subtree was trained here",
-                folder,
-                "give the folder of a run or one of its folders memories/subtree-*",
-            )
+            remedy = "give the folder of a run or one of its folders memories/subtree-*"
+            raise UserError("no subtree was trained here", folder, remedy)
         found += inside
     return [folder for folder in found if (folder / "store" / "data.mdb").exists()]
 
@@ -83,17 +80,11 @@ def read_parts(
                 finished[subtree] = TrainedSubtree(folder, progress, store.touched())
     missing = [subtree for subtree in order.steps_of if subtree not in finished]
     if unfinished := [begun[subtree] for subtree in missing if subtree in begun]:
-        raise UserError(
-            "subtrees are not finished",
-            ", ".join(unfinished),
-            "run mlx_hmem.train with --only memories --subtree for each of them to its end",
-        )
+        remedy = "run mlx_hmem.train with --only memories --subtree for each of them to its end"
+        raise UserError("subtrees are not finished", ", ".join(unfinished), remedy)
     if missing:
-        raise UserError(
-            "subtrees are missing",
-            ", ".join(map(str, missing)),
-            "train each with --only memories --subtree, or give its folder with --from",
-        )
+        remedy = "train each with --only memories --subtree, or give its folder with --from"
+        raise UserError("subtrees are missing", ", ".join(map(str, missing)), remedy)
     return [finished[subtree] for subtree in order.steps_of]
 
 

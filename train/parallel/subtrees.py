@@ -53,11 +53,8 @@ def run_subtree(recipe: Recipe, folder: Path, subtree: int, watching: Watching =
         )
     ranks = Ranks.meet(folder)
     if ranks.size > 1:
-        raise UserError(
-            "a subtree is trained by one process",
-            f"{ranks.size} ranks",
-            "start it without mlx.launch",
-        )
+        remedy = "start it without mlx.launch"
+        raise UserError("a subtree is trained by one process", f"{ranks.size} ranks", remedy)
     stage = STAGES["memories"]
     if is_done(stage, recipe, folder):
         print(f"memories: done before, in {folder / stage.name}")

@@ -242,8 +242,5 @@ def _check_of_model(recipe: Recipe, config: dict[str, Any]) -> None:
     keys = {"anchor.training": trainings["anchor"], "dense": dense, "memories.cotrain": cotrains}
     trained = [name for name, value in keys.items() if value]
     if trained and (config.get("quantization") or config.get("quantization_config")):
-        raise UserError(
-            "a quantised anchor cannot be trained",
-            recipe.anchor.path,
-            f"set {' and '.join(trained)} to null",
-        )
+        remedy = f"set {' and '.join(trained)} to null"
+        raise UserError("a quantised anchor cannot be trained", recipe.anchor.path, remedy)

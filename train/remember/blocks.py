@@ -28,7 +28,7 @@ from mlx_hmem.files import load_safetensors, save_safetensors, write_atomic
 
 from ..data.order import Stream
 from ..data.sequences import pack_by_leaf
-from ..loop.validation import TrainedMemory, Validation, choose
+from ..loop.validation import Validation, choose
 from ..recipe.recipe import TrainerConfig
 from ..step.memories import MemoryTrainee
 from ..store.blocks import BlockStore
@@ -119,8 +119,7 @@ class Trainer:
         state. What is recorded of it comes back."""
         training, store, held_out = self.training, trainee.store, subtree.held_out
         paths = {"fetched": subtree.held_paths}
-        memory = TrainedMemory(trainee.slot, store, paths, frozen=True)
-        validate = Validation(self.anchor, held_out, training.part, memory)
+        validate = Validation(self.anchor, held_out, training.part, trainee, paths)
         stream = Stream(len(subtree.rows), self.settings.seed, subtree.number)
         size = training.batch_size
         if training.part == size:  # else its parts would not come out even

@@ -92,11 +92,6 @@ class BlockStore:
     def record_bytes(self, level: int) -> int:
         return 12 * math.prod(self.config.block_shape(level)) + 4
 
-    @property
-    def num_touched(self) -> int:
-        """Blocks in the last commit."""
-        return len(self.touched())
-
     def check_disk(self, touched: dict[int, int], between: dict[int, int], arrays: int = 0) -> None:
         """Raises UserError unless the disk has room for so many blocks of each level, ``between``
         of which change from one commit to the next, and for ``arrays`` bytes of named arrays."""

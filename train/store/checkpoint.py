@@ -51,11 +51,8 @@ def check_identity(found: dict[str, Any], wanted: dict[str, Any], where: Path) -
     if changed:
         named = [f"{key} was {old.get(key)}, is {new.get(key)}" for key in changed[:4]]
         more = [f"and {len(changed) - 4} more"] if len(changed) > 4 else []
-        raise UserError(
-            f"{where} belongs to another run",
-            ", ".join(named + more),
-            "use another --out or delete the folder of this stage",
-        )
+        remedy = "use another --out or delete the folder of this stage"
+        raise UserError(f"{where} belongs to another run", ", ".join(named + more), remedy)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
