@@ -11,8 +11,7 @@ import pytest
 from tests.helpers.places import shared
 from tests.helpers.programs import refused
 from train.corpus.facts import documents_of_facts, make_facts
-from train.corpus.facts.invented import read_topics
-from train.corpus.facts.words import CITIES, NAMES
+from train.corpus.facts.invented import CITIES, NAMES, read_topics
 
 SMALL = {"kind": "invented", "topics": 3, "entities_per_topic": 8, "frequencies": [1, 2, 5, 9],
          "plain_documents": 40}  # fmt: skip

@@ -80,25 +80,6 @@ def _printable(name: str) -> str:
     return name.encode(errors="replace").decode()
 
 
-class _Joined(io.RawIOBase):
-    """A file of the pieces that an iterator gives."""
-
-    def __init__(self, pieces: Iterator[bytes]):
-        self._pieces, self._left = pieces, b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._left:
-            if (piece := next(self._pieces, None)) is None:
-                return 0
-            self._left = piece
-        count = min(len(buffer), len(self._left))
-        buffer[:count], self._left = self._left[:count], self._left[count:]
-        return count
-
-
 def _from_zstd(file: BinaryIO, zstandard: Any) -> Iterator[bytes]:
     """The content of a zstd file. The library's own reader takes a truncated file for a whole one;
     this raises ``EOFError`` there, as gzip does."""
@@ -175,27 +156,35 @@ def _parse(line: bytes) -> Document | None:
     return _document(record)
 
 
-def _lines(file: BinaryIO) -> Iterator[bytes]:
-    """The lines of a file, of one longer than ``MAX_LINE`` its beginning."""
-    while line := file.readline(MAX_LINE):
-        rest = line
-        while len(rest) == MAX_LINE and not rest.endswith(b"\n"):
-            rest = file.readline(MAX_LINE)
-        yield line
+def _lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines that pieces of a file make, of one longer than ``MAX_LINE`` its beginning."""
+    line = bytearray()
+    for piece in pieces:
+        start = 0
+        while start < len(piece):
+            end = piece.find(b"\n", start) + 1 or len(piece)
+            line += piece[start : min(end, start + MAX_LINE - len(line))]
+            if piece.endswith(b"\n", start, end):
+                yield bytes(line)
+                line.clear()
+            start = end
+    if line:
+        yield bytes(line)
 
 
 def _read_lines(source: CorpusFile, faults: Faults) -> Iterator[Document]:
     kind, broken = "file", tuple[type[Exception], ...]()
     with source.path.open("rb") as stored:
         file: Any = stored
-        if source.path.suffix == ".zst":
-            zstandard: Any = package_for(source.path)
-            file = io.BufferedReader(_Joined(_from_zstd(stored, zstandard)), 1 << 16)
-            kind, broken = "zstd", (EOFError, zstandard.ZstdError)
-        elif source.path.suffix == ".gz":
+        if source.path.suffix == ".gz":
             file = gzip.GzipFile(fileobj=stored)
             kind, broken = "gzip", (EOFError, gzip.BadGzipFile, zlib.error)
-        yield from _good_ones(source, faults, _lines(file), _parse, kind, broken)
+        pieces = iter(lambda: file.read1(io.DEFAULT_BUFFER_SIZE), b"")
+        if source.path.suffix == ".zst":
+            zstandard: Any = package_for(source.path)
+            pieces = _from_zstd(stored, zstandard)
+            kind, broken = "zstd", (EOFError, zstandard.ZstdError)
+        yield from _good_ones(source, faults, _lines(pieces), _parse, kind, broken)
 
 
 def one_document(text_of: Callable[[Path], str]) -> "Reader":

@@ -19,8 +19,19 @@ from mlx_hmem.evaluate import Fact
 
 from ...recipe.keys import check_keys, check_whole, key
 from .repeat import Subject, fact_documents
-from .words import CITIES, NAMES, SENTENCES, SLOTS
 
+
+def _read(name: str) -> list[list[str]]:
+    """The lines of a text beside this file, each as its parts between bars."""
+    lines = (Path(__file__).parent / name).read_text(encoding="utf-8").splitlines()
+    return [[part.strip() for part in line.split("|")] for line in lines]
+
+
+# Names, cities and the general words of each slot; the lines without a bar are sentences. In these
+# n and m are nouns of the topic, a and b adjectives, v and w verbs, t its name.
+SLOTS = {line[0]: line[1].split() for line in _read("words.txt") if len(line) == 2}
+NAMES, CITIES = SLOTS.pop("names"), SLOTS.pop("cities")
+SENTENCES = [line[0] for line in _read("words.txt") if len(line) == 1]
 PLAIN_SENTENCES = (5, 9)  # fewest and most of a plain document
 
 
@@ -35,9 +46,7 @@ class Topic(NamedTuple):
 
 
 def read_topics() -> list[Topic]:
-    lines = (Path(__file__).parent / "topics.txt").read_text(encoding="utf-8").splitlines()
-    fields = [[part.strip() for part in line.split("|")] for line in lines]
-    return [Topic(f[0], f[1], f[2].split(), f[3].split(), f[4].split()) for f in fields]
+    return [Topic(f[0], f[1], *(part.split() for part in f[2:])) for f in _read("topics.txt")]
 
 
 @dataclass(frozen=True)
