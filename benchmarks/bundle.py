@@ -15,7 +15,6 @@ dequantising its blocks, is the only part that differs.
 import runpy
 import shutil
 import tempfile
-from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
 from itertools import islice
@@ -60,16 +59,6 @@ def prompts(count: int, opened: Any) -> list[str]:
     return found
 
 
-def sizes(folder: Path) -> dict[str, float]:
-    """MB of a bundle and of each part of it."""
-    found: dict[str, float] = defaultdict(float)
-    for file in folder.rglob("*"):
-        if file.is_file():
-            for name in ("all", file.relative_to(folder).parts[0]):
-                found[f"{name}_mb"] += file.stat().st_size / 1e6
-    return found
-
-
 def compare(folder: Path, place: Path, count: int) -> dict[str, Any]:
     """A model's answers against those of its bundle, made at ``place``."""
     opened, model = bundled(folder, place), load(folder)
@@ -81,13 +70,15 @@ def compare(folder: Path, place: Path, count: int) -> dict[str, Any]:
         said, its = returned(partial(ask, opened, prompt))
         ratios.append(its.ms / own.ms)
         same, tokens = same + (said == answer), tokens + len(answer)
+    sizes = bundle.sizes_of(place)
     return {
         "prompts": count,
         "same": same,
         "same_routes": routes,
         "tokens": tokens,
         "time_of_model": median(ratios),
-        **sizes(place),
+        "all_mb": sizes.total() / 1e6,
+        **{f"{name}_mb": size / 1e6 for name, size in sizes.items()},
     }
 
 

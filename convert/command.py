@@ -1,10 +1,6 @@
 """``mlx_hmem.convert SOURCE DESTINATION``: PyTorch checkpoints to MLX; ``--to pytorch``: and back.
 
-SOURCE may be an OpenLM checkpoint (a ``.pt`` file, one shard of several, or their folder), a
-Hugging Face folder, a model with memories in our PyTorch layout (docs/pytorch_layout.md), or, for
-``--to pytorch``, a model directory. What it is, is seen from what lies there; ``--from`` says it.
-``mlx_hmem.convert quantize``, ``… bundle``, ``… tree`` and ``… upload`` have a ``--help`` of their
-own.
+What SOURCE is, is seen from what lies there. PyTorch's layout of memories: docs/pytorch_layout.md.
 """
 
 import argparse

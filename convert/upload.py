@@ -8,6 +8,7 @@ what names them last. An upload that was stopped is run again; what the Hub has 
 
 from collections.abc import Sequence
 from fnmatch import fnmatch
+from functools import partial
 from json import dumps
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,12 @@ UPLOADED = (*MODEL_FILES, *BANK_FILES, CARD, "LICENSE*", "NOTICE*")
 NOT_UPLOADED = (RECORD, f"{FORMER}/*")  # left by a conversion killed in its last step
 # What an earlier model may have left and would mix with this one.
 REPLACED = ("model*.safetensors*", "hmem.json", "tokenizer*", "retriever/*", "bank/*", "banks/*")
+SIZES = {  # keys of the anchor's config, in words
+    "num_hidden_layers": "layers",
+    "hidden_size": "hidden",
+    "vocab_size": "in the vocabulary",
+    "max_position_embeddings": "tokens of context",
+}
 ONE_COMMIT = 200  # huggingface_hub cuts commits of more than 250 files
 
 
@@ -74,24 +81,18 @@ def upload(directory: Path, repo: str, private: bool = False) -> None:
 def _send(api: Any, directory: Path, repo: str) -> str:
     """Uploads the files of a model; returns the hash of the last commit."""
     files = _uploaded(directory)
-    stale = [
-        name
-        for name in api.list_repo_files(repo)
-        if name not in files and any(fnmatch(name, pattern) for pattern in REPLACED)
-    ]
-    first: list[str] = []
+    bank = [name for name in files if _is_one_of(name, BANK_FILES)]
+    stale = [n for n in api.list_repo_files(repo) if n not in files and _is_one_of(n, REPLACED)]
+    send = partial(api.upload_folder, repo_id=repo, folder_path=directory)
     if len(files) > ONE_COMMIT:
-        first = [name for name in files if any(fnmatch(name, each) for each in BANK_FILES)]
-        api.upload_folder(
-            repo_id=repo, folder_path=directory, allow_patterns=first, commit_message="Memory bank"
-        )
-    return api.upload_folder(
-        repo_id=repo,
-        folder_path=directory,
-        allow_patterns=[name for name in files if name not in set(first)],
-        delete_patterns=stale or None,
-        commit_message="Model made by mlx_hmem",
-    ).oid
+        send(allow_patterns=bank, commit_message="Memory bank")
+        files = [name for name in files if name not in set(bank)]
+    said = "Model made by mlx_hmem"
+    return send(allow_patterns=files, delete_patterns=stale or None, commit_message=said).oid
+
+
+def _is_one_of(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def _uploaded(directory: Path) -> list[str]:
@@ -193,9 +194,9 @@ def card(
     there. What is not known is left out.
     """
     config = read_config(directory)
-    sizes = [f"{config[key]} {word}" for key, word in _SIZES if type(config.get(key)) is int]
-    parts: dict[str, str] = dict(what="", table="", lazy=" --memory none", lazy_argument="")
-    parts |= dict(memory_argument=', memory="none"', memory="")
+    sizes = [f"{config[key]} {word}" for key, word in SIZES.items() if type(config.get(key)) is int]
+    parts = dict.fromkeys(("what", "table", "lazy_argument", "memory"), "")
+    parts |= {"lazy": " --memory none", "memory_argument": ', memory="none"'}
     if (directory / "hmem.json").exists():
         parts |= _memory_parts(directory)
     return _front_matter(directory, base_model, license) + TEXT.format(
@@ -206,25 +207,21 @@ def card(
     )
 
 
-_SIZES = (
-    ("num_hidden_layers", "layers"),
-    ("hidden_size", "hidden"),
-    ("vocab_size", "in the vocabulary"),
-    ("max_position_embeddings", "tokens of context"),
-)
-
-
 def _memory_parts(directory: Path) -> dict[str, str]:
     hmem = HmemConfig.from_file(directory / "hmem.json")
     manifest = Manifest.from_file(directory / BANK_FOLDER / MANIFEST)
     memory, shards = hmem.memory, manifest.shards
+    levels = [
+        f"{'generic' if q.level == 0 else f'level {q.level}'} {q.mode}, {q.bits} bits"
+        for q in manifest.quantization or ()
+    ]
     table = TABLE.format(
         parameters=memory.bank_parameters,
         clusters=" × ".join(map(str, memory.branching)),
         kind=memory.kind,
         r=list(memory.r),
         bank_bytes=f"{_megabytes(sum(s.bytes for s in shards))} in {len(shards)} files",
-        stored=_stored(manifest),
+        stored="; ".join([manifest.dtype, *levels]),
         fetched=memory.fetched_parameters,
         encoder=hmem.retriever.encoder,
     )
@@ -236,15 +233,6 @@ def _memory_parts(directory: Path) -> dict[str, str]:
         "memory_argument": "",
         "memory": MEMORY.format(levels=memory.num_levels),
     }
-
-
-def _stored(manifest: Manifest) -> str:
-    """The bank's dtype, and the levels that are quantised."""
-    levels = [
-        f"{'generic' if q.level == 0 else f'level {q.level}'} {q.mode}, {q.bits} bits"
-        for q in manifest.quantization or ()
-    ]
-    return "; ".join([manifest.dtype, *levels])
 
 
 def _megabytes(count: int) -> str:

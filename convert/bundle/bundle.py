@@ -230,6 +230,15 @@ def plan(folder: Path, context: int | None, prefill: Sequence[int]) -> Bundle:
     return Bundle(folder, model, Functions(model, chosen, lengths))
 
 
+def sizes_of(folder: Path) -> Counter[str]:
+    """Bytes of each part of a bundle: a file, or a folder in it."""
+    sizes = Counter[str]()
+    for file in folder.rglob("*"):
+        if file.is_file():
+            sizes[file.relative_to(folder).parts[0]] += file.stat().st_size
+    return sizes
+
+
 def lengths_option(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
@@ -267,10 +276,7 @@ def main(words: Sequence[str]) -> None:
         args.out, bundle.identity, replace=args.overwrite, need_bytes=bundle.bytes_needed
     ) as part:
         bundle.write(part)
-    sizes = Counter[str]()
-    for file in args.out.rglob("*"):
-        if file.is_file():
-            sizes[file.relative_to(args.out).parts[0]] += file.stat().st_size
+    sizes = sizes_of(args.out)
     parts = ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in sizes.most_common(5))
     print(f"{args.out}: {sizes.total() / 1e6:,.1f} MB ({parts})")
     if device() == "cpu":

@@ -124,24 +124,22 @@ def tables_file(level: int) -> str:
     return "memory-generic.safetensors" if level == GENERIC else f"memory-level-{level}.safetensors"
 
 
-def write_bank_as_tables(folder: Path, bank: Bank, dtype: str) -> list[str]:
-    """Writes one file of tables for each level of the bank; returns their names.
+def write_bank_as_tables(folder: Path, bank: Bank, dtype: str) -> None:
+    """Writes one file of tables for each level of the bank.
 
     A file that exists is whole and stays. Blocks are verified, dequantised where they are
     quantised, and rounded if ``dtype`` is not the bank's. Raises UserError for a damaged block.
     """
-    config, names = bank.config, []
+    config = bank.config
     total = sum(num_blocks(config, number) for number in stored_r(config))
     with tqdm(total=total, desc="memory tables", unit="block", delay=2) as bar:
         for number in stored_r(config):
-            names.append(tables_file(number))
-            if (folder / names[-1]).exists():
+            if (path := folder / tables_file(number)).exists():
                 bar.update(num_blocks(config, number))
                 continue
-            with atomic_file(folder / names[-1]) as file:
+            with atomic_file(path) as file:
                 _write_tables(file, bank, number, dtype, bar)
-            _forget(folder / names[-1])
-    return names
+            _forget(path)
 
 
 def _write_tables(file: BinaryIO, bank: Bank, level: int, dtype: str, bar: tqdm) -> None:

@@ -38,8 +38,12 @@ class AnchorChange:
     left: tuple[str, ...]
 
 
-def check_unquantized(folder: Path) -> None:
-    """Raises UserError if the anchor in ``folder`` is quantised."""
+def quantized_anchor(folder: Path, how: Quantization) -> tuple[nn.Module, dict[str, Any]]:
+    """The quantised anchor and its config; no array is made before it is used.
+
+    Raises:
+        UserError: it is quantised already, or none of its matrices can be quantised so.
+    """
     config = read_config(folder)
     found = config.get("quantization") or config.get("quantization_config")
     if found or (folder / "hf_quant_config.json").exists():
@@ -48,15 +52,6 @@ def check_unquantized(folder: Path) -> None:
             json.dumps(found)[:100],
             "start from the anchor as it was before, or leave out --anchor-…",
         )
-
-
-def quantized_anchor(folder: Path, how: Quantization) -> tuple[nn.Module, dict[str, Any]]:
-    """The quantised anchor and its config; no array is made before it is used.
-
-    Raises:
-        UserError: it is quantised already, or none of its matrices can be quantised so.
-    """
-    check_unquantized(folder)
     anchor, config = load_anchor(folder, lazy=True)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # the report says it better

@@ -70,7 +70,7 @@ class BankChange(NamedTuple):
         if twice := sorted(kept.keys() & chosen.keys()):
             raise UserError(
                 f"{level_title(twice[0])} of the bank is quantised already",
-                quantization_title(kept[twice[0]]),
+                "{mode} {bits} bits, groups of {group_size}".format_map(kept[twice[0]].options),
                 f"start from the bank as it was before, or add --bank-level {twice[0]}:none",
             )
         both = {**kept, **chosen}
@@ -96,10 +96,6 @@ class BankChange(NamedTuple):
 
 def level_title(level: int) -> str:
     return "the generic memory" if level == GENERIC else f"level {level}"
-
-
-def quantization_title(how: Quantization) -> str:
-    return f"{how.mode} {how.bits} bits, groups of {how.group_size}"
 
 
 def change_bank(

@@ -1,11 +1,4 @@
-"""Quantises a model directory, its anchor or its bank or both, into a new one:
-``mlx_hmem.convert quantize MODEL OUT --anchor-bits 4 --bank-bits 8``.
-
-The anchor goes through mlx-lm's own quantiser; the bank is streamed block by block, each level in
-its own way if wanted: ``--bank-bits 8 --bank-level 2:mxfp4 --bank-level 1:none``. What no option
-names stays as it is. A table on standard output says what it saved and what it cost; with
-``--json`` one JSON object. A stopped run goes on where it was when it is started again.
-"""
+"""``mlx_hmem.convert quantize MODEL OUT --anchor-bits 4 --bank-bits 8``: a model made smaller."""
 
 import json
 from collections.abc import Sequence

@@ -36,23 +36,19 @@ END = object()
 
 
 def open_files(paths: Sequence[Path]) -> Checkpoint:
-    """What a checkpoint of safetensors or of ``torch.save`` holds, in one file or several."""
-    opens = {".safetensors": open_safetensors}
-    return join([opens.get(path.suffix, open_torch)([path]) for path in paths])
-
-
-def open_torch(paths: Sequence[Path]) -> Checkpoint:
-    """What a checkpoint of ``torch.save`` holds, in one file or several shards.
+    """What a checkpoint of safetensors or of ``torch.save`` holds, in one file or several.
 
     The model is looked for under ``state_dict``, ``model``, ``model_state_dict`` and ``module``,
     one inside the other if need be; else the whole file is the model. Dictionaries and lists inside
     it give names joined with dots. Raises :class:`UserError` for a file that is damaged, of another
     format, or that could run code.
     """
-    return join([_open(path) for path in paths])
+    return join(
+        [open_safetensors([p]) if p.suffix == ".safetensors" else _open_torch(p) for p in paths]
+    )
 
 
-def _open(path: Path) -> Checkpoint:
+def _open_torch(path: Path) -> Checkpoint:
     with open_regular(path) as file:
         size = file.seek(0, 2)
         file.seek(0)

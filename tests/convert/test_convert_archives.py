@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from convert.torch_files import pickle_machine, zips
-from convert.torch_files.pickles import open_torch
+from convert.torch_files.pickles import open_files
 from convert.torch_files.tensors import Checkpoint, open_safetensors
 from mlx_hmem.errors import UserError
 from tests.helpers.faults import any_input
@@ -129,7 +129,7 @@ def with_zip64(change: dict[int, int], locator: bytes = b"") -> bytes:
 def test_zip64_records_are_read_and_extremes_of_them_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     path.write_bytes(with_zip64({}))
-    assert open_torch([path]).tensors["w"].read().tobytes() == bytes(range(24))
+    assert open_files([path]).tensors["w"].read().tobytes() == bytes(range(24))
     most = 2**64 - 1
     changes: list[dict[int, int]] = [{index: most} for index in (0, 5, 6, 7, 8)]
     changes += [{3: 1}, {4: 1}, {0: 45}, {5: 0, 6: 0}, {7: 0}, {8: 0}, {7: most, 8: 1}]
@@ -216,13 +216,13 @@ WHOLE = archive(
 def test_a_flipped_byte_is_refused_or_changes_no_name_and_no_shape(changes, tmp_path):
     path = tmp_path / "x.pt"
     path.write_bytes(WHOLE)
-    want = outline(open_torch([path]))
+    want = outline(open_files([path]))
     data = bytearray(WHOLE)
     for at, flip in changes:
         data[at] ^= flip
     path.write_bytes(data)
     try:
-        found = open_torch([path])
+        found = open_files([path])
     except UserError:
         return
     assert outline(found) == want
@@ -243,7 +243,7 @@ def test_a_changed_pickle_gives_tensors_inside_the_file_or_one_line(start, put, 
     data[start // 2 : start // 2] = b"".join(shuffled)
     path = write(tmp_path / "x.pt", bytes(data))
     try:
-        found = open_torch([path])
+        found = open_files([path])
     except UserError:
         return
     for found_tensor in found.tensors.values():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from convert.torch_files.names import TYPES
-from convert.torch_files.pickles import open_torch
+from convert.torch_files.pickles import open_files
 from tests.helpers.programs import refused
 from tests.helpers.torch_files import tensor, write
 
@@ -41,7 +41,7 @@ def test_every_tensor_equals_torch_load(tmp_path: Path) -> None:
     }  # fmt: skip
     for options in ({}, {"pickle_protocol": 4}):
         torch.save(whole, tmp_path / "x.pt", **options)
-        found = open_torch([tmp_path / "x.pt"])
+        found = open_files([tmp_path / "x.pt"])
         loaded = torch.load(tmp_path / "x.pt", weights_only=False)["state_dict"]
         assert list(found.tensors) == list(loaded)
         for label, want in loaded.items():
@@ -69,12 +69,12 @@ def test_whole_modules_and_old_formats_of_torch_are_refused(tmp_path: Path) -> N
         ("script", "a TorchScript archive"),
         ("sparse", "names 'torch._utils._rebuild_sparse_tensor'"),
     ):
-        refused(says, open_torch, [tmp_path / f"{file}.pt"])
+        refused(says, open_files, [tmp_path / f"{file}.pt"])
 
 
 def test_the_files_made_by_hand_are_such_as_pytorch_reads(tmp_path: Path) -> None:
     path = write(tmp_path / "x.pt", {"n": [1, 2.5], "w": tensor(), "t": tensor((2, 2), (1, 3), 1)})
     loaded = torch.load(path, weights_only=True)
-    assert loaded["n"] == open_torch([path]).values["n"]
-    for label, found in open_torch([path]).tensors.items():
+    assert loaded["n"] == open_files([path]).values["n"]
+    for label, found in open_files([path]).tensors.items():
         assert np.array_equal(found.read().view(np.float32), loaded[label].numpy())

@@ -14,7 +14,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from convert.torch_files import tensors
 from convert.torch_files.names import STORAGES, TYPES
-from convert.torch_files.pickles import open_torch
+from convert.torch_files.pickles import open_files
 from convert.torch_files.tensors import MLX_TYPES, LazyTensor, bits_of, open_safetensors, read_bits
 from convert.torch_files.writer import write_torch
 from mlx_hmem.errors import UserError
@@ -39,7 +39,7 @@ def test_bits_of_every_storage_class_are_those_in_the_file(tmp_path: Path, kind:
     at = storage(count=6, kind=name("torch", kind))
     raw = BYTES[: 6 * item].tobytes()
     path = write(tmp_path / "x.pt", {"w": tensor((2, 2), (2, 1), 1, at)}, {"0": raw})
-    found = open_torch([path]).tensors["w"]
+    found = open_files([path]).tensors["w"]
     assert (found.dtype, found.shape, found.strides) == (STORAGES[kind], (2, 2), None)
     assert found.read().tobytes() == raw[item : 5 * item]
     assert found.nbytes == 4 * item
@@ -54,7 +54,7 @@ def test_bits_of_untyped_storages_take_the_tensors_type(tmp_path: Path, kind: st
     made = name("torch._utils", "_rebuild_tensor_v3") + opcodes(arguments) + b"R"
     raw = BYTES[: 3 * item].tobytes()
     path = write(tmp_path / "x.pt", {"w": made}, {"0": raw})
-    found = open_torch([path]).tensors["w"]
+    found = open_files([path]).tensors["w"]
     assert (found.dtype, found.read().tobytes()) == (TYPES[kind], raw[item:])
 
 
@@ -68,7 +68,7 @@ def test_what_the_writer_writes_is_read_back(tmp_path: Path) -> None:
     entries = [(n, n.split(".")[1], (3, 4), [a[:6], a[6:]]) for n, a in arrays.items()]
     values = {"epoch": 3, "name": "é", "big": 2**70, "list": [1.5, None, (True, -1)], "d": {"a": 1}}
     write_torch(tmp_path / "x.pt", entries, values, aliases={"tied": "layer.F32"})
-    found = open_torch([tmp_path / "x.pt"])
+    found = open_files([tmp_path / "x.pt"])
     assert list(found.tensors) == [*arrays, "tied"]
     assert found.values == values
     assert found.left_out == ()
@@ -136,14 +136,14 @@ def test_the_model_is_found_and_the_rest_told_apart(tmp_path: Path) -> None:
             "raw": name("_codecs", "encode") + opcodes(("\xff", "latin1")) + b"R",
         },
     )
-    found = open_torch([path])
+    found = open_files([path])
     assert list(found.tensors) == ["w", "inner.list.0", "inner.list.1"]
     assert found.values == {"epoch": 7, "model.args": {"d": 1}, "inner.n": 3, "version": 2}
     assert found.left_out == ("optimizer", "raw")
     flat = write(tmp_path / "y.pt", {"model.w": tensor(), "step": 1})
-    assert list(open_torch([flat]).tensors) == ["model.w"]
-    assert open_torch([flat]).values == {"step": 1}
-    assert list(open_torch([write(tmp_path / "z.pt", [tensor(), tensor()])]).tensors) == ["0", "1"]
+    assert list(open_files([flat]).tensors) == ["model.w"]
+    assert open_files([flat]).values == {"step": 1}
+    assert list(open_files([write(tmp_path / "z.pt", [tensor(), tensor()])]).tensors) == ["0", "1"]
 
 
 def test_parameters_attributes_and_metadata_are_seen_through(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_parameters_attributes_and_metadata_are_seen_through(tmp_path: Path) -> 
         + opcodes("p") + parameter + opcodes("q") + with_state + opcodes("t") + subclass
         + b"u" + opcodes({"_metadata": {"version": 1}}) + b"b"
     )  # fmt: skip
-    found = open_torch([write(tmp_path / "x.pt", {"state_dict": table})])
+    found = open_files([write(tmp_path / "x.pt", {"state_dict": table})])
     assert {label: t.shape for label, t in found.tensors.items()} == {
         "p": (2, 3), "q": (2, 3), "t": (3,)
     }  # fmt: skip
@@ -183,7 +183,7 @@ def test_other_protocols_and_numbers_of_numpy_are_read(tmp_path: Path) -> None:
             "o": OrderedDict(a=[1, (2, 3, 4)]), "big": -(2**40), "y": 70000, "none": None, "e": (),
         }  # fmt: skip
         path = write(tmp_path / "x.pt", pickle.dumps(values, protocol), {})
-        found = open_torch([path])
+        found = open_files([path])
         assert found.values == values
         assert [type(found.values[k]) for k in "nib"] == [float, int, bool]
 
@@ -191,13 +191,13 @@ def test_other_protocols_and_numbers_of_numpy_are_read(tmp_path: Path) -> None:
 def test_shards_join_and_a_tensor_in_two_of_them_is_refused(tmp_path: Path) -> None:
     first = write(tmp_path / "1.bin", {"a": tensor(), "step": 1})
     second = write(tmp_path / "2.bin", {"b": tensor((6,), (1,)), "step": 2, "more": 3})
-    found = open_torch([first, second])
+    found = open_files([first, second])
     assert [(label, t.path, t.shape) for label, t in found.tensors.items()] == [
         ("a", first, (2, 3)), ("b", second, (6,))
     ]  # fmt: skip
     assert found.values == {"step": 1, "more": 3}
     with pytest.raises(UserError, match=r"a tensor occurs twice: 'a' in .*1.bin and .*1.bin"):
-        open_torch([first, second, first])
+        open_files([first, second, first])
 
 
 def test_a_checkpoint_without_checksums_and_one_of_an_older_pytorch(tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_a_checkpoint_without_checksums_and_one_of_an_older_pytorch(tmp_path: Pa
     for part in made:
         part.central, part.local = dict(zeros), zeros | dict(size=0, packed=0)
     (tmp_path / "x.pt").write_bytes(archive([made[0], *made[2:]]))
-    assert open_torch([tmp_path / "x.pt"]).tensors["w"].read().tobytes() == bytes(range(24))
+    assert open_files([tmp_path / "x.pt"]).tensors["w"].read().tobytes() == bytes(range(24))
 
 
 def test_large_archives_zip64_fields_are_read(tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_large_archives_zip64_fields_are_read(tmp_path: Path) -> None:
         packed=most, size=most, header=most, extra=b"ZZ\0\0" + b"\1\0\x18\0" + field
     )
     (tmp_path / "x.pt").write_bytes(archive(made))
-    assert open_torch([tmp_path / "x.pt"]).tensors["w"].read().tobytes() == bytes(range(24))
+    assert open_files([tmp_path / "x.pt"]).tensors["w"].read().tobytes() == bytes(range(24))
 
 
 def test_safetensors_give_the_same_bits(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from convert.torch_files.pickles import open_torch
+from convert.torch_files.pickles import open_files
 from tests.helpers.programs import refused
 
 
@@ -113,4 +113,4 @@ def write(path: Path, value: Any, storages: dict[str, bytes] | None = None) -> P
 
 def refusal(path: Path) -> str:
     """The one line with which a file is refused."""
-    return refused("", open_torch, [path])
+    return refused("", open_files, [path])
