@@ -42,6 +42,8 @@ def find_model(path_or_repo: str | Path, only: Sequence[str] | None = None) -> P
         patterns = None if only is None else list(only)
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # what the library raises, and its HTTP client, has no common class
+        if there := getattr(error, "snapshot_path", None):
+            return Path(there)  # another program wanted fewer files; who lacks one will say so
         raise UserError(
             f"no model directory {name}, and the Hub does not give it",
             _reason(error),

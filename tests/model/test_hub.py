@@ -15,6 +15,7 @@ from pathlib import Path
 import huggingface_hub.constants as hub_constants
 import numpy as np
 import pytest
+from huggingface_hub import snapshot_download
 
 from mlx_hmem.bank import Bank
 from mlx_hmem.bank.format import PAGE
@@ -111,6 +112,24 @@ def test_without_a_connection_what_is_here_works_and_what_is_not_is_named(
     if how == "offline":
         monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
         assert same(blocks(model, LAST), blocks(local, LAST))
+
+
+def test_a_cache_that_another_program_filled_is_enough_without_a_connection(
+    online, directory, monkeypatch
+):
+    """mlx-lm fetches no ``original/tokenizer.model``; the library then calls the folder
+    incomplete."""
+    files = online.repos[REPO].commits[-1][1]
+    online.repos[REPO].commit({**files, "original/tokenizer.model": b"for another program"})
+    snapshot_download(
+        REPO, allow_patterns=["*.json", "model*.safetensors", "retriever/*", "bank/*"]
+    )
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
+    model, local = load(REPO), load(directory)
+    assert same(blocks(model, FIRST), blocks(local, FIRST))
+    (model_folder,) = Path(hub_constants.HF_HUB_CACHE).glob("*/snapshots/*")
+    (model_folder / "model.safetensors").unlink()
+    refused("no anchor weights", load, REPO)
 
 
 def test_many_threads_fetch_a_shard_once(online, directory):
