@@ -50,7 +50,7 @@ def anchor_state(folder: Path) -> tuple[dict[str, np.ndarray], int]:
     model, ranks = make_model(), Ranks.meet(folder)
     trainee = AnchorTrainee(model, tokens, EOT, TRAINING, ranks)
     train(trainee, ShuffledOrder(ROWS, TRAINING, SEED), TRAINING, folder, "anchor")
-    state = {name: np.array(array) for name, array in trainee.state().items()}
+    state = {name: np.array(array) for name, array in trainee.weights.arrays().items()}
     return state, trainee.gradient.exchanged_bytes
 
 

@@ -116,8 +116,9 @@ def test_an_anchor_in_parts_is_the_anchor_in_one_piece_where_the_batch_divides()
     for step in range(5):
         rows = np.arange(4 * step, 4 * step + 4)
         assert parts.step(rows, RATE) == pytest.approx(whole.step(rows, RATE), rel=1e-5)
-    for name, array in whole.state().items():
-        np.testing.assert_allclose(np.array(array), np.array(parts.state()[name]), atol=1e-5)
+    found = parts.weights.arrays()
+    for name, array in whole.weights.arrays().items():
+        np.testing.assert_allclose(np.array(array), np.array(found[name]), atol=1e-5)
     refused("batch_size is not a multiple", replace, TRAINING, micro_batch_size=3)
 
 

@@ -118,13 +118,13 @@ def test_a_step_that_is_not_finite_leaves_the_anchor_and_its_moments_as_they_wer
     batches = [np.arange(3), np.arange(3, 6)]
     for each in (trainee, again):
         each.step(batches[0], 1e-2)
-    good = trainee.state()
+    good = trainee.weights.arrays()
     bad = good | {"weights.model.norm.weight": good["weights.model.norm.weight"] * math.inf}
-    trainee.load_state(bad)
+    trainee.weights.load(bad)
     assert not math.isfinite(trainee.step(batches[1], 1e-2)[1])
-    for name, array in trainee.state().items():
+    for name, array in trainee.weights.arrays().items():
         assert np.array(array).tobytes() == np.array(bad[name]).tobytes(), name
-    trainee.load_state(good)
+    trainee.weights.load(good)
     assert trainee.step(batches[1], 1e-2) == again.step(batches[1], 1e-2)
 
 

@@ -5,7 +5,7 @@ do not decay, and its bias correction counts its own steps. Where every block is
 step this equals dense AdamW. An anchor's weight is a stack of one.
 """
 
-from collections.abc import Callable
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -65,26 +65,19 @@ class AnchorWeights:
         self.first = {name: mx.zeros_like(weight) for name, weight in self.weights.items()}
         self.second = {name: mx.zeros_like(weight) for name, weight in self.weights.items()}
         self._betas = betas = (training.beta1, training.beta2)
-
-        def one_step(decay: float) -> Callable[..., list[mx.array]]:
-            def step(*arguments: mx.array) -> list[mx.array]:
-                *state, gradient, rate, by_first, by_second = arguments
-                return adamw(state, gradient, rate, [by_first, by_second], betas, decay)
-
-            return mx.compile(step)
-
-        self._decayed, self._undecayed = one_step(weight_decay), one_step(0.0)
+        self._decayed, self._undecayed = (
+            mx.compile(partial(adamw, betas=betas, weight_decay=d)) for d in (weight_decay, 0.0)
+        )
 
     def update(self, gradients: dict[str, mx.array], rate: float) -> None:
         """One step, lazily. What it replaces is let go of at once, so that MLX writes in place."""
         steps, learning_rate = self.steps, mx.array(rate)
         corrections = bias_corrections(steps, self._betas)
         for name, gradient in gradients.items():
-            weight = self.weights.pop(name)
-            first, second = self.first.pop(name), self.second.pop(name)
-            one_step = self._decayed if weight.ndim >= 2 else self._undecayed
+            state = [part.pop(name) for part in (self.weights, self.first, self.second)]
+            one_step = self._decayed if state[0].ndim >= 2 else self._undecayed
             self.weights[name], self.first[name], self.second[name], self.steps = one_step(
-                weight, first, second, steps, gradient, learning_rate, *corrections
+                [*state, steps], gradient, learning_rate, corrections
             )
         self.restore()
 

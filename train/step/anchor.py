@@ -73,9 +73,3 @@ class AnchorTrainee(CheckpointFile):
         else:
             self.weights.restore()
         return loss, norm
-
-    def state(self) -> dict[str, mx.array]:
-        return self.weights.arrays()
-
-    def load_state(self, state: dict[str, mx.array]) -> None:
-        self.weights.load(state)

@@ -66,12 +66,7 @@ class MemoryTrainee:
         self.gradient = BatchGradient(anchor, self.slot, eot, training, self.ranks)
         self._betas = betas = (training.beta1, training.beta2)
 
-        def update(
-            states: list[list[mx.array]],
-            gradients: list[mx.array],
-            corrections: list[list[mx.array]],
-            rate: mx.array,
-        ) -> list[list[mx.array]]:
+        def update(states: Any, gradients: Any, corrections: Any, rate: mx.array) -> Any:
             levels = zip(states, gradients, corrections, strict=True)
             return [adamw(s, g, rate, c, betas, training.weight_decay) for s, g, c in levels]
 

@@ -64,16 +64,11 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class CheckpointFile:
-    """A trainee that keeps its state in one file; it brings ``state`` and ``load_state``, and the
-    ranks that train it, all of which have the same state."""
+    """A trainee that keeps its state, ``arrays`` of its weights, in one file; all ``ranks`` that
+    train it have the same."""
 
     ranks: Ranks
-
-    def state(self) -> dict[str, mx.array]:
-        raise NotImplementedError
-
-    def load_state(self, state: dict[str, mx.array]) -> None:
-        raise NotImplementedError
+    weights: Any
 
     def resume(self, folder: Path, identity: dict[str, Any]) -> Progress:
         """Loads the state that ``folder`` holds; without one the run is at its beginning. Ranks
@@ -83,7 +78,7 @@ class CheckpointFile:
         if len(set(steps)) == 1:
             return progress
         source = int(np.argmax(steps))
-        self.load_state(self.ranks.share(self.state(), source))
+        self.weights.load(self.ranks.share(self.weights.arrays(), source))
         points = self.ranks.gather(len(progress.curve))[source]
         own = progress.curve if self.ranks.rank == source else [(0, 0.0, 0.0)] * points
         curve = mx.array(replace(progress, curve=own).curve_array())
@@ -98,12 +93,12 @@ class CheckpointFile:
         check_identity(found, identity, path)
         state = load_safetensors(path)
         curve = np.array(state.pop("curve")).tobytes()
-        self.load_state(state)
+        self.weights.load(state)
         return Progress.load(metadata["identity"], int(metadata["step"]), curve)
 
     def save(self, folder: Path, progress: Progress) -> None:
         metadata = {"step": str(progress.step), "identity": json.dumps(progress.identity)}
-        state = self.state() | {"curve": mx.array(progress.curve_array())}
+        state = self.weights.arrays() | {"curve": mx.array(progress.curve_array())}
         if self.ranks.first:
             save_safetensors(folder / CHECKPOINT, state, metadata)
         self.ranks.wait()
