@@ -138,47 +138,6 @@ tags:
 - mlx_hmem
 - hierarchical-memory
 """
-TEXT = """
-# {name}
-
-A language model{what}, in the format of mlx_hmem.
-
-| | |
-|---|---|
-| anchor | {anchor}, {anchor_bytes} |
-{table}
-## How to use it
-
-```sh
-pip install mlx-hmem
-mlx_hmem.generate --model {name} --prompt "..."{lazy}
-```
-
-```python
-from mlx_hmem import load
-
-model = load("{name}"{lazy_argument})
-for piece in model.stream("...", max_tokens=50{memory_argument}):
-    print(piece.text, end="")
-```
-{memory}"""
-TABLE = """| memory bank | {parameters:,} parameters, {clusters} clusters, {kind}, r {r} |
-| its files | {bank_bytes} |
-| stored as | {stored} |
-| fetched memory | {fetched:,} parameters for each text |
-| encoder | {encoder} |
-"""
-MEMORY = """
-## What the memory is
-
-The anchor, a small model, knows language; the memory bank knows facts. A text is sent down a tree
-of {levels} levels of clusters, and of the bank only the blocks on its way, one for each level, are
-attached to the anchor. `--memory none` runs the anchor alone, `--memory generic` attaches a memory
-that no text chooses. With `--lazy`, parts of the bank are downloaded when a text first needs them.
-
-The method is that of *Pretraining with hierarchical memories: separating long-tail and common
-knowledge* (Pouransari et al., arXiv 2510.02375).
-"""
 
 
 def card(
@@ -195,19 +154,17 @@ def card(
     """
     config = read_config(directory)
     sizes = [f"{config[key]} {word}" for key, word in SIZES.items() if type(config.get(key)) is int]
-    parts = dict.fromkeys(("what", "table", "lazy_argument", "memory"), "")
-    parts |= {"lazy": " --memory none", "memory_argument": ', memory="none"'}
-    if (directory / "hmem.json").exists():
-        parts |= _memory_parts(directory)
-    return _front_matter(directory, base_model, license) + TEXT.format(
+    with_memory = (directory / "hmem.json").exists()
+    file = Path(__file__).with_name("card.md" if with_memory else "card_anchor.md")
+    return f"{_front_matter(directory, base_model, license)}\n" + file.read_text("utf-8").format(
         name=name or Path(directory).resolve().name,
         anchor=": ".join([str(config["model_type"]), ", ".join(sizes)]) if sizes else "unknown",
         anchor_bytes=_megabytes(sum(file.stat().st_size for file in weight_files(directory))),
-        **parts,
+        **(_memory_parts(directory) if with_memory else {}),
     )
 
 
-def _memory_parts(directory: Path) -> dict[str, str]:
+def _memory_parts(directory: Path) -> dict[str, Any]:
     hmem = HmemConfig.from_file(directory / "hmem.json")
     manifest = Manifest.from_file(directory / BANK_FOLDER / MANIFEST)
     memory, shards = hmem.memory, manifest.shards
@@ -215,23 +172,16 @@ def _memory_parts(directory: Path) -> dict[str, str]:
         f"{'generic' if q.level == 0 else f'level {q.level}'} {q.mode}, {q.bits} bits"
         for q in manifest.quantization or ()
     ]
-    table = TABLE.format(
-        parameters=memory.bank_parameters,
-        clusters=" × ".join(map(str, memory.branching)),
-        kind=memory.kind,
-        r=list(memory.r),
-        bank_bytes=f"{_megabytes(sum(s.bytes for s in shards))} in {len(shards)} files",
-        stored="; ".join([manifest.dtype, *levels]),
-        fetched=memory.fetched_parameters,
-        encoder=hmem.retriever.encoder,
-    )
     return {
-        "what": " with a hierarchical memory",
-        "table": table,
-        "lazy": " --lazy",
-        "lazy_argument": ", lazy=True",
-        "memory_argument": "",
-        "memory": MEMORY.format(levels=memory.num_levels),
+        "parameters": memory.bank_parameters,
+        "clusters": " × ".join(map(str, memory.branching)),
+        "kind": memory.kind,
+        "r": list(memory.r),
+        "bank_bytes": f"{_megabytes(sum(s.bytes for s in shards))} in {len(shards)} files",
+        "stored": "; ".join([manifest.dtype, *levels]),
+        "fetched": memory.fetched_parameters,
+        "encoder": hmem.retriever.encoder,
+        "levels": memory.num_levels,
     }
 
 

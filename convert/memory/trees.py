@@ -1,9 +1,8 @@
 """Cluster trees from k-means of NumPy, scikit-learn or FAISS into ``tree.safetensors``.
 
-A tree is given by its centroids on each level (docs/pytorch_layout.md): ``level-1``, ``level-2``, …
-in one ``.npz``, ``.safetensors`` or ``.pt`` file, or one ``.npy`` file for each level in a folder.
-scikit-learn's ``KMeans.cluster_centers_`` and the ``centroids`` of FAISS's ``Kmeans`` are such
-arrays; neither library is needed, and no pickle is ever read.
+A tree is given by its centroids on each level (docs/pytorch_layout.md): scikit-learn's
+``KMeans.cluster_centers_`` and the ``centroids`` of FAISS's ``Kmeans`` are such arrays; neither
+library is needed, and no pickle is ever read.
 """
 
 import contextlib

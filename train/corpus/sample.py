@@ -125,10 +125,8 @@ class Sample:
         parts = [self._entries(number, faults) for number in range(len(shards))]
         entries = np.concatenate([np.empty(0, ENTRY), *parts])
         entries = entries[np.lexsort((entries["second"], entries["first"]))]  # a stable sort
-        again = np.zeros(len(entries), bool)
-        again[1:] = True
-        for half in ("first", "second"):
-            again[1:] &= entries[half][1:] == entries[half][:-1]
+        halves, again = entries[["first", "second"]], np.zeros(len(entries), bool)
+        again[1:] = halves[1:] == halves[:-1]
         taken = entries[~again][: section.documents]
         for entry in entries[again & (entries["first"] <= taken["first"].max(initial=0))]:
             name = json.loads(self.line(entry))["id"]
