@@ -266,12 +266,18 @@ class RetrieverConfig(JsonConfig):
 
 @dataclass(frozen=True)
 class HmemConfig(JsonConfig):
-    """``hmem.json``: what ties an anchor, a retriever and a memory bank into one model."""
+    """``hmem.json``: what ties an anchor, a retriever and a memory bank into one model.
+
+    The hashes are of the anchor's weights, of what ``config.json`` says, and of the tokenizer's
+    vocabulary; a model of before has only the first.
+    """
 
     format_version: int
     memory: MemoryConfig
     retriever: RetrieverConfig
     anchor_hash: str
+    config_hash: str | None = None
+    tokenizer_hash: str | None = None
 
     @classmethod
     def from_file(cls, path: Path) -> "HmemConfig":

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_hmem.anchors.load import anchor_hash, named_parameters
+from mlx_hmem.anchors.load import anchor_hash, named_parameters, text_hashes
 from mlx_hmem.anchors.openlm import Model, ModelArgs
 from mlx_hmem.bank.documents import write_documents
 from mlx_hmem.config import FORMAT_VERSION, HmemConfig, MemoryConfig, RetrieverConfig
@@ -94,7 +94,7 @@ def model_folder(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
         encoder_hash=encoder.fingerprint,
         tree_hash=fingerprint(folder / "retriever" / "tree.safetensors"),
     )
-    hmem = HmemConfig(FORMAT_VERSION, MEMORY, retriever, anchor_hash(folder))
+    hmem = HmemConfig(FORMAT_VERSION, MEMORY, retriever, anchor_hash(folder), **text_hashes(folder))
     save_bank(folder / "bank", MEMORY, hmem.anchor_hash, retriever.tree_hash)
     (folder / "hmem.json").write_text(hmem.to_json())
     return folder

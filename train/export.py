@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from mlx_hmem.anchors.load import anchor_hash, read_config
+from mlx_hmem.anchors.load import anchor_hash, read_config, text_hashes
 from mlx_hmem.bank.format import GENERIC
 from mlx_hmem.bank.writer import Given, rewrite_bank
 from mlx_hmem.config import FORMAT_VERSION, HmemConfig, RetrieverConfig
@@ -55,6 +55,7 @@ def _add_memory(recipe: Recipe, folder: Path, part: Path, trained: Collection[st
             tree_hash=fingerprint(tree),
         ),
         anchor_hash=anchor_hash(part),
+        **text_hashes(part),
     )
     planned = recipe.planned_bank(hmem.anchor_hash, hmem.retriever.tree_hash)
     generic = trained_generic(recipe, folder) if "generic" in trained else None

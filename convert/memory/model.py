@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_hmem.anchors.attach import check_sizes
-from mlx_hmem.anchors.load import anchor_hash, anchor_of_config
+from mlx_hmem.anchors.load import anchor_hash, anchor_of_config, text_hashes
 from mlx_hmem.anchors.openlm import PREFIXES
 from mlx_hmem.bank.format import MANIFEST, Manifest, stored_r
 from mlx_hmem.bank.writer import planned_bytes
@@ -124,7 +124,7 @@ def from_pytorch(
         (part / "bank").mkdir(parents=True, exist_ok=True)  # else the anchor would load alone
         anchor.write(part)
         retriever = _write_retriever(tree_file, tree, encoder, part)
-        hmem = HmemConfig(FORMAT_VERSION, memory, retriever, anchor_hash(part))
+        hmem = HmemConfig(FORMAT_VERSION, memory, retriever, anchor_hash(part), **text_hashes(part))
         write_tensors_as_bank(
             part / "bank",
             memory,

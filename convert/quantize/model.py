@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mlx_hmem.anchors.load import anchor_hash, load_anchor, weight_files
+from mlx_hmem.anchors.load import anchor_hash, load_anchor, text_hashes, weight_files
 from mlx_hmem.bank import Quantization
 from mlx_hmem.bank.documents import DOCUMENTS
 from mlx_hmem.bank.format import MANIFEST
@@ -135,7 +135,8 @@ def write(chosen: ModelChange, part: Path, texts: Sequence[str] = ()) -> Report:
         hash_ = anchor_hash(part)
         dtype = chosen.bank.after.dtype
         levels = change_bank(chosen.folder / BANK_FOLDER, bank_folder, chosen.bank, hash_)
-        write_atomic(part / "hmem.json", replace(chosen.hmem, anchor_hash=hash_).to_json())
+        hashes: dict[str, Any] = {"anchor_hash": hash_} | text_hashes(part)
+        write_atomic(part / "hmem.json", replace(chosen.hmem, **hashes).to_json())
     load_anchor(part, lazy=True)  # config and weights go together
     scores = zip(before, _scores(part, texts), strict=True)
     forget_notes(bank_folder)

@@ -1,19 +1,22 @@
 """Loads an anchor from a model directory, ours or mlx-lm's, with every file checked first."""
 
+import json
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import xxhash
 from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes, load_model
 
 from mlx_hmem.anchors import openlm
-from mlx_hmem.config import read_json
+from mlx_hmem.config import HmemConfig, read_json
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import fingerprint, read_safetensors_header
 
 INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # the first that is there is read
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -56,6 +59,30 @@ def named_parameters(module: nn.Module) -> dict[str, mx.array]:
 def anchor_hash(folder: Path) -> str:
     """Fingerprint of the anchor's weights, by which a bank knows its anchor."""
     return fingerprint(*weight_files(folder))
+
+
+def text_hashes(folder: Path) -> dict[str, str]:
+    """The hashes of ``hmem.json`` beside that of the weights, for the anchor in ``folder``. Only
+    what makes ids and logits counts: what ends a text may be changed, and so a chat template."""
+    values = {key: value for key, value in read_config(folder).items() if key != "eos_token_id"}
+    config = json.dumps(values, sort_keys=True).encode()
+    tokenizer = next(folder / name for name in TOKENIZER_FILES if (folder / name).exists())
+    return {
+        "config_hash": f"xxh3:{xxhash.xxh3_128_hexdigest(config)}",
+        "tokenizer_hash": fingerprint(tokenizer),
+    }
+
+
+def check_hashes(folder: Path, hmem: HmemConfig) -> None:
+    """Raises UserError unless config and tokenizer are those that ``hmem`` names, if it does."""
+    for key, found in text_hashes(folder).items():
+        if getattr(hmem, key) not in (None, found):
+            what = key.removesuffix("_hash")
+            raise UserError(
+                f"the {what} is not the one this memory was made with",
+                f"{found} in {folder}",
+                f"restore it, or write its hash as {key} into hmem.json if it is to be so",
+            )
 
 
 def _classes(config: dict[str, Any]) -> tuple[type[nn.Module], type]:

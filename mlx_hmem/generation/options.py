@@ -141,6 +141,8 @@ def open_model(args: argparse.Namespace) -> MemoryModel:
     )
     if model.plan is not None:
         say(model.plan.line())
+    if not model.bound:
+        say("a model of before: that config.json and tokenizer are its own is not checked")
     return model
 
 

@@ -10,7 +10,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 from transformers.utils import logging as transformers_logging
 
-from mlx_hmem.anchors.load import anchor_hash, load_anchor
+from mlx_hmem.anchors.load import anchor_hash, check_hashes, load_anchor
 from mlx_hmem.bank import Bank
 from mlx_hmem.bank.views import check_name, read_views
 from mlx_hmem.budget.needs import read_needs
@@ -106,7 +106,11 @@ def load(
         model.keep_to(plan, base)
     elif context is not None:
         model.context = check_context(model.context, context)
-    return model if hmem is None else model.under(view)
+    if hmem is None:
+        return model
+    check_hashes(folder, hmem)  # last: what is wrong with a part is said more closely
+    model.bound = None not in (hmem.config_hash, hmem.tokenizer_hash)
+    return model.under(view)
 
 
 def read_hmem(folder: Path, parts: Sequence[str] = (BANK_FOLDER,)) -> HmemConfig | None:

@@ -61,6 +61,7 @@ class MemoryModel:
         self._slot = attach_memory(anchor, bank.config) if bank is not None else None
         self._dtype = float_dtype(anchor)
         self.plan: BudgetPlan | None = None
+        self.bound = True  # hmem.json names config and tokenizer; those of before do not
         self._watch: Watch | None = None
 
     def __repr__(self) -> str:

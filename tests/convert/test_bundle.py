@@ -20,7 +20,7 @@ from convert.bundle.functions import Function
 from convert.quantize import command as quantize
 from mlx_hmem import load
 from mlx_hmem.anchors.attach import memory_config
-from mlx_hmem.anchors.load import anchor_hash, load_anchor, named_parameters
+from mlx_hmem.anchors.load import anchor_hash, load_anchor, named_parameters, text_hashes
 from mlx_hmem.bank.views import write_views
 from mlx_hmem.config import HmemConfig
 from mlx_hmem.errors import UserError, run_program
@@ -143,7 +143,7 @@ def with_architecture(source: Path, folder: Path, name: str, kind: str) -> Path:
     edit_json(folder / "config.json", lambda values: (values.clear(), values.update(config)))
     hmem = HmemConfig.from_file(folder / "hmem.json")
     memory = memory_config(load_anchor(folder)[0], MEMORY.r, MEMORY.branching, kind)
-    hmem = replace(hmem, memory=memory, anchor_hash=anchor_hash(folder))
+    hmem = replace(hmem, memory=memory, anchor_hash=anchor_hash(folder), **text_hashes(folder))
     (folder / "hmem.json").write_text(hmem.to_json())
     save_bank(folder / "bank", memory, hmem.anchor_hash, hmem.retriever.tree_hash)
     return folder

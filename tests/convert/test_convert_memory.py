@@ -16,7 +16,7 @@ from convert.torch_files.pickles import open_files
 from convert.torch_files.tensors import LazyTensor, bits_of
 from convert.torch_files.writer import write_torch
 from mlx_hmem import load
-from mlx_hmem.anchors.load import anchor_hash, load_anchor, named_parameters
+from mlx_hmem.anchors.load import anchor_hash, load_anchor, named_parameters, text_hashes
 from mlx_hmem.bank import Bank, Quantization
 from mlx_hmem.bank.format import PAGE, num_blocks
 from mlx_hmem.config import MemoryConfig
@@ -71,7 +71,10 @@ def test_a_hugging_face_anchor_goes_there_and_back_with_its_memory(model_folder,
     source = Path(shutil.copytree(model_folder, tmp_path / "source"))
     save_safetensors(source / "model.safetensors", named_parameters(make_anchor("llama")))
     (source / "config.json").write_text(json.dumps(LLAMA_LIKE | {"model_type": "llama"}))
-    edit_json(source / "hmem.json", lambda values: values.update(anchor_hash=anchor_hash(source)))
+    edit_json(
+        source / "hmem.json",
+        lambda values: values.update(anchor_hash=anchor_hash(source), **text_hashes(source)),
+    )
     sizes = dict(SIZES, hidden_size=32, num_hidden_layers=3, r=(4, 3, 2))
     config = MemoryConfig(**sizes, query_size=32, key_value_size=16, kind="lora_qk")
     source = with_bank(source, tmp_path / "llama", config, "float32")

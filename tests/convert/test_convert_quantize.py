@@ -14,7 +14,13 @@ from mlx_lm.utils import load_model, quantize_model
 from convert.quantize.command import main
 from mlx_hmem import load
 from mlx_hmem.anchors.attach import attach_memory
-from mlx_hmem.anchors.load import anchor_hash, anchor_of_config, load_anchor, named_parameters
+from mlx_hmem.anchors.load import (
+    anchor_hash,
+    anchor_of_config,
+    load_anchor,
+    named_parameters,
+    text_hashes,
+)
 from mlx_hmem.anchors.openlm import Model, ModelArgs
 from mlx_hmem.bank import Bank, stored_levels
 from mlx_hmem.bank.format import num_blocks
@@ -67,7 +73,7 @@ def make(source: Path, folder: Path, config: MemoryConfig = FFN, tied: bool = Tr
     save_safetensors(folder / "model.safetensors", weights)
     edit_json(folder / "config.json", lambda c: c.update(asdict(args)))
     hmem = HmemConfig.from_file(folder / "hmem.json")
-    hmem = replace(hmem, memory=config, anchor_hash=anchor_hash(folder))
+    hmem = replace(hmem, memory=config, anchor_hash=anchor_hash(folder), **text_hashes(folder))
     (folder / "hmem.json").write_text(hmem.to_json())
     save_bank(folder / "bank", config, hmem)
     return folder

@@ -19,9 +19,10 @@ from mlx_hmem.memory import KINDS
 from mlx_hmem.model.find import DEMO, find_model
 from mlx_hmem.retriever import ClusterTree, load_encoder
 from mlx_hmem.retriever.encoder import STATIC_FOLDER
-from tests.conftest import MEMORY, edit_json, save_anchor, save_bank
+from tests.conftest import ARGS, MEMORY, edit_json, save_anchor, save_bank
 from tests.helpers.faults import flip
 from tests.helpers.programs import refusing
+from train.data.tokenizer import train_tokenizer
 
 
 def refused(folder: Path, *words: str) -> str:
@@ -133,6 +134,18 @@ def test_an_anchor_without_memory_speaks_alone_and_says_so(broken, model, texts)
 def test_the_weights_of_another_anchor_are_refused(broken):
     save_anchor(broken, seed=1)
     refused(broken, "the anchor is not the one this memory was made for", "model.safetensors")
+
+
+def test_another_config_or_tokenizer_is_refused(broken, texts):
+    """They gave garbage, with status 0; a model of before names neither."""
+    edit_json(broken / "config.json", lambda c: c.update(rope_theta=7.0))
+    refused(broken, "the config is not the one this memory was made with", "config_hash")
+    edit_json(broken / "hmem.json", lambda h: h.update(config_hash=None))
+    load(broken)
+    train_tokenizer([text[::-1] for text in texts], ARGS.vocab_size, broken)
+    refused(broken, "the tokenizer is not the one this memory was made with", "tokenizer_hash")
+    edit_json(broken / "hmem.json", lambda h: h.pop("tokenizer_hash"))
+    assert not load(broken).bound
 
 
 def test_a_weight_file_that_is_none_of_the_anchors_is_refused(broken, model, texts):

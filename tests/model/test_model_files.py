@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mlx_hmem import load
-from mlx_hmem.anchors.load import anchor_hash
+from mlx_hmem.anchors.load import anchor_hash, text_hashes
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import fingerprint
 from tests.conftest import edit_json
@@ -39,7 +39,10 @@ def tie_together(folder: Path) -> None:
     edit_json(folder / "bank" / "bank.json", lambda b: b.update(anchor_hash=anchor, tree_hash=tree))
     edit_json(
         folder / "hmem.json",
-        lambda h: (h.update(anchor_hash=anchor), h["retriever"].update(tree_hash=tree)),
+        lambda h: (
+            h.update(anchor_hash=anchor, **text_hashes(folder)),
+            h["retriever"].update(tree_hash=tree),
+        ),
     )
 
 
@@ -176,6 +179,7 @@ def test_a_repeated_key_in_hmem_json_is_refused(broken):
 
 def test_a_config_with_infinity_as_other_programs_write_it_is_read(broken):
     edit_json(broken / "config.json", lambda c: c.update(time_step_limit=[0.0, float("inf")]))
+    tie_together(broken)
     assert "Infinity" in (broken / "config.json").read_text()
     assert load(broken).context == 96
 

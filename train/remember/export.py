@@ -11,7 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_hmem.anchors.load import anchor_hash, read_config
+from mlx_hmem.anchors.load import anchor_hash, read_config, text_hashes
 from mlx_hmem.bank.documents import Document, read_documents, write_documents
 from mlx_hmem.bank.format import MANIFEST, Key, Manifest
 from mlx_hmem.bank.views import VIEWS, read_views, write_views
@@ -102,7 +102,9 @@ def export(
         _write_bank(base, settings, blocks, known.tree_hash, part / BANK_FOLDER)
         write_documents(part / BANK_FOLDER, [*base.documents, *documents])
         _bar_in_views(base, settings, part / BANK_FOLDER)
-        hmem = HmemConfig(FORMAT_VERSION, settings.memory, known, base.anchor_hash)
+        hmem = HmemConfig(
+            FORMAT_VERSION, settings.memory, known, base.anchor_hash, **text_hashes(part)
+        )
         write_atomic(part / "hmem.json", hmem.to_json())
         write_card(base, part)
 
