@@ -40,13 +40,18 @@ def check_name(name: Any, what: str) -> str:
 
 
 def read_views(folder: str | Path, configs: Mapping[str, MemoryConfig]) -> Views:
-    """The views of the bank in ``folder``, none without a file.
+    """The views of the bank in ``folder``, none without a file; whatever else lies in its place, a
+    link that leads nowhere too, is a UserError.
 
     ``configs``: of the banks by name, "" being the first; every barred cluster must be in one.
     """
     file = Path(folder) / VIEWS
-    if not file.exists():
+    try:
+        file.lstat()
+    except FileNotFoundError:
         return {}
+    except OSError as error:
+        raise UserError(f"cannot see whether {file} is there", error, REMEDY) from None
     values = read_json(file, parse=strict_json)
     try:
         if not isinstance(values, dict) or list(values) != ["views"]:

@@ -35,19 +35,26 @@ class Banks:
         whole: Mapping[str, RoutedBank],
         views: Views,
         allowed: Mapping[str, RoutedBank] | None = None,
+        inside: Sequence[Barred] | None = None,
     ):
-        """``allowed``: what of the ``whole`` may be fetched from; None: all."""
+        """``allowed``: what of the ``whole`` may be fetched from; None: all. ``inside``: what the
+        views that were asked for by name bar; None before the first."""
         self._whole, self.parts, self.views = whole, whole if allowed is None else allowed, views
+        self._inside = inside
 
     def under(self, view: str | None) -> "Banks":
-        """The same open banks for someone who may fetch what this view allows; None: "default"."""
-        barred = view_called(self.views, view)
+        """The same open banks for someone who may fetch what this view allows; None: "default".
+
+        A view that was asked for by name is not left again: another one bars more beside it.
+        """
+        barred = (*(self._inside or ()), *view_called(self.views, view))
+        inside = None if view is None and self._inside is None else barred
         allowed = {
             name: part._replace(bank=part.bank.view(paths)) if paths else part
             for name, part in self._whole.items()
             if (paths := of_bank(barred, name)) is not None
         }
-        return Banks(self._whole, self.views, allowed)
+        return Banks(self._whole, self.views, allowed, inside)
 
     def retriever(self, name: str = "") -> Retriever:
         """That of the bank of this name, as :meth:`bank`."""

@@ -87,7 +87,8 @@ class MemoryModel:
 
     def under(self, view: str | None) -> "MemoryModel":
         """The same model, with the same open banks, for someone who may fetch no more than this
-        view allows; None for the view "default" where there is one, else for all.
+        view allows; None for the view "default" where there is one, else for all. A view that was
+        asked for by name is not left so: another bars more beside it.
 
         Raises UserError: there is no such view.
         """

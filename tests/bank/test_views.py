@@ -188,6 +188,26 @@ def test_the_view_default_holds_for_who_asks_for_none(broken, paths):
     refused("no such view: boss; known: default, staff", load, broken, view="boss")
 
 
+def test_a_view_is_not_left_from_inside(guarded, paths):
+    """``guest.under(None)`` and ``guest.under("staff")`` gave back what guest may not fetch."""
+    folder, subtree, _ = guarded
+    text = next(text for path, text in paths.items() if path[:1] == subtree)
+    guest = json.loads((folder / "bank" / "views.json").read_text())["views"]["guest"]["blocked"]
+    write_views(folder, guest=guest, staff=[])
+    assert load(folder).under("staff").fetch(text).blocks != []
+    for inside in (load(folder, view="guest"), load(folder).under("guest")):
+        for left in (inside.under(None), inside.under("staff"), inside.under("staff").under(None)):
+            assert left.fetch(text).blocks == []
+
+
+def test_views_that_cannot_be_read_open_nothing(broken):
+    """A link that leads nowhere counted as a model without views: everything was allowed."""
+    views = broken / "bank" / "views.json"
+    views.unlink(missing_ok=True)
+    views.symlink_to(broken / "gone.json")
+    refused("a file is missing: .*views.json", load, broken)
+
+
 def test_a_bank_can_be_opened_without_some_clusters(model_folder, model):
     path = (1, 2, 5)
     with Bank.open(model_folder / "bank").view([(1, 2)]) as bank:
