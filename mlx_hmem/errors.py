@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import difflib
 import importlib
+import io
 import itertools
 import os
 import re
@@ -30,12 +31,27 @@ EXTRAS = {
 Verbs = Mapping[str, tuple[str, str]]
 
 
+# What a terminal obeys (control characters, those that turn the direction of text or end a line),
+# and halves of characters, which are no text.
+OBEYED = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def printable(text: object, keep: str = "") -> str:
+    """A name, a title or any other text of somebody else, fit for a terminal and for one line: what
+    a terminal would obey is written as its escape, ``\\x1b``, but for the characters ``keep``."""
+    return OBEYED.sub(
+        lambda found: found[0] if found[0] in keep else repr(found[0])[1:-1], str(text)
+    )
+
+
 class UserError(ValueError):
     """A wrong input. Its text is one line: what is wrong, the value, the remedy."""
 
     def __init__(self, what: str, value: object, remedy: str):
         text = f"{what}: {value}; {remedy}"
-        super().__init__(" ".join(text.split()))
+        super().__init__(printable(" ".join(text.split())))
         self.what, self.value, self.remedy = what, value, remedy
 
     def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
@@ -143,6 +159,9 @@ def run_program(main: Callable[[], None], stopped: str = "stopped") -> None:
     the program quietly with 141, as its signal would. A programming error keeps its traceback: it
     is ours to mend, not the user's.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal may know ASCII alone
     try:
         main()
         if sys.stdout is not None:
@@ -168,7 +187,7 @@ def run_program(main: Callable[[], None], stopped: str = "stopped") -> None:
 
 def _end(status: int, line: str = "") -> NoReturn:
     if line:
-        print(line, file=sys.stderr)
+        print(printable(line), file=sys.stderr)
     try:
         if sys.stdout is not None:
             sys.stdout.flush()

@@ -8,7 +8,7 @@ from importlib import metadata
 import pytest
 
 from mlx_hmem.__main__ import PROGRAMS, main
-from mlx_hmem.errors import ArgumentParser, verb_of
+from mlx_hmem.errors import ArgumentParser, UserError, printable, verb_of
 from tests.helpers.programs import assert_refused, process, refused, run
 
 
@@ -126,3 +126,26 @@ def test_a_package_that_is_there_and_cannot_be_loaded_is_one_line():
 
     with pytest.raises(ModuleNotFoundError):  # a fault of ours keeps its traceback
         run(ours)
+
+
+def test_what_a_terminal_would_obey_is_shown_and_not_sent():
+    """File names, titles and values of others reached the terminal: colours, bells, lines."""
+    name = "a\x1b[31m\a\u202e\u2028b\ud800.txt"
+    shown = r"a\x1b[31m\x07\u202e b\ud800.txt"
+    assert (
+        str(UserError("no such file", name, "look\nagain")) == f"no such file: {shown}; look again"
+    )
+    assert printable("a\n\x1b\tb", keep="\n") == "a\n\\x1b\\tb"
+    assert printable("Zürich 東京 👩‍🚀 ok") == "Zürich 東京 👩‍🚀 ok"
+
+    def main(words):
+        raise FileNotFoundError(2, "No such file", name)
+
+    assert run(main)[2].count("\\x1b") == 1
+
+
+def test_a_terminal_that_knows_ascii_alone_gets_replacements_and_no_traceback():
+    code = "import sys; from mlx_hmem.errors import run_program\n"
+    code += "sys.stdout.reconfigure(encoding='ascii', errors='strict')\n"
+    code += "run_program(lambda: print('caf\\xe9 \\U0001f600 \\ud800'))"
+    assert process("-c", code) == (0, "caf? ? ?\n", "")

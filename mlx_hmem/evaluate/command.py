@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_hmem.budget.resident import SIZE_HELP, parse_bytes
-from mlx_hmem.errors import ArgumentParser, UserError, run_verb
+from mlx_hmem.errors import ArgumentParser, UserError, printable, run_verb
 from mlx_hmem.evaluate.facts import ROUTES
 from mlx_hmem.evaluate.paper.blocking import blocking
 from mlx_hmem.evaluate.paper.fact_runs import FactRun
@@ -198,7 +198,7 @@ def main(words: Sequence[str]) -> None:
         found["tasks"] = [r.to_dict() for r in results]
         found["averages"] = [m.to_dict() for m in means]
         tables.append(task_table(results, means))
-    print(json.dumps(found) if args.json else "\n\n".join(tables))
+    print(json.dumps(found) if args.json else printable("\n\n".join(tables), keep="\n"))
 
 
 def _levels(model: MemoryModel, text: str) -> list[int]:

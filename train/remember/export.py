@@ -14,7 +14,7 @@ import numpy as np
 from mlx_hmem.anchors.load import anchor_hash, read_config, text_hashes
 from mlx_hmem.bank.documents import Document, read_documents, write_documents
 from mlx_hmem.bank.format import MANIFEST, Key, Manifest
-from mlx_hmem.bank.views import VIEWS, read_views, write_views
+from mlx_hmem.bank.views import read_views, write_views
 from mlx_hmem.bank.writer import Given, rewrite_bank
 from mlx_hmem.bank_tools.folders import TREE, link_model
 from mlx_hmem.config import FORMAT_VERSION, HmemConfig, RetrieverConfig
@@ -133,9 +133,10 @@ def _write_bank(
 
 def _bar_in_views(base: Base, settings: Settings, target: Path) -> None:
     """Views that exist do not see the new clusters until they are unblocked."""
-    if base.hmem is None or not (base.folder / BANK_FOLDER / VIEWS).exists():
+    if base.hmem is None:
         return
     beside = {name: each.memory for name, each in added_banks(base.folder, base.hmem).items()}
     views = read_views(base.folder / BANK_FOLDER, {"": base.hmem.memory} | beside)
     new = [(n,) for n in range(settings.first, settings.memory.branching[0])]
-    write_views(target, {name: itertools.chain(barred, new) for name, barred in views.items()})
+    if views:
+        write_views(target, {name: itertools.chain(barred, new) for name, barred in views.items()})
