@@ -20,7 +20,7 @@ from mlx_hmem.bank_tools.contents import (
 from mlx_hmem.bank_tools.effects import measure, read_named_texts
 from mlx_hmem.bank_tools.page import write_page
 from mlx_hmem.bank_tools.table import cluster_lines, table_lines
-from mlx_hmem.errors import ArgumentParser, UserError
+from mlx_hmem.errors import ArgumentParser, UserError, printable
 from mlx_hmem.model.load import load
 
 MOST_LINES = 40  # of differences
@@ -59,7 +59,7 @@ def inspect_command(args: argparse.Namespace) -> None:
             lines = cluster_lines(contents[banks.index(bank)], rest, effects)
         else:
             lines = table_lines(contents, views, effects)
-        print("\n".join(lines))
+        print("\n".join(map(printable, lines)))
         if args.html is not None:
             print(write_page(args.html, contents, views, effects))
 
@@ -68,7 +68,7 @@ def verify_command(args: argparse.Namespace) -> None:
     folder = model_folder(args.model)
     sound, damage = verify(folder)
     for line in damage:
-        print(f"damaged: {line}", file=sys.stderr)
+        print(f"damaged: {printable(line)}", file=sys.stderr)
     print(f"{sound} blocks are sound, {len(damage) or 'nothing'} found damaged")
     if damage:
         raise SystemExit(1)

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
-from mlx_hmem.errors import UserError, needed
+from mlx_hmem.errors import UserError, needed, printable
 
 MAX_LINE = 1 << 26  # bytes; a longer line, or text file, is no document
 MAX_NAMED = 20  # faults printed; the report file holds more
@@ -64,7 +64,7 @@ class Faults:
 
     def print(self) -> None:
         for line in self.named[:MAX_NAMED]:
-            print(f"passed over {line}", file=sys.stderr)
+            print(f"passed over {printable(line)}", file=sys.stderr)
         if (more := sum(self.counts.values()) - MAX_NAMED) > 0:
             print(f"passed over {more} more", file=sys.stderr)
 
