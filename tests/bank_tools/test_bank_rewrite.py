@@ -37,6 +37,19 @@ def colleague(model_folder, texts, tmp_path) -> Path:
     return folder
 
 
+def test_only_files_of_the_format_come_along(known, colleague, tmp_path, capsys):
+    """A page or a note in a model's folder may name what the new model must not know."""
+    out, made = tmp_path / "out", {f for folder in (known, colleague) for f in bytes_of(folder)}
+    for folder in (known, colleague):
+        for stray in ("bank.html", "notes.txt", "diary.json", "bank/old.txt", "private/a.json"):
+            (folder / stray).parent.mkdir(exist_ok=True)
+            (folder / stray).write_text("secret")
+        (folder / "bank" / "level-1.00000.safetensors.bak").write_text("secret")
+    said(capsys, "add", known, colleague, "--name", "notes", "--out", out)
+    found = {name.removeprefix("banks/notes/") for name in bytes_of(out)}
+    assert found == made
+
+
 def test_an_added_bank_answers_what_lies_nearer_to_it(known, colleague, texts, tmp_path, capsys):
     before, out = bytes_of(known), tmp_path / "both"
     said(capsys, "block", known, 0, "--view", "guest")
