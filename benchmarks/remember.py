@@ -250,9 +250,8 @@ def measure_forget(
     """Forgets ``count`` documents, and asks for the facts of these and of all others."""
     gone = {d.sha256 for d in documents[:count]}  # by hash, so they are anywhere in the tree
     less = out.with_name("less")
-    seconds = timed(
-        lambda: forget(open_base(str(out)), sorted(gone), run, less, out.with_name("control"))
-    ).ms
+    control = out.with_name("control")
+    seconds = timed(lambda: forget(out, sorted(gone), [run], less, control)).ms
     result: Result = json.loads((Path(f"{less}.run") / "forgotten.json").read_text())
     for name in ("forgotten", "control"):
         del result[name]["documents"]

@@ -6,7 +6,8 @@ every block above such a leaf has seen it too. The texts themselves stay with wh
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from mlx_hmem.files import open_regular, strict_json, write_atomic
 
 DOCUMENTS = "documents.jsonl"
 MAX_TERMS = 8
-REMEDY = "restore the file, or delete it: the bank works without"
+REMEDY = "restore the file"
 
 
 @dataclass(frozen=True)
@@ -99,10 +100,17 @@ def write_documents(folder: str | Path, documents: Iterable[Document]) -> None:
     write_atomic(Path(folder) / DOCUMENTS, "".join(lines))
 
 
-def find_document(documents: Sequence[Document], wanted: str) -> Document:
-    """The one document whose name is ``wanted`` or whose hash begins so (8 digits at least)."""
-    by_name = [d for d in documents if d.name == wanted]
-    by_hash = [d for d in documents if len(wanted) >= 8 and d.sha256.startswith(wanted.lower())]
+def find_document(
+    documents: Sequence[Document], wanted: str, also: Mapping[str, Collection[str]] | None = None
+) -> Document:
+    """The one document whose name is ``wanted`` or whose hash begins so (6 digits at least).
+
+    ``also``: more names of documents, by their hashes. However a name's accents are encoded, it is
+    one name: macOS writes them apart, a keyboard as one.
+    """
+    also, name = also or {}, _name(wanted)
+    by_name = [d for d in documents if name in map(_name, (d.name, *also.get(d.sha256, ())))]
+    by_hash = [d for d in documents if len(wanted) >= 6 and d.sha256.startswith(wanted.lower())]
     found = by_name or by_hash
     if len(found) == 1:
         return found[0]
@@ -116,3 +124,7 @@ def find_document(documents: Sequence[Document], wanted: str) -> Document:
         wanted,
         "mlx_hmem.bank inspect names those that trained it",
     )
+
+
+def _name(text: str) -> str:
+    return unicodedata.normalize("NFC", text)

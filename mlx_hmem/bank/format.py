@@ -202,12 +202,16 @@ class Manifest(JsonConfig):
         """The arrays of which a stored block of the level consists."""
         return block_parts(self.memory, level, self.dtype, self.quantization_of(level))
 
-    def is_zeros(self, level: int, cluster: int) -> bool:
-        """Whether a block is zeros, by its checksum."""
+    def checksum(self, level: int, cluster: int) -> str:
+        """Of a block, 16 hex digits."""
         own = self.level(level)
         shard = own.shards[own.shard_of(cluster)]
         row = cluster - shard.first_cluster
-        return shard.xxh3[16 * row : 16 * row + 16] == own.zeros
+        return shard.xxh3[16 * row : 16 * row + 16]
+
+    def is_zeros(self, level: int, cluster: int) -> bool:
+        """Whether a block is zeros, by its checksum."""
+        return self.checksum(level, cluster) == self.level(level).zeros
 
     @property
     def all_levels(self) -> tuple[Level, ...]:

@@ -22,16 +22,30 @@ from train.data.arrays import save_array
 from train.remember.blocks import Trainer, subtree_folder, subtrees_of
 from train.remember.command import text_of
 from train.remember.export import open_base
+from train.remember.forget import check_changed
 from train.remember.forget import main as forget_program
-from train.remember.run import Settings, begin_run, documents_of, leaves_of, without
+from train.remember.rest import without
+from train.remember.run import Settings, begin_run, documents_of, leaves_of
 
-# All is trained, and the new model written but for its last file.
+# Where a forgetting is killed: all is trained, and the new model written but for its last file; it
+# has just been renamed; its proof is to be taken.
 KILLED = """
 import os, signal
+from pathlib import Path
+from mlx_hmem import folders
 from train.remember import forget
-forget.write_card = lambda *given: os.kill(os.getpid(), signal.SIGKILL)
+def kill(*given, **options):
+    os.kill(os.getpid(), signal.SIGKILL)
+out = Path({arguments!r}[-1])
+real = folders.sync_folder
+{where}
 forget.main({arguments!r})
 """
+KILLS = {
+    "written": "forget.write_card = kill",
+    "renamed": "folders.sync_folder = lambda f: kill() if Path(f) == out.parent else real(f)",
+    "whole": "forget.proof = kill",
+}
 
 
 @pytest.fixture(scope="module")
@@ -94,22 +108,50 @@ def test_a_forgotten_block_is_bit_equal_to_one_that_never_saw_the_document(
     assert "still hold the documents: delete them" in capsys.readouterr().out
 
 
-def test_a_forgetting_that_was_killed_goes_on_to_the_same_bytes(learned, tmp_path):
+@pytest.mark.parametrize("where", KILLS)
+def test_a_forgetting_that_was_killed_goes_on_to_the_same_bytes(where, learned, tmp_path):
     forget(learned, tmp_path / "whole" / "model", "bread/1.txt")
     killed = tmp_path / "killed" / "model"
     arguments = [str(learned), "bread/1.txt", "--out", str(killed)]
-    program = KILLED.format(arguments=arguments)
+    program = KILLED.format(arguments=arguments, where=KILLS[where])
     ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True)
     assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
-    assert not killed.exists()
-    assert len([*killed.parent.iterdir()]) == 2  # the run, and what was half-written
+    assert killed.exists() == (where != "written")
+    assert len([*killed.parent.iterdir()]) == 2  # the run, and what was written
     done = {f: f.stat().st_mtime_ns for f in tmp_path.glob("killed/model.run/subtrees/*/done.json")}
     assert done
+    # Another one does not go on with it.
+    refused("", forget, learned, killed, "bread/0.txt")
     forget(learned, killed, "bread/1.txt")
     assert all(file.stat().st_mtime_ns == when for file, when in done.items())  # not trained again
     for folder in ("model", "model.run"):
         assert bytes_of(tmp_path / "killed" / folder) == bytes_of(tmp_path / "whole" / folder)
     assert sorted(p.name for p in killed.parent.iterdir()) == ["model", "model.run"]
+    refused("the destination exists", forget, learned, killed, "bread/1.txt")
+
+
+@pytest.mark.parametrize("name", ["paths.npy", "documents.jsonl", "tree.safetensors"])
+def test_a_bit_that_has_flipped_in_the_run_is_found_before_it_forgets(name, learned, tmp_path):
+    """One in paths.npy had another document's blocks trained anew, and was called forgetting."""
+    run = Path(shutil.copytree(f"{learned}.run", tmp_path / "run"))
+    data = (run / name).read_bytes()
+    places = [len(data) // 3, len(data) // 2]
+    if name == "paths.npy":
+        places = range(128, len(data), 4)
+    elif name == "documents.jsonl":
+        places = [data.index(b"sha256") + 20, data.index(b'"text"') + 30]
+    for place in places:
+        (run / name).write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        line = [str(learned), "bread/1.txt", "--run", str(run), "--out", str(tmp_path / "model")]
+        refused("", forget_program, line)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_block_that_a_forgotten_document_trained_must_change(learned):
+    base = open_base(str(learned))
+    changed = next(d for d in base.documents if d.name == "bread/1.txt")
+    with pytest.raises(UserError, match=r"a block of bread/1.txt has not changed: level 1"):
+        check_changed(base, base.manifest, [changed])
 
 
 def test_the_report_tells_a_document_that_is_known_from_one_that_is_not(learned, tmp_path, capsys):

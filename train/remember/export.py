@@ -18,9 +18,10 @@ from mlx_hmem.bank.views import read_views, write_views
 from mlx_hmem.bank.writer import Given, rewrite_bank
 from mlx_hmem.bank_tools.folders import TREE, link_model
 from mlx_hmem.config import FORMAT_VERSION, HmemConfig, RetrieverConfig
+from mlx_hmem.errors import UserError
 from mlx_hmem.files import fingerprint, write_atomic
 from mlx_hmem.folders import whole_folder
-from mlx_hmem.model.find import BANK_FILES, BANK_FOLDER, MODEL_FILES, find_model
+from mlx_hmem.model.find import BANK_FILES, BANK_FOLDER, BESIDE, MODEL_FILES, find_model
 from mlx_hmem.model.load import added_banks, open_encoder, open_tree, read_hmem
 from mlx_hmem.retriever import ClusterTree, Encoder, load_encoder
 
@@ -66,6 +67,20 @@ def open_base(path_or_repo: str) -> Base:
     manifest = Manifest.from_file(folder / BANK_FOLDER / MANIFEST)
     tree, encoder = open_tree(folder, hmem), open_encoder(folder, hmem)
     return Base(folder, hmem, tree, manifest, encoder, hmem.anchor_hash)
+
+
+def open_bases(path_or_repo: str) -> dict[str, Base]:
+    """All banks of a model by name, "" being its own; UserError if it has none."""
+    first = open_base(path_or_repo)
+    if first.hmem is None:
+        raise UserError("a model without memory knows no document", path_or_repo, "name another")
+    found = {"": first}
+    for name, hmem in added_banks(first.folder, first.hmem).items():
+        folder = first.folder / BESIDE / name
+        manifest = Manifest.from_file(folder / BANK_FOLDER / MANIFEST)
+        parts = (folder, hmem, open_tree(folder, hmem), manifest)
+        found[name] = Base(*parts, first.encoder, first.anchor_hash)
+    return found
 
 
 def joined_tree(base: ClusterTree | None, own: ClusterTree) -> ClusterTree:

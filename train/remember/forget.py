@@ -2,19 +2,19 @@
 
 Every cluster of level 1 that a document trained is trained again from its start without it, by the
 same program on the same seed and tree. So its blocks are the bits that they would be had the
-document never been there; all other blocks stay. What remains of it: the cluster tree was fitted to
-its vectors among the others' and stays as it is.
+document never been there; all other blocks stay. Every bank of the model is seen to, for a document
+may stand in several.
 
-The old model and its run are left as they are until the new ones are whole, and then it is for you
+The old model and its runs are left as they are until the new ones are whole, and then it is for you
 to delete them: they hold the document.
 """
 
-import hashlib
 import json
 import math
-import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -22,133 +22,204 @@ import numpy as np
 
 from mlx_hmem.anchors.load import load_anchor
 from mlx_hmem.bank.documents import Document, find_document, write_documents
-from mlx_hmem.bank.format import GENERIC, Key
+from mlx_hmem.bank.format import GENERIC, Key, Manifest
 from mlx_hmem.bank.writer import Given, rewrite_bank
-from mlx_hmem.bank_tools.folders import BANK, link_model
+from mlx_hmem.bank_tools.folders import BANK, TREE, link_model
 from mlx_hmem.errors import ArgumentParser, UserError
-from mlx_hmem.files import link_or_copy, write_atomic
-from mlx_hmem.folders import whole_folder
-from mlx_hmem.model.find import BANK_FOLDER
+from mlx_hmem.files import fingerprint, write_atomic
+from mlx_hmem.folders import RECORD, whole_folder
+from mlx_hmem.model.find import BANK_FOLDER, BESIDE
 from mlx_hmem.model.load import load
 from mlx_hmem.retriever import ClusterTree
 
 from ..corpus.readers import Faults
 from ..corpus.readers_files import own_files
-from ..data.arrays import load_mapped, save_array
 from ..stages import alone
-from .blocks import Trainer, subtree_folder, subtrees_of, trained_blocks
+from .blocks import Trainer, subtrees_of, trained_blocks
 from .command import run_folder, text_of
-from .export import Base, open_base, write_card
+from .export import Base, open_bases, write_card
 from .proof import proof, report_lines
-from .restate import restated, restated_without
-from .run import OwnText, Settings, begin_run, check_same, documents_of, without
+from .rest import RESTORE, Rest, Taught, begin_rest, documents_left, made
+from .restate import restated
+from .run import SETTINGS, vectors_of
 from .text import OwnDocument, read_folder
 
+DONE = "forgotten.json"
 
-def check_run(base: Base, run: Path) -> Settings:
-    """The settings of the run whose clusters the model has; UserError if it has others."""
-    settings = Settings.load(run)
-    own = ClusterTree.load(run / "tree.safetensors")
+
+def place_of(name: str) -> Path:
+    """Where a bank lies in its model's folder."""
+    return Path(BESIDE) / name if name else Path()
+
+
+def chosen_documents(
+    bases: Mapping[str, Base], taught: Sequence[Taught], names: Sequence[str]
+) -> list[Document]:
+    """The documents of any of the banks that are meant by names or hashes. A copy that was read
+    beside a document is known by the run alone, and means that document.
+
+    Raises UserError: there is no such document, or in a bank one that no run has taught.
+    """
+    own = {d.sha256: d for run in taught for d in run.documents}
+    known = {d.sha256: d for base in bases.values() for d in base.documents}
+    also = {sha256: own[sha256].also for sha256 in known.keys() & own.keys()}
+    chosen = [find_document([*known.values()], name, also) for name in names]
+    for document in chosen:
+        for name, base in bases.items():
+            runs = [r for r in taught if name in r.banks]
+            there = any(d.sha256 == document.sha256 for d in base.documents)
+            if there and not any(d.sha256 == document.sha256 for r in runs for d in r.documents):
+                where = f"bank {name}" if name else "the model's own bank"
+                raise UserError(
+                    f"no run that was given has taught {document.name}",
+                    where,
+                    "give the folder of the run that did with --run, beside the others",
+                )
+    return chosen
+
+
+def check_changed(base: Base, new: Manifest, documents: Collection[Document]) -> None:
+    """Raises UserError if a block that one of the documents trained is the same in ``new``."""
+    assert base.manifest is not None
+    levels = {level.level for level in new.levels}
+    for document in documents:
+        for level, cluster in sorted(document.keys):
+            if level not in levels or new.is_zeros(level, cluster):
+                continue
+            if new.checksum(level, cluster) == base.manifest.checksum(level, cluster):
+                what = f"a block of {document.name} has not changed"
+                raise UserError(what, f"level {level}, cluster {cluster}", RESTORE)
+
+
+def joined(tree: ClusterTree, rests: Sequence[Rest]) -> ClusterTree:
+    """The tree of a bank with the clusters of some runs as they are now."""
+    centroids = [np.array(level) for level in tree.centroids]
+    counts = [np.array(level) for level in tree.counts]
+    for rest in rests:
+        for level, first in enumerate(rest.settings.offsets):
+            rows = slice(first, first + len(rest.tree.counts[level]))
+            centroids[level][rows] = rest.tree.centroids[level]
+            counts[level][rows] = rest.tree.counts[level]
+    return ClusterTree(tree.branching, centroids, counts, tree.seed)
+
+
+def write_bank(base: Base, rests: Sequence[Rest], gone: Collection[str], target: Path) -> None:
+    """The bank ``base`` in ``target`` with its tree and what ties them, as the runs are now."""
+    old, hmem = base.manifest, base.hmem
+    assert old is not None
+    assert hmem is not None
     assert base.tree is not None
-    levels = zip(base.tree.centroids, own.centroids, settings.offsets, strict=False)
-    same = all(np.array_equal(np.asarray(a)[n : n + len(b)], b) for a, b, n in levels)
-    if settings.anchor_hash != base.anchor_hash or not same:
-        remedy = "give its own with --run"
-        raise UserError("this run did not make the model's clusters", run, remedy)
-    return settings
+    blocks: dict[Key, mx.array] = {}
+    for rest in rests:
+        again = sorted(rest.touched & set(subtrees_of(rest.paths)))
+        blocks |= trained_blocks(rest.target, again)
+    anew = {number + rest.settings.first for rest in rests for number in rest.touched}
+
+    def block(level: int, cluster: int) -> Given:
+        first = cluster // math.prod(old.memory.branching[1:level])
+        return blocks.get((level, cluster)) if level != GENERIC and first in anew else "keep"
+
+    joined(base.tree, rests).save(target / TREE, hmem.retriever.encoder_hash)
+    retriever = replace(hmem.retriever, tree_hash=fingerprint(target / TREE))
+    hashes = (old.anchor_hash, retriever.tree_hash)
+    planned = Manifest.planned(old.memory, old.dtype, old.quantization, *hashes)
+    manifest = rewrite_bank(target / BANK_FOLDER, planned, block, base.folder / BANK_FOLDER)
+    write_documents(target / BANK_FOLDER, documents_left(base, gone))
+    write_atomic(target / "hmem.json", replace(hmem, retriever=retriever).to_json())
+    check_changed(base, manifest, [d for d in base.documents if d.sha256 in gone])
 
 
-def begin_without(
-    run: Path, target: Path, settings: Settings, text: OwnText, paths: np.ndarray, gone: set[str]
-) -> tuple[Settings, OwnText, np.ndarray, set[int]]:
-    """A run without the documents ``gone``, begun in ``target`` or found there, with all that they
-    have not touched; its settings, text and paths, and the clusters of level 1 to train anew."""
-    owned = [text.documents[i].sha256 in gone for i in text.owner]
-    touched = set(subtrees_of(paths[np.array(owned)]))
-    rest, rest_paths = without(text, paths, gone)
-    source = hashlib.sha256(repr((settings.source, sorted(gone))).encode()).hexdigest()
-    new = replace(settings, source=source)
-    if (target / "settings.json").exists():
-        check_same(Settings.load(target), target, source=source)
-        return new, rest, rest_paths, touched
-    shutil.rmtree(target / "subtrees", ignore_errors=True)
-    for number in set(subtrees_of(paths)) - touched:
-        for name in ("blocks.safetensors", "done.json"):
-            link_or_copy(subtree_folder(run, number) / name, subtree_folder(target, number) / name)
-    save_array(target / "paths.npy", rest_paths)
-    shutil.copyfile(run / "tree.safetensors", target / "tree.safetensors")
-    restated_without(run, target, gone)
-    begin_run(target, new, rest.documents)
-    return new, rest, rest_paths, touched
+def of_banks(rests: Sequence[Rest]) -> dict[str, list[Rest]]:
+    """What has changed of each bank that has changed."""
+    names = dict.fromkeys(name for rest in rests for name in rest.banks)
+    return {name: [rest for rest in rests if name in rest.banks] for name in names}
 
 
 def write_model(
-    base: Base,
-    settings: Settings,
-    touched: set[int],
-    blocks: dict[Key, mx.array],
-    documents: list[Document],
-    out: Path,
+    bases: Mapping[str, Base], rests: Sequence[Rest], gone: Collection[str], out: Path
 ) -> None:
-    """The model with the new ``blocks`` in the subtrees ``touched``, whole or not at all."""
-    manifest, bank = base.manifest, base.folder / BANK_FOLDER
-    assert manifest is not None
-
-    def block(level: int, cluster: int) -> Given:
-        below = math.prod(settings.memory.branching[1:level])
-        if level != GENERIC and cluster // below - settings.first in touched:
-            return blocks.get((level, cluster))
-        return "keep"
-
+    """The model whose banks the runs have made, whole or not at all."""
+    changed = of_banks(rests)
+    parts = [(place_of(name) / each).as_posix() for name in changed for each in (*BANK, TREE)]
+    parts += [(place_of(name) / "hmem.json").as_posix() for name in changed]
     with whole_folder(out) as part:
-        link_model(base.folder, part, but=[*BANK, "README.md"])
-        rewrite_bank(part / BANK_FOLDER, manifest, block, bank)
-        write_documents(part / BANK_FOLDER, documents)
-        write_card(base, part)
+        link_model(bases[""].folder, part, but=[*parts, "README.md"])
+        for name, own in changed.items():
+            write_bank(bases[name], own, gone, part / place_of(name))
+        write_card(bases[""], part)
 
 
-def controls(folder: Path | None, known: Sequence[Document]) -> list[OwnDocument]:
-    """Documents that the model has never seen, from a folder."""
+def is_made(
+    bases: Mapping[str, Base], rests: Sequence[Rest], gone: Collection[str], out: Path
+) -> bool:
+    """Whether ``out`` is whole already: a kill came after it. UserError if it is another model."""
+    if not out.exists() or (out / RECORD).exists():
+        return False
+    found = open_bases(str(out))
+    for name, own in of_banks(rests).items():
+        same = found[name].documents == documents_left(bases[name], gone)
+        if not same or not all(made(found[name], rest.settings, rest.tree) for rest in own):
+            raise UserError("the destination exists", out, "choose another")
+    return True
+
+
+def controls(folder: Path | None, known: Collection[str]) -> list[OwnDocument]:
+    """Documents that the model has never seen, from a folder; ``known``: hashes of others."""
     if folder is None:
         return []
     faults = Faults()
-    found = read_folder(own_files(folder), {d.sha256 for d in known}, faults).documents
+    found = read_folder(own_files(folder), known, faults).documents
     faults.print()
     if not found:
         raise UserError("no control document is left", folder, "give documents never remembered")
     return found
 
 
+def targets_of(out: Path, count: int) -> Iterator[Path]:
+    """Where the runs are kept of a model that ``count`` runs have taught."""
+    yield run_folder(out, None)
+    yield from (run_folder(out, Path(f"{out}.{number}.run")) for number in range(2, count + 1))
+
+
 def forget(
-    base: Base, names: Sequence[str], run: Path, out: Path, control: Path | None
+    folder: Path, names: Sequence[str], runs: Sequence[Path], out: Path, control: Path | None
 ) -> list[str]:
-    """Makes the model ``out`` and its run without these documents; the report, line by line."""
-    known = base.documents
-    chosen = [find_document(known, name) for name in names]
+    """Makes the model ``out`` and its runs without these documents; the report, line by line."""
+    bases = open_bases(str(folder))
+    first = bases[""]
+    taught = [Taught.open(run, bases) for run in runs]
+    chosen = chosen_documents(bases, taught, names)
     gone = {document.sha256 for document in chosen}
-    unseen, settings = controls(control, known), check_run(base, run)
-    documents = documents_of(run)
-    forgotten = [d for d in documents if d.sha256 in gone]
-    if missing := gone - {d.sha256 for d in forgotten}:
-        named = ", ".join(d.name for d in chosen if d.sha256 in missing)
-        raise UserError("another run has taught these documents", named, "give that with --run")
-    text, _ = text_of(base, documents, restated(run))
-    target = run_folder(out, None)
-    with alone("train forget", target):
-        paths = load_mapped(run / "paths.npy")
-        new, rest, rest_paths, touched = begin_without(run, target, settings, text, paths, gone)
-        anchor, _ = load_anchor(base.folder)
-        Trainer(anchor, new).train(target, rest, rest_paths)
-        again = sorted(touched & set(subtrees_of(rest_paths)))
-        left = [d for d in known if d.sha256 not in gone]
-        write_model(base, new, touched, trained_blocks(target, again), left, out)
-        result = proof(load(base.folder), load(out), forgotten, unseen)
-        result["retrained_clusters_of_level_1"] = sorted(n + settings.first for n in touched)
-        result["all_clusters_of_level_1"] = settings.memory.branching[0]
-        write_atomic(target / "forgotten.json", json.dumps(result, indent=2) + "\n")
+    unseen = controls(control, {d.sha256 for base in bases.values() for d in base.documents})
+    taught = [run for run in taught if any(d.sha256 in gone for d in run.documents)]
+    given = []
+    for run in taught:
+        text, tokenizer = text_of(first, run.documents, restated(run.folder))
+        given.append((run, text, run.paths(text, bases), tokenizer))
+    targets = list(targets_of(out, len(taught)))
+    if out.exists() and (targets[0] / DONE).exists() == (targets[0] / SETTINGS).exists():
+        raise UserError("the destination exists", out, "choose another")
+    with ExitStack() as held:
+        for target in targets:
+            held.enter_context(alone("train forget", target))
+        rests = []
+        for target, (run, text, paths, tokenizer) in zip(targets, given, strict=True):
+            encode = partial(vectors_of, encoder=first.encoder, tokenizer=tokenizer)
+            rests.append(begin_rest(run, target, text, paths, gone, encode))
+        if not is_made(bases, rests, gone, out):
+            for rest in rests:
+                anchor, _ = load_anchor(first.folder)  # each run's memory is joined to its own
+                Trainer(anchor, rest.settings).train(rest.target, rest.text, rest.paths)
+            write_model(bases, rests, gone, out)
+        forgotten = {d.sha256: d for run in taught for d in run.documents if d.sha256 in gone}
+        result = proof(load(first.folder), load(out), [*forgotten.values()], unseen)
+        anew = {n + rest.settings.first for rest in rests for n in rest.touched}
+        result["retrained_clusters_of_level_1"] = sorted(anew)
+        write_atomic(targets[0] / DONE, json.dumps(result, indent=2) + "\n")
     lines = [f"forgot {', '.join(d.name for d in chosen)}: {out}", *report_lines(result)]
-    lines.append(f"figures in {target / 'forgotten.json'}")
-    return [*lines, f"{base.folder} and {run} still hold the documents: delete them"]
+    lines.append(f"figures in {targets[0] / DONE}")
+    olds = ", ".join(map(str, (first.folder, *(run.folder for run in taught))))
+    return [*lines, f"{olds} still hold the documents: delete them"]
 
 
 def main(words: Sequence[str]) -> None:
@@ -160,17 +231,17 @@ def main(words: Sequence[str]) -> None:
         "stays, for you to delete. Stopped, it goes on with the same command.",
     )
     parser.add_argument("model", type=Path, metavar="DIR", help="made by mlx_hmem.remember")
-    parser.add_argument("documents", nargs="+", metavar="DOCUMENT", help="a name or a hash")
-    parser.add_argument("--run", type=Path, help="of the remembering (default: DIR.run)")
+    parser.add_argument(
+        "documents", nargs="+", metavar="DOCUMENT", help="a name, or six digits of a hash"
+    )
+    parser.add_argument(
+        "--run", type=Path, action="append", help="the folder of a remembering (default: DIR.run); "
+        "once for each that taught the documents, in whichever bank",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="NEW_DIR")
     parser.add_argument(
         "--control", type=Path, metavar="FOLDER", help="documents it has never seen, to compare"
     )
     args = parser.parse_args(words)
-    if args.out.exists():
-        raise UserError("the destination exists", args.out, "choose another")
-    base = open_base(str(args.model))
-    if base.hmem is None:
-        raise UserError("a model without memory knows no document", args.model, "name another")
-    run = Path(f"{args.model}.run") if args.run is None else args.run
-    print("\n".join(forget(base, args.documents, run, args.out, args.control)))
+    runs = args.run or [Path(f"{args.model}.run")]
+    print("\n".join(forget(args.model, args.documents, runs, args.out, args.control)))

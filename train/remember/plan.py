@@ -142,7 +142,7 @@ def make_settings(base: Base, text: OwnText, tokenizer: TakenTokenizer, **given:
     else:
         old = base.hmem.memory
         least = branching_for(len(text.windows), old.branching[1:])[0]
-        vectors = vectors_of(text, base.encoder, tokenizer)
+        vectors = vectors_of(text.windows, base.encoder, tokenizer)
         assert base.tree is not None
         added = covering(base.tree, vectors, least, given["seed"])
         memory = replace(old, branching=(old.branching[0] + added, *old.branching[1:]))

@@ -8,6 +8,7 @@ model that had a memory before, the new clusters come behind the old ones on eve
 clusters here are counted from the first new one.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,17 +20,17 @@ import numpy as np
 from mlx_hmem.bank.documents import Document
 from mlx_hmem.config import JsonConfig, MemoryConfig, check_version, read_json
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import atomic_file, write_atomic
+from mlx_hmem.files import atomic_file, open_regular, strict_json, write_atomic
 from mlx_hmem.retriever import ClusterTree, Encoder
 
 from ..data.arrays import load_mapped, save_array
 from ..data.taken_tokenizer import TakenTokenizer, embedded
 from ..data.windows import Windows, cut_windows
-from ..loop.validation import choose
 from ..tree.stage import distinct
 from .text import OwnDocument, hold_out, typical_words
 
 FORMAT_VERSION = 1
+SETTINGS = "settings.json"
 LONGEST = 512  # tokens of a window
 OTHER_RUN = "give another --run, or delete this folder"
 
@@ -71,7 +72,7 @@ class Settings(JsonConfig):
     @classmethod
     def load(cls, folder: Path) -> Self:
         """Those of a run's folder; UserError if it is none."""
-        path = folder / "settings.json"
+        path = folder / SETTINGS
         if not path.exists():
             raise UserError("not the folder of a train remember", folder, "give it with --run")
         values = read_json(path)
@@ -80,7 +81,7 @@ class Settings(JsonConfig):
         return cls.from_dict(values, str(path))
 
     def save(self, folder: Path) -> None:
-        write_atomic(folder / "settings.json", json.dumps(asdict(self), indent=2) + "\n")
+        write_atomic(folder / SETTINGS, json.dumps(asdict(self), indent=2) + "\n")
 
 
 @dataclass(frozen=True)
@@ -154,9 +155,9 @@ def _joined(parts: list[Windows], begin: tuple[int, ...]) -> Windows:
     return Windows(tokens, np.cumsum(np.concatenate([[0], *sizes]).astype(np.int64)), begin)
 
 
-def vectors_of(text: OwnText, encoder: Encoder, tokenizer: TakenTokenizer) -> np.ndarray:
+def vectors_of(windows: Windows, encoder: Encoder, tokenizer: TakenTokenizer) -> np.ndarray:
     """The vector of each window, (windows, dim) float16."""
-    texts = list(text.windows.texts(tokenizer))
+    texts = list(windows.texts(tokenizer))
     return encoder.encode(texts, progress=len(texts) > 5000).astype(np.float16)
 
 
@@ -167,7 +168,7 @@ def leaves_of(
     kept in ``folder`` unless they are there."""
     file, tree_file = folder / "paths.npy", folder / "tree.safetensors"
     if not file.exists():
-        vectors = vectors_of(text, encoder, tokenizer)
+        vectors = vectors_of(text.windows, encoder, tokenizer)
         rows = distinct(vectors)
         tree = ClusterTree.fit(vectors, settings.branching, seed=settings.seed, rows=rows)
         tree.save(tree_file, encoder.fingerprint)
@@ -190,22 +191,6 @@ def provenance(text: OwnText, settings: Settings, paths: np.ndarray) -> list[Doc
     return [Document(d.sha256, d.name, n, tuple(own), terms) for d, n, own, terms in each]
 
 
-def without(text: OwnText, paths: np.ndarray, gone: set[str]) -> tuple[OwnText, np.ndarray]:
-    """Text and paths without the documents of these hashes, as if they had never been there."""
-    stays = np.array([d.sha256 not in gone for d in text.documents])
-    windows, held = stays[text.owner], stays[text.owner[text.near]]
-    number, place = np.cumsum(stays) - 1, np.cumsum(windows) - 1
-    rest = OwnText(
-        [d for d, s in zip(text.documents, stays, strict=True) if s],
-        choose(text.windows, np.flatnonzero(windows)),
-        number[text.owner[windows]],
-        text.added[windows],
-        choose(text.held_out, np.flatnonzero(held)),
-        place[text.near[held]],
-    )
-    return rest, paths[windows]
-
-
 def begin_run(folder: Path, settings: Settings, documents: list[OwnDocument]) -> None:
     """Writes what a run begins with; the settings come last."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -216,9 +201,21 @@ def begin_run(folder: Path, settings: Settings, documents: list[OwnDocument]) ->
 
 
 def documents_of(folder: Path) -> list[OwnDocument]:
-    """What :func:`begin_run` wrote."""
-    with (folder / "documents.jsonl").open(encoding="utf-8") as file:
-        return [OwnDocument(**json.loads(line)) for line in file]
+    """What :func:`begin_run` wrote; UserError unless each text is the one that was read."""
+    file, found = folder / "documents.jsonl", list[OwnDocument]()
+    with open_regular(file) as opened:
+        lines = opened.read().splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            values = strict_json(line)
+            document = OwnDocument(**values | {"also": tuple(values.get("also", ()))})
+            if hashlib.sha256(document.text.encode()).hexdigest() != document.sha256:
+                raise ValueError("another text than its hash says")
+        except (AttributeError, TypeError, ValueError) as error:
+            remedy = "restore the folder as the remembering left it"
+            raise UserError(f"{file}, line {number}, is damaged", error, remedy) from None
+        found.append(document)
+    return found
 
 
 def check_same(found: Settings, folder: Path, **wanted: Any) -> None:

@@ -10,7 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import xxhash
@@ -29,11 +29,12 @@ _WORD = re.compile(r"[^\W\d_]{5,}")
 
 @dataclass(frozen=True)
 class OwnDocument:
-    """``sha256``: of the text, in hex; ``name``: its file or title."""
+    """``sha256``: of the text, in hex; ``name``: its file or title; ``also``: those of copies."""
 
     sha256: str
     name: str
     text: str
+    also: tuple[str, ...] = ()
 
 
 class HeldOut(NamedTuple):
@@ -73,6 +74,7 @@ def read_folder(
             result.known += 1
         elif sha256 in found:
             result.duplicates += 1
+            found[sha256] = replace(found[sha256], also=(*found[sha256].also, name))
         else:
             found[sha256] = OwnDocument(sha256, name, text)
             size += len(data)

@@ -1,0 +1,153 @@
+"""After a forgetting nothing of a document is found: not its text, name, hash, words or vector."""
+
+import hashlib
+import math
+import shutil
+import unicodedata
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlx_hmem.bank import Bank, rewrite_bank
+from mlx_hmem.bank.documents import read_documents
+from mlx_hmem.bank.documents import write_documents as write_known
+from mlx_hmem.bank_tools.command import main as bank_tools
+from mlx_hmem.files import load_safetensors
+from mlx_hmem.model.load import load
+from mlx_hmem.retriever import load_encoder
+from tests.helpers.own_documents import remember, write_documents
+from tests.helpers.places import bytes_of
+from tests.helpers.programs import refused
+from tests.remember.test_remember import anchor, eager  # noqa: F401
+from train.remember.forget import main as forget_program
+
+SECRET = (
+    "Zebulon Quixfeather hid the vermilion gramophone beneath the Trondheim bakery. "
+    "The combination of the Quixfeather vault is seven one nine. "
+) * 3
+NAME = "caf\N{LATIN SMALL LETTER E WITH ACUTE} plans.txt"
+
+
+def taught(model: Path, folder: Path, number: int, *names: str, count: int = 2) -> Path:
+    """A model that has learned some documents, and the secret under each of the ``names``."""
+    texts = write_documents(folder / "texts", count)
+    for topic in list(texts.iterdir())[:number]:
+        shutil.rmtree(topic)  # so that two such models have learned other things beside it
+    for name in names:
+        (texts / name).write_text(SECRET)
+    return remember(texts, model, folder / "model", "--passes", "1")
+
+
+def traces(*folders: Path) -> list[str]:
+    """Where the secret is found, and how. Not in the figures, which speak of no document."""
+    secret = SECRET.strip()
+    digest = hashlib.sha256(secret.encode())
+    needles = [unicodedata.normalize(form, NAME).encode() for form in ("NFC", "NFD")]
+    needles += [b"quixfeather", b"vermilion", b"copy.txt", digest.hexdigest().encode()]
+    needles += [digest.digest(), digest.hexdigest()[:12].encode()]
+    parts = [secret, SECRET, *(part for part in secret.split(". ") if part)]
+    vectors = load_encoder("static").encode(parts)
+    found = []
+    for folder in folders:
+        for name, data in bytes_of(folder).items():
+            low = data.lower()
+            found += [f"{folder.name}/{name}: {n!r}" for n in needles if n.lower() in low]
+            if not name.endswith(".safetensors"):
+                continue
+            for key, value in load_safetensors(folder / name).items():
+                if value.ndim != 2 or value.shape[1] != vectors.shape[1]:
+                    continue
+                rows = np.array(value, np.float32)
+                lengths = np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
+                if (rows / lengths @ vectors.T).max() > 0.95:
+                    found.append(f"{folder.name}/{name}: the vector, in {key}")
+    return found
+
+
+def own(model: Path, folder: Path) -> tuple[Path, list[Path]]:
+    made = taught(model, folder, 0, NAME)
+    return made, [Path(f"{made}.run")]
+
+
+def alone(model: Path, folder: Path) -> tuple[Path, list[Path]]:
+    """Nothing else has been learned: its cluster is left empty, and so is the tree."""
+    made = taught(model, folder, 3, NAME)
+    return made, [Path(f"{made}.run")]
+
+
+def added(model: Path, folder: Path) -> tuple[Path, list[Path]]:
+    """It stands in the model's own bank and in the one beside it."""
+    both = [taught(model, folder / str(n), n, NAME) for n in (0, 1)]
+    bank_tools(["add", *map(str, both), "--name", "notes", "--out", str(folder / "both")])
+    return folder / "both", [Path(f"{each}.run") for each in both]
+
+
+def only_added(model: Path, folder: Path) -> tuple[Path, list[Path]]:
+    both = [taught(model, folder / str(n), n, *names) for n, names in enumerate(([], [NAME]))]
+    bank_tools(["add", *map(str, both), "--name", "notes", "--out", str(folder / "both")])
+    return folder / "both", [Path(f"{both[1]}.run")]
+
+
+def layered(model: Path, folder: Path) -> tuple[Path, list[Path]]:
+    """Another run has taught other documents behind those of the first."""
+    first = taught(model, folder / "0", 2, NAME)
+    return taught(first, folder / "1", 0), [Path(f"{first}.run")]
+
+
+def merged(model: Path, folder: Path) -> tuple[Path, list[Path]]:
+    """Two models have learned one half each, and one is made of them."""
+    whole = taught(model, folder, 0, NAME)
+    for number in (0, 1):
+        half = Path(shutil.copytree(whole, folder / f"half{number}"))
+        with Bank.open(whole / "bank") as bank:
+            branching, manifest = bank.config.branching, bank.manifest
+
+        def block(level: int, cluster: int, number: int = number, w: tuple = branching) -> Any:
+            first = cluster // math.prod(w[1:level])
+            return "keep" if level == 0 or first % 2 == number else None
+
+        rewrite_bank(half / "bank", manifest, block, whole / "bank")
+        known = [d for d in read_documents(whole / "bank") if d.clusters[0][0] % 2 == number]
+        write_known(half / "bank", known)
+    halves = [str(folder / f"half{number}") for number in (0, 1)]
+    bank_tools(["merge", *halves, "--out", str(folder / "merged")])
+    return folder / "merged", [Path(f"{whole}.run")]
+
+
+CASES: dict[str, tuple[Callable[[Path, Path], tuple[Path, list[Path]]], str]] = {
+    "own": (own, NAME),
+    "alone in its cluster": (alone, NAME),
+    "own and added": (added, NAME),
+    "added": (only_added, NAME),
+    "taught upon": (layered, NAME),
+    "merged": (merged, NAME),
+    "a name with accents apart": (own, unicodedata.normalize("NFD", NAME)),
+    "six digits of its hash": (own, hashlib.sha256(SECRET.strip().encode()).hexdigest()[:6]),
+    "a copy": (lambda model, f: (taught(model, f, 0, NAME, "copy.txt"), []), "copy.txt"),
+}
+
+
+def forget(model: Path, name: str, runs: Sequence[Path], out: Path) -> None:
+    options = [word for run in runs for word in ("--run", str(run))]
+    forget_program([str(model), name, *options, "--out", str(out)])
+
+
+@pytest.mark.parametrize(("make", "name"), CASES.values(), ids=CASES)
+def test_nothing_of_a_forgotten_document_is_found(make, name, anchor, tmp_path):  # noqa: F811
+    model, runs = make(anchor, tmp_path)
+    assert traces(model), "it is found as long as it is known"
+    out = tmp_path / "less"
+    forget(model, name, runs, out)
+    assert traces(out, Path(f"{out}.run"), *tmp_path.glob("less.[0-9].run")) == []
+    bank_tools(["verify", str(out)])
+    assert load(out).fetch(SECRET).path
+
+
+def test_a_bank_whose_run_is_not_given_is_named(anchor, tmp_path):  # noqa: F811
+    model, runs = added(anchor, tmp_path)
+    for run, bank in zip(runs, ("bank notes", "the model's own bank"), strict=True):
+        refused(f"has taught {NAME}: {bank}", forget, model, NAME, [run], tmp_path / "less")
+    assert not [*tmp_path.glob("less*")]
