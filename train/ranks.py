@@ -89,11 +89,8 @@ class Ranks:
         """The arrays of rank ``source`` on all ranks; names and shapes are the same everywhere."""
         if self.size == 1:
             return arrays
-        result = {}
-        for name, array in arrays.items():
-            own = array if self.rank == source else mx.zeros_like(array)
-            result[name] = self.sum(own)
-        return result
+        there = self.rank == source
+        return {n: self.sum(a if there else mx.zeros_like(a)) for n, a in arrays.items()}
 
 
 ALONE = Ranks()
