@@ -83,7 +83,10 @@ def _tensor(
         raise ValueError("its pickle has a tensor without a storage")
     if metadata:
         raise ValueError("its pickle has a conjugated or negated view")
-    if type(shape) is not tuple or type(strides) is not tuple or not is_shape(shape):
+    # Seen before they are shown: what nests has no end as text.
+    if not all(type(v) is tuple and all(type(n) is int for n in v) for v in (shape, strides)):
+        raise ValueError("its pickle has a tensor whose shape or strides are no numbers")
+    if not is_shape(shape):
         raise ValueError(f"its pickle has a tensor of the shape {str(shape)[:80]}")
     if len(strides) != len(shape) or not all(is_whole(stride) for stride in strides):
         raise ValueError(f"its pickle has a tensor with the strides {str(strides)[:80]}")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 MAX_PICKLE = 1 << 25  # bytes
-MAX_STEPS = 5_000_000  # about 125,000 tensors
+MAX_STEPS = 5_000_000  # about 125,000 tensors; and things that functions are given at most
 MAX_NAME = 256  # characters of a module or class name
 KEYS = (str, int, float, bool, type(None))  # what hashes in a moment: tuples may nest
 
@@ -47,7 +47,7 @@ class Machine:
         self, data: bytes, names: Mapping[str, Any], persistent: Callable[[Any], Any]
     ) -> None:
         self.data, self.names, self.persistent = data, names, persistent
-        self.at = 0
+        self.at = self.given = 0
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
@@ -162,6 +162,10 @@ class Machine:
         arguments, function = self.pop(), self.pop()
         if not isinstance(function, Function) or type(arguments) is not tuple:
             raise ValueError("its pickle calls what is no function")
+        # Kept values may be given again and again, each time to be copied.
+        self.given += sum(len(a) for a in arguments if isinstance(a, list | tuple | str))
+        if self.given > MAX_STEPS:
+            raise ValueError(f"its pickle calls functions with more than {MAX_STEPS} things")
         self.stack.append(function(*arguments))
 
     def build(self) -> None:

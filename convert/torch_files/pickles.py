@@ -117,7 +117,7 @@ def _storage(path: Path, entries: dict[str, Entry], reference: Any) -> Storage:
     _, kind, key, _, count = reference
     if type(kind) is not StorageClass:
         raise ValueError("its pickle refers to what is no storage")
-    if type(key) is not str or not is_whole(count):
+    if type(key) is not str or len(key) > MAX_NAME or not is_whole(count):
         raise ValueError("its pickle refers to a wrong storage")
     entry = entries.get(f"data/{key}")
     size = count * ITEM_SIZES[kind.dtype or "U8"]
@@ -147,7 +147,7 @@ class _Sorter:
                 if key != nest:
                     self.keep(prefix + _word(key), other)
             value, prefix = value[nest], f"{prefix}{nest}."
-        self.collect(value, "")
+        self.collect(value, "", root=True)
         logical = sum(tensor.nbytes for tensor in self.tensors.values())
         if logical > max(MAX_SHARING * size, SMALL):
             raise ValueError(f"its tensors take {logical} bytes, far more than the file's {size}")
@@ -160,14 +160,14 @@ class _Sorter:
         within = (name for name in NESTS if isinstance(value.get(name), dict))
         return next((name for name in within if self.holds_tensor(value[name])), None)
 
-    def collect(self, value: Any, name: str) -> None:
+    def collect(self, value: Any, name: str, root: bool = False) -> None:
         if len(name) > MAX_NAME or len(self.tensors) > MAX_TENSORS:
             raise ValueError("its tensors have too long names, or are too many")
         if type(value) is LazyTensor:
             if not name or name in self.tensors:
                 raise ValueError(f"it has a tensor without a name of its own: {name!r}")
             self.tensors[name] = value
-        elif isinstance(value, CONTAINERS) and (not name or self.holds_tensor(value)):
+        elif isinstance(value, CONTAINERS) and (root or self.holds_tensor(value)):
             items = value.items() if isinstance(value, dict) else enumerate(value)
             for key, child in items:
                 self.collect(child, f"{name}.{_word(key)}" if name else _word(key))

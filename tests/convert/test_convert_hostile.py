@@ -242,6 +242,14 @@ BOMBS = {
     "a list in itself": b"}" + opcodes("w") + b"]q\0h\0as",
     "a dictionary in itself": b"}q\0" + opcodes("model") + b"h\0s" + opcodes("w") + tensor() + b"s",
     "the root in itself": b"]q\0h\0a",
+    "the root in itself without a name": b"}q\0" + opcodes("") + b"h\0s"
+    + opcodes("w") + tensor() + b"s",
+    # An error that shows them as text would have no end, or none on the stack.
+    "a shape of doubled tuples": b"}" + opcodes("w") + tensor(doubled(60), (1,)) + b"s",
+    "a deep shape": b"}" + opcodes("w") + tensor(b")" + b"\x85" * 50_000, (1,)) + b"s",
+    "deep strides": b"}" + opcodes("w") + tensor((1,), b")" + b"\x85" * 50_000) + b"s",
+    "a text made bytes again and again": opcodes("x" * 10_000) + b"q\x01" + opcodes("latin1")
+    + b"q\x02" + name("_codecs", "encode") + b"q\x03" + b"h\x03h\x01h\x02\x86R" * 4000,
     "deep lists": b"}" + opcodes("w") + b"]" * 100_000 + b"a" * 99_999 + b"s",
     "deep dictionaries with a tensor": (b"}" + opcodes("w")) * 10_000 + tensor() + b"s" * 10_000,
     "deep tuples": b"}" + opcodes("w") + b")" + b"\x85" * 100_000 + b"s",
