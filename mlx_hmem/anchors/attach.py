@@ -5,6 +5,7 @@ must set the slot from one of its own arguments: an array that was there before 
 frozen into the graph.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -32,10 +33,10 @@ class ArrivingRows(Protocol):
         ...
 
 
-class MemorySlot:
-    """Holds the memory that the attached layers use: rows for the whole batch, rows with a batch
-    axis in front for one memory per row, those of each layer in a list, rows that are still being
-    read, or None for the anchor alone (see mlx_hmem.memory)."""
+class MemorySlot(threading.local):
+    """Holds the memory that the attached layers use, for each thread its own: rows for the whole
+    batch, rows with a batch axis in front for one memory per row, those of each layer in a list,
+    rows that are still being read, or None for the anchor alone (see mlx_hmem.memory)."""
 
     def __init__(self, config: MemoryConfig):
         self.config = config

@@ -7,6 +7,7 @@ grouped queries each query head has its own pairs, which makes 2 · r · layers 
 parameters for every anchor.
 """
 
+import threading
 from collections.abc import Callable
 
 import mlx.core as mx
@@ -49,15 +50,15 @@ def _there(keys: mx.array) -> mx.array:
 def _attach(layer: AnchorLayer, memory: LayerMemory) -> None:
     attention = layer.attention
     assert isinstance(attention, AttentionLayer)
-    query, seen = attention.query, list[mx.array]()
+    query, seen = attention.query, threading.local()
 
     def query_call(before: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
         output = before(x)
-        seen[:] = [output[..., query.start : query.start + query.size]]
+        seen.queries = output[..., query.start : query.start + query.size]
         return output
 
     def output_call(before: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
-        rows, queries = memory(x), _normed(seen.pop(), attention)
+        rows, queries = memory(x), _normed(seen.__dict__.pop("queries"), attention)
         if rows is None:
             return before(x)
         pairs = rows[0].astype(x.dtype)

@@ -3,7 +3,12 @@
 Knows the anchor and its memory slot only; routing and fetching are done before.
 """
 
+import atexit
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -16,6 +21,24 @@ from mlx_hmem.anchors.attach import ArrivingRows, MemorySlot
 from mlx_hmem.budget.resident import OverBudgetError
 from mlx_hmem.errors import UserError
 from mlx_hmem.memory import Rows
+
+_threads = set[int]()  # that have called an anchor, beside the main one
+
+
+@atexit.register
+def _outlive_threads() -> None:
+    """A thread that has ended, and been joined, may still be letting go of what MLX compiled in it,
+    for which it takes the interpreter's lock. In a program that ends meanwhile that is a SIGABRT;
+    from Python 3.13 on, joining waits for it."""
+    end = time.monotonic() + 1
+    while time.monotonic() < end and any(map(_runs, _threads)):
+        time.sleep(0.005)
+
+
+def _runs(thread: int) -> bool:
+    """Whether a thread is there; where the system does not say (macOS), it may be."""
+    tasks = Path("/proc/self/task")
+    return (tasks / str(thread)).exists() if tasks.exists() else sys.version_info < (3, 13)
 
 
 class AnchorWithMemory:
@@ -36,6 +59,8 @@ class AnchorWithMemory:
         self._anchor, self._slot, self._rows, self._watch = anchor, slot, rows, watch
 
     def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+        if threading.current_thread() is not threading.main_thread():
+            _threads.add(threading.get_native_id())
         if self._watch is not None:
             self._watch()
         if self._slot is None:

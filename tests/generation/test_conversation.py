@@ -304,14 +304,18 @@ def test_reading_ahead_touches_nothing_of_mlx(model_folder):
 
 
 def test_a_program_that_is_reading_ahead_ends(model_folder, tmp_path):
-    """With nothing closed: it ended by SIGABRT, or stopped in its second turn."""
+    """With nothing closed, and a thread that has just ended: it ended by SIGABRT, or stopped in its
+    second turn."""
     script = """
-import sys
+import sys, threading
 from mlx_hmem import Conversation, load
 model = load(sys.argv[1])
 for n in range(5):
     list(Conversation(model, max_tokens=2).say(f"The old lighthouse {n}"))
     list(model.stream("The bay", max_tokens=2))
+thread = threading.Thread(target=lambda: list(model.stream("The bay", max_tokens=2)))
+thread.start()
+thread.join()
 """
     for _ in range(2):
         subprocess.run([sys.executable, "-c", script, model_folder], check=True, timeout=60)

@@ -2,6 +2,9 @@
 
 import itertools
 import json
+import shutil
+import sys
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx_lm
@@ -10,8 +13,12 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_hmem import MemoryModel, load
+from mlx_hmem.anchors.attach import memory_config
 from mlx_hmem.anchors.load import load_anchor
 from mlx_hmem.bank import Bank
+from mlx_hmem.config import HmemConfig
+from tests.conftest import MEMORY, save_bank
+from tests.helpers.faults import in_threads
 from tests.helpers.programs import refused
 
 PROMPT = "The old lighthouse of the bay"
@@ -150,6 +157,33 @@ def test_interleaved_streams_keep_their_own_memories(model, texts):
             tokens += [piece.token] if piece else []
     assert taken == one_by_one
     assert len({tuple(tokens) for tokens in taken}) == len(options)
+
+
+@pytest.mark.parametrize("kind", ["ffn", "kv"])
+def test_threads_keep_their_own_memories(broken, kind, texts):
+    """A thread that came in between used to answer with the memory of the other."""
+    hmem = HmemConfig.from_file(broken / "hmem.json")
+    memory = memory_config(load_anchor(broken)[0], MEMORY.r, MEMORY.branching, kind)
+    hmem = replace(hmem, memory=memory)
+    (broken / "hmem.json").write_text(hmem.to_json())
+    shutil.rmtree(broken / "bank")
+    save_bank(broken / "bank", hmem.memory, hmem.anchor_hash, hmem.retriever.tree_hash, size=3.0)
+    model = load(broken)
+    routes = {model.retriever.route(text): text for text in texts}
+    chosen = [routes[path] for path in three_paths(model, texts)]
+
+    def tokens(text):
+        return [p.token for p in model.stream(PROMPT, route_text=text, max_tokens=12)]
+
+    alone, found = [tokens(text) for text in chosen], {}
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        in_threads(lambda n: found.update({n: [tokens(chosen[n]) for _ in range(3)]}), len(chosen))
+    finally:
+        sys.setswitchinterval(before)
+    assert found == {n: [each] * 3 for n, each in enumerate(alone)}
+    assert len({tuple(each) for each in alone}) == len(chosen)
 
 
 def test_route_text_chooses_the_memory_in_place_of_the_prompt(model, texts):
