@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -100,6 +100,19 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *given: Any) -> None:
         print(version())
         parser.exit()
+
+
+@contextlib.contextmanager
+def foreign(what: str, remedy: str) -> Iterator[None]:
+    """For what another library makes of somebody's file: whatever it raises, a panic of Rust's too,
+    is the UserError ``what`` with the first line of what it said."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        said = [line for line in str(error).splitlines() if line.strip()]
+        raise UserError(what, (said or [type(error).__name__])[0][:300], remedy) from None
 
 
 def version() -> str:

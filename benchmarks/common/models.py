@@ -31,8 +31,8 @@ from mlx_hmem.bank import Bank, Manifest, Quantization, rewrite_bank, stored_lev
 from mlx_hmem.bank.format import Key
 from mlx_hmem.config import FORMAT_VERSION, ClusterPath, HmemConfig, MemoryConfig, RetrieverConfig
 from mlx_hmem.files import fingerprint, write_atomic
-from mlx_hmem.model.load import read_tokenizer
 from mlx_hmem.model.model import MemoryModel
+from mlx_hmem.model.tokenizer import read_tokenizer
 from mlx_hmem.retriever import ClusterTree, Retriever, load_encoder
 from mlx_hmem.retriever.encoder import STATIC_FOLDER
 from train.step.start import num_parameters

@@ -162,6 +162,7 @@ def plain_tokenizer(model: MemoryModel) -> str:
         raise UserError("the tokenizer has no plain form", type(model.tokenizer).__name__, remedy)
     text = str(backend.to_str())
     plain = Tokenizer.from_str(text)
+    plain.encode_special_tokens = True  # as the runner sets it
     for probe in PROBES:
         for special in (True, False):
             ids = plain.encode(probe, add_special_tokens=special).ids

@@ -93,6 +93,7 @@ class Bundle:
         self.encoder = Encoder(folder / "retriever" / "encoder")
         self.tree = tensors(folder / "retriever" / "tree.safetensors")
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.tokenizer.encode_special_tokens = True  # what a person says is text
         weights: Any = mx.load(str(folder / "anchor.safetensors"))
         self.weights = [weights[entry["name"]] for entry in self.about["weights"]]
         mx.eval(self.weights)
@@ -174,9 +175,7 @@ class Bundle:
         """Token ids; the context has room for at least one more."""
         if not prompt.strip():
             raise BundleError("the prompt is empty; give it some text")
-        bos = self.about["bos_token"]
-        special = bos is None or not prompt.startswith(bos)
-        ids = list(self.tokenizer.encode(prompt, add_special_tokens=special).ids)
+        ids = list(self.tokenizer.encode(prompt).ids)
         if len(ids) >= self.context:
             raise BundleError(f"{len(ids)} tokens, more than {self.context - 1}; cut the prompt")
         return ids

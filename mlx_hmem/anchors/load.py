@@ -98,6 +98,12 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{folder / 'config.json'} names no model_type", folder, "restore the anchor's config"
         )
+    if config.get("model_file") is not None:
+        raise UserError(
+            "the anchor needs code of its own, which is never run",
+            repr(config["model_file"])[:40],
+            "use one of an architecture that mlx-lm has",
+        )
     context = config.get("max_position_embeddings")
     if context is not None and (type(context) is not int or context < 1):
         raise UserError(

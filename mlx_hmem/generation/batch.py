@@ -26,7 +26,7 @@ from mlx_hmem.memory import FetchedMemory
 from mlx_hmem.model.banks import Banks
 from mlx_hmem.model.fetch import check_mode
 from mlx_hmem.model.model import MemoryModel
-from mlx_hmem.model.stream import AnchorWithMemory, prompt_ids
+from mlx_hmem.model.stream import AnchorWithMemory, check_length, prompt_ids
 from mlx_hmem.retriever.texts import check_texts
 
 Key = tuple[str, int, int]  # of a block: its bank, level and cluster
@@ -195,6 +195,7 @@ def batch_generate(
     memory: str = "fetched",
     route_texts: Sequence[str] | None = None,
     views: Sequence[str | None] | None = None,
+    ids: Sequence[list[int]] | None = None,
     **options: Any,
 ) -> list[Completion]:
     """Continues many prompts at once, each with the memory it is routed to; in their order.
@@ -205,6 +206,7 @@ def batch_generate(
         route_texts: what to route by in place of each prompt.
         views: of each prompt, what its user may fetch (:meth:`MemoryModel.under`), of one open
             bank; without, all are as ``model`` is.
+        ids: of each prompt the ids that are continued, where they are not just the text's.
         options: those of mlx-lm's ``BatchGenerator``: ``sampler`` (greedy without),
             ``completion_batch_size``, ``prefill_batch_size``, ...
 
@@ -212,7 +214,7 @@ def batch_generate(
         UserError: no prompts, an empty or too long one, or lists of different lengths.
     """
     check_mode(memory)
-    ids, limits = _checked(model, prompts, max_tokens)
+    ids, limits = _checked(model, prompts, max_tokens, ids)
     texts = check_texts(prompts if route_texts is None else route_texts)
     if len(texts) != len(ids):
         raise UserError("route_texts does not match the prompts", len(texts), f"give {len(ids)}")
@@ -239,7 +241,7 @@ def batch_generate(
     finally:
         generator.close()
     return [
-        Completion(_text(model, tokens), tokens, path, reason, bank)
+        Completion(model.tokenizer.decode(tokens), tokens, path, reason, bank)
         for (tokens, reason), (bank, path) in zip(found, routes, strict=True)
     ]
 
@@ -255,12 +257,18 @@ def _routes(users: Sequence[MemoryModel], texts: list[str]) -> Iterator[tuple[st
 
 
 def _checked(
-    model: MemoryModel, prompts: Sequence[str], max_tokens: int | Sequence[int]
+    model: MemoryModel,
+    prompts: Sequence[str],
+    max_tokens: int | Sequence[int],
+    given: Sequence[list[int]] | None,
 ) -> tuple[list[list[int]], list[int]]:
     """The token ids of each prompt and how many tokens may follow it."""
     if not check_texts(prompts):
         raise UserError("there are no prompts", "an empty list", "give at least one")
-    ids = [prompt_ids(model.tokenizer, prompt, model.context) for prompt in prompts]
+    if given is None:
+        ids = [prompt_ids(model.tokenizer, prompt, model.context) for prompt in prompts]
+    else:
+        ids = [check_length(each, model.context) for each in given]
     limits = [max_tokens] * len(ids) if isinstance(max_tokens, int) else list(max_tokens)
     if len(limits) != len(ids):
         raise UserError("max_tokens does not match the prompts", len(limits), f"give {len(ids)}")
@@ -282,12 +290,3 @@ def _run(generator: BatchGenerator, uids: Sequence[int]) -> list[tuple[list[int]
             if response.finish_reason is not None:
                 reasons[response.uid] = response.finish_reason
     return [(tokens[uid], reasons[uid]) for uid in uids]
-
-
-def _text(model: MemoryModel, tokens: list[int]) -> str:
-    """As a stream's pieces joined; ``decode`` reads broken UTF-8 in another way."""
-    detokenizer = model.tokenizer.detokenizer
-    for token in tokens:
-        detokenizer.add_token(token)
-    detokenizer.finalize()
-    return detokenizer.text

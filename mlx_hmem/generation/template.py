@@ -1,37 +1,89 @@
-"""What an instruct anchor is asked: a conversation in its tokenizer's chat template."""
+"""What an instruct anchor is asked: a conversation in its tokenizer's chat template.
 
-from collections.abc import Sequence
+A template is a program that came with a model. It runs in Jinja's sandbox, for so many seconds and
+within so much memory; what was said reaches it as text in which no control token is whole.
+"""
+
+import contextlib
+import ctypes
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_hmem.errors import UserError
+from mlx_hmem.budget.resident import resident_bytes
+from mlx_hmem.errors import UserError, foreign
+from mlx_hmem.model.tokenizer import any_of, controls_of, cut, mark_for, rendered_ids
+
+SECONDS = 10.0
+MOST_MEMORY = 1 << 30  # bytes that rendering may take
+CHECKS = 0.02  # seconds between two looks at both
+
+
+class OverBoundsError(Exception):
+    """A template takes too long, or too much memory."""
 
 
 def chat_ids(
-    tokenizer: TokenizerWrapper, system: str | None, turns: Sequence[tuple[str, str]], text: str
+    tokenizer: TokenizerWrapper,
+    system: str | None,
+    turns: Sequence[tuple[str, str]],
+    text: str,
+    **options: Any,
 ) -> list[int]:
     """The ids of a conversation up to where the answer to ``text`` begins.
 
     ``system``: how the anchor is to behave, None to leave that to the template. ``turns``: what was
-    said before, and what was answered.
+    said before, and what was answered. ``options``: what else the template may look at.
 
     Raises:
-        UserError: the template does not take it, as Gemma's takes no system prompt.
+        UserError: the template does not take it, as Gemma's takes no system prompt, or is beyond
+            its bounds.
     """
     messages = [] if system is None else [{"role": "system", "content": system}]
     for said, answer in turns:
         messages.append({"role": "user", "content": said})
         messages.append({"role": "assistant", "content": answer})
     messages.append({"role": "user", "content": text})
-    try:
-        ids = list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+    contents = [each["content"] for each in messages]
+    controls, mark = controls_of(tokenizer), mark_for(contents)
+    held = any(any_of(controls).search(content) for content in contents)
+    for each in messages if held else ():
+        each["content"] = cut(each["content"], controls, mark)
+    remedy = "restore it" if system is None else "leave the system prompt out"
+    with foreign("the model's chat template fails", remedy):
+        with _bounded():
+            made = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=not held, **options
+            )
+        ids = rendered_ids(tokenizer._tokenizer, made, mark) if held else list(made)
         if not ids:
             raise ValueError("it makes no text of it")
-    except Exception as error:  # a template is a program of its own
-        remedy = "restore it" if system is None else "leave the system prompt out"
-        reason = str(error) or type(error).__name__
-        raise UserError("the model's chat template fails", reason, remedy) from None
-    return ids
+    return tokenizer.checked(ids) if hasattr(tokenizer, "checked") else ids
+
+
+@contextlib.contextmanager
+def _bounded() -> Iterator[None]:
+    """Stops what runs inside by an OverBoundsError when it takes too long or too much memory."""
+    thread, over = threading.get_ident(), threading.Event()
+    end, most = time.monotonic() + SECONDS, resident_bytes() + MOST_MEMORY
+
+    def watch() -> None:
+        while not over.wait(CHECKS):
+            if time.monotonic() > end or resident_bytes() > most:
+                error = ctypes.py_object(OverBoundsError)
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), error)
+                return
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
 
 
 def check_system(tokenizer: TokenizerWrapper, system: str | None) -> None:

@@ -1,14 +1,9 @@
 """``load(path)`` → :class:`MemoryModel`, from a model directory whose parts belong together."""
 
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.tokenizer_utils import load as load_tokenizer
-from transformers.utils import logging as transformers_logging
 
 from mlx_hmem.anchors.load import anchor_hash, check_hashes, load_anchor
 from mlx_hmem.bank import Bank
@@ -30,6 +25,7 @@ from mlx_hmem.model.find import (
     shards_from_hub,
 )
 from mlx_hmem.model.model import MemoryModel
+from mlx_hmem.model.tokenizer import read_tokenizer
 from mlx_hmem.retriever import ClusterTree, Encoder, Retriever, load_encoder
 from mlx_hmem.retriever.encoder import STATIC_FOLDER, find_minilm
 
@@ -175,34 +171,6 @@ def open_bank(folder: Path, hmem: HmemConfig, **options: Any) -> Bank:
             "restore the bank that belongs to this model",
         )
     return bank
-
-
-def read_tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerWrapper:
-    """The tokenizer of a model directory, which knows the ids that end a text."""
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
-        raise UserError("no tokenizer", folder, "add tokenizer.json or tokenizer.model")
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # it warns that it does not know model_type openlm
-    try:
-        return load_tokenizer(folder, eos_token_ids=_ends(folder, config))
-    except Exception as error:  # transformers raises whatever its parsers raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"the tokenizer in {folder} cannot be read", reason, "restore it") from None
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-
-
-def _ends(folder: Path, config: dict[str, Any]) -> list[int] | None:
-    """The ids that end a text: those of ``config.json``, and of ``generation_config.json``, where
-    many an instruct anchor has the end of a turn."""
-    file, found = folder / "generation_config.json", [config]
-    if file.exists():
-        found.append(json.loads(file.read_text(encoding="utf-8")))
-    ids: list[int] = []
-    for each in found:
-        own = each.get("eos_token_id")
-        ids += own if isinstance(own, list) else [] if own is None else [own]
-    return ids or None
 
 
 def encoder_folder(folder: Path, hmem: HmemConfig) -> Path:

@@ -80,9 +80,7 @@ def prompt_ids(tokenizer: TokenizerWrapper, prompt: str, context: int | None) ->
         prompt.encode()
     except UnicodeEncodeError as error:  # a command line may hold any bytes
         raise UserError("the prompt is not UTF-8 text", error, "convert it") from None
-    bos = tokenizer.bos_token
-    ids = tokenizer.encode(prompt, add_special_tokens=bos is None or not prompt.startswith(bos))
-    return check_length(list(ids), context)
+    return check_length(list(tokenizer.encode(prompt)), context)
 
 
 def check_length(ids: list[int], context: int | None) -> list[int]:

@@ -62,7 +62,8 @@ def test_stop_texts_end_an_answer_and_are_no_part_of_it(ask):
     found = answer(ask("--json", "--stop", "no such text", stop))
     assert (found["text"], found["finish_reason"]) == (text[: text.index(stop)], "stop")
     _, out, err = ask("--json", "--stop", text[0])
-    assert (json.loads(out)["text"], json.loads(out)["num_tokens"]) == ("", 1)
+    assert json.loads(out)["text"] == ""
+    assert json.loads(out)["num_tokens"] < whole["num_tokens"]  # a run of bytes is read as a whole
     assert err == "the answer is empty: it ended before its first word\n"
     status, out, _ = ask("--stop", stop)
     assert (status, out) == (0, text[: text.index(stop)] + "\n")

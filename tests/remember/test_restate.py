@@ -16,7 +16,7 @@ from mlx_hmem.anchors.openlm import Model, ModelArgs
 from mlx_hmem.bank.documents import read_documents
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import save_safetensors
-from mlx_hmem.model.load import read_tokenizer
+from mlx_hmem.model.tokenizer import read_tokenizer
 from tests.helpers.faults import stop_at
 from tests.helpers.own_documents import TOPICS, remember, sentences, write_documents
 from tests.helpers.places import bytes_of
@@ -66,7 +66,7 @@ def teach(anchor: nn.Module, folder: Path) -> None:
     for i in range(24):
         topic = list(TOPICS)[i % 3]
         passages = list(restate.passages_of(sentences(topic, i % 4), tokenizer, 64))
-        prompt = tokenizer.encode(restate.prompt_of(tokenizer, passages[i % 5]))
+        prompt = restate.prompt_of(tokenizer, passages[i % 5])
         end = "" if chat else "\n\nText:"
         said = ("Question:" if chat else "") + pair(WORDS[i % len(WORDS)]) + end
         ids = tokenizer.encode(said, add_special_tokens=False) + [EOT_ID] * chat
@@ -164,7 +164,7 @@ def test_the_anchor_is_given_what_is_trained_on_and_no_held_out_sentence(anchor)
     rest = [part.passages[0] for part in parts if part.sha256 == long.sha256]
     assert "".join("".join(rest).split()) == "".join(long.text.split())
     for passage in first + rest:
-        ids = tokenizer.encode(restate.prompt_of(tokenizer, passage))
+        ids = restate.prompt_of(tokenizer, passage)
         assert len(ids) + writer.most <= CONTEXT
 
 

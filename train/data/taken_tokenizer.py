@@ -17,7 +17,7 @@ from mlx_hmem.config import JsonConfig, read_json
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import write_atomic
 from mlx_hmem.model.find import find_model
-from mlx_hmem.model.load import read_tokenizer
+from mlx_hmem.model.tokenizer import read_tokenizer
 
 # What a tokenizer may consist of. config.json tells transformers its class.
 PATTERNS = ["tokenizer*", "*.model", "*.tiktoken", "vocab.*", "merges.txt", "added_tokens.json"]
@@ -51,7 +51,7 @@ class TakenTokenizer:
         self._tokenizer: Any = read_tokenizer(folder, {})
 
     def encode(self, text: str) -> list[int]:
-        return self._encode(text, split_special_tokens=True, add_special_tokens=False)
+        return self._encode(text, add_special_tokens=False)
 
     def decode(self, ids: list[int]) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True)

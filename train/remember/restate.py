@@ -30,8 +30,9 @@ from mlx_hmem.errors import UserError
 from mlx_hmem.files import write_atomic
 from mlx_hmem.folders import add_lines, whole_lines
 from mlx_hmem.generation.batch import batch_generate
-from mlx_hmem.model.load import read_tokenizer
+from mlx_hmem.generation.template import chat_ids
 from mlx_hmem.model.model import MemoryModel
+from mlx_hmem.model.tokenizer import read_tokenizer
 
 from ..cost.plan import time_text
 from .run import context_of
@@ -70,15 +71,11 @@ _PAIR = re.compile(
 )
 
 
-def prompt_of(tokenizer: TokenizerWrapper, passage: str) -> str:
-    """What the anchor is given."""
+def prompt_of(tokenizer: TokenizerWrapper, passage: str) -> list[int]:
+    """The ids of what the anchor is given."""
     if not tokenizer.has_chat_template:
-        return f"{EXAMPLES}Text: {passage}\nQuestion:"
-    messages = [{"role": "user", "content": ASKED.format(passage)}]
-    prompt: str = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-    )
-    return prompt
+        return list(tokenizer.encode(f"{EXAMPLES}Text: {passage}\nQuestion:"))
+    return chat_ids(tokenizer, None, [], ASKED.format(passage), enable_thinking=False)
 
 
 def passages_of(text: str, tokenizer: TokenizerWrapper, room: int) -> Iterator[str]:
@@ -172,7 +169,7 @@ class Writer:
         room, most = context_of(config), MOST_TOKENS
         if model.context is not None:
             most = min(most, model.context // 4)
-            front = len(model.tokenizer.encode(prompt_of(model.tokenizer, "")))
+            front = len(prompt_of(model.tokenizer, ""))
             room = min(room, model.context - front - most - SLACK)
         if room < FEWEST:
             raise UserError(
@@ -197,7 +194,7 @@ class Writer:
         if not passages:
             return Reckoned(0, 0, 0, 0.0)
         tokenizer = self.model.tokenizer
-        read = sum(len(tokenizer.encode(prompt_of(tokenizer, p))) for p in passages)
+        read = sum(len(prompt_of(tokenizer, p)) for p in passages)
         middle = sorted(parts, key=lambda part: len("".join(part.passages)))[len(parts) // 2]
         _, short, long = (self._seconds(middle, n) for n in (1, 1, 9))  # the first compiles
         each = short + max(0.0, long - short) / 8 * self.most
@@ -212,12 +209,13 @@ class Writer:
     def _generate(self, part: PassageBatch, tokens: int) -> Iterator[tuple[str, str, bool]]:
         """Of each row its passage, what is said of it, and whether that has come to an end."""
         given = [passage for passage in part.passages for _ in range(self.count)]
-        prompts = [prompt_of(self.model.tokenizer, passage) for passage in given]
+        ids = [prompt_of(self.model.tokenizer, passage) for passage in given]
         what = f"{self.seed} {part.sha256} {part.number}"
         mx.random.seed(xxhash.xxh3_64_intdigest(what.encode()))
         found = batch_generate(
             self.model,
-            prompts,
+            given,
+            ids=ids,
             max_tokens=tokens,
             memory="none",
             sampler=make_sampler(temp=TEMP, top_p=TOP_P),

@@ -1,0 +1,215 @@
+"""The tokenizer of a model directory: files that are checked before transformers sees them, words
+that never become control tokens, text that comes out as the ids say.
+
+A folder's own code is never run and nobody is asked whether it may be. What a person, a document or
+a passage says is text: ``<|im_end|>`` in it is eight characters and more, not the end of a turn.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mlx_lm.tokenizer_utils import StreamingDetokenizer, TokenizerWrapper
+from mlx_lm.tokenizer_utils import load as load_tokenizer
+from transformers.utils import logging as transformers_logging
+
+from mlx_hmem.config import read_json
+from mlx_hmem.errors import UserError, foreign
+from mlx_hmem.files import open_regular
+
+# What a tokenizer may consist of; config.json tells transformers its class.
+FILES: tuple[str, ...] = (
+    "tokenizer*",
+    "*.model",
+    "*.tiktoken",
+    "vocab.*",
+    "merges.txt",
+    "added_tokens.json",
+)
+FILES += ("special_tokens_map.json", "chat_template*", "config.json", "generation_config.json")
+MOST_BYTES = 1 << 28
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+def read_tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerWrapper:
+    """The tokenizer of a model directory, which knows the ids that end a text."""
+    check_files(folder)
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        raise UserError("no tokenizer", folder, "add tokenizer.json or tokenizer.model")
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it warns that it does not know model_type openlm
+    try:
+        with foreign(f"the tokenizer in {folder} cannot be read", "restore it"):
+            ends = _ends(folder, config)
+            extra = {"trust_remote_code": False}
+            return ModelTokenizer.of(load_tokenizer(folder, extra, ends), config.get("vocab_size"))
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def check_files(folder: Path) -> None:
+    """Raises UserError for a tokenizer that needs code of its own, and for a file of it that is no
+    regular one, leads nowhere or is too large."""
+    for file in folder.iterdir():
+        if any(fnmatch(file.name, pattern) for pattern in FILES) and not file.is_dir():
+            with open_regular(file):
+                size = file.stat().st_size
+            if size > MOST_BYTES:
+                raise UserError(f"{file} is too large for a tokenizer", size, "restore the file")
+    file = folder / "tokenizer_config.json"
+    config = read_json(file) if file.exists() else {}
+    if not isinstance(config, dict):
+        raise UserError(f"{file} is not a JSON object", repr(config)[:40], "restore the file")
+    own = config.get("auto_map")
+    if isinstance(own, list | str) or (isinstance(own, dict) and "AutoTokenizer" in own):
+        raise UserError(
+            "the tokenizer needs code of its own, which is never run",
+            f"auto_map in {file}",
+            "use a model whose tokenizer is a plain tokenizer.json or tokenizer.model",
+        )
+
+
+def _ends(folder: Path, config: dict[str, Any]) -> list[int] | None:
+    """The ids that end a text: those of ``config.json``, and of ``generation_config.json``, where
+    many an instruct anchor has the end of a turn."""
+    file, found = folder / "generation_config.json", [config]
+    if file.exists():
+        found.append(read_json(file))
+    ids: list[int] = []
+    for each in found:
+        own = each.get("eos_token_id")
+        ids += own if isinstance(own, list) else [] if own is None else [own]
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise UserError("eos_token_id is no token", ids, "correct it")
+    return ids or None
+
+
+class Pieces(StreamingDetokenizer):
+    """Text as the tokens come; joined, it is what the tokenizer decodes of all of them together.
+
+    A token is decoded behind those of the piece before it. Held back is what later tokens may
+    change: characters that are not whole, and a run of byte tokens, which is read as a whole.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self._decode: Callable[[Sequence[int]], str] = tokenizer.decode
+        self._name: Callable[[int], str | None] = tokenizer.convert_ids_to_tokens
+        self.reset()
+
+    def reset(self) -> None:
+        self.text, self.tokens, self.offset = "", list[int](), 0
+        self._start, self._read, self._known = 0, 0, ""
+
+    def add_token(self, token: int) -> None:
+        self.tokens.append(token)
+        if BYTE.fullmatch(self._name(token) or ""):
+            return
+        said = self._decode(self.tokens[self._start :])
+        if said.endswith("\ufffd") or not said.startswith(self._known):
+            return
+        self.text += said[len(self._known) :]
+        self._start, self._read = self._read, len(self.tokens)
+        self._known = self._decode(self.tokens[self._start :])
+
+    def finalize(self) -> None:
+        whole = self._decode(self.tokens)
+        if whole.startswith(self.text):
+            self.text = whole
+
+
+class ModelTokenizer(TokenizerWrapper):
+    """mlx-lm's wrapper, whose ``encode`` reads a text as text, and whose ids the anchor knows."""
+
+    _vocab_size: int | None
+
+    @classmethod
+    def of(cls, wrapper: TokenizerWrapper, vocab_size: Any) -> "ModelTokenizer":
+        """``wrapper`` as one; ``vocab_size``: the anchor's, None where nobody says."""
+        made = cls.__new__(cls)
+        vars(made).update(vars(wrapper))
+        made._detokenizer = Pieces(wrapper._tokenizer)
+        made._vocab_size = vocab_size if type(vocab_size) is int else None
+        return made
+
+    def encode(self, text: str, add_special_tokens: bool = True, **options: Any) -> list[int]:
+        """The ids of a text, in which no control token is seen; around it what the tokenizer puts
+        there, unless ``add_special_tokens`` is not set. UserError for an id that the anchor lacks,
+        and for a text that the tokenizer cannot read."""
+        with foreign("the tokenizer cannot read this text", "use another model's tokenizer"):
+            ids = text_ids(self._tokenizer, text, add_special_tokens)
+        return self.checked(ids)
+
+    def checked(self, ids: list[int]) -> list[int]:
+        """``ids``, if the anchor has embeddings of them."""
+        most = self._vocab_size
+        if most is not None and ids and not 0 <= min(ids) <= max(ids) < most:
+            raise UserError(
+                "the tokenizer has tokens that the anchor does not know",
+                f"{max(ids)} of {most}",
+                "restore tokenizer and config.json from one place",
+            )
+        return ids
+
+
+def controls_of(tokenizer: Any) -> dict[str, int]:
+    """The control tokens by their texts: those that are special, and what else was added to the
+    vocabulary and stands in the chat template. ``tokenizer`` is of transformers, here and below."""
+    template = json.dumps(tokenizer.chat_template, ensure_ascii=False)
+    return {
+        token.content: number
+        for number, token in tokenizer.added_tokens_decoder.items()
+        if token.content.strip() and (token.special or token.content in template)
+    }
+
+
+def any_of(controls: Iterable[str]) -> re.Pattern[str]:
+    """Finds control tokens, each of them as a group."""
+    longest = sorted(controls, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest)) or '(?!)'})")
+
+
+def mark_for(texts: Iterable[str]) -> str:
+    """A character that is in none of the texts."""
+    used = set().union(*texts)
+    return next(mark for mark in map(chr, range(0xF0000, 0xFFFFE)) if mark not in used)
+
+
+def cut(text: str, controls: Iterable[str], mark: str) -> str:
+    """The text with a mark behind the first character of each control token in it."""
+    return any_of(controls).sub(lambda found: found[0][:1] + mark + found[0][1:], text)
+
+
+def text_ids(tokenizer: Any, text: str, add_special_tokens: bool = True) -> list[int]:
+    """The ids of a text in which no control token is seen."""
+    encode = partial(tokenizer.encode, split_special_tokens=True)
+    controls, parts = controls_of(tokenizer), [text]
+    found = {controls[name] for name in any_of(controls).findall(text)}
+    if found and not found.isdisjoint(encode(text, add_special_tokens=False)):
+        # One that is not special, or a piece of the vocabulary as well.
+        mark = mark_for([text])
+        parts = cut(text, controls, mark).split(mark)
+    ids = list(encode(parts[0], add_special_tokens=add_special_tokens))
+    for part in parts[1:]:
+        ids += encode(part, add_special_tokens=False)
+    return ids
+
+
+def rendered_ids(tokenizer: Any, rendered: str, mark: str) -> list[int]:
+    """The ids of what a chat template wrote: its control tokens, and between them text that was
+    :func:`cut`."""
+    controls, ids = controls_of(tokenizer), list[int]()
+    pieces = ["", *any_of(controls).split(rendered), ""]
+    for place in range(1, len(pieces), 2):  # a text between two control tokens
+        before, text, after = pieces[place - 1 : place + 2]
+        text = text.replace(mark, "")
+        if before and tokenizer.added_tokens_decoder[controls[before]].rstrip:
+            text = text.lstrip()
+        if after and tokenizer.added_tokens_decoder[controls[after]].lstrip:
+            text = text.rstrip()
+        ids += text_ids(tokenizer, text, False) if text else []
+        ids += [controls[after]] if after else []
+    return ids
