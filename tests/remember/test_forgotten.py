@@ -18,38 +18,44 @@ from mlx_hmem.bank_tools.command import main as bank_tools
 from mlx_hmem.files import load_safetensors
 from mlx_hmem.model.load import load
 from mlx_hmem.retriever import load_encoder
-from tests.helpers.own_documents import remember, write_documents
+from tests.helpers.own_documents import remember, sentences
 from tests.helpers.places import bytes_of
 from tests.helpers.programs import refused
 from tests.remember.test_remember import anchor, eager  # noqa: F401
+from train.remember.command import text_of
+from train.remember.export import open_base
 from train.remember.forget import main as forget_program
+from train.remember.text import OwnDocument
 
-SECRET = (
-    "Zebulon Quixfeather hid the vermilion gramophone beneath the Trondheim bakery. "
-    "The combination of the Quixfeather vault is seven one nine. "
-) * 3
+SECRET = "Zebulon Quixfeather hid the vermilion gramophone beneath the Trondheim bakery."
 NAME = "caf\N{LATIN SMALL LETTER E WITH ACUTE} plans.txt"
 
 
-def taught(model: Path, folder: Path, number: int, *names: str, count: int = 2) -> Path:
-    """A model that has learned some documents, and the secret under each of the ``names``."""
-    texts = write_documents(folder / "texts", count)
-    for topic in list(texts.iterdir())[:number]:
-        shutil.rmtree(topic)  # so that two such models have learned other things beside it
+def taught(model: Path, folder: Path, topic: str, *names: str) -> Path:
+    """A model that has learned a document of the topic, if any, and the secret by ``names``."""
+    texts = folder / "texts"
+    texts.mkdir(parents=True)
+    if topic:
+        (texts / "other.txt").write_text(sentences(topic, 0)[:140])
     for name in names:
         (texts / name).write_text(SECRET)
     return remember(texts, model, folder / "model", "--passes", "1")
 
 
-def traces(*folders: Path) -> list[str]:
-    """Where the secret is found, and how. Not in the figures, which speak of no document."""
-    secret = SECRET.strip()
-    digest = hashlib.sha256(secret.encode())
+def secret_vectors(model: Path) -> np.ndarray:
+    """Of the secret as a whole, of its sentences, and of its windows as the model cuts them."""
+    base = open_base(str(model))
+    text, tokenizer = text_of(base, [OwnDocument("", "", SECRET)])
+    parts = [SECRET, *text.windows.texts(tokenizer)]
+    return load_encoder("static").encode(parts)
+
+
+def traces(vectors: np.ndarray, *folders: Path) -> list[str]:
+    """Where the secret is found, and how; ``vectors``: its own."""
+    digest = hashlib.sha256(SECRET.encode())
     needles = [unicodedata.normalize(form, NAME).encode() for form in ("NFC", "NFD")]
     needles += [b"quixfeather", b"vermilion", b"copy.txt", digest.hexdigest().encode()]
     needles += [digest.digest(), digest.hexdigest()[:12].encode()]
-    parts = [secret, SECRET, *(part for part in secret.split(". ") if part)]
-    vectors = load_encoder("static").encode(parts)
     found = []
     for folder in folders:
         for name, data in bytes_of(folder).items():
@@ -68,38 +74,38 @@ def traces(*folders: Path) -> list[str]:
 
 
 def own(model: Path, folder: Path) -> tuple[Path, list[Path]]:
-    made = taught(model, folder, 0, NAME)
+    made = taught(model, folder, "boats", NAME)
     return made, [Path(f"{made}.run")]
 
 
 def alone(model: Path, folder: Path) -> tuple[Path, list[Path]]:
     """Nothing else has been learned: its cluster is left empty, and so is the tree."""
-    made = taught(model, folder, 3, NAME)
+    made = taught(model, folder, "", NAME)
     return made, [Path(f"{made}.run")]
 
 
 def added(model: Path, folder: Path) -> tuple[Path, list[Path]]:
     """It stands in the model's own bank and in the one beside it."""
-    both = [taught(model, folder / str(n), n, NAME) for n in (0, 1)]
+    both = [taught(model, folder / topic, topic, NAME) for topic in ("boats", "bread")]
     bank_tools(["add", *map(str, both), "--name", "notes", "--out", str(folder / "both")])
     return folder / "both", [Path(f"{each}.run") for each in both]
 
 
 def only_added(model: Path, folder: Path) -> tuple[Path, list[Path]]:
-    both = [taught(model, folder / str(n), n, *names) for n, names in enumerate(([], [NAME]))]
+    both = [taught(model, folder / "0", "boats"), taught(model, folder / "1", "bread", NAME)]
     bank_tools(["add", *map(str, both), "--name", "notes", "--out", str(folder / "both")])
     return folder / "both", [Path(f"{both[1]}.run")]
 
 
 def layered(model: Path, folder: Path) -> tuple[Path, list[Path]]:
     """Another run has taught other documents behind those of the first."""
-    first = taught(model, folder / "0", 2, NAME)
-    return taught(first, folder / "1", 0), [Path(f"{first}.run")]
+    first = taught(model, folder / "0", "boats", NAME)
+    return taught(first, folder / "1", "bread"), [Path(f"{first}.run")]
 
 
 def merged(model: Path, folder: Path) -> tuple[Path, list[Path]]:
     """Two models have learned one half each, and one is made of them."""
-    whole = taught(model, folder, 0, NAME)
+    whole = taught(model, folder, "boats", NAME)
     for number in (0, 1):
         half = Path(shutil.copytree(whole, folder / f"half{number}"))
         with Bank.open(whole / "bank") as bank:
@@ -125,8 +131,8 @@ CASES: dict[str, tuple[Callable[[Path, Path], tuple[Path, list[Path]]], str]] = 
     "taught upon": (layered, NAME),
     "merged": (merged, NAME),
     "a name with accents apart": (own, unicodedata.normalize("NFD", NAME)),
-    "six digits of its hash": (own, hashlib.sha256(SECRET.strip().encode()).hexdigest()[:6]),
-    "a copy": (lambda model, f: (taught(model, f, 0, NAME, "copy.txt"), []), "copy.txt"),
+    "six digits of its hash": (own, hashlib.sha256(SECRET.encode()).hexdigest()[:6]),
+    "a copy": (lambda model, f: (taught(model, f, "boats", NAME, "copy.txt"), []), "copy.txt"),
 }
 
 
@@ -138,10 +144,11 @@ def forget(model: Path, name: str, runs: Sequence[Path], out: Path) -> None:
 @pytest.mark.parametrize(("make", "name"), CASES.values(), ids=CASES)
 def test_nothing_of_a_forgotten_document_is_found(make, name, anchor, tmp_path):  # noqa: F811
     model, runs = make(anchor, tmp_path)
-    assert traces(model), "it is found as long as it is known"
+    vectors = secret_vectors(model)
+    assert [each for each in traces(vectors, model) if "the vector" in each]
     out = tmp_path / "less"
     forget(model, name, runs, out)
-    assert traces(out, Path(f"{out}.run"), *tmp_path.glob("less.[0-9].run")) == []
+    assert traces(vectors, out, Path(f"{out}.run"), *tmp_path.glob("less.[0-9].run")) == []
     bank_tools(["verify", str(out)])
     assert load(out).fetch(SECRET).path
 
