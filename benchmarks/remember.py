@@ -38,7 +38,8 @@ from mlx_hmem.evaluate.scoring import Candidate, continue_greedily, score_candid
 from mlx_hmem.model.load import DEMO, load
 from mlx_hmem.model.model import MemoryModel
 from train.corpus.cleaning import clean, cut
-from train.corpus.readers import Faults, corpus_files, documents_of
+from train.corpus.files import Faults
+from train.corpus.readers import corpus_files, documents_of
 from train.corpus.sample import hashes
 from train.data.order import Stream
 from train.data.sequences import pack_anchor

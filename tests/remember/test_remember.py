@@ -1,6 +1,7 @@
 """A folder of documents becomes a memory: of its own, or behind the clusters that a model has."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +18,9 @@ from tests.helpers.faults import stop_at
 from tests.helpers.own_documents import TOPICS, remember, sentences, write_documents
 from tests.helpers.places import bytes_of
 from tests.helpers.programs import refused
-from train.corpus.readers import Faults
-from train.corpus.readers_files import html_text, own_files, read_own
+from train.corpus.files import Faults
+from train.corpus.pages import page_text
+from train.corpus.readers_files import own_files, read_own
 from train.cost import plan
 from train.remember import plan as remember_plan
 from train.remember.blocks import MOST_PASSES
@@ -275,15 +277,37 @@ def test_each_kind_of_file_is_read(tmp_path):
     assert sorted(faults.named) == ["d.jsonl:2: not JSON", "scan.pdf: a PDF without text (a scan?)"]
 
 
-def _pdf(text: str) -> bytes:
+def test_what_a_file_calls_text_is_text_or_passed_over(tmp_path, monkeypatch):
+    """Half characters, and encodings that are none, ended the run in a traceback."""
+    pytest.importorskip("pypdf")
+    page = "<meta charset={}><p>old {}harbour"
+    for name, charset in {"a": "unicode_escape", "b": "utf-7", "c": "punycode", "d": "x"}.items():
+        (tmp_path / f"{name}.html").write_text(page.format(charset, "\\ud800 "))
+    with open(os.fsencode(tmp_path) + b"/\xff.jsonl", "w") as file:
+        file.write('{"id": 1, "text": "A record."}')
+    (tmp_path / "e.html").write_bytes(page.format("shift_jis", "港").encode("shift_jis"))
+    halves = b"1 beginbfchar <41> <D800> endbfchar 1 beginbfchar <42> <D83DDE00> endbfchar"
+    (tmp_path / "f.pdf").write_bytes(_pdf("A harBour", halves))
+    faults = Faults()
+    found = dict(read_own(own_files(tmp_path), faults))
+    assert found.pop("\\udcff.jsonl:1") == "A record."
+    assert found == {"e.html": "old 港harbour", "f.pdf": "\ufffd har😀our"}
+    assert [name.split(":")[0] for name in faults.named] == ["a.html", "b.html", "c.html", "d.html"]
+    monkeypatch.setattr("train.corpus.readers_files.SECONDS", -100)
+    assert dict(read_own(own_files(tmp_path / "f.pdf"), faults)) == {}
+    assert faults.named[-1] == "f.pdf: an unreadable PDF (it takes too long)"
+
+
+def _pdf(text: str, to_unicode: bytes = b"") -> bytes:
     """A PDF of one page with one line, written out by hand."""
     stream = f"BT /F1 12 Tf 20 100 Td ({text}) Tj ET".encode()
     objects = [
         b"<< /Type /Catalog /Pages 2 0 R >>",
         b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
         b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 300 200] /Contents 4 0 R /Resources << /Font "
-        b"<< /F1 << /Type /Font /Subtype /Type1 /BaseFont /Helvetica >> >> >> >>",
+        b"<< /F1 << /Type /Font /Subtype /Type1 /BaseFont /Helvetica /ToUnicode 5 0 R >> >> >> >>",
         b"<< /Length %d >>\nstream\n%b\nendstream" % (len(stream), stream),
+        b"<< /Length %d >>\nstream\n%b\nendstream" % (len(to_unicode), to_unicode),
     ]
     data, places = b"%PDF-1.4\n", []
     for number, body in enumerate(objects, 1):
@@ -291,13 +315,13 @@ def _pdf(text: str) -> bytes:
         data += b"%d 0 obj\n%b\nendobj\n" % (number, body)
     table = b"".join(b"%010d 00000 n \n" % place for place in places)
     start = len(data)
-    data += b"xref\n0 5\n0000000000 65535 f \n" + table
-    return data + b"trailer << /Size 5 /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF" % start
+    data += b"xref\n0 6\n0000000000 65535 f \n" + table
+    return data + b"trailer << /Size 6 /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF" % start
 
 
 def test_html_keeps_what_stands_between_tags_and_nothing_but_held_out_text_is_lost():
-    assert html_text("a<script>b</p>c</script>d").split() == ["ad"]
-    assert html_text("<nav>menu<script>x</nav>text").strip() == ""  # a script runs to its end
+    assert page_text("a<script>b</p>c</script>d").split() == ["ad"]
+    assert page_text("<nav>menu<script>x</nav>text").strip() == ""  # a script runs to its end
     document = OwnDocument("0" * 64, "a", sentences("bread", 3) + "\nA last line.")
     kept, held = hold_out(document)
     assert held

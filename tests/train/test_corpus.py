@@ -9,7 +9,8 @@ from mlx_hmem.evaluate.texts import records
 from tests.helpers.programs import refused
 from tests.helpers.samples import sample_documents
 from train.corpus.cleaning import clean, cut
-from train.corpus.readers import Faults, corpus_files
+from train.corpus.files import Faults
+from train.corpus.readers import corpus_files
 from train.corpus.stage import run_corpus
 from train.recipe.recipe import CorpusSection, Recipe
 

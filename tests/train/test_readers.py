@@ -12,7 +12,10 @@ import pytest
 
 from tests.helpers.programs import refused
 from tests.helpers.samples import sample_documents
-from train.corpus.readers import Faults, corpus_files, read_documents
+from train.corpus.cleaning import clean
+from train.corpus.files import CorpusFile, Faults
+from train.corpus.pages import page_text
+from train.corpus.readers import corpus_files, read_documents
 from train.corpus.stage import run_corpus
 from train.recipe.recipe import CorpusSection, Recipe
 
@@ -157,7 +160,7 @@ def test_a_file_name_that_is_not_utf8_is_a_fault_not_a_crash(tmp_path):
     )
     report = json.loads((tmp_path / "run" / "corpus" / "report.json").read_text())
     assert report["train_documents"] == 1
-    assert report["passed_over_first"] == ["b?.txt: not UTF-8"]
+    assert report["passed_over_first"] == ["b\\udcff.txt: not UTF-8"]
 
 
 @pytest.mark.parametrize(
@@ -185,3 +188,83 @@ def test_a_row_group_is_never_in_memory_as_a_whole(tmp_path):
     ]
     assert len(held) == 4000
     assert 0 < max(held) < 40_000_000  # 20 measured
+
+
+def test_names_in_capitals_are_read_as_those_in_small_letters(tmp_path):
+    (tmp_path / "A.JSONL.GZ").write_bytes(gzip.compress(lines(DOCUMENTS[:1])))
+    write_zstd(tmp_path / "B.Jsonl.ZST", lines(DOCUMENTS[1:2]))
+    (tmp_path / "C.JSONL").write_bytes(lines(DOCUMENTS[2:3]))
+    found = list(read_documents(corpus_files(tmp_path), faults := Faults()))
+    assert [identity for identity, _, _ in found] == ["0", "7", "14"]
+    assert not faults.counts
+
+
+def test_only_files_inside_the_folder_are_read_and_others_are_named(tmp_path, capsys):
+    """A link to a person's keys, or to the kernel's log, was learned or waited for."""
+    outside, folder = tmp_path / "outside", tmp_path / "folder"
+    outside.mkdir()
+    (outside / "secret.txt").write_text("A secret.")
+    folder.mkdir()
+    (folder / "a.txt").write_text("A text.")
+    os.symlink("a.txt", folder / "b.txt")
+    os.symlink(outside / "secret.txt", folder / "c.txt")
+    os.symlink(outside, folder / "d")
+    os.symlink("f.txt", folder / "e.txt")
+    os.symlink("e.txt", folder / "f.txt")
+    os.mkfifo(folder / "g.txt")
+    os.symlink("/dev/zero", folder / "h.txt")
+    os.symlink(outside / "notes.doc", folder / "i.doc")  # of a kind that nobody asked for
+    files = corpus_files(folder)
+    assert [file.name for file in files] == ["a.txt", "b.txt"]
+    assert sorted(capsys.readouterr().err.splitlines()) == [
+        "passed over c.txt: a link that leads out of the folder",
+        "passed over d: a link that leads out of the folder",
+        "passed over e.txt: it cannot be read (a circle of links)",
+        "passed over f.txt: it cannot be read (a circle of links)",
+        "passed over g.txt: not a file",
+        "passed over h.txt: a link that leads out of the folder",
+    ]
+    (folder / "b.txt").unlink()
+    os.mkfifo(folder / "b.txt")  # between the listing and the reading
+    faults = Faults()
+    assert [d[2] for d in read_documents(files, faults)] == ["A text."]
+    assert len(faults.named) == 1
+    (folder / "a.txt").unlink()
+    (folder / "c.jsonl").mkdir()
+    gone = [files[0], CorpusFile(folder / "c.jsonl", "c.jsonl")]
+    assert list(read_documents(gone, faults)) == []
+    assert [line.split(":")[0] for line in faults.named] == ["b.txt", "a.txt", "c.jsonl"]
+
+
+SLOW = [
+    "<!--",
+    "<a",
+    "<a b='",
+    '<a b="',
+    "<!",
+    "</",
+    "<ref/",
+    "<svg></nav>",
+    "<script></scrip",
+    "\n",
+]
+
+
+@pytest.mark.parametrize("part", SLOW)
+def test_the_time_to_read_a_text_grows_with_its_length_only(part):
+    """With its square, which two megabytes would not end in this life."""
+    text = part * (2_000_000 // len(part))
+    assert len(page_text(text)) <= len(text)
+    assert len(clean(text)) <= len(text)
+
+
+def test_a_line_without_an_end_is_one_fault_and_the_next_is_read(tmp_path):
+    """A few kilobytes of zstd were copied once for each 64 KB that they stand for."""
+    write_zstd(tmp_path / "a.jsonl.zst", b"a" * (1 << 28) + b"\n", lines(DOCUMENTS[:1]))
+    found = list(read_documents(corpus_files(tmp_path), faults := Faults()))
+    assert [identity for identity, _, _ in found] == ["0"]
+    assert faults.named == ["a.jsonl.zst:1: a line over 67108864 bytes"]
+
+
+def test_entities_of_any_number_are_text():
+    assert clean("a &#" + "9" * 5000 + "; b &#xD800; &#0065; &amp;") == "a \ufffd b \ufffd A &"

@@ -1,7 +1,8 @@
 """Cleaning: what an encyclopaedia extractor leaves behind goes, long texts end at a sentence."""
 
-import html
 import re
+
+from .pages import unescape
 
 _MARKS = [
     (re.compile(r"<!--.*?(-->|$)", re.DOTALL), ""),
@@ -11,7 +12,7 @@ _MARKS = [
     (re.compile(r"\{\{[^{}]*\}\}"), ""),
     (re.compile(r"\[ ?\[ ?update\]\]"), ""),
     (re.compile(r"^.*(#if:|\{\{|\}\}|\[\[|\]\]|\{\||\|\}).*$", re.MULTILINE), ""),
-    (re.compile(r"^\s*[|!].*$", re.MULTILINE), ""),
+    (re.compile(r"^[^\S\n]*[|!].*$", re.MULTILINE), ""),
     # A sentence around a lost formula says nothing any more.
     (re.compile(r"(?<![^.!?\n])[^.!?\n]*formula_\d[^.!?\n]*[.!?]?"), ""),
     (re.compile(r"\(\s*(?:[;,:]\s*)+"), "("),
@@ -34,7 +35,7 @@ def without_control(text: str) -> str:
 
 def clean(text: str) -> str:
     """Takes out what an encyclopaedia extractor leaves behind: marks, templates, empty brackets."""
-    text = without_control(html.unescape(text))
+    text = without_control(unescape(text))
     for pattern, replacement in _MARKS:
         text = pattern.sub(replacement, text)
     return text.strip()

@@ -1,9 +1,8 @@
 """Reading a corpus: JSON lines (plain, gzip, zstd), parquet, and folders of plain text.
 
-Every reader streams: a line, or a slice of a parquet row group, is in memory at a time. What cannot
-be read is passed over, counted by its reason and named; the rest of a file that breaks off is one
-fault. Order is by path, so it is the same on every machine; which documents a sample takes does
-not depend on it.
+Every reader streams: a line, or a slice of a parquet row group, is in memory at a time. The rest of
+a file that breaks off is one fault. Order is by path, so it is the same on every machine; which
+documents a sample takes does not depend on it.
 
 zstandard and pyarrow are not needed by anything else and are large, so they are optional.
 """
@@ -13,23 +12,20 @@ import gzip
 import importlib
 import io
 import json
-import os
 import sys
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
 from mlx_hmem.errors import UserError, needed, printable
+from mlx_hmem.files import open_regular
 
-MAX_LINE = 1 << 26  # bytes; a longer line, or text file, is no document
-MAX_NAMED = 20  # faults printed; the report file holds more
-MAX_KEPT = 1000
+from .files import MAX_LINE, CorpusFile, Document, Faults, file_bytes, listing
+
 ZSTD_PIECE = 1 << 12  # bytes of a zstd file at a time: they may stand for 30,000 times as many
 PARQUET_ROWS = 256
 PACKAGES = {".zst": "zstandard", ".parquet": "pyarrow.parquet", ".pdf": "pypdf"}
@@ -38,46 +34,6 @@ FOLDER_HELP = (
     "the folder itself has none, those in its subfolders are read; where these have none either, "
     "every *.txt and *.md file in it or below is one document"
 )
-
-Document = tuple[str, str, str]  # id, title, text
-
-
-@dataclass
-class Faults:
-    """What was passed over: counted by reason, the first ones named."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    named: list[str] = field(default_factory=list)
-
-    def add(self, where: str, reason: str) -> None:
-        self.counts[reason] += 1
-        if len(self.named) < MAX_KEPT:
-            self.named.append(f"{where}: {reason}")
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"counts": dict(self.counts), "named": self.named}
-
-    def extend(self, values: dict[str, Any]) -> None:
-        """Adds those of other files, as :meth:`to_dict` gives them."""
-        self.counts.update(values["counts"])
-        self.named += values["named"][: MAX_KEPT - len(self.named)]
-
-    def print(self) -> None:
-        for line in self.named[:MAX_NAMED]:
-            print(f"passed over {printable(line)}", file=sys.stderr)
-        if (more := sum(self.counts.values()) - MAX_NAMED) > 0:
-            print(f"passed over {more} more", file=sys.stderr)
-
-
-class CorpusFile(NamedTuple):
-    """A file to read; ``name`` is its path below the corpus folder."""
-
-    path: Path
-    name: str
-
-
-def _printable(name: str) -> str:
-    return name.encode(errors="replace").decode()
 
 
 def _from_zstd(file: BinaryIO, zstandard: Any) -> Iterator[bytes]:
@@ -174,13 +130,13 @@ def _lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
 
 def _read_lines(source: CorpusFile, faults: Faults) -> Iterator[Document]:
     kind, broken = "file", tuple[type[Exception], ...]()
-    with source.path.open("rb") as stored:
-        file: Any = stored
-        if source.path.suffix == ".gz":
-            file = gzip.GzipFile(fileobj=stored)
+    with open_regular(source.path) as stored:
+        file: Any = io.BufferedReader(stored)
+        if source.path.suffix.lower() == ".gz":
+            file = gzip.GzipFile(fileobj=file)
             kind, broken = "gzip", (EOFError, gzip.BadGzipFile, zlib.error)
         pieces = iter(lambda: file.read1(io.DEFAULT_BUFFER_SIZE), b"")
-        if source.path.suffix == ".zst":
+        if source.path.suffix.lower() == ".zst":
             zstandard: Any = package_for(source.path)
             pieces = _from_zstd(stored, zstandard)
             kind, broken = "zstd", (EOFError, zstandard.ZstdError)
@@ -197,19 +153,13 @@ def one_document(text_of: Callable[[Path], str]) -> "Reader":
             source.name.encode()  # names are bytes on Linux
         except ValueError as error:
             reason = "not UTF-8" if isinstance(error, UnicodeError) else str(error)
-            faults.add(_printable(source.name), reason)
+            faults.add(printable(source.name), reason)
         else:
+            # Maps and encodings of a file's own may give halves of characters.
+            text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
             yield source.name, source.path.stem, text
 
     return read
-
-
-def file_bytes(path: Path) -> bytes:
-    with path.open("rb") as file:
-        data = file.read(MAX_LINE + 1)
-    if len(data) > MAX_LINE:
-        raise ValueError(f"a file over {MAX_LINE} bytes")
-    return data
 
 
 def _text(path: Path) -> str:
@@ -243,7 +193,7 @@ def _read_parquet(source: CorpusFile, faults: Faults) -> Iterator[Document]:
     parquet = package_for(source.path)
     arrow = importlib.import_module("pyarrow")
     broken = (arrow.ArrowException, ValueError, KeyError, OSError)
-    with source.path.open("rb") as file:
+    with open_regular(source.path) as file:
         rows = _parquet_rows(file, parquet)
         yield from _good_ones(source, faults, rows, _document, "parquet", broken)
 
@@ -257,32 +207,24 @@ TEXTS = dict.fromkeys((".txt", ".md"), one_document(_text))
 def documents_of(
     file: CorpusFile, faults: Faults, readers: Mapping[str, Reader] = RECORDS | TEXTS
 ) -> Iterator[Document]:
-    """(id, title, text) of each good document, in order; the others go to ``faults``."""
+    """(id, title, text) of each good document, in order; the others go to ``faults``, as does a
+    file that is gone or may not be read."""
     name = file.name.lower()
-    return next(read for end, read in readers.items() if name.endswith(end))(file, faults)
+    try:
+        yield from next(read for end, read in readers.items() if name.endswith(end))(file, faults)
+    except (OSError, UserError) as error:
+        reason = error.what if isinstance(error, UserError) else error.strerror
+        faults.add(printable(file.name), f"it cannot be read ({reason})")
 
 
 def read_documents(files: Iterable[CorpusFile], faults: Faults) -> Iterator[Document]:
     """:func:`documents_of` several files, with a progress bar."""
     with tqdm(unit=" documents") as progress:
         for file in files:
-            progress.set_description_str(_printable(file.name), refresh=False)
+            progress.set_description_str(printable(file.name), refresh=False)
             for document in documents_of(file, faults):
                 progress.update()
                 yield document
-
-
-def listing(folder: Path) -> list[CorpusFile]:
-    """Every regular file in ``folder`` and below, by path; nothing that is hidden. Or the one file
-    that ``folder`` is."""
-    if folder.is_file():
-        return [CorpusFile(folder, folder.name)]
-    names: list[str] = []
-    for root, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        inside = Path(root).relative_to(folder)
-        names += [(inside / name).as_posix() for name in files if not name.startswith(".")]
-    return [CorpusFile(folder / n, n) for n in sorted(names) if (folder / n).is_file()]
 
 
 def corpus_files(source: Path | None) -> list[CorpusFile]:
@@ -297,10 +239,9 @@ def corpus_files(source: Path | None) -> list[CorpusFile]:
             "--corpus",
             "give the folder of *.jsonl or *.jsonl.gz files, or set corpus.documents to 0",
         )
-    found = listing(source)
-    records = [file for file in found if file.name.endswith(tuple(RECORDS))]
-    files = [file for file in records if "/" not in file.name] or records
-    files = files or [file for file in found if file.name.endswith(tuple(TEXTS))]
+    found = listing(source, RECORDS | TEXTS)
+    records = [file for file in found if file.name.lower().endswith(tuple(RECORDS))]
+    files = [file for file in records if "/" not in file.name] or records or found
     if not files:
         kinds = ", ".join(f"*{end}" for end in (RECORDS | TEXTS))
         raise UserError(f"no {kinds} file", source, "give the corpus folder")

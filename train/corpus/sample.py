@@ -19,7 +19,8 @@ from mlx_hmem.files import atomic_file
 from ..ranks import Ranks
 from ..recipe.recipe import CorpusSection
 from .cleaning import clean, cut
-from .readers import CorpusFile, Faults, documents_of
+from .files import CorpusFile, Faults
+from .readers import documents_of
 from .shards import Advance, Shard, make_shards
 
 SHARD_BYTES = 64 << 20  # of input; a file is never divided

@@ -19,7 +19,8 @@ from mlx_hmem.files import atomic_file, write_atomic
 from ..ranks import ALONE, Ranks
 from ..recipe.recipe import Recipe
 from .facts import Fact, make_facts
-from .readers import Document, Faults, corpus_files, read_documents
+from .files import Document, Faults
+from .readers import corpus_files, read_documents
 from .sample import Sample, hashes, is_held_out, read_shards
 
 

@@ -15,7 +15,7 @@ from mlx_hmem.anchors.load import load_anchor, read_config
 from mlx_hmem.errors import ArgumentParser, UserError
 from mlx_hmem.retriever import ClusterTree
 
-from ..corpus.readers import CorpusFile, Faults
+from ..corpus.files import CorpusFile, Faults
 from ..corpus.readers_files import own_files
 from ..data.taken_tokenizer import TakenTokenizer
 from ..stages import alone

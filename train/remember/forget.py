@@ -32,7 +32,7 @@ from mlx_hmem.model.find import BANK_FOLDER, BESIDE
 from mlx_hmem.model.load import load
 from mlx_hmem.retriever import ClusterTree
 
-from ..corpus.readers import Faults
+from ..corpus.files import Faults
 from ..corpus.readers_files import own_files
 from ..stages import alone
 from .blocks import Trainer, subtrees_of, trained_blocks

@@ -24,7 +24,7 @@ from mlx_hmem.errors import UserError
 from mlx_hmem.retriever import ClusterTree
 from mlx_hmem.retriever.kmeans import nearest
 
-from ..corpus.readers import CorpusFile
+from ..corpus.files import CorpusFile
 from ..cost.costs import count_text, free_bytes, peak_memory
 from ..cost.plan import seconds_per_step, time_text
 from ..data.taken_tokenizer import TakenTokenizer, embedded

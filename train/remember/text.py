@@ -17,7 +17,7 @@ import xxhash
 
 from mlx_hmem.bank.documents import MAX_TERMS
 
-from ..corpus.readers import CorpusFile, Faults
+from ..corpus.files import CorpusFile, Faults
 from ..corpus.readers_files import read_own
 
 HOLD_OUT = 16  # one sentence in so many

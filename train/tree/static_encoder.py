@@ -25,7 +25,8 @@ from mlx_hmem.retriever.static import VOCAB_SIZE, WordPieces, pool, save_static
 from mlx_hmem.retriever.texts import load_tokenizer
 
 from ..corpus.cleaning import BETWEEN_SENTENCES, clean
-from ..corpus.readers import Faults, corpus_files, read_documents
+from ..corpus.files import Faults
+from ..corpus.readers import corpus_files, read_documents
 from ..corpus.sample import is_held_out
 from ..data.arrays import save_array
 

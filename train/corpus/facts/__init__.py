@@ -16,7 +16,7 @@ from typing import Any
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate import Fact
 
-from ..readers import Document
+from ..files import Document
 from .elements import ElementsConfig, make_elements
 from .invented import InventedConfig, make_invented
 from .people import PeopleConfig, make_people

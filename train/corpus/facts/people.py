@@ -18,7 +18,7 @@ from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate import Fact
 
 from ...recipe.keys import check_keys, key
-from ..readers import Document
+from ..files import Document
 from .repeat import fact_documents
 
 OCCUPATION = (

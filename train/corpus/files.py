@@ -1,0 +1,98 @@
+"""Which files are read as documents, and what was passed over, counted by its reason and named.
+
+Read are regular files inside the folder that was named, and nothing that a link leads to beyond it.
+"""
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mlx_hmem.errors import printable
+from mlx_hmem.files import open_regular
+
+MAX_LINE = 1 << 26  # bytes; a longer line, or text file, is no document
+MAX_NAMED = 20  # faults printed; the report file holds more
+MAX_KEPT = 1000
+Document = tuple[str, str, str]  # id, title, text
+
+
+@dataclass
+class Faults:
+    """What was passed over: counted by reason, the first ones named."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    named: list[str] = field(default_factory=list)
+
+    def add(self, where: str, reason: str) -> None:
+        self.counts[reason] += 1
+        if len(self.named) < MAX_KEPT:
+            self.named.append(f"{where}: {reason}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"counts": dict(self.counts), "named": self.named}
+
+    def extend(self, values: dict[str, Any]) -> None:
+        """Adds those of other files, as :meth:`to_dict` gives them."""
+        self.counts.update(values["counts"])
+        self.named += values["named"][: MAX_KEPT - len(self.named)]
+
+    def print(self) -> None:
+        for line in self.named[:MAX_NAMED]:
+            print(f"passed over {printable(line)}", file=sys.stderr)
+        if (more := sum(self.counts.values()) - MAX_NAMED) > 0:
+            print(f"passed over {more} more", file=sys.stderr)
+
+
+class CorpusFile(NamedTuple):
+    """A file to read; ``name`` is its path below the corpus folder."""
+
+    path: Path
+    name: str
+
+
+def file_bytes(path: Path, most: int = MAX_LINE) -> bytes:
+    with open_regular(path) as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"a file over {most} bytes")
+    return data
+
+
+def listing(folder: Path, ends: Iterable[str]) -> list[CorpusFile]:
+    """The regular files in ``folder`` and below whose names end so, by path; nothing that is
+    hidden. Or the one file that ``folder`` is. What is left out for another reason, as a link that
+    leads out of the folder, is named on standard error."""
+    ends, found, faults = tuple(ends), list[CorpusFile](), Faults()
+    if folder.is_file():
+        return [CorpusFile(folder, folder.name)] if folder.name.lower().endswith(ends) else []
+
+    def unread(error: OSError) -> None:
+        faults.add(str(error.filename), "a folder that cannot be read")
+
+    for root, folders, files in os.walk(folder, onerror=unread):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files = [n for n in files if not n.startswith(".") and n.lower().endswith(ends)]
+        for path in (Path(root, name) for name in folders + files):
+            name = path.relative_to(folder).as_posix()
+            if wrong := _wrong(path, folder):
+                faults.add(name, wrong)
+            elif not path.is_dir():
+                found.append(CorpusFile(path, name))
+    faults.print()
+    return sorted(found, key=lambda file: file.name)
+
+
+def _wrong(path: Path, folder: Path) -> str:
+    """Why a path in a folder is not read, if it is not; links to folders are not followed."""
+    try:
+        if path.is_symlink() and not path.resolve(strict=True).is_relative_to(folder.resolve()):
+            return "a link that leads out of the folder"
+        if path.is_symlink() and path.is_dir():
+            return "a link to a folder"
+        return "" if path.is_file() or path.is_dir() else "not a file"
+    except (OSError, RuntimeError) as error:  # a link in a circle
+        return f"it cannot be read ({getattr(error, 'strerror', 'a circle of links')})"
