@@ -15,20 +15,17 @@ from typing import Any
 
 from mlx_hmem.anchors.load import read_config, weight_files
 from mlx_hmem.bank import Manifest
+from mlx_hmem.bank.documents import DOCUMENTS
 from mlx_hmem.bank.format import MANIFEST
 from mlx_hmem.bank_tools.checks import verify
 from mlx_hmem.bank_tools.folders import model_files
 from mlx_hmem.config import HmemConfig
 from mlx_hmem.errors import ArgumentParser, UserError
 from mlx_hmem.files import write_atomic
-from mlx_hmem.folders import RECORD
-from mlx_hmem.folders import REPLACED as FORMER
-from mlx_hmem.model.find import BANK_FILES, BANK_FOLDER, MODEL_FILES, is_repo_name
+from mlx_hmem.model.find import BANK_FILES, BANK_FOLDER, is_repo_name
 from mlx_hmem.model.load import load
 
 CARD = "README.md"
-UPLOADED = (*MODEL_FILES, *BANK_FILES, CARD, "LICENSE*", "NOTICE*")
-NOT_UPLOADED = (RECORD, f"{FORMER}/*")  # left by a conversion killed in its last step
 # What an earlier model may have left and would mix with this one.
 REPLACED = ("model*.safetensors*", "hmem.json", "tokenizer*", "retriever/*", "bank/*", "banks/*")
 SIZES = {  # keys of the anchor's config, in words
@@ -62,6 +59,7 @@ def upload(directory: Path, repo: str, private: bool = False) -> None:
             "there is no token for the Hub", repo, "run `hf auth login`, or set HF_TOKEN"
         )
     check_whole(directory)
+    _uploaded(directory)
     write_card(directory, repo)
     try:
         api = HfApi(token=token)
@@ -96,7 +94,14 @@ def _is_one_of(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _uploaded(directory: Path) -> list[str]:
-    return [str(file) for file in model_files(directory, UPLOADED, NOT_UPLOADED)]
+    """The files of the format, but for the names of documents; UserError for one that lies
+    elsewhere: a stranger's folder may link to what is yours alone."""
+    files = model_files(directory, but=[f"*/{DOCUMENTS}"])
+    for file in files:
+        if not (directory / file).resolve().is_relative_to(directory.resolve()):
+            remedy = "put the file itself there, as cp -rL does"
+            raise UserError("a link leads out of the model's folder", directory / file, remedy)
+    return [str(file) for file in files]
 
 
 def check_whole(directory: Path) -> None:

@@ -13,25 +13,22 @@ from typing import Any
 
 from mlx_hmem.anchors.load import anchor_hash, load_anchor, text_hashes, weight_files
 from mlx_hmem.bank import Quantization
-from mlx_hmem.bank.documents import DOCUMENTS
 from mlx_hmem.bank.format import MANIFEST
 from mlx_hmem.bank_tools.folders import model_files
 from mlx_hmem.config import HmemConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate import Perplexity, perplexity
 from mlx_hmem.files import write_atomic
-from mlx_hmem.folders import RECORD, REPLACED, copy_missing, identity_of, whole_folder
-from mlx_hmem.model.find import BANK_FOLDER, BESIDE, MODEL_FILES
+from mlx_hmem.folders import copy_missing, identity_of, whole_folder
+from mlx_hmem.model.find import BANK_FOLDER, BESIDE
 from mlx_hmem.model.load import load, open_bank, read_hmem
 
 from .anchor import INDEX, AnchorChange, quantized_anchor, save_quantized_anchor, weight_bytes
 from .bank import BankChange, change_bank, forget_notes
 from .report import Report
 
-COPIED = (*MODEL_FILES, "README.md", "LICENSE*", "NOTICE*", f"{BANK_FOLDER}/{DOCUMENTS}")
 ANCHOR_FILES = ("config.json", "model*.safetensors", INDEX)
-BANK_REWRITTEN = (f"{BANK_FOLDER}/{MANIFEST}", f"{BANK_FOLDER}/*.safetensors")
-REWRITTEN = ("hmem.json", RECORD, f"{REPLACED}/*", *BANK_REWRITTEN)
+REWRITTEN = ("hmem.json", f"{BANK_FOLDER}/{MANIFEST}", f"{BANK_FOLDER}/*.safetensors")
 
 
 @dataclass(frozen=True)
@@ -99,11 +96,8 @@ def plan(
             bank = BankChange.planned(opened.manifest, levels, dtype)
     elif levels or dtype:
         raise UserError("this model has no memory bank", folder, "leave out --bank-…")
-    patterns = [*COPIED, *([] if anchor else ANCHOR_FILES)]
-    if hmem is not None:
-        patterns.append(f"{hmem.retriever.encoder}/*")
-    barred = [*REWRITTEN, *(ANCHOR_FILES if anchor else ())]
-    return ModelChange(folder, tuple(model_files(folder, patterns, barred)), anchor, bank, hmem)
+    files = model_files(folder, but=[*REWRITTEN, *(ANCHOR_FILES if anchor else ())])
+    return ModelChange(folder, tuple(files), anchor, bank, hmem)
 
 
 def quantize(

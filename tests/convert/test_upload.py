@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from convert.upload import card, main, upload
+from mlx_hmem.bank.documents import Document, write_documents
 from mlx_hmem.bank.format import PAGE
 from mlx_hmem.model.load import load
 from tests.conftest import MEMORY, save_anchor
@@ -55,6 +56,22 @@ def test_shards_of_a_large_bank_go_up_before_what_names_them(hub, directory, mon
     assert set(first) == {f"bank/{p.name}" for p in (directory / "bank").glob("*.safetensors")}
     assert {"bank/bank.json", "hmem.json"} <= set(last)
     load(REPO)
+
+
+def test_only_files_of_the_format_go_up_and_none_from_elsewhere(hub, directory, tmp_path):
+    """A note below the folder went up with the model, as would what a stranger's link names."""
+    files = {"private/diary.txt", "notes.txt", "retriever/notes.txt", "bank/notes.json", "x.py"}
+    write_documents(directory / "bank", [Document("0" * 64, "Dear diary", 1, (LAST,), ())])
+    for name in files | {"tokenizer_old/secret.txt", "replaced/hmem.json"}:
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_text("Dear diary")
+    upload(directory, REPO)
+    assert not any(b"Dear diary" in data for data in hub.repos[REPO].commits[-1][1].values())
+    (tmp_path / "key").write_text("secret")
+    (directory / "LICENSE").symlink_to(tmp_path / "key")
+    hub.requests.clear()
+    refused("a link leads out of the model's folder: .*LICENSE; put the", upload, directory, REPO)
+    assert hub.requests == []
 
 
 @pytest.mark.parametrize(
