@@ -152,7 +152,7 @@ def _check_existing(path: Path, replace: bool, identity: dict[str, Any], remedy:
     if not path.is_dir() or path.is_symlink():
         raise UserError("the destination is not a folder", path, "choose another")
     if any(path.iterdir()) and not any((path / mark).exists() for mark in MARKS):
-        raise UserError("the destination holds no model", path, "choose another or empty it")
+        raise UserError("the destination holds no model", path, "choose another")
     for source in identity.get("sources", {}):
         if Path(source).is_relative_to(path.resolve()):
             raise UserError("the source lies in the destination", source, "choose another")

@@ -1,5 +1,6 @@
 """What every program shares: wrong command lines, missing packages, help, the version."""
 
+import ast
 import importlib
 import re
 import sys
@@ -10,6 +11,7 @@ import pytest
 from mlx_hmem.__main__ import PROGRAMS, main
 from mlx_hmem.errors import ArgumentParser, UserError, printable, verb_of
 from tests.helpers.programs import assert_refused, process, refused, run
+from tests.test_imports import modules
 
 
 @pytest.mark.parametrize(
@@ -149,3 +151,17 @@ def test_a_terminal_that_knows_ascii_alone_gets_replacements_and_no_traceback():
     code += "sys.stdout.reconfigure(encoding='ascii', errors='strict')\n"
     code += "run_program(lambda: print('caf\\xe9 \\U0001f600 \\ud800'))"
     assert process("-c", code) == (0, "caf? ? ?\n", "")
+
+
+def test_no_message_proposes_deleting_what_may_be_sound():
+    """One did, where a limit of the system was met: who follows it loses a run of days."""
+    advice = re.compile(r"\b(delete|erase|empty) (it|this|these|them|the|$)")
+    texts = {
+        node.value: path.stem
+        for path in modules().values()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    # Longer ones describe; what is forgotten is to be gone.
+    found = [t for t, stem in texts.items() if len(t) < 100 and stem != "forget"]
+    assert [text for text in found if advice.search(text)] == []

@@ -120,7 +120,7 @@ def _read_done(path: Path) -> dict[str, Any]:
     recipe: dict[str, Any] = done.get("recipe", {})
     version = done.get("version", 1)
     if version not in (1, VERSION):
-        remedy = f"update mlx_hmem, or delete {path.parent} and the stages after it"
+        remedy = "update mlx_hmem, or give another --out"
         raise UserError(f"{path} has a version this program does not read", version, remedy)
     if version == 1:
         for part, name, value in NEW_IN_2:
@@ -164,7 +164,7 @@ def is_done(stage: Stage, recipe: Recipe, folder: Path) -> bool:
     raise UserError(
         f"stage {stage.name} in {folder} was made with another recipe",
         f"changed: {', '.join(changed) or 'the stages'}",
-        f"give another --out, or delete {folder / stage.name} and the stages after it",
+        "go on with the recipe that it was made with, or give another --out",
     )
 
 

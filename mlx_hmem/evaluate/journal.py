@@ -43,7 +43,9 @@ class Journal:
                 for row in map(json.loads, lines[1:]):
                     self.rows[row["row"]] = row
             except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{self.path} is no file of results", error, "delete it") from None
+                raise UserError(
+                    f"{self.path} is no file of results", error, "give another file"
+                ) from None
             yield self
 
     def add(self, rows: list[dict[str, Any]]) -> None:

@@ -137,6 +137,17 @@ def write_limited(folder: Path) -> None:
         store.commit(PROGRESS)
 
 
+def map_limited(folder: Path, more: int) -> None:
+    """Writes with room for ``more`` bytes of address space beside what there is."""
+    import resource
+
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + more,) * 2)
+    with small_store(folder / "store") as store:
+        fill(store, 2, [0, 1, 2], 2.0)
+        store.commit(PROGRESS)
+
+
 def read(folder: Path) -> None:
     with small_store(folder / "store", readonly=True) as store:
         progress = store.progress()
@@ -151,6 +162,8 @@ if __name__ == "__main__":
         "resident": measure_resident,
         "limited": write_limited,
         "read": read,
+        "mapped": lambda folder: map_limited(folder, 600 << 20),
+        "not mapped": lambda folder: map_limited(folder, 100 << 20),
         "open": lambda folder: small_store(folder / "store").__exit__(),
     }
     run_program(lambda: programs[what](where))

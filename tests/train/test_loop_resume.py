@@ -104,7 +104,7 @@ def test_how_a_run_is_watched_may_change_while_it_goes_on(whole, tmp_path):
 def test_what_another_run_saved_is_refused(kind, changed, seed, rows, named, whole, tmp_path):
     shutil.copytree(whole[kind], tmp_path, dirs_exist_ok=True)
     config = replace(runs.CONFIG, **changed)
-    wanted = rf"belongs to another run: {named}; use another --out or delete"
+    wanted = rf"belongs to another run: {named}; go on with what it was begun with"
     with runs.trainee_of(kind, tmp_path) as trainee, pytest.raises(UserError, match=wanted):
         train(
             runs.Ended(trainee, 0, runs.interrupt), ShuffledOrder(rows, config, seed), config,

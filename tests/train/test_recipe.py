@@ -240,7 +240,7 @@ def test_a_changed_recipe_is_refused_where_it_matters_and_only_there(tmp_path):
     run_stages(changed, tmp_path, ["corpus"], recorder(made))
     # The windows' own section is as it was, but they were made with the other tokenizer.
     for name in ("tokenizer", "windows"):
-        with pytest.raises(UserError, match=r"changed: tokenizer; .*delete"):
+        with pytest.raises(UserError, match=r"changed: tokenizer; go on with the recipe"):
             run_stages(changed, tmp_path, [name], recorder(made))
     assert made == ["corpus", "tokenizer", "windows"]
 

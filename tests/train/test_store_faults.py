@@ -3,6 +3,7 @@
 import random
 import re
 import signal
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -142,6 +143,33 @@ def test_a_full_store_is_one_line_and_the_last_commit_is_intact(how, tmp_path):
     with small_store(tmp_path) as store:
         assert store.progress() == PROGRESS
         assert np.all(store_state(store)["2.weights"][:3] == 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS does not keep to RLIMIT_AS")
+def test_a_map_takes_the_address_space_of_its_file_and_too_little_loses_nothing(tmp_path):
+    """A map of a terabyte was refused under ``ulimit -v``, with the advice to delete the run."""
+    process = start("mapped", tmp_path)
+    assert process.wait() == 0, process.communicate()[1]
+    errors = start("not mapped", tmp_path).communicate()[1]
+    assert re.fullmatch(
+        "error: the training store .* cannot be mapped: .*intact.*ulimit.*\n", errors
+    )
+    with small_store(tmp_path / "store", readonly=True) as store:
+        assert store.progress() == PROGRESS
+
+
+def test_a_map_grows_with_its_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("train.store.records.FIRST_MAP", 64 << 10)
+    with small_store(tmp_path) as store:
+        for first in range(0, 30, 3):
+            fill(store, 2, [first, first + 1, first + 2], first + 1.0)
+        store.commit(PROGRESS)
+        assert store.records._env.info()["map_size"] > 64 << 10
+    with small_store(tmp_path, readonly=True) as store:
+        assert store.progress() == PROGRESS
+        assert [float(store.block(2, c).max()) for c in range(30)] == [
+            c // 3 * 3 + 1 for c in range(30)
+        ]
 
 
 def test_a_file_that_may_not_grow_is_one_line_and_the_last_commit_is_intact(tmp_path):

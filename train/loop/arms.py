@@ -186,7 +186,7 @@ def run_memories(recipe: Recipe, folder: Path, ranks: Ranks, watching: Watching)
         raise UserError(
             "subtrees of this run are trained apart",
             ", ".join(map(str, apart)),
-            "put them together with mlx_hmem.train merge, or delete these folders",
+            "put them together with mlx_hmem.train merge, or train all in another --out",
         )
     train_memory(recipe, folder, "memories", ranks, watching)
 

@@ -119,7 +119,7 @@ def merge_subtrees(
             raise UserError(
                 f"{store.folder} holds an unfinished training of all subtrees",
                 f"step {progress.step} of {order.num_steps}",
-                f"go on with mlx_hmem.train, or delete {store.folder} and merge again",
+                "go on with mlx_hmem.train, or merge into another --out",
             )
         if progress is None:
             _copy(recipe, store, parts)

@@ -32,7 +32,7 @@ from .text import OwnDocument, hold_out, typical_words
 FORMAT_VERSION = 1
 SETTINGS = "settings.json"
 LONGEST = 512  # tokens of a window
-OTHER_RUN = "give another --run, or delete this folder"
+OTHER_RUN = "give another --run, or go on with what it was begun with"
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,7 @@ class MemoryTrainee:
             raise UserError(
                 "the ranks do not continue the same run",
                 f"their steps are {steps}",
-                "start with as many ranks as before, or delete the folder of this stage everywhere",
+                "start with as many ranks as before, where they were, or use another --out",
             )
         if prepared:
             self.store.settle(live < last)

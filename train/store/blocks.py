@@ -56,7 +56,7 @@ class BlockStore:
             is held in any case.
         cache_level_1: those of level 1 go through the cache too, and the blocks of the next step
             are not read ahead where the cache has no room for them.
-        map_size: greatest size of the file; by default four times what a full bank needs.
+        map_size: greatest size of the file; None: as the disk has room.
         readonly: to read the last commit.
     """
 
@@ -78,9 +78,7 @@ class BlockStore:
         self._dirty: set[Key] = set()
         self._worker = ThreadPoolExecutor(1, "store")
         self._job: Future[None] | None = None
-        # One more of each level: the generic memory of co-training.
-        full = sum((n + 1) * self.record_bytes(i + 1) for i, n in enumerate(config.num_clusters))
-        self.records = RecordStore(folder, map_size or 4 * full + (1 << 30), readonly)
+        self.records = RecordStore(folder, map_size, readonly)
 
     def __enter__(self) -> Self:
         return self

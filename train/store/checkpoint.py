@@ -51,7 +51,7 @@ def check_identity(found: dict[str, Any], wanted: dict[str, Any], where: Path) -
     if changed:
         named = [f"{key} was {old.get(key)}, is {new.get(key)}" for key in changed[:4]]
         more = [f"and {len(changed) - 4} more"] if len(changed) > 4 else []
-        remedy = "use another --out or delete the folder of this stage"
+        remedy = "go on with what it was begun with, or use another --out"
         raise UserError(f"{where} belongs to another run", ", ".join(named + more), remedy)
 
 

@@ -12,14 +12,15 @@ next commit lasting beside the last one; when all have done so, each calls ``com
 killed in between finds his ``prepared`` values again and commits them, or drops them.
 
 The file grows by the records ever written, those written between two commits and one transaction:
-freed pages are used again, never given back. Each transaction is synced to the disk.
+freed pages are used again, never given back. Each transaction is synced to the disk. Its map begins
+small and doubles when it is full, so that address space is asked for as it is needed.
 """
 
 import contextlib
 import itertools
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,25 +31,27 @@ from mlx_hmem.errors import UserError
 from mlx_hmem.folders import locked
 
 TRANSACTION_BYTES = 64 << 20
+FIRST_MAP = 4 * TRANSACTION_BYTES
 # Pages touched through the map count as resident until it is made anew. A commit touches pages of
 # every block that it replaces: file-backed, so the system can take them back at any time.
 REMAP_BYTES = 8 << 20
 WRITER = "wait for it, or stop it first"
-RESTORE = "delete the folder of this stage and run it again"
+RESTORE = "move the folder of this stage away and run it again"
+INTACT = "the last commit is intact"
 
 
 class RecordStore:
     """Named arrays in ``folder``, and small values that belong to the commit as a whole.
 
     Args:
-        map_size: greatest size of the file in bytes; address space, not disk.
+        map_size: greatest size of the file in bytes, None: as the disk has room.
         readonly: for reading beside a writer; sees the last commit.
 
     Raises:
         UserError: another writer has it open, it is no store, or it is missing and ``readonly``.
     """
 
-    def __init__(self, folder: Path, map_size: int = 1 << 40, readonly: bool = False):
+    def __init__(self, folder: Path, map_size: int | None = None, readonly: bool = False):
         self.folder, self.map_size = folder, map_size
         self._staged: dict[bytes, int] = {}  # written since the last commit, with their places
         self._read_bytes = 0
@@ -58,14 +61,16 @@ class RecordStore:
         if not readonly:
             taken = UserError("the training store has a writer already", folder, WRITER)
             self._held.enter_context(locked(folder / "writer.lock", taken))
+        first = min(map_size or FIRST_MAP, FIRST_MAP)  # a larger file is mapped whole
         try:
-            self._env = lmdb.open(
-                os.fspath(folder), map_size=map_size, max_dbs=5, readonly=readonly
-            )
+            self._env = lmdb.open(os.fspath(folder), map_size=first, max_dbs=5, readonly=readonly)
             names = [b"records", b"places", b"values"]
             names += [] if readonly else [b"prepared places", b"prepared values"]
             databases = [self._env.open_db(name, create=not readonly) for name in names]
             self._records, self._places, self._values, *self._prepared = databases
+        except lmdb.MemoryError as error:
+            self._held.close()
+            raise self._no_address_space(error) from None
         except lmdb.Error as error:
             self._held.close()
             remedy = f"close it elsewhere, or {RESTORE}"
@@ -82,13 +87,13 @@ class RecordStore:
         self._held.close()
 
     def value(self, name: bytes) -> bytes | None:
-        with self._env.begin(self._values) as transaction:
+        with self._begin(self._values) as transaction:
             return transaction.get(name)
 
     def read(self, name: bytes, target: np.ndarray, whole: bool = True) -> bool:
         """Fills the contiguous ``target`` with the record ``name``, or with its beginning unless
         ``whole``; False if there is none."""
-        with self._env.begin(buffers=True) as transaction:
+        with self._begin(buffers=True) as transaction:
             record = self._record(transaction, name)
             if record is None:
                 return False
@@ -105,7 +110,7 @@ class RecordStore:
 
     def end_of(self, name: bytes, size: int) -> bytes | None:
         """The last ``size`` bytes of the record ``name``, if there is one."""
-        with self._env.begin(buffers=True) as transaction:
+        with self._begin(buffers=True) as transaction:
             record = self._record(transaction, name)
             result = None if record is None else bytes(record[-size:])
         self._used(4096)  # a page
@@ -113,7 +118,7 @@ class RecordStore:
 
     def names(self, start: bytes) -> list[bytes]:
         """The records of the last commit whose names begin with ``start``."""
-        with self._env.begin(self._places) as transaction:
+        with self._begin(self._places) as transaction:
             cursor = transaction.cursor()
             cursor.set_range(start)
             names = cursor.iternext(keys=True, values=False)
@@ -134,7 +139,8 @@ class RecordStore:
 
     def _write(self, group: list[tuple[bytes, np.ndarray]]) -> None:
         staged = {}
-        with self._transaction() as transaction:
+
+        def put(transaction: Any) -> None:
             for name, data in group:
                 place = self._staged.get(name)
                 if place is None:
@@ -143,39 +149,46 @@ class RecordStore:
                 view = memoryview(data.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
                 transaction.put(_key(name, place), view, db=self._records)
                 staged[name] = place
+
+        self._change(put)
         self._staged |= staged
         self._used(sum(data.nbytes for _, data in group))
 
     def commit(self, values: dict[bytes, bytes]) -> None:
         """Makes everything written since the last commit live, together with ``values``."""
-        with self._transaction() as transaction:
-            self._make_live(transaction, self._staged, values)
+        self._change(lambda transaction: self._make_live(transaction, self._staged, values))
         self._staged = {}
 
     def prepare(self, values: dict[bytes, bytes]) -> None:
         """Makes everything written since the last commit, and ``values``, ready to go live."""
         places, prepared = self._prepared
-        with self._transaction() as transaction:
+
+        def put(transaction: Any) -> None:
             for name, place in self._staged.items():
                 transaction.put(name, bytes([place]), db=places)
             for name, value in values.items():
                 transaction.put(name, value, db=prepared)
 
+        self._change(put)
+
     def prepared(self) -> dict[bytes, bytes]:
         """The values of a prepared commit, if there is one."""
-        with self._env.begin(self._prepared[1]) as transaction:
+        with self._begin(self._prepared[1]) as transaction:
             return dict(transaction.cursor())
 
     def commit_prepared(self, live: bool = True) -> None:
         """Makes a prepared commit live, or drops it."""
         places, _ = self._prepared
         values = self.prepared()
-        with self._transaction() as transaction:
+
+        def settle(transaction: Any) -> None:
             staged = {name: place[0] for name, place in transaction.cursor(places)}
             if live:
                 self._make_live(transaction, staged, values)
             for database in self._prepared:
                 transaction.drop(database, delete=False)
+
+        self._change(settle)
         self._staged = {}
 
     def _make_live(
@@ -200,26 +213,48 @@ class RecordStore:
     def _used(self, size: int) -> None:
         self._read_bytes += size
         if self._read_bytes >= REMAP_BYTES:
-            self._env.set_mapsize(self.map_size)
+            self._map(self._env.info()["map_size"])
             self._read_bytes = 0
 
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[Any]:
+    def _map(self, size: int) -> None:
         try:
-            with self._env.begin(write=True) as transaction:
-                yield transaction
-        except lmdb.MapFullError:
-            raise UserError(
-                f"the training store {self.folder} is full",
-                f"map size {self.map_size} bytes",
-                "the last commit is intact: free space there and run again",
-            ) from None
+            self._env.set_mapsize(size)
         except lmdb.Error as error:
-            raise UserError(
-                f"cannot write the training store {self.folder}",
-                error,
-                "the last commit is intact: check the disk and run again",
-            ) from None
+            raise self._no_address_space(error) from None
+
+    def _no_address_space(self, error: Exception) -> UserError:
+        remedy = f"{INTACT}: allow the program more address space (ulimit -v) and run again"
+        return UserError(f"the training store {self.folder} cannot be mapped", error, remedy)
+
+    def _begin(self, *database: Any, **options: Any) -> Any:
+        """Begins to read; the map is made larger where another process has made the file so."""
+        try:
+            return self._env.begin(*database, **options)
+        except lmdb.MapResizedError:
+            self._map(0)
+            return self._env.begin(*database, **options)
+
+    def _change(self, work: Callable[[Any], None]) -> None:
+        """Calls ``work`` with a transaction; again with a larger map where this one was full."""
+        while True:
+            try:
+                with self._env.begin(write=True) as transaction:
+                    work(transaction)
+                return
+            except lmdb.MapFullError:
+                size = self._env.info()["map_size"]
+                if self.map_size is not None and size >= self.map_size:
+                    remedy = f"{INTACT}: free space there and run again"
+                    full, value = (
+                        f"the training store {self.folder} is full",
+                        f"map size {size} bytes",
+                    )
+                    raise UserError(full, value, remedy) from None
+                self._map(min(2 * size, self.map_size or 2 * size))
+            except lmdb.Error as error:
+                remedy = f"{INTACT}: check the disk and run again"
+                wrong = f"cannot write the training store {self.folder}"
+                raise UserError(wrong, error, remedy) from None
 
 
 def check_free_space(folder: Path, size: int) -> None:

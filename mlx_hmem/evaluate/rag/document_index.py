@@ -29,7 +29,7 @@ FORMAT_VERSION = 1
 MANIFEST = "index.json"
 TYPES = {"vectors.f16": np.float16, "leaves.i32": np.int32, "texts.utf8": np.uint8,
          "ends.i64": np.int64, "order.i64": np.int64, "starts.i64": np.int64}  # fmt: skip
-REMEDY = "delete the index and make it again"
+REMEDY = "make the index again in another folder"
 AT_ONCE = 1 << 14  # documents compared with a group of questions
 QUESTIONS = 1 << 10
 

@@ -72,9 +72,7 @@ def _is_there(out: Path, identity: dict[str, Any]) -> bool:
         found = json.loads((out / MANIFEST).read_text())
     if isinstance(found, dict) and all(found.get(key) == identity[key] for key in identity):
         return True
-    raise UserError(
-        "something else lies where the index is to be", out, "delete it or choose another --out"
-    )
+    raise UserError("something else lies where the index is to be", out, "choose another --out")
 
 
 def _fill(part: Path, files: Sequence[Path], retriever: Retriever, progress: bool) -> int:
