@@ -1,5 +1,7 @@
 """Shards: in parallel, over ranks and processes, gone on with after a stop, the same as in one."""
 
+import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -131,3 +133,21 @@ def test_an_array_in_pieces_or_filled_in_any_order_is_what_numpy_saves(tmp_path)
         array[order[9:]] = values[order[9:]]
     for name in ("pieces", "filled"):
         assert (tmp_path / f"{name}.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="asks macOS in another way")
+@pytest.mark.parametrize("number", [0, errno.EOPNOTSUPP, errno.ENOSPC])
+def test_a_mapped_array_has_its_room_before_it_is_filled(number, tmp_path, monkeypatch):
+    """A sparse one ends the process (SIGBUS) where the disk fills up meanwhile."""
+
+    def refuse(*arguments: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    if number:
+        monkeypatch.setattr(os, "posix_fallocate", refuse)
+    refused = pytest.raises(OSError, match="No space left")
+    with refused if number == errno.ENOSPC else contextlib.nullcontext():
+        with new_array(tmp_path / "a.npy", np.uint16, (1 << 20, 3)):
+            part = (tmp_path / ".a.npy.part").stat()
+            assert part.st_blocks * 512 >= part.st_size == 128 + (6 << 20)
+        assert np.load(tmp_path / "a.npy").shape == (1 << 20, 3)
