@@ -261,21 +261,24 @@ def write_atomic(path: Source, data: bytes | str) -> None:
         file.write(data.encode() if isinstance(data, str) else data)
 
 
-def fingerprint(*paths: Source) -> str:
+def fingerprint(*paths: Source, whole: bool = False) -> str:
     """``"xxh3:"`` and 32 hex digits that identify the contents of files, wherever they lie.
 
     The files are taken in order of name; the names themselves do not count. A file up to 16 MiB is
     read whole; of a larger one its size, the safetensors header, and 256 pieces of 64 KiB from the
     first to the last, evenly spaced, so that gigabytes take a moment. It tells files apart that
-    differ by training or conversion; it is no guard against malice.
+    differ by training or conversion; it is no guard against malice. With ``whole`` every byte of
+    every file counts.
     """
     digest = xxhash.xxh3_128()
     for path in sorted((Path(p) for p in paths), key=lambda p: (p.name, str(p))):
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             digest.update(struct.pack("<Q", size))
-            if size <= SAMPLE * NUM_SAMPLES:
-                digest.update(read_exactly(file, size, path))
+            if whole or size <= SAMPLE * NUM_SAMPLES:
+                for at in range(0, size, SAMPLE * NUM_SAMPLES):
+                    part = min(SAMPLE * NUM_SAMPLES, size - at)
+                    digest.update(read_exactly(file, part, path))
                 continue
             if path.suffix == ".safetensors":
                 length = 8 + struct.unpack("<Q", read_exactly(file, 8, path))[0]

@@ -1,12 +1,15 @@
 """The stages of a run: their order, what each depends on, and the marker that one is done.
 
 A run's folder holds one folder per stage. ``done.json`` in it is written last and records the parts
-of the recipe that the stage and all before it used: a finished stage is skipped, and a recipe that
-changed under a finished stage is refused rather than mixed with it.
+of the recipe that the stage and all before it used, and fingerprints of what it read from outside
+and of what it leaves: a finished stage is skipped, and a recipe, a corpus or a file that changed
+under it is refused rather than mixed with it. One of before these were recorded goes unchecked.
 """
 
 import contextlib
+import functools
 import hashlib
+import io
 import json
 import os
 import pkgutil
@@ -19,9 +22,10 @@ from typing import Any
 
 from mlx_hmem.config import read_json
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import link_or_copy, write_atomic
+from mlx_hmem.files import fingerprint, link_or_copy, write_atomic
 from mlx_hmem.folders import locked, whole_folder
 
+from .corpus.readers import corpus_files
 from .loop.log import UNWATCHED, Watching
 from .ranks import Ranks
 from .recipe.recipe import Recipe
@@ -75,12 +79,16 @@ STAGES = {
 }
 
 
+RESTORE = "restore it from a copy, or give another --out"
 VERSION = 2  # of done.json: raised when keys of the recipe come, which then have a default here
 NEW_IN_2 = (
     ("tree", "prompts", 0),
     ("memories", "group_by_subtree", False),
     ("dense", "group_by_subtree", False),
 )
+OPTIONS = {"corpus": "--corpus", "table": "--facts"}  # by what functions are bound to
+# Files of a stage that no other stage reads.
+OWN = ("done.json", "lock", "log.jsonl", "loss.jsonl", "checkpoint.safetensors", "vectors.npy")
 ANCHOR_STAGES = ("corpus", "tokenizer", "windows", "anchor-sequences", "anchor")
 
 
@@ -114,25 +122,28 @@ def identity(stage: Stage, recipe: Recipe) -> str:
 
 
 def _read_done(path: Path) -> dict[str, Any]:
-    """The parts of the recipe in a ``done.json``; those of version 1 with the keys that it left out
+    """A ``done.json``, the parts of the recipe in one of version 1 with the keys that it left out
     where they had no effect."""
-    done = read_json(path)
-    recipe: dict[str, Any] = done.get("recipe", {})
+    done: Any = read_json(path)
+    parts = [done.get(n, {}) if isinstance(done, dict) else 0 for n in ("recipe", "files", "of")]
+    if not all(isinstance(part, dict) for part in parts):
+        raise UserError(f"{path} is damaged", repr(done)[:80], RESTORE)
+    recipe = done.setdefault("recipe", {})
     version = done.get("version", 1)
     if version not in (1, VERSION):
         remedy = "update mlx_hmem, or give another --out"
         raise UserError(f"{path} has a version this program does not read", version, remedy)
     if version == 1:
         for part, name, value in NEW_IN_2:
-            if recipe.get(part):
+            if isinstance(recipe.get(part), dict):
                 recipe[part].setdefault(name, value)
-    return recipe
+    return {"files": {}, "of": {}, **done}
 
 
 def identity_made(folder: Path) -> str | None:
     """The :func:`identity` of the finished stage in ``folder``; None if it is not finished."""
     done = folder / "done.json"
-    return _digest(_read_done(done)) if done.exists() else None
+    return _digest(_read_done(done)["recipe"]) if done.exists() else None
 
 
 def take_stage(stage: Stage, recipe: Recipe, folder: Path, others: Iterable[Path]) -> bool:
@@ -157,7 +168,7 @@ def is_done(stage: Stage, recipe: Recipe, folder: Path) -> bool:
     if not path.exists():
         return False
     wanted = _made_with(stage, recipe)
-    made_with = _read_done(path)
+    made_with = _read_done(path)["recipe"]
     if _digest(wanted) == _digest(made_with):
         return True
     changed = [name for name in wanted if _digest(wanted[name]) != _digest(made_with.get(name))]
@@ -168,9 +179,63 @@ def is_done(stage: Stage, recipe: Recipe, folder: Path) -> bool:
     )
 
 
-def mark_done(stage: Stage, recipe: Recipe, folder: Path) -> None:
-    values = {"stage": stage.name, "version": VERSION, "recipe": _made_with(stage, recipe)}
+def mark_done(stage: Stage, recipe: Recipe, folder: Path, of: dict[str, str] | None = None) -> None:
+    """``of``: what it read from outside, see :func:`_given`."""
+    files = (path for path in sorted((folder / stage.name).iterdir()) if path.is_file())
+    values = {
+        "stage": stage.name,
+        "version": VERSION,
+        "recipe": _made_with(stage, recipe),
+        "of": of or {},
+        "files": {f.name: _whole(f) for f in files if f.name not in OWN and f.name[0] != "."},
+    }
     write_atomic(folder / stage.name / "done.json", json.dumps(values, indent=2) + "\n")
+
+
+def _whole(path: Path) -> str:
+    """The fingerprint of all of a file, worked out once while it stays as it is."""
+    try:
+        info = path.stat()
+    except OSError as error:
+        raise UserError("a file of a finished stage is missing", error, RESTORE) from None
+    return _hashed(path, info.st_ino, info.st_size, info.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1 << 10)
+def _hashed(path: Path, *state: int) -> str:
+    return fingerprint(path, whole=True)
+
+
+def check_files(stage: Stage, folder: Path) -> None:
+    """Raises UserError unless a finished stage's files are what it has left."""
+    for name, found in _read_done(folder / stage.name / "done.json")["files"].items():
+        if _whole(folder / stage.name / name) != found:
+            wrong = f"a file of the finished stage {stage.name} was changed or is damaged"
+            raise UserError(wrong, folder / stage.name / name, RESTORE)
+
+
+def _given(function: Callable[..., None]) -> dict[str, str]:
+    """Fingerprints of the files and folders that a stage's function is bound to, by name."""
+    given = dict[str, str]()
+    for name, path in getattr(function, "keywords", {}).items():
+        if isinstance(path, Path):
+            given[name] = "unreadable"
+            # What is passed over or missing is said when it is read.
+            with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(UserError):
+                files = [f.path for f in corpus_files(path)] if path.is_dir() else [path]
+                given[name] = fingerprint(*files)
+    return given
+
+
+def _check_given(stage: Stage, folder: Path, function: Callable[..., None]) -> None:
+    """Raises UserError if a finished stage was made of other files than it is given now."""
+    made_of = _read_done(folder / stage.name / "done.json")["of"]
+    for name, found in _given(function).items() if made_of else ():
+        if made_of.get(name) != found:
+            wrong = f"stage {stage.name} in {folder} was made of other files"
+            option = OPTIONS[name]
+            remedy = f"leave {option} out to go on with those, or give another --out"
+            raise UserError(wrong, f"{option} names others", remedy)
 
 
 def alone(what: str, folder: Path) -> AbstractContextManager[Any]:
@@ -180,12 +245,14 @@ def alone(what: str, folder: Path) -> AbstractContextManager[Any]:
 
 
 def check_needs(stage: Stage, recipe: Recipe, folder: Path) -> None:
-    """Raises UserError unless the stages whose files it reads are done."""
+    """Raises UserError unless the stages whose files it reads are done, and these as they were."""
     stages = stages_of(recipe)
     for need in stage.needs:
         if not is_done(stages[need], recipe, folder):
             remedy = "run without --only first"
             raise UserError(f"stage {stage.name} needs a stage that is not done", need, remedy)
+        check_needs(stages[need], recipe, folder)
+        check_files(stages[need], folder)
 
 
 def run_stages(
@@ -199,7 +266,7 @@ def run_stages(
 
     Of several ranks the first one of each machine runs a stage, all of them one that trains or that
     is shared out.
-    ``functions`` stand in for the stages' own; ``__main__`` binds the corpus folder that way.
+    ``functions`` stand in for the stages' own; the corpus folder is bound that way.
     """
     ranks = Ranks.meet(folder)
     stages = stages_of(recipe)
@@ -209,7 +276,10 @@ def run_stages(
                 print(f"{name}: the recipe trains an anchor alone")
             continue
         stage = stages[name]
+        function = (functions or {}).get(name)
         done = ranks.gather(is_done(stage, recipe, folder))
+        if function is not None and done[ranks.rank]:
+            _check_given(stage, folder, function)
         if all(done):
             if ranks.first:
                 print(f"{name}: done before, in {folder / name}")
@@ -221,13 +291,14 @@ def run_stages(
                 "copy the folder of the run to all of them",
             )
         check_needs(stage, recipe, folder)
-        function = (functions or {}).get(name) or stage.load()
+        function = function or stage.load()
         company = ((ranks,) if stage.together else ()) + ((watching,) if stage.trains else ())
         os.makedirs(folder / name, exist_ok=True)
         if ranks.first and not done[ranks.rank]:
             with alone(f"stage {name}", folder / name):
+                of = _given(function)
                 function(recipe, folder, *company)
-                mark_done(stage, recipe, folder)
+                mark_done(stage, recipe, folder, of)
         elif stage.together:
             with contextlib.redirect_stdout(None):
                 function(recipe, folder, *company)

@@ -50,6 +50,12 @@ def indexed_files(index: Path) -> list[str]:
     return sorted(set(names.values()))
 
 
+def num_embedded(anchor: nn.Module) -> int:
+    """Tokens that an anchor has embeddings of."""
+    ends = ("embed_tokens.weight", "wte.weight")
+    return next(a.shape[0] for n, a in named_parameters(anchor).items() if n.endswith(ends))
+
+
 def named_parameters(module: nn.Module) -> dict[str, mx.array]:
     """All weights by their dotted names, in the module's order."""
     pairs: Any = tree_flatten(module.parameters())

@@ -72,7 +72,7 @@ class Ended:
     def __init__(self, trainee: Trainee, steps: int, end: Callable[[], None]):
         self.trainee, self.left, self.end = trainee, steps, end
         self.resume, self.save = trainee.resume, trainee.save
-        self.tokens, self.sizes = trainee.tokens, trainee.sizes
+        self.tokens, self.identity = trainee.tokens, trainee.identity
         self.ranks = trainee.ranks
 
     def step(self, rows: np.ndarray, rate: float, next_rows: np.ndarray) -> tuple[float, float]:

@@ -25,7 +25,7 @@ from train.parallel.merge import merge_subtrees
 from train.parallel.subtrees import run_subtree, subtree_name
 from train.ranks import ALONE
 from train.recipe.recipe import CotrainSection, Recipe, load_recipe
-from train.stages import STAGES, alone, is_done, run_stages
+from train.stages import STAGES, alone, is_done, mark_done, run_stages
 from train.step.anchor import initialise
 from train.step.memories import MemoryTrainee
 from train.step.start import save_anchor
@@ -244,6 +244,7 @@ def test_a_subtree_without_sequences_has_nothing_to_train(
     paths = np.load(run / "sequences" / "paths.npy")
     paths[paths[:, 0] == 1] = paths[0] if paths[0, 0] != 1 else paths[paths[:, 0] != 1][0]
     np.save(run / "sequences" / "paths.npy", paths)
+    mark_done(STAGES["sequences"], recipe, run)
     for subtree in range(3):
         run_subtree(recipe, run, subtree)
     assert "memories/subtree-01: no sequence belongs to it, nothing to train" in (

@@ -6,6 +6,7 @@ files. Documents are cleaned and cut, in shards of input files, into files of th
 disk.
 """
 
+import contextlib
 import hashlib
 import heapq
 import json
@@ -14,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_hmem.files import atomic_file
+from mlx_hmem.errors import UserError
+from mlx_hmem.files import atomic_file, fingerprint
 
 from ..ranks import Ranks
 from ..recipe.recipe import CorpusSection
@@ -56,13 +58,21 @@ def _groups(files: Iterable[CorpusFile]) -> Iterator[list[CorpusFile]]:
         yield group
 
 
+def _contents(file: CorpusFile) -> str | None:
+    """All bytes count: one that is edited in its length while the corpus is read is read again.
+    None where it cannot be read, which is said when that is tried."""
+    with contextlib.suppress(UserError, OSError):
+        return fingerprint(file.path, whole=True)
+    return None
+
+
 def read_shards(
     files: list[CorpusFile], section: CorpusSection, folder: Path, ranks: Ranks
 ) -> list[Path]:
     """Reads ``files`` into shards of clean documents in ``folder``."""
     shards = [Shard((group, section)) for group in _groups(files)]
     identity = {
-        "files": [[(file.name, file.path.stat().st_size) for file in g.task[0]] for g in shards],
+        "files": [[(file.name, _contents(file)) for file in g.task[0]] for g in shards],
         "documents": section.documents,
         "max_characters": section.max_characters,
     }

@@ -12,7 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from mlx_hmem.anchors.load import anchor_of_config, named_parameters
+from mlx_hmem.anchors.load import anchor_of_config, num_embedded
 from mlx_hmem.config import JsonConfig, read_json
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import write_atomic
@@ -74,10 +74,7 @@ class TakenTokenizer:
 
 def embedded(config: dict[str, Any]) -> int:
     """Tokens that an anchor with this ``config.json`` has embeddings of."""
-    shapes = named_parameters(anchor_of_config(config)).items()
-    return next(
-        a.shape[0] for name, a in shapes if name.endswith(("embed_tokens.weight", "wte.weight"))
-    )
+    return num_embedded(anchor_of_config(config))
 
 
 def take_tokenizer(source: str, out: Path, vocab_size: int) -> None:

@@ -140,7 +140,7 @@ def shard_documents(
         for start, end in itertools.pairwise(bounds)
     ]
     identity = {
-        "bytes": size,
+        "documents": fingerprint(source, whole=True),
         "context": context,
         "times": times,
         "tokenizer": fingerprint(*sorted((run / "tokenizer").glob("*.json"))),

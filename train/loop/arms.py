@@ -35,12 +35,14 @@ SOURCES = {
     "tokenizer": "tokenizer/tokenizer.json",
     "tree": "tree/tree.safetensors",
     "anchor": "anchor/model*.safetensors",
+    "sequences": "sequences/*.npy",
 }
+OF_ANCHOR = {"tokenizer": SOURCES["tokenizer"], "sequences": "anchor-sequences/*.npy"}
 
 
-def made_from(run: Path, *names: str) -> dict[str, str]:
-    """Fingerprints of what a stage's numbers come from, by the names in ``SOURCES``."""
-    return {name: fingerprint(*sorted(run.glob(SOURCES[name]))) for name in names}
+def made_from(run: Path, sources: dict[str, str] = SOURCES) -> dict[str, str]:
+    """Fingerprints of what a stage's numbers come from."""
+    return {name: fingerprint(*sorted(run.glob(files))) for name, files in sources.items()}
 
 
 def _train_all_weights(
@@ -53,10 +55,10 @@ def _train_all_weights(
     context: int,
     ranks: Ranks,
     watching: Watching,
-    *sources: str,
+    sources: dict[str, str],
 ) -> None:
     """Trains ``model`` and leaves it in ``folder``."""
-    files = made_from(folder.parent, *sources)
+    files = made_from(folder.parent, sources)
     validate = validation_of_anchor(folder.parent, training, context, model)
     trainee = AnchorTrainee(model, tokens, eot_of(folder.parent), training, ranks)
     train(trainee, order, training, folder, folder.name, files, validate, watching)
@@ -76,7 +78,7 @@ def run_anchor(recipe: Recipe, folder: Path, ranks: Ranks, watching: Watching) -
     tokens, order = anchor_sequences(recipe, folder, training)
     context = recipe.windows.of_anchor
     _train_all_weights(
-        model, config, tokens, order, training, out, context, ranks, watching, "tokenizer"
+        model, config, tokens, order, training, out, context, ranks, watching, OF_ANCHOR
     )
 
 
@@ -102,7 +104,7 @@ def run_dense(recipe: Recipe, folder: Path, ranks: Ranks, watching: Watching) ->
     order = arm_order(recipe, paths, training)
     out, context = folder / "dense", recipe.windows.context
     _train_all_weights(
-        model, config, tokens, order, training, out, context, ranks, watching, *SOURCES
+        model, config, tokens, order, training, out, context, ranks, watching, SOURCES
     )
 
 
@@ -173,7 +175,7 @@ def train_memory(
         trainee = MemoryTrainee(
             anchor, store, tokens, paths, eot, training, cotrain, ranks, subtree
         )
-        sources = made_from(folder, *SOURCES)
+        sources = made_from(folder)
         validate = validation_of_memory(folder, recipe, name, anchor, trainee)
         train(trainee, order, training, folder / name, name, sources, validate, watching)
         if cotrain is not None and ranks.first:

@@ -18,7 +18,7 @@ from ..data.order import Batch, Order
 from ..recipe.recipe import TrainerConfig
 from ..step.gradient import is_finite
 from ..step.trainee import Trainee
-from ..store.checkpoint import Progress
+from ..store.checkpoint import VERSION, Progress
 from .log import UNWATCHED, Log, Watching
 from .stopping import Stopping
 
@@ -39,15 +39,16 @@ def identity_of(
     name: str,
     order: Order,
     config: TrainerConfig,
-    sizes: dict[str, Any],
+    own: dict[str, Any],
     made_from: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """What a run is made from, as JSON values: see :func:`train`."""
+    """What a run is made from, as JSON values: see :func:`train`. ``own``: the trainee's."""
     values = {
+        "version": VERSION,
         "stage": name,
         **order.identity,
         "training": config.numbers(),
-        "sizes": sizes,
+        **own,
         "files": made_from or {},
     }
     result: dict[str, Any] = json.loads(json.dumps(values))
@@ -75,7 +76,7 @@ def train(
         validate: gives the perplexity with each memory: before the first step, every
             ``validate_every`` steps and after the last. Rank 0 calls it.
     """
-    identity = identity_of(name, order, config, trainee.sizes, made_from)
+    identity = identity_of(name, order, config, trainee.identity, made_from)
     folder.mkdir(parents=True, exist_ok=True)
     ranks, progress = trainee.ranks, trainee.resume(folder, identity)
     if progress.step and ranks.first:

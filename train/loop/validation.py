@@ -18,6 +18,7 @@ import mlx.nn as nn
 import numpy as np
 from tqdm import tqdm
 
+from mlx_hmem.anchors.load import num_embedded
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.texts import records
 from mlx_hmem.memory import Rows, join_blocks
@@ -26,6 +27,7 @@ from mlx_hmem.retriever import ClusterTree, load_encoder
 from ..data.tokenizer import begin_of, load_tokenizer
 from ..data.windows import Windows, cut_windows
 from ..recipe.recipe import Recipe, TrainerConfig
+from ..step.gradient import check_tokens
 from ..step.memories import MemoryTrainee, generic_path
 
 
@@ -49,6 +51,7 @@ class Validation:
         paths: dict[str, np.ndarray] | None = None,
     ):
         self.anchor, self.windows, self.trainee, self.paths = anchor, windows, trainee, paths or {}
+        self.num_embedded = num_embedded(anchor)
         # Windows of about one length share a batch.
         order = np.argsort(-np.diff(windows.offsets), kind="stable")
         self.known: dict[str, float] = {}
@@ -74,6 +77,7 @@ class Validation:
                 target[: len(row)] = row  # padded on the right, which a causal model cannot see
             places = np.arange(1, lengths.max())
             counted = (places >= front) & (places < lengths[:, None])
+            check_tokens(tokens, self.num_embedded)
             losses = self._losses(mx.array(tokens), mode, numbers)
             total += float(np.array(losses)[counted].sum(dtype=np.float64))
             count += int(counted.sum())

@@ -18,12 +18,13 @@ from mlx_hmem.bank.format import Key
 from mlx_hmem.errors import ArgumentParser, UserError
 
 from ..data.order import SubtreeOrder
-from ..loop.arms import SOURCES, made_from, open_store, sequences, subtree_order, train_memory
+from ..loop.arms import made_from, open_store, sequences, subtree_order, train_memory
 from ..loop.log import Watching
 from ..loop.loop import identity_of
 from ..ranks import Ranks
 from ..recipe.recipe import Recipe, add_recipe_arguments, load_recipe
 from ..stages import run_stages
+from ..step.memories import identity_of_memory
 from ..store.blocks import BlockStore
 from ..store.checkpoint import Progress, check_identity
 from ..store.records import check_free_space
@@ -59,8 +60,8 @@ def read_parts(
     """The finished subtree of every level-1 cluster that has sequences, by cluster. Raises
     UserError if one is of another run, not finished, or missing."""
     whole = identity_of(
-        "memories", order, recipe.memories.training, recipe.memory_config.to_dict(),
-        made_from(run, *SOURCES),
+        "memories", order, recipe.memories.training,
+        identity_of_memory(recipe.memory_config, None), made_from(run),
     )  # fmt: skip
     finished: dict[int, TrainedSubtree] = {}
     begun: dict[int, str] = {}

@@ -58,8 +58,8 @@ class AnchorTrainee(CheckpointFile):
         self.gradient = BatchGradient(model, None, eot, training, self.ranks)
 
     @property
-    def sizes(self) -> dict[str, Any]:
-        return asdict(self.model.args)
+    def identity(self) -> dict[str, Any]:
+        return {"sizes": asdict(self.model.args)}
 
     def step(
         self, rows: np.ndarray, learning_rate: float, next_rows: np.ndarray | None = None

@@ -17,7 +17,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_hmem.anchors.attach import MemorySlot
-from mlx_hmem.anchors.load import float_dtype
+from mlx_hmem.anchors.load import float_dtype, num_embedded
 from mlx_hmem.anchors.openlm import document_mask
 from mlx_hmem.errors import UserError
 from mlx_hmem.memory import join_blocks
@@ -44,6 +44,16 @@ def summed_loss(logits: mx.array, tokens: mx.array, eot: int) -> mx.array:
     return (losses * counted(tokens, eot).astype(mx.float32)).sum()
 
 
+def check_tokens(tokens: np.ndarray, num_embedded: int) -> None:
+    """Raises UserError for a token that the anchor does not know: MLX would read beyond its
+    embeddings, which is other numbers or the end of the process."""
+    least, most = int(tokens.min(initial=0)), int(tokens.max(initial=0))
+    if least < 0 or most >= num_embedded:
+        remedy = "restore the run's tokens, or make them anew in another --out"
+        what = f"a sequence has a token beyond the anchor's {num_embedded}"
+        raise UserError(what, most if least >= 0 else least, remedy)
+
+
 def packed_mask(inputs: mx.array, eot: int) -> mx.array:
     """Attention mask (batch, 1, time, time) of packed documents, each of which begins with EOT."""
     return document_mask(mx.cumsum((inputs == eot).astype(mx.int32), axis=1))
@@ -65,6 +75,7 @@ class BatchGradient:
             recompute_layers(anchor, slot)
         self.exchanged_bytes = 0  # of one rank, since the beginning
         self._check_sizes()
+        self.num_embedded = num_embedded(anchor)
         call: Callable[..., mx.array] = anchor
         dtype = float_dtype(anchor)
 
@@ -114,6 +125,7 @@ class BatchGradient:
                 ones in ``weights["blocks"]``, (sequences,).
             num_unique: how many of these there are; what follows them is padding.
         """
+        check_tokens(tokens, self.num_embedded)
         scale = mx.array(1 / max(1, int(counted(tokens, self.eot).sum())), mx.float32)
         share = len(tokens) // self.ranks.size
         first, part_size = self.ranks.rank * share, share // self.num_parts

@@ -56,6 +56,9 @@ class MemoryTrainee:
         self.cotrain, self.ranks, self.subtree = cotrain, ranks, subtree
         self.number = 0  # of the step to come
         config = store.config
+        if len(paths) and not ((paths >= 0) & (paths < np.array(config.num_clusters))).all():
+            remedy = "restore the run's sequences, or make them anew in another --out"
+            raise UserError("a sequence has a path beyond the tree", config.num_clusters, remedy)
         self.levels = [level for level in range(1, config.num_levels + 1) if config.r[level - 1]]
         self.anchor = None
         if cotrain is None:
@@ -78,8 +81,8 @@ class MemoryTrainee:
         self.store, self.tokens, self.paths, self.number = store, tokens, paths, 0
 
     @property
-    def sizes(self) -> dict[str, Any]:
-        return self.store.config.to_dict()
+    def identity(self) -> dict[str, Any]:
+        return identity_of_memory(self.store.config, self.cotrain)
 
     def step(
         self, rows: np.ndarray, learning_rate: float, next_rows: np.ndarray | None = None
@@ -126,8 +129,12 @@ class MemoryTrainee:
         check_identity(progress.identity, identity, self.store.folder)
         self._check_disk()
         self.number = progress.step
+        arrays = self.store.arrays()
+        if progress.step and set(arrays) != set(self.anchor.arrays() if self.anchor else ()):
+            # Before version 2 of the identity it did not say.
+            what = f"{self.store.folder} was begun {'with' if arrays else 'without'} co-training"
+            raise UserError(what, "memories.cotrain", "go on as before, or use another --out")
         if self.anchor is not None and progress.step:
-            arrays = self.store.arrays()
             self.anchor.load({name: mx.array(array) for name, array in arrays.items()})
         return progress
 
@@ -180,6 +187,11 @@ class MemoryTrainee:
         if self.anchor is not None:
             anchor = sum(array.nbytes for array in self.anchor.arrays().values())
         self.store.check_disk(touched, {n: min(a_commit, touched[n]) for n in self.levels}, anchor)
+
+
+def identity_of_memory(config: MemoryConfig, cotrain: CotrainSection | None) -> dict[str, Any]:
+    """That of a :class:`MemoryTrainee`."""
+    return {"sizes": config.to_dict(), "cotrain": cotrain and cotrain.to_dict()}
 
 
 def generic_config(config: MemoryConfig) -> MemoryConfig:

@@ -30,8 +30,9 @@ class Trainee(Protocol):
         """All sequences, (n, context + 1)."""
 
     @property
-    def sizes(self) -> dict[str, Any]:
-        """JSON values that the shapes of the state follow from."""
+    def identity(self) -> dict[str, Any]:
+        """JSON values: ``sizes``, which the shapes of the state follow from, and how it trains
+        beside the configuration of the training."""
 
     def step(
         self, rows: np.ndarray, learning_rate: float, next_rows: np.ndarray | None = None

@@ -18,6 +18,8 @@ from mlx_hmem.files import load_safetensors, read_safetensors_header, save_safet
 from ..ranks import Ranks
 
 CHECKPOINT = "checkpoint.safetensors"
+VERSION = 2  # of an identity
+NEW_IN_2 = ("version", "cotrain", "files.sequences")
 
 
 @dataclass
@@ -45,8 +47,11 @@ class Progress:
 
 
 def check_identity(found: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
-    """Raises UserError that names what differs unless both are the same run."""
+    """Raises UserError that names what differs unless both are the same run. What the identity of
+    an older program did not say is not compared."""
     old, new = _flat(found), _flat(json.loads(json.dumps(wanted)))
+    if "version" not in old:
+        new = {key: value for key, value in new.items() if not key.startswith(NEW_IN_2)}
     changed = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
     if changed:
         named = [f"{key} was {old.get(key)}, is {new.get(key)}" for key in changed[:4]]
