@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from mlx_hmem.config import ClusterPath
 from mlx_hmem.model.model import MemoryModel
+from mlx_hmem.model.stream import not_finite
 
 LONGEST = 2048  # tokens of a sequence, what the paper trains memories with
 TOKENS_PER_BATCH = 4096  # in all rows, padding included
@@ -171,6 +172,8 @@ def _score(
     row_paths = paths and [paths[owners[source]] for source in sources]
     logits = model(mx.array(ids), paths=row_paths, memory=memory, cache=cache)
     nats, greedy = _compare(logits.astype(mx.float32), mx.array(targets))
+    if not mx.isfinite(nats).all().item():
+        raise not_finite()
     counts = [len(answer) for _, _, answer in rows]
     return [Score(*found) for found in zip(nats.tolist(), counts, greedy.tolist(), strict=True)]  # type: ignore[arg-type]
 
@@ -244,14 +247,18 @@ def _continue(
     last = mx.array([row[-1:] for row in rows])
     ended = mx.zeros((len(rows), 1), mx.bool_)
     steps: list[mx.array] = []
+    finite = mx.array(True)
     while len(steps) < max_tokens and not ended.all().item():
         logits = model(last, paths=paths, memory=memory, cache=cache)
         last = mx.argmax(logits[:, -1:], axis=-1)
+        finite = finite & mx.isfinite(mx.max(logits[:, -1], axis=-1)).all()
         steps.append(last)
         if ends:
             ended = ended | (last[..., None] == mx.array(ends)).any(axis=-1)
         if len(steps) % CHECK_EVERY == 0:
             ended = ended | mx.array([[enough(row)] for row in _until_end(steps, ends)])
+    if not finite.item():
+        raise not_finite()
     return _until_end(steps, ends)
 
 

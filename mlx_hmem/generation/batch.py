@@ -9,7 +9,7 @@ one.
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -17,6 +17,7 @@ from weakref import WeakValueDictionary
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.sample_utils import make_sampler
 
 from mlx_hmem.bank import Bank
 from mlx_hmem.bank.format import GENERIC
@@ -26,7 +27,7 @@ from mlx_hmem.memory import FetchedMemory
 from mlx_hmem.model.banks import Banks
 from mlx_hmem.model.fetch import check_mode
 from mlx_hmem.model.model import MemoryModel
-from mlx_hmem.model.stream import AnchorWithMemory, check_length, prompt_ids
+from mlx_hmem.model.stream import AnchorWithMemory, check_finite, check_length, ending, prompt_ids
 from mlx_hmem.retriever.texts import check_texts
 
 Key = tuple[str, int, int]  # of a block: its bank, level and cluster
@@ -211,7 +212,8 @@ def batch_generate(
             ``completion_batch_size``, ``prefill_batch_size``, ...
 
     Raises:
-        UserError: no prompts, an empty or too long one, or lists of different lengths.
+        UserError: no prompts, an empty or too long one, lists of different lengths, or logits that
+            are not finite.
     """
     check_mode(memory)
     ids, limits = _checked(model, prompts, max_tokens, ids)
@@ -233,11 +235,12 @@ def batch_generate(
             anchor.make_cache(path or "generic", bank=bank, under=user)
             for (bank, path), user in zip(routes, users, strict=True)
         ]
-    stops = [[token] for token in model.tokenizer.eos_token_ids]
-    generator = BatchGenerator(anchor, stop_tokens=stops, **options)
+    ends = model.tokenizer.eos_token_ids
+    options["sampler"] = ending(options.get("sampler") or make_sampler(), ends)
+    generator = BatchGenerator(anchor, stop_tokens=[[token] for token in ends], **options)
     try:
         uids = generator.insert(ids, limits, caches=caches)
-        found = _run(generator, uids)
+        found = _run(generator, uids, ends)
     finally:
         generator.close()
     return [
@@ -279,12 +282,15 @@ def _checked(
     return ids, limits
 
 
-def _run(generator: BatchGenerator, uids: Sequence[int]) -> list[tuple[list[int], str]]:
+def _run(
+    generator: BatchGenerator, uids: Sequence[int], ends: Collection[int]
+) -> list[tuple[list[int], str]]:
     """The tokens of each row and why it ended, once all have."""
     tokens: dict[int, list[int]] = {uid: [] for uid in uids}
     reasons: dict[int, str] = {}
     while len(reasons) < len(uids):
         for response in generator.next_generated():
+            check_finite(response.token, response.logprobs, ends)
             if response.finish_reason != "stop":
                 tokens[response.uid].append(response.token)
             if response.finish_reason is not None:

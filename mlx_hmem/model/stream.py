@@ -7,14 +7,14 @@ import atexit
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import GenerationResponse, stream_generate
-from mlx_lm.sample_utils import make_sampler
+from mlx_lm.sample_utils import Sampler, make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_hmem.anchors.attach import ArrivingRows, MemorySlot
@@ -106,7 +106,8 @@ def stream_text(
     seed: int | None = None,
     **options: Any,
 ) -> Iterator[GenerationResponse]:
-    """mlx-lm's pieces of text as they come; greedy at ``temp`` 0.
+    """mlx-lm's pieces of text as they come; greedy at ``temp`` 0. UserError at the first logits
+    that are not finite.
 
     ``top_k`` and ``min_p`` 0 leave all tokens to ``top_p``. ``options`` go to mlx-lm's
     ``generate_step`` (``prompt_cache``, ``kv_bits``, ...).
@@ -115,10 +116,47 @@ def stream_text(
     if seed is not None:
         mx.random.seed(seed)
     top_k = top_k if top_k < len(tokenizer) else 0  # mlx-lm refuses more than there are
-    sampler = make_sampler(temp=temp, top_p=top_p, top_k=top_k, min_p=min_p)
+    ends = tokenizer.eos_token_ids
+    sampler = ending(make_sampler(temp=temp, top_p=top_p, top_k=top_k, min_p=min_p), ends)
     anchor: Any = model  # not an nn.Module, but all that mlx-lm asks of one
-    return stream_generate(
-        anchor, tokenizer, ids, max_tokens=max_tokens, sampler=sampler, **options
+    return _finite(
+        stream_generate(anchor, tokenizer, ids, max_tokens=max_tokens, sampler=sampler, **options),
+        ends,
+    )
+
+
+def _finite(
+    pieces: Iterator[GenerationResponse], ends: Collection[int]
+) -> Iterator[GenerationResponse]:
+    for piece in pieces:
+        check_finite(piece.token, piece.logprobs, ends)
+        yield piece
+
+
+def ending(sampler: Sampler, ends: Collection[int]) -> Sampler:
+    """``sampler``, which ends the text where the logits are not finite. That is found on the device
+    and costs no wait; :func:`check_finite` then says why the text has ended."""
+
+    def sample(logprobs: mx.array) -> mx.array:
+        tokens = sampler(logprobs)  # (rows,) of (rows, vocabulary)
+        chosen = mx.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+        return mx.where(mx.isfinite(chosen), tokens, min(ends))
+
+    return sample if ends else sampler
+
+
+def check_finite(token: int, logprobs: mx.array, ends: Collection[int]) -> None:
+    """Raises UserError where a token that ends a text (any, if none does) was chosen from logits
+    that are not finite: one NaN among them makes all log-probabilities NaN."""
+    if (not ends or token in ends) and not mx.isfinite(logprobs[token]).item():
+        raise not_finite()
+
+
+def not_finite() -> UserError:
+    return UserError(
+        "the model's logits are not finite",
+        "NaN or infinity",
+        "restore the anchor and its memory; mlx_hmem.bank verify looks for a damaged block",
     )
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import shutil
 import sys
 from dataclasses import replace
@@ -17,6 +18,8 @@ from mlx_hmem.anchors.attach import memory_config
 from mlx_hmem.anchors.load import load_anchor
 from mlx_hmem.bank import Bank
 from mlx_hmem.config import HmemConfig
+from mlx_hmem.evaluate import Fact, perplexity, recall
+from mlx_hmem.generation.batch import batch_generate
 from tests.conftest import MEMORY, save_bank
 from tests.helpers.faults import in_threads
 from tests.helpers.programs import refused
@@ -272,3 +275,21 @@ WRONG_CALLS = {
 @pytest.mark.parametrize(("call", "words"), WRONG_CALLS.values(), ids=WRONG_CALLS)
 def test_wrong_calls_are_refused_in_one_line_before_anything_runs(model, call, words):
     refused(words, call, model)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("temp", [0.0, 0.8])
+def test_logits_that_are_not_finite_end_a_text_with_one_line(model_folder, texts, value, temp):
+    """They made empty answers with status 0, and a recall of 0.0."""
+    model = load(model_folder)
+    ask = lambda: list(model.stream(texts[0][:80], max_tokens=4, temp=temp, seed=1))  # noqa: E731
+    assert len(ask()) > 1
+    model.anchor.model.norm.weight[3] = value
+    what = "the model's logits are not finite: NaN or infinity; restore"
+    refused(what, ask)
+    refused(what, batch_generate, model, [texts[0][:80], texts[1][:80]])
+    fact = Fact("The lighthouse of the bay is", "old", (), 1, "kind", "topic")
+    refused(what, recall, model, [fact], progress=False)
+    refused(what, perplexity, model, texts[:2], progress=False)
+    model.tokenizer.eos_token_ids = []  # with no end of text to choose, every token is looked at
+    refused(what, ask)
