@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
-from mlx_hmem.errors import UserError
+from mlx_hmem.errors import UserError, printable
 from mlx_hmem.files import is_whole, open_regular, read_exactly, strict_json
 
 FORMAT_VERSION = 1
@@ -29,6 +29,7 @@ ROWS_OF_KIND: dict[str, dict[str, int]] = {
     "kv": {"query_size": 2},
 }
 MAX_DEPTH = 8
+MAX_LAYERS = 4096
 MAX_CLUSTERS = 1 << 24
 ClusterPath = tuple[int, ...]  # the global cluster index on each level
 
@@ -106,8 +107,11 @@ class MemoryConfig(JsonConfig):
     def __post_init__(self) -> None:
         _positive_int("hidden_size", self.hidden_size)
         _positive_int("num_hidden_layers", self.num_hidden_layers)
+        most = self.num_hidden_layers
+        _check(most <= MAX_LAYERS, "too many layers", most, f"stay within {MAX_LAYERS}")
         known = f"use one of {', '.join(ROWS_OF_KIND)}"
-        _check(self.kind in ROWS_OF_KIND, "unknown memory kind", repr(self.kind), known)
+        right = isinstance(self.kind, str) and self.kind in ROWS_OF_KIND
+        _check(right, "unknown memory kind", repr(self.kind), known)
         _check(isinstance(self.gated, bool), "gated is not true or false", repr(self.gated))
         for name in ("intermediate_size", "query_size", "key_value_size"):
             _positive_int(name, getattr(self, name), least=int(name in ROWS_OF_KIND[self.kind]))
@@ -260,8 +264,8 @@ class RetrieverConfig(JsonConfig):
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            right = isinstance(value, str)
-            _check(right, f"{name} is not a text", repr(value)[:80], "restore hmem.json")
+            right = isinstance(value, str) and printable(value) == value
+            _check(right, f"{name} is not a plain text", repr(value)[:80], "restore hmem.json")
 
 
 @dataclass(frozen=True)

@@ -112,9 +112,12 @@ def read_exactly(file: BinaryIO, length: int, path: Source) -> bytes:
 def strict_json(text: bytes) -> Any:
     """Parses UTF-8 JSON; repeated names, NaN and lone surrogates are a ValueError."""
     try:
-        return json.loads(
+        found = json.loads(
             text.decode(), object_pairs_hook=_no_repeats, parse_constant=_no_constants
         )
+        if b"\\u" in text:  # a lone surrogate is no text: UnicodeEncodeError is a ValueError
+            json.dumps(found, ensure_ascii=False).encode()
+        return found
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -123,8 +126,6 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         raise ValueError("a name occurs twice")
-    for name in result:
-        name.encode()  # a lone surrogate is no text: UnicodeEncodeError is a ValueError
     return result
 
 

@@ -1,6 +1,7 @@
 """Loads an anchor from a model directory, ours or mlx-lm's, with every file checked first."""
 
 import json
+import math
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -11,11 +12,17 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes, load_model
 
 from mlx_hmem.anchors import openlm
-from mlx_hmem.config import HmemConfig, read_json
+from mlx_hmem.config import MAX_LAYERS, HmemConfig, read_json
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import fingerprint, read_safetensors_header
+from mlx_hmem.files import MAX_DIM, fingerprint, is_whole, read_safetensors_header
 
 INDEX = "model.safetensors.index.json"
+COUNTS = {"hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads",
+          "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "n_layer",
+          "n_embd", "n_head", "n_positions", "n_ctx"}  # fmt: skip
+NUMBERS = {"rope_theta", "rope_local_base_freq", "norm_eps", "rms_norm_eps", "layer_norm_eps",
+           "layer_norm_epsilon", "norm_epsilon", "partial_rotary_factor"}  # fmt: skip
+FLAGS = {"tie_word_embeddings", "qk_norm", "rope_traditional", "attention_bias", "mlp_bias"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # the first that is there is read
 
 
@@ -100,25 +107,39 @@ def _classes(config: dict[str, Any]) -> tuple[type[nn.Module], type]:
 def read_config(folder: Path) -> dict[str, Any]:
     """The anchor's ``config.json``, checked for what every architecture has."""
     config = read_json(folder / "config.json")
-    if not isinstance(config, dict) or "model_type" not in config:
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise UserError(
             f"{folder / 'config.json'} names no model_type", folder, "restore the anchor's config"
         )
     if config.get("model_file") is not None:
         raise UserError(
             "the anchor needs code of its own, which is never run",
-            repr(config["model_file"])[:40],
-            "use one of an architecture that mlx-lm has",
+            f"model_file {str(config['model_file'])[:40]!r} in {folder / 'config.json'}",
+            "restore the config, or use an architecture that mlx-lm has",
         )
-    context = config.get("max_position_embeddings")
-    if context is not None and (type(context) is not int or context < 1):
-        raise UserError(
-            "max_position_embeddings is not a whole number of 1 or more",
-            repr(context)[:40],
-            f"correct {folder / 'config.json'}",
-        )
+    check_values(config, folder / "config.json")
     result: dict[str, Any] = config
     return result
+
+
+def check_values(config: dict[str, Any], path: Path) -> None:
+    """Raises UserError for a size, number or flag that no architecture has; null is none of it.
+    Architectures look at no value twice: a wrong one was a traceback, NaN, or no end."""
+    for name, value in config.items():
+        values = value if isinstance(value, list) else [value]
+        right, what = True, ""
+        if name in COUNTS:
+            most = MAX_LAYERS if name in ("num_hidden_layers", "n_layer") else MAX_DIM
+            what = f"a whole number from 1 to {most}"
+            right = all(is_whole(n, most) and n > 0 for n in values if n is not None)
+        elif name in NUMBERS:
+            what = "a number above 0"
+            right = type(value) in (int, float) and 0 < value < math.inf
+            right = right or (value is None and "rope_parameters" in config)
+        elif name in FLAGS:
+            right, what = value in (True, False, None), "true or false"
+        if not right:
+            raise UserError(f"{name} is not {what}", repr(value)[:40], f"restore or correct {path}")
 
 
 def anchor_of_config(config: dict[str, Any]) -> nn.Module:

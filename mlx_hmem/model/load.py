@@ -178,14 +178,16 @@ def encoder_folder(folder: Path, hmem: HmemConfig) -> Path:
     name = hmem.retriever.encoder
     if name == "minilm":
         return find_minilm()
-    return STATIC_FOLDER if name == "static" else folder / name
+    if name == "static":
+        return STATIC_FOLDER
+    if not (folder / name).resolve().is_relative_to(folder.resolve()):
+        raise UserError("the encoder lies outside the model", name, "restore hmem.json")
+    return folder / name
 
 
 def open_encoder(folder: Path, hmem: HmemConfig) -> Encoder:
     name = hmem.retriever.encoder
-    if not (folder / name).resolve().is_relative_to(folder.resolve()):
-        raise UserError("the encoder lies outside the model", name, "restore hmem.json")
-    encoder = load_encoder(name if name in ("minilm", "static") else folder / name)
+    encoder = load_encoder(name if name == "minilm" else encoder_folder(folder, hmem))
     if encoder.fingerprint != hmem.retriever.encoder_hash:
         raise UserError(
             "the encoder is not the one this memory was routed with",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from mlx_hmem.errors import UserError
+from mlx_hmem.errors import UserError, foreign
 
 
 def check_texts(texts: Sequence[str]) -> list[str]:
@@ -26,10 +26,8 @@ def check_texts(texts: Sequence[str]) -> list[str]:
 
 def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     """The tokenizer of ``path`` without its baked-in padding and truncation."""
-    try:
+    with foreign(f"{path} is not a tokenizer", "restore the file"):
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception
-        raise UserError(f"{path} is not a tokenizer", error, "restore the file") from None
     if tokenizer.get_vocab_size() != vocab_size:
         raise UserError(
             f"{path} has another vocabulary", tokenizer.get_vocab_size(), f"need {vocab_size}"

@@ -108,7 +108,7 @@ def test_a_head_is_dropped_only_where_it_is_the_embedding(tmp_path, capsys):
         ({"quantization_config": {"bits": 4}}, "the source is quantised"),
         ({"model_type": "mamba"}, "no such architecture is converted: mamba"),
         ({"rope_parameters": {"rope_theta": 3e4}}, "rope_theta is 10000.0 and in rope_parameters"),
-        ({"hidden_size": "x"}, "config.json describes no anchor"),
+        ({"hidden_size": "x"}, "hidden_size is not a whole number from 1 to"),
     ],
 )
 def test_a_hugging_face_config_that_does_not_fit_is_one_line(tmp_path, change, words):

@@ -120,6 +120,14 @@ WRONG_CONFIGS = {
     "quantisation that is a text": {"quantization": "4 bits"},
     "a context of text": {"max_position_embeddings": "96"},
     "a context of none": {"max_position_embeddings": 0},
+    "ten million layers": {"num_hidden_layers": 10**7},
+    "a theta of text": {"rope_theta": "x"},
+    "no theta": {"rope_theta": None},
+    "a theta of 0": {"rope_theta": 0},
+    "a theta below 0": {"rope_theta": -1},
+    "an infinite theta": {"rope_theta": float("inf")},
+    "a norm's epsilon that is none": {"norm_eps": float("nan")},
+    "a flag of text": {"tie_word_embeddings": "false"},
 }
 
 
@@ -152,6 +160,10 @@ WRONG_HMEM = {
     "branching is huge": lambda h: h["memory"].update(branching=[1 << 60] * 3),
     "an unknown kind": lambda h: h["memory"].update(kind="lora"),
     "a kind that is a list": lambda h: h["memory"].update(kind=["ffn"]),
+    "a kind that is a list of objects": lambda h: h["memory"].update(kind=[{}]),
+    "a number of layers without end": lambda h: h["memory"].update(num_hidden_layers=10**15),
+    "an encoder that is half a character": lambda h: h["retriever"].update(encoder="a\ud800"),
+    "an encoder with a null": lambda h: h["retriever"].update(encoder="a\0b"),
     "an unknown key": lambda h: h["memory"].update(rank=4),
     "a missing key": lambda h: h["memory"].pop("hidden_size"),
     "memory is nothing": lambda h: h.update(memory=None),
