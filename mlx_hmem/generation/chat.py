@@ -4,6 +4,7 @@ Answers go to standard output, all else to standard error. Without a terminal th
 sign, and the answers alone, a line each or more, are what a pipe carries on.
 """
 
+import io
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -64,6 +65,8 @@ def chat(conversation: Conversation) -> None:
     if at_terminal:
         with suppress(ImportError):  # not on every system; input() then has no line editing
             import readline  # noqa: F401
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")  # as the words of a prompt
         say("/help names the commands, q ends")
     try:
         while (line := _next_line(at_terminal)) is not None:

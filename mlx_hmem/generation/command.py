@@ -4,6 +4,7 @@ The text streams to standard output; the route and the timings go to standard er
 """
 
 import json
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -75,7 +76,7 @@ def main(words: Sequence[str]) -> None:
         "finish_reason": piece.finish_reason,
     }
     if args.json:
-        print(json.dumps(result, ensure_ascii=False))
+        print(json.dumps(result, ensure_ascii=sys.stdout.encoding != "utf-8"))
     else:
         print()
         say(summary(fetch, result))

@@ -15,7 +15,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_hmem.budget.resident import resident_bytes
 from mlx_hmem.errors import UserError, foreign
-from mlx_hmem.model.tokenizer import any_of, controls_of, cut, mark_for, rendered_ids
+from mlx_hmem.model.tokenizer import ModelTokenizer, mark_for
 
 SECONDS = 10.0
 MOST_MEMORY = 1 << 30  # bytes that rendering may take
@@ -47,21 +47,22 @@ def chat_ids(
         messages.append({"role": "user", "content": said})
         messages.append({"role": "assistant", "content": answer})
     messages.append({"role": "user", "content": text})
-    contents = [each["content"] for each in messages]
-    controls, mark = controls_of(tokenizer), mark_for(contents)
-    held = any(any_of(controls).search(content) for content in contents)
-    for each in messages if held else ():
-        each["content"] = cut(each["content"], controls, mark)
+    if not isinstance(tokenizer, ModelTokenizer):
+        tokenizer = ModelTokenizer.of(tokenizer, None)
+    mark = mark_for(each["content"] for each in messages)
     remedy = "restore it" if system is None else "leave the system prompt out"
     with foreign("the model's chat template fails", remedy):
+        for each in messages:
+            each["content"] = tokenizer.cut(each["content"], mark)
+        held = any(mark in each["content"] for each in messages)
         with _bounded():
             made = tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=not held, **options
             )
-        ids = rendered_ids(tokenizer._tokenizer, made, mark) if held else list(made)
+        ids = tokenizer.rendered_ids(made, mark) if held else list(made)
         if not ids:
             raise ValueError("it makes no text of it")
-    return tokenizer.checked(ids) if hasattr(tokenizer, "checked") else ids
+    return tokenizer.checked(ids)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatch
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -135,13 +135,74 @@ class ModelTokenizer(TokenizerWrapper):
         made._vocab_size = vocab_size if type(vocab_size) is int else None
         return made
 
+    @cached_property
+    def controls(self) -> dict[int, str]:
+        """The control tokens: those that are special, and what else was added to the vocabulary and
+        stands in the chat template."""
+        template = json.dumps(self._tokenizer.chat_template, ensure_ascii=False)
+        return {
+            number: token.content
+            for number, token in self._tokenizer.added_tokens_decoder.items()
+            if token.content.strip() and (token.special or token.content in template)
+        }
+
+    def held(self, text: str, **options: bool) -> dict[str, int]:
+        """The control tokens that the tokenizer sees in a text."""
+        ids = self._tokenizer.encode(text, add_special_tokens=False, **options)
+        return {self.controls[i]: i for i in ids if i in self.controls}
+
+    def cut(self, text: str, mark: str, **options: bool) -> str:
+        """The text with marks, each behind the first character of a control token that the
+        tokenizer would see, so that it sees none."""
+        while found := self.held(text, **options):
+            cut = any_of(found).sub(lambda name: name[0][:1] + mark + name[0][1:], text)
+            if cut == text:
+                raise ValueError(f"{next(iter(found))!r} cannot be told from text")
+            text = cut
+        return text
+
     def encode(self, text: str, add_special_tokens: bool = True, **options: Any) -> list[int]:
         """The ids of a text, in which no control token is seen; around it what the tokenizer puts
         there, unless ``add_special_tokens`` is not set. UserError for an id that the anchor lacks,
         and for a text that the tokenizer cannot read."""
         with foreign("the tokenizer cannot read this text", "use another model's tokenizer"):
-            ids = text_ids(self._tokenizer, text, add_special_tokens)
+            ids = self._text_ids(text, add_special_tokens)
         return self.checked(ids)
+
+    def _text_ids(self, text: str, around: bool) -> list[int]:
+        encode = partial(self._tokenizer.encode, split_special_tokens=True)
+        ids = list(encode(text, add_special_tokens=around))
+        if sum(i in self.controls for i in ids) == (self._around if around else 0):
+            return ids
+        # One that is not special, or a piece of the vocabulary as well.
+        mark = mark_for([text])
+        first, *rest = self.cut(text, mark, split_special_tokens=True).split(mark)
+        ids = list(encode(first, add_special_tokens=around))
+        for part in rest:
+            ids += encode(part, add_special_tokens=False)
+        return ids
+
+    @cached_property
+    def _around(self) -> int:
+        """How many control tokens are put around a text."""
+        return sum(i in self.controls for i in self._tokenizer.encode("a"))
+
+    def rendered_ids(self, rendered: str, mark: str) -> list[int]:
+        """The ids of what a chat template wrote: its control tokens, and between them text that was
+        :meth:`cut`."""
+        found, ids = self.held(rendered), list[int]()
+        added = self._tokenizer.added_tokens_decoder
+        pieces = ["", *any_of(found).split(rendered), ""]
+        for place in range(1, len(pieces), 2):  # a text between two control tokens
+            before, text, after = pieces[place - 1 : place + 2]
+            text = text.replace(mark, "")
+            if before and added[found[before]].rstrip:
+                text = text.lstrip()
+            if after and added[found[after]].lstrip:
+                text = text.rstrip()
+            ids += self._text_ids(text, False) if text else []
+            ids += [found[after]] if after else []
+        return ids
 
     def checked(self, ids: list[int]) -> list[int]:
         """``ids``, if the anchor has embeddings of them."""
@@ -155,20 +216,9 @@ class ModelTokenizer(TokenizerWrapper):
         return ids
 
 
-def controls_of(tokenizer: Any) -> dict[str, int]:
-    """The control tokens by their texts: those that are special, and what else was added to the
-    vocabulary and stands in the chat template. ``tokenizer`` is of transformers, here and below."""
-    template = json.dumps(tokenizer.chat_template, ensure_ascii=False)
-    return {
-        token.content: number
-        for number, token in tokenizer.added_tokens_decoder.items()
-        if token.content.strip() and (token.special or token.content in template)
-    }
-
-
-def any_of(controls: Iterable[str]) -> re.Pattern[str]:
-    """Finds control tokens, each of them as a group."""
-    longest = sorted(controls, key=len, reverse=True)
+def any_of(names: Iterable[str]) -> re.Pattern[str]:
+    """Finds the longest of ``names``, as a group."""
+    longest = sorted(names, key=len, reverse=True)
     return re.compile(f"({'|'.join(map(re.escape, longest)) or '(?!)'})")
 
 
@@ -176,40 +226,3 @@ def mark_for(texts: Iterable[str]) -> str:
     """A character that is in none of the texts."""
     used = set().union(*texts)
     return next(mark for mark in map(chr, range(0xF0000, 0xFFFFE)) if mark not in used)
-
-
-def cut(text: str, controls: Iterable[str], mark: str) -> str:
-    """The text with a mark behind the first character of each control token in it."""
-    return any_of(controls).sub(lambda found: found[0][:1] + mark + found[0][1:], text)
-
-
-def text_ids(tokenizer: Any, text: str, add_special_tokens: bool = True) -> list[int]:
-    """The ids of a text in which no control token is seen."""
-    encode = partial(tokenizer.encode, split_special_tokens=True)
-    controls, parts = controls_of(tokenizer), [text]
-    found = {controls[name] for name in any_of(controls).findall(text)}
-    if found and not found.isdisjoint(encode(text, add_special_tokens=False)):
-        # One that is not special, or a piece of the vocabulary as well.
-        mark = mark_for([text])
-        parts = cut(text, controls, mark).split(mark)
-    ids = list(encode(parts[0], add_special_tokens=add_special_tokens))
-    for part in parts[1:]:
-        ids += encode(part, add_special_tokens=False)
-    return ids
-
-
-def rendered_ids(tokenizer: Any, rendered: str, mark: str) -> list[int]:
-    """The ids of what a chat template wrote: its control tokens, and between them text that was
-    :func:`cut`."""
-    controls, ids = controls_of(tokenizer), list[int]()
-    pieces = ["", *any_of(controls).split(rendered), ""]
-    for place in range(1, len(pieces), 2):  # a text between two control tokens
-        before, text, after = pieces[place - 1 : place + 2]
-        text = text.replace(mark, "")
-        if before and tokenizer.added_tokens_decoder[controls[before]].rstrip:
-            text = text.lstrip()
-        if after and tokenizer.added_tokens_decoder[controls[after]].lstrip:
-            text = text.rstrip()
-        ids += text_ids(tokenizer, text, False) if text else []
-        ids += [controls[after]] if after else []
-    return ids
