@@ -3,11 +3,12 @@
 MLX trusts what it loads (an overflowing shape in a 93-byte file ends the process) and writes in
 place (a kill half-way destroys the file that was there). So headers are validated here before MLX
 sees a file, and every file is written beside its place, synced and renamed. The part file has a
-fixed name, so a killed write leaves at most one, which the next write of that file replaces: one
-writer per file at a time.
+fixed name, so a killed write leaves at most one, which the next write of that file replaces; a lock
+on it lets one program write at a time.
 """
 
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -195,8 +196,6 @@ def sync(file: BinaryIO) -> None:
     """Puts a file's bytes on the disk itself, also on macOS, where fsync does not."""
     file.flush()
     if sys.platform == "darwin":
-        import fcntl
-
         try:
             fcntl.fcntl(file.fileno(), fcntl.F_FULLFSYNC)
             return
@@ -216,19 +215,50 @@ def sync_folder(folder: Source) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: Source) -> Iterator[BinaryIO]:
-    """A file to write into that appears at ``path`` only when the block ends without an error."""
+    """A file to write into that appears at ``path`` only when the block ends without an error.
+
+    Raises UserError where another program is writing it.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
-    try:
-        with open(part, "w+b") as file:
+    with open(part, "w+b", opener=_as_it_is) as file:
+        # Or it was renamed before it could be locked.
+        if not take_lock(file) or not lies_at(file.fileno(), part):
+            raise UserError("another program is writing this file", path, "wait for it to end")
+        try:
+            file.truncate(0)
             yield file
             sync(file)
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+            os.replace(part, path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
     sync_folder(path.parent)
+
+
+def _as_it_is(path: str, flags: int) -> int:
+    """Opens a file to write into, but does not empty it: it may be another's."""
+    return os.open(path, flags & ~os.O_TRUNC, 0o666)
+
+
+def take_lock(file: BinaryIO | int) -> bool:
+    """Whether an open file, or a folder's handle, could be locked for this process."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system that knows no locks
+        return True
+    return True
+
+
+def lies_at(handle: int, path: Path) -> bool:
+    """Whether an open file or folder is what lies at ``path``."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def save_safetensors(

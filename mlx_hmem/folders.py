@@ -18,21 +18,12 @@ from typing import Any, BinaryIO
 
 from mlx_hmem.config import read_json
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import copy_file, sync, sync_folder, write_atomic
+from mlx_hmem.files import copy_file, lies_at, sync, sync_folder, take_lock, write_atomic
 
 RECORD = "unfinished.json"
 REPLACED = "replaced"  # the folder of before, while the new one takes its place
 # Files of which a folder that may be overwritten has at least one.
 MARKS = ("config.json", "hmem.json", "hmem_pytorch.json", "bundle.json", RECORD)
-
-
-def take_lock(file: BinaryIO | int) -> bool:
-    """Whether an open file, or a folder's handle, could be locked for this process."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
 
 
 @contextlib.contextmanager
@@ -50,6 +41,17 @@ def locked(path: Path, taken: UserError | None = None, wait: str = "") -> Iterat
             print(wait, flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield file if got or wait else None
+
+
+@contextlib.contextmanager
+def folder_locked(folder: Path) -> Iterator[None]:
+    """Waits until no other program has a folder that is there, and keeps it for this one."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def whole_lines(file: BinaryIO) -> list[bytes]:
@@ -168,23 +170,16 @@ def _claimed(folder: Path, part: Path) -> Iterator[None]:
         raise other from None
     try:
         # Or it was renamed before it could be locked.
-        if not take_lock(handle) or not _lies_at(handle, folder):
+        if not take_lock(handle) or not lies_at(handle, folder):
             raise other
         try:
             yield
         finally:
             with contextlib.suppress(OSError):
-                if _lies_at(handle, part):
+                if lies_at(handle, part):
                     part.rmdir()  # nothing was begun
     finally:
         os.close(handle)
-
-
-def _lies_at(handle: int, folder: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(handle), os.stat(folder))
-    except FileNotFoundError:
-        return False
 
 
 def _check_sources(identity: dict[str, Any]) -> None:

@@ -248,6 +248,18 @@ def test_part_of_a_running_write_is_not_the_file(tmp_path: Path) -> None:
     assert (tmp_path / "model.safetensors").read_bytes() == b"x"
 
 
+def test_two_writers_of_one_file_do_not_mix(tmp_path: Path) -> None:
+    """Both wrote into the same file beside it: a mixture of the two was renamed, with status 0."""
+    path = tmp_path / "file"
+    with files.atomic_file(path) as file:
+        file.write(b"first")
+        refused("another program is writing this file", files.write_atomic, path, b"second writer")
+    assert path.read_bytes() == b"first"
+    files.write_atomic(path, b"second")
+    assert os.listdir(tmp_path) == ["file"]
+    assert path.read_bytes() == b"second"
+
+
 def test_a_file_is_linked_where_there_are_links_and_else_copied_whole(tmp_path, monkeypatch):
     source = tmp_path / "source"
     source.write_bytes(b"abc" * 1000)

@@ -21,6 +21,8 @@ from mlx_hmem.bank_tools.effects import measure, read_named_texts
 from mlx_hmem.bank_tools.page import write_page
 from mlx_hmem.bank_tools.table import cluster_lines, table_lines
 from mlx_hmem.errors import ArgumentParser, UserError, printable
+from mlx_hmem.folders import folder_locked
+from mlx_hmem.model.find import BANK_FOLDER
 from mlx_hmem.model.load import load
 
 MOST_LINES = 40  # of differences
@@ -81,7 +83,8 @@ def _change_view(change: Callable[..., str]) -> Callable[[argparse.Namespace], N
             raise UserError("views are set in a folder", args.model, "fetch the model first")
         paths = [barred_path(text) for text in args.clusters]
         folder = model_folder(folder)
-        with opened(folder) as banks:
+        # Who changes the views meanwhile would lose this change, or this one theirs.
+        with folder_locked(folder / BANK_FOLDER), opened(folder) as banks:
             print(change(folder, banks, args.view, paths))
 
     return command

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -20,7 +22,7 @@ from mlx_hmem.model.load import load
 from tests.conftest import MEMORY
 from tests.helpers import programs
 from tests.helpers.banks import flip_block, refused, said
-from tests.helpers.places import bytes_of
+from tests.helpers.places import ROOT, bytes_of
 
 
 def test_documents_come_back_and_are_found_by_name_and_hash(known, model):
@@ -153,6 +155,20 @@ def test_block_and_unblock_change_one_small_file(known, model, texts, capsys):
     after = bytes_of(known)
     del after["bank/views.json"]
     assert after == before
+
+
+def test_two_who_change_views_at_once_both_do(known):
+    """The second wrote what it had read before the first one wrote: a view announced, and lost."""
+    slow = (
+        "import sys, time; from mlx_hmem.bank_tools import access, command; "
+        "write = access.write_views; "
+        "access.write_views = lambda *given: (time.sleep(1), write(*given)); "
+        "command.main(['block', sys.argv[1], '0', '--view', sys.argv[2]])"
+    )
+    command = [sys.executable, "-c", slow, str(known)]
+    both = [subprocess.Popen([*command, name], cwd=ROOT) for name in ("one", "other")]
+    assert [each.wait() for each in both] == [0, 0]
+    assert set(json.loads((known / "bank" / "views.json").read_text())["views"]) == {"one", "other"}
 
 
 def test_diff_says_which_blocks_differ_and_by_how_much(broken, model_folder, model, capsys):
