@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_hmem.config import ClusterPath, JsonConfig, MemoryConfig
-from mlx_hmem.errors import UserError
+from mlx_hmem.errors import UserError, printable
 from mlx_hmem.files import open_regular, strict_json, write_atomic
 
 DOCUMENTS = "documents.jsonl"
@@ -105,11 +105,10 @@ def find_document(
 ) -> Document:
     """The one document whose name is ``wanted`` or whose hash begins so (6 digits at least).
 
-    ``also``: more names of documents, by their hashes. However a name's accents are encoded, it is
-    one name: macOS writes them apart, a keyboard as one.
+    ``also``: more names of documents, by their hashes. Names are compared as :func:`one_name`.
     """
-    also, name = also or {}, _name(wanted)
-    by_name = [d for d in documents if name in map(_name, (d.name, *also.get(d.sha256, ())))]
+    also, name = also or {}, one_name(wanted)
+    by_name = [d for d in documents if name in map(one_name, (d.name, *also.get(d.sha256, ())))]
     by_hash = [d for d in documents if len(wanted) >= 6 and d.sha256.startswith(wanted.lower())]
     found = by_name or by_hash
     if len(found) == 1:
@@ -126,5 +125,7 @@ def find_document(
     )
 
 
-def _name(text: str) -> str:
-    return unicodedata.normalize("NFC", text)
+def one_name(text: str) -> str:
+    """A name as it is compared: macOS writes an accent apart from its letter, a keyboard both as
+    one, and a person may copy what was printed of it."""
+    return printable(unicodedata.normalize("NFC", text))

@@ -12,6 +12,7 @@ view is called "default" it holds for whoever asks for none.
 
 import json
 import re
+import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ Views = Mapping[str, Sequence[Barred]]
 
 
 def check_name(name: Any, what: str) -> str:
-    """``name`` if it can be the name of a view or a bank."""
+    """``name`` if it can be the name of a view or a bank, its accents as one with their letters."""
+    name = unicodedata.normalize("NFC", name) if isinstance(name, str) else name
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise UserError(
             f"wrong name of a {what}",
@@ -59,7 +61,10 @@ def read_views(folder: str | Path, configs: Mapping[str, MemoryConfig]) -> Views
         views = values["views"]
         if not isinstance(views, dict):
             raise ValueError("views is not an object")
-        return {check_name(name, "view"): _view(view, configs) for name, view in views.items()}
+        found = {check_name(name, "view"): _view(view, configs) for name, view in views.items()}
+        if len(found) < len(views):
+            raise ValueError("a name occurs twice")
+        return found
     except ValueError as error:  # UserError is one
         raise UserError(f"{file} is damaged", error, REMEDY) from None
 
@@ -84,7 +89,7 @@ def check_barred(path: Any, configs: Mapping[str, MemoryConfig]) -> Barred:
     bank, rest = in_bank(tuple(path))
     if bank not in configs:
         known = ", ".join(filter(None, configs)) or "none was added"
-        raise UserError("no such bank", bank, f"known: {known}")
+        raise UserError("no such bank", bank, f"known: {known}; write a cluster as 3 or 3,51")
     if not all(type(index) is int for index in rest):
         raise UserError("not the path of a cluster", repr(path)[:80], "write it as 3 or 3,51")
     clusters = configs[bank].check_path(rest, whole=False) if rest else ()
@@ -101,6 +106,7 @@ def view_called(views: Views, name: str | None) -> Sequence[Barred]:
     """What the view bars; for None that of "default", or nothing where there is none."""
     if name is None:
         return views.get(DEFAULT, ())
+    name = unicodedata.normalize("NFC", name)
     if name not in views:
         known = ", ".join(views) or "the model has none; mlx_hmem.bank block makes one"
         raise UserError("no such view", name, f"known: {known}" if views else known)
@@ -115,7 +121,7 @@ def of_bank(barred: Collection[Barred], bank: str) -> list[ClusterPath] | None:
 
 def barred_path(text: str) -> Barred:
     """A barred path as a command line has it: ``3``, ``3,51``, ``BANK`` or ``BANK:3,51``."""
-    bank, colon, rest = text.partition(":")
+    bank, colon, rest = unicodedata.normalize("NFC", text).partition(":")
     if not colon:
         bank, rest = ("", text) if not NAME.fullmatch(text) else (text, "")
     try:

@@ -11,7 +11,7 @@ from mlx_hmem.model.find import BANK_FOLDER
 
 def block(folder: Path, banks: Sequence[OpenBank], name: str, paths: Sequence[Barred]) -> str:
     """Bars clusters in a view, which is made if it is new; a line that says what it bars now."""
-    check_name(name, "view")
+    name = check_name(name, "view")
     views = views_of(folder, banks)
     configs = configs_of(banks)
     barred = list(views.get(name, ()))
@@ -22,7 +22,7 @@ def block(folder: Path, banks: Sequence[OpenBank], name: str, paths: Sequence[Ba
 
 def unblock(folder: Path, banks: Sequence[OpenBank], name: str, paths: Sequence[Barred]) -> str:
     """Lets a view fetch clusters again; without ``paths`` the view is removed."""
-    views = views_of(folder, banks)
+    views, name = views_of(folder, banks), check_name(name, "view")
     if name not in views:
         raise UserError("no such view", name, f"known: {', '.join(views) or 'none'}")
     wanted = [check_barred(path, configs_of(banks)) for path in paths]

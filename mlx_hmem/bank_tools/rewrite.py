@@ -34,7 +34,7 @@ def add(folder: Path, banks: Sequence[OpenBank], other: OpenBank, name: str, out
 
     Views that exist do not see it until they are unblocked.
     """
-    check_name(name, "bank")
+    name = check_name(name, "bank")
     if any(each.name == name for each in banks):
         raise UserError("a bank of this name is there already", name, "choose another --name")
     check_beside(banks[0].hmem, other.hmem, f"the bank in {other.folder}")

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -34,6 +35,19 @@ def test_documents_come_back_and_are_found_by_name_and_hash(known, model):
     assert read_documents(known / "bank") == documents
     with pytest.raises(UserError, match="the bank knows no such document: a diary"):
         find_document(documents, "a diary")
+    # Six digits of a hash; accents however they are encoded; a name as it is printed.
+    odd = replace(documents[3], name="caf\u00e9\x1b[31m")
+    for wanted in (odd.sha256[:6], "cafe\u0301\x1b[31m", "caf\u00e9\\x1b[31m"):
+        assert find_document([*documents[:3], odd], wanted) == odd
+
+
+def test_a_view_and_a_bank_have_one_name_however_its_accents_are_encoded(known, capsys):
+    said(capsys, "block", known, 0, "--view", "g\u00e4ste")
+    said(capsys, "block", known, 1, "--view", "ga\u0308ste")
+    assert load(known, view="ga\u0308ste").banks.views == {"g\u00e4ste": ((0,), (1,))}
+    assert "is removed" in said(capsys, "unblock", known, "--view", "ga\u0308ste")
+    with pytest.raises(UserError, match="abc; known: none was added; write a cluster as 3"):
+        main(["split", str(known), "abc", "--out", str(known.with_name("new"))])
 
 
 GOOD = {"sha256": "0" * 64, "name": "a", "tokens": 3, "clusters": [[0, 0, 0]]}

@@ -25,7 +25,7 @@ from mlx_hmem.bank.documents import Document, find_document, write_documents
 from mlx_hmem.bank.format import GENERIC, Key, Manifest
 from mlx_hmem.bank.writer import Given, rewrite_bank
 from mlx_hmem.bank_tools.folders import BANK, TREE, link_model
-from mlx_hmem.errors import ArgumentParser, UserError
+from mlx_hmem.errors import ArgumentParser, UserError, printable
 from mlx_hmem.files import fingerprint, write_atomic
 from mlx_hmem.folders import RECORD, whole_folder
 from mlx_hmem.model.find import BANK_FOLDER, BESIDE
@@ -244,4 +244,5 @@ def main(words: Sequence[str]) -> None:
     )
     args = parser.parse_args(words)
     runs = args.run or [Path(f"{args.model}.run")]
-    print("\n".join(forget(args.model, args.documents, runs, args.out, args.control)))
+    lines = forget(args.model, args.documents, runs, args.out, args.control)
+    print("\n".join(map(printable, lines)))
