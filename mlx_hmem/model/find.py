@@ -79,4 +79,8 @@ def is_repo_name(name: str) -> bool:
 
 
 def _reason(error: Exception) -> str:
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if isinstance(error, LocalEntryNotFoundError):
+        return "it is not in the Hub's cache, and there is no connection"
     return " ".join(str(error).split())[:300] or type(error).__name__

@@ -107,7 +107,7 @@ def test_without_a_connection_what_is_here_works_and_what_is_not_is_named(
     with refusing("bank/level-1.00001.safetensors of user/tiny is not on this computer.*connect"):
         blocks(model, LAST)
     assert same(blocks(model, FIRST), blocks(local, FIRST))
-    line = "no model directory user/other, and the Hub does not give it"
+    line = "the Hub does not give it: it is not in the Hub's cache"
     refused(line, load, "user/other", lazy=True)
     if how == "offline":
         monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
