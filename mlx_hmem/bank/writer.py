@@ -102,10 +102,13 @@ def rewrite_bank(
 
 
 def stored_bytes(bank: Bank, level: int, cluster: int) -> Stored | None:
-    """A block of an open bank as it lies there, for :func:`rewrite_bank`; zeros are not read."""
+    """A block of an open bank as it lies there, for :func:`rewrite_bank`; zeros are not read.
+
+    Raises UserError where it is damaged or not finite.
+    """
     if bank.manifest.is_zeros(level, cluster):
         return None
-    buffers = bank.stored(level, cluster).buffers
+    buffers = bank.whole(level, cluster).buffers
     return [memoryview(buffer).cast("B") for buffer in buffers]  # type: ignore[arg-type]
 
 

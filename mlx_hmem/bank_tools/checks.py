@@ -1,9 +1,11 @@
-"""``verify``: every file of a model with memory, and the checksum of every block."""
+"""``verify``: every file of a model with memory, every checksum, and whether all is finite."""
 
 from pathlib import Path
 
+import mlx.core as mx
 from tqdm import tqdm
 
+from mlx_hmem.anchors.load import named_parameters
 from mlx_hmem.bank.documents import read_documents
 from mlx_hmem.bank.format import MANIFEST, Manifest, num_blocks
 from mlx_hmem.config import HmemConfig
@@ -16,7 +18,11 @@ def verify(folder: Path) -> tuple[int, list[str]]:
     """The number of blocks found sound, and a line for everything that is damaged or missing."""
     damage: list[str] = []
     try:
-        load(folder, cache_bytes=0)  # anchor, tokenizer, encoder, trees, views, and each header
+        # Anchor, tokenizer, encoder, trees, views, and each header.
+        model = load(folder, cache_bytes=0)
+        for name, array in named_parameters(model.anchor).items():
+            if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
+                damage.append(f"{name} of the anchor is not finite")
     except UserError as error:
         damage.append(str(error))
     banks = {"": HmemConfig.from_file(folder / "hmem.json")}
@@ -51,7 +57,7 @@ def _verify_blocks(folder: Path, hmem: HmemConfig) -> tuple[int, list[str]]:
     with open_bank(folder, hmem, cache_bytes=0) as bank, bar:
         for level, cluster in keys:
             try:
-                bank.stored(level, cluster)
+                bank.whole(level, cluster)
                 sound += 1
             except UserError as error:
                 damage.append(str(error))

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from mlx_hmem.bank import Bank, Quantization
 from mlx_hmem.bank.format import PAGE
+from mlx_hmem.bank.quantization import is_finite, quantize_block
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
 from tests.bank import test_bank_faults as plain
@@ -198,3 +199,21 @@ def test_writer_refuses_what_it_cannot_quantise(tmp_path: Path) -> None:
         assert not (tmp_path / "bank.json").exists()
         assert not list(tmp_path.glob(".*"))
     written(q(1, "mxfp4", 4, 32), first=partly)
+
+
+@pytest.mark.parametrize(
+    ("mode", "bits", "group_size"),
+    [("affine", 4, 32), ("affine", 8, 32), ("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)],
+)
+def test_a_quantised_block_that_is_not_finite_is_known(mode, bits, group_size):
+    how, dtype = Quantization(1, mode, bits, group_size), mx.float16
+    block = mx.random.normal(CONFIG.block_shape(1), key=mx.random.key(0)).astype(dtype)
+    packed, scales, *biases = quantize_block(block, CONFIG, how)
+    assert is_finite([packed, scales, *biases], CONFIG, dtype, how)
+    nothing = mx.full(scales.shape, 255, mx.uint8) if not biases else scales * mx.nan
+    assert not is_finite([packed, nothing, *biases], CONFIG, dtype, how)
+    if biases:
+        assert not is_finite([packed, scales, scales * mx.inf], CONFIG, dtype, how)
+        # The greatest that could stand in a group is infinite, but it does not stand there.
+        wide = [mx.zeros_like(packed), mx.full(scales.shape, 6e4, dtype), *biases]
+        assert is_finite(wide, CONFIG, dtype, how)

@@ -2,25 +2,28 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlx_hmem.bank import Bank
+from mlx_hmem.anchors.load import anchor_hash
+from mlx_hmem.bank import Bank, rewrite_bank
 from mlx_hmem.bank.documents import find_document, read_documents, write_documents
 from mlx_hmem.bank_tools.command import main, opened
 from mlx_hmem.bank_tools.contents import Contents
 from mlx_hmem.bank_tools.effects import measure
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import write_atomic
+from mlx_hmem.files import load_safetensors, save_safetensors, write_atomic
 from mlx_hmem.model.load import load
-from tests.conftest import MEMORY
+from tests.conftest import MEMORY, edit_json
 from tests.helpers import programs
 from tests.helpers.banks import flip_block, refused, said
 from tests.helpers.places import ROOT, bytes_of
@@ -145,6 +148,31 @@ def test_verify_names_every_damaged_block_and_ends_with_1(known, capsys):
     with pytest.raises(SystemExit):
         main(["verify", str(known)])
     assert "the bank lacks a file of level 3" in capsys.readouterr().err
+
+
+def test_what_is_not_finite_is_found_though_its_checksum_is_right(known, tmp_path, capsys):
+    """Such a model gave empty answers, and its blocks were called sound."""
+    with Bank.open(known / "bank") as bank:
+        size, manifest = bank.block_bytes(1), bank.manifest
+
+    def block(level: int, cluster: int) -> Any:
+        return [memoryview(b"\xff" * size)] if (level, cluster) == (1, 1) else "keep"
+
+    rewrite_bank(tmp_path / "bank", manifest, block, known / "bank")
+    shutil.rmtree(known / "bank")
+    shutil.move(tmp_path / "bank", known / "bank")
+    weights = dict(load_safetensors(known / "model.safetensors"))
+    name = next(name for name in weights if "norm" in name)
+    save_safetensors(known / "model.safetensors", weights | {name: weights[name] * mx.inf})
+    for file in ("hmem.json", "bank/bank.json"):
+        edit_json(known / file, lambda values: values.update(anchor_hash=anchor_hash(known)))
+    with pytest.raises(SystemExit):
+        main(["verify", str(known)])
+    said_, found = capsys.readouterr()
+    assert f"damaged: {name} of the anchor is not finite" in found
+    assert "level 1, cluster 1 of the bank is not finite" in found
+    assert "2 found damaged" in said_
+    assert "not finite" in refused("split", known, 1, "--out", tmp_path / "new")
 
 
 def test_block_and_unblock_change_one_small_file(known, model, texts, capsys):

@@ -19,7 +19,8 @@ from typing import Literal, Self
 
 import mlx.core as mx
 
-from mlx_hmem.bank.format import GENERIC, MANIFEST, Manifest, num_blocks
+from mlx_hmem.bank.format import GENERIC, MANIFEST, REMEDY, STORED_TYPES, Manifest, num_blocks
+from mlx_hmem.bank.quantization import is_finite
 from mlx_hmem.bank.read.arriving import ArrivingMemory
 from mlx_hmem.bank.read.blocks import StoredBlock
 from mlx_hmem.bank.read.cache import KeptBlocks, Key
@@ -209,6 +210,16 @@ class Bank:
         """A block as it lies in its file, for making another bank of; errors as :meth:`blocks`."""
         self._check_keys([(level, cluster)])
         return self._sources.stored((level, cluster))
+
+    def whole(self, level: int, cluster: int) -> StoredBlock:
+        """As :meth:`stored`; UserError, too, where a value is not finite, which a checksum does not
+        tell."""
+        block, manifest = self.stored(level, cluster), self.manifest
+        arrays, how = block.arrays(manifest.parts(level)), manifest.quantization_of(level)
+        if not is_finite(arrays, self.config, STORED_TYPES[self.dtype].dtype, how):
+            where = f"level {level}, cluster {cluster}" if level else "the generic memory"
+            raise UserError(f"{where} of the bank is not finite", f"stored as {self.dtype}", REMEDY)
+        return block
 
     def check(self, anchor_hash: str, tree_hash: str) -> None:
         """Raises UserError unless the bank was made for this anchor and this cluster tree."""
