@@ -132,3 +132,16 @@ def test_a_difference_is_named_also_where_a_key_is_new_and_the_many_are_cut(tmp_
         check_identity({"a": {"b": 1}}, {"a": {"b": 1, "c": 2}}, tmp_path)
     refused("and 3 more", lambda: check_identity({}, {str(i): i for i in range(7)}, tmp_path))
     check_identity({"a": [1, 2]}, {"a": (1, 2)}, tmp_path)
+
+
+def test_a_damaged_checkpoint_is_one_line_and_not_other_numbers(whole, tmp_path):
+    """A flipped bit in its weights or moments was trained on with."""
+    shutil.copytree(whole["anchor"], tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "checkpoint.safetensors"
+    data = path.read_bytes()
+    for at in (len(data) // 3, len(data) // 2, len(data) - 3, data.index(b"num_sequences")):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        with runs.trainee_of("anchor", tmp_path) as trainee:
+            what = "is damaged: its checksum; move|wrong safetensors header"
+            with pytest.raises(UserError, match=what):
+                train(trainee, runs.order(), runs.CONFIG, tmp_path, "anchor")

@@ -96,9 +96,10 @@ def fit(recipe: Recipe, budget: int, stages: Iterable[str], folder: Path) -> tup
 
 def _as_made(recipe: Recipe, stage: str, done: Any) -> Recipe:
     """The recipe with the settings that a finished stage was made with."""
-    section = getattr(recipe, stage)
-    made = (done.get("recipe", {}).get(stage) or {}).get("training") or {}
-    if section is None or section.training is None or not made:
+    section, made = getattr(recipe, stage), done
+    for name in ("recipe", stage, "training"):  # a damaged file is told of by the stage
+        made = made.get(name) if isinstance(made, dict) else None
+    if section is None or section.training is None or not isinstance(made, dict):
         return recipe
     own = {name: made.get(name) for name in ("micro_batch_size", "gradient_checkpointing")}
     own["gradient_checkpointing"] = bool(own["gradient_checkpointing"])

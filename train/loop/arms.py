@@ -26,6 +26,7 @@ from ..step.anchor import AnchorTrainee
 from ..step.memories import MemoryTrainee, generic_block, generic_config
 from ..step.start import save_anchor, starting_anchor, take_anchor, trainable_anchor
 from ..store.blocks import BlockStore
+from ..store.sound import check_store
 from .log import Watching
 from .loop import train
 from .validation import validation_of_anchor, validation_of_memory
@@ -135,6 +136,7 @@ def open_store(
     recipe: Recipe, folder: Path, name: str, readonly: bool = False, own: str = "store"
 ) -> BlockStore:
     config, memories = recipe.memory_config, recipe.memories
+    check_store(folder / name / own)
     if name == "generic":
         config = generic_config(config)
     return BlockStore(

@@ -192,7 +192,8 @@ class Log:
         if path.exists() and self.progress.step:
             records = read_log(path)
             kept = [record for record in records if record["step"] <= self.progress.step]
-        self.seconds = max((record.get("seconds", 0.0) for record in kept), default=0.0)
+        seconds = [record.get("seconds") for record in kept]
+        self.seconds = max((s for s in seconds if isinstance(s, float)), default=0.0)
         write_atomic(path, "".join(_line(record) for record in kept))
 
     def _append(self, record: dict[str, Any]) -> None:

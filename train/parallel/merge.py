@@ -27,7 +27,7 @@ from ..stages import run_stages
 from ..step.memories import identity_of_memory
 from ..store.blocks import BlockStore
 from ..store.checkpoint import Progress, check_identity
-from ..store.records import check_free_space
+from ..store.sound import check_free_space
 from .subtrees import check_subtrees, subtree_name
 
 

@@ -27,7 +27,8 @@ from mlx_hmem.config import MemoryConfig
 from mlx_hmem.memory import initial_block
 
 from .checkpoint import Progress
-from .records import TRANSACTION_BYTES, RecordStore, check_free_space
+from .records import TRANSACTION_BYTES, RecordStore
+from .sound import check_free_space
 
 CACHE_BYTES = 1 << 30
 BLOCK = b"block"  # how the names of their records begin

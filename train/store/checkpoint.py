@@ -11,11 +11,13 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import xxhash
 
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import load_safetensors, read_safetensors_header, save_safetensors
 
 from ..ranks import Ranks
+from .sound import damaged
 
 CHECKPOINT = "checkpoint.safetensors"
 VERSION = 2  # of an identity
@@ -94,9 +96,11 @@ class CheckpointFile:
         if not path.exists():
             return Progress(identity)
         _, metadata = read_safetensors_header(path)
-        found = json.loads(metadata.get("identity", "{}"))
-        check_identity(found, identity, path)
         state = load_safetensors(path)
+        # One of before there were checksums has none.
+        if metadata.get("sum", "") not in ("", _sum_of(metadata, state)):
+            raise damaged(path, "its checksum")
+        check_identity(json.loads(metadata["identity"]), identity, path)
         curve = np.array(state.pop("curve")).tobytes()
         self.weights.load(state)
         return Progress.load(metadata["identity"], int(metadata["step"]), curve)
@@ -105,5 +109,15 @@ class CheckpointFile:
         metadata = {"step": str(progress.step), "identity": json.dumps(progress.identity)}
         state = self.weights.arrays() | {"curve": mx.array(progress.curve_array())}
         if self.ranks.first:
+            metadata["sum"] = _sum_of(metadata, state)
             save_safetensors(folder / CHECKPOINT, state, metadata)
         self.ranks.wait()
+
+
+def _sum_of(metadata: dict[str, str], state: dict[str, mx.array]) -> str:
+    """A checksum of all that a checkpoint says."""
+    said = [metadata.get("step"), metadata.get("identity"), *sorted(state)]
+    digest = xxhash.xxh3_128(json.dumps(said).encode())
+    for _, array in sorted(state.items()):
+        digest.update(np.array(array, copy=False).data)
+    return digest.hexdigest()

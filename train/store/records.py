@@ -14,21 +14,27 @@ killed in between finds his ``prepared`` values again and commits them, or drops
 The file grows by the records ever written, those written between two commits and one transaction:
 freed pages are used again, never given back. Each transaction is synced to the disk. Its map begins
 small and doubles when it is full, so that address space is asked for as it is needed.
+
+LMDB trusts its file. So each record has a checksum beside its place, the values of a commit and all
+places have one together, and :func:`.sound.check_store` walks a file's trees. A store of before
+there were checksums opens unchecked.
 """
 
 import contextlib
 import itertools
 import os
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Self
 
 import lmdb
 import numpy as np
+import xxhash
 
 from mlx_hmem.errors import UserError
 from mlx_hmem.folders import locked
+
+from .sound import RESTORE, damaged
 
 TRANSACTION_BYTES = 64 << 20
 FIRST_MAP = 4 * TRANSACTION_BYTES
@@ -36,8 +42,8 @@ FIRST_MAP = 4 * TRANSACTION_BYTES
 # every block that it replaces: file-backed, so the system can take them back at any time.
 REMAP_BYTES = 8 << 20
 WRITER = "wait for it, or stop it first"
-RESTORE = "move the folder of this stage away and run it again"
 INTACT = "the last commit is intact"
+PLACES, SUM = b"sum of places", b"sum"  # the values that are checksums
 
 
 class RecordStore:
@@ -53,7 +59,8 @@ class RecordStore:
 
     def __init__(self, folder: Path, map_size: int | None = None, readonly: bool = False):
         self.folder, self.map_size = folder, map_size
-        self._staged: dict[bytes, int] = {}  # written since the last commit, with their places
+        # Written since the last commit, each with its place and checksum, 1 + 8 bytes.
+        self._staged: dict[bytes, bytes] = {}
         self._read_bytes = 0
         if readonly and not (folder / "data.mdb").exists():
             raise UserError("a training store is missing", folder, "run the stage that makes it")
@@ -68,9 +75,13 @@ class RecordStore:
             names += [] if readonly else [b"prepared places", b"prepared values"]
             databases = [self._env.open_db(name, create=not readonly) for name in names]
             self._records, self._places, self._values, *self._prepared = databases
+            self._check()
         except lmdb.MemoryError as error:
             self._held.close()
             raise self._no_address_space(error) from None
+        except UserError:
+            self.close()
+            raise
         except lmdb.Error as error:
             self._held.close()
             remedy = f"close it elsewhere, or {RESTORE}"
@@ -94,9 +105,10 @@ class RecordStore:
         """Fills the contiguous ``target`` with the record ``name``, or with its beginning unless
         ``whole``; False if there is none."""
         with self._begin(buffers=True) as transaction:
-            record = self._record(transaction, name)
-            if record is None:
+            found = self._record(transaction, name)
+            if found is None:
                 return False
+            record, checksum = found
             size = len(record)
             if size != target.nbytes and (whole or size < target.nbytes):
                 raise UserError(
@@ -104,15 +116,17 @@ class RecordStore:
                     f"{name!r}: {size} bytes, not {target.nbytes}",
                     RESTORE,
                 )
+            if checksum and xxhash.xxh3_64_digest(record) != checksum:
+                raise damaged(self.folder, f"record {name!r}")
             target.reshape(-1).view(np.uint8)[:] = np.frombuffer(record, np.uint8, target.nbytes)
-        self._used(target.nbytes)
+        self._used(size)
         return True
 
     def end_of(self, name: bytes, size: int) -> bytes | None:
         """The last ``size`` bytes of the record ``name``, if there is one."""
         with self._begin(buffers=True) as transaction:
-            record = self._record(transaction, name)
-            result = None if record is None else bytes(record[-size:])
+            found = self._record(transaction, name)
+            result = None if found is None else bytes(found[0][-size:])
         self._used(4096)  # a page
         return result
 
@@ -142,13 +156,14 @@ class RecordStore:
 
         def put(transaction: Any) -> None:
             for name, data in group:
-                place = self._staged.get(name)
-                if place is None:
+                if (before := self._staged.get(name)) is not None:
+                    place = before[0]
+                else:
                     live = transaction.get(name, db=self._places)
                     place = 0 if live is None else 1 - live[0]
                 view = memoryview(data.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
                 transaction.put(_key(name, place), view, db=self._records)
-                staged[name] = place
+                staged[name] = bytes([place]) + xxhash.xxh3_64_digest(view)
 
         self._change(put)
         self._staged |= staged
@@ -165,7 +180,7 @@ class RecordStore:
 
         def put(transaction: Any) -> None:
             for name, place in self._staged.items():
-                transaction.put(name, bytes([place]), db=places)
+                transaction.put(name, place, db=places)
             for name, value in values.items():
                 transaction.put(name, value, db=prepared)
 
@@ -182,7 +197,7 @@ class RecordStore:
         values = self.prepared()
 
         def settle(transaction: Any) -> None:
-            staged = {name: place[0] for name, place in transaction.cursor(places)}
+            staged = dict(transaction.cursor(places))
             if live:
                 self._make_live(transaction, staged, values)
             for database in self._prepared:
@@ -192,23 +207,55 @@ class RecordStore:
         self._staged = {}
 
     def _make_live(
-        self, transaction: Any, staged: dict[bytes, int], values: dict[bytes, bytes]
+        self, transaction: Any, staged: dict[bytes, bytes], values: dict[bytes, bytes]
     ) -> None:
+        known = transaction.get(PLACES, db=self._values)
+        total = int.from_bytes(known, "big") if known else self._sum_of_places(transaction)
         for name, place in staged.items():
-            if transaction.replace(name, bytes([place]), db=self._places) is not None:
-                transaction.delete(_key(name, 1 - place), db=self._records)
-        for name, value in values.items():
+            total ^= xxhash.xxh3_64_intdigest(name + place)
+            if (before := transaction.replace(name, place, db=self._places)) is not None:
+                total ^= xxhash.xxh3_64_intdigest(name + before)
+                transaction.delete(_key(name, 1 - place[0]), db=self._records)
+        for name, value in {**values, PLACES: total.to_bytes(8, "big")}.items():
             transaction.put(name, value, db=self._values)
+        transaction.put(SUM, self._sum_of_values(transaction), db=self._values)
 
-    def _record(self, transaction: Any, name: bytes) -> Any:
-        """As it was written last; None if there is none."""
-        place = self._staged.get(name)
+    def _sum_of_places(self, transaction: Any) -> int:
+        """That of all records' names, places and checksums, in any order."""
+        total = 0
+        for name, place in transaction.cursor(self._places):
+            total ^= xxhash.xxh3_64_intdigest(name + place)
+        return total
+
+    def _sum_of_values(self, transaction: Any) -> bytes:
+        digest = xxhash.xxh3_64()
+        for name, value in transaction.cursor(self._values):
+            if name != SUM:
+                digest.update(b"%d %s %d %s" % (len(name), name, len(value), value))
+        return digest.digest()
+
+    def _check(self) -> None:
+        """Raises UserError unless the last commit is what was written."""
+        with self._begin() as transaction:
+            known = transaction.get(SUM, db=self._values)
+            if known is None:
+                return
+            if known != self._sum_of_values(transaction):
+                raise damaged(self.folder, "the values of its last commit")
+            places = transaction.get(PLACES, db=self._values)
+            if int.from_bytes(places, "big") != self._sum_of_places(transaction):
+                raise damaged(self.folder, "the list of its records")
+
+    def _record(self, transaction: Any, name: bytes) -> tuple[Any, bytes] | None:
+        """As it was written last, with its checksum, empty in a store of before there were any;
+        None if there is none."""
+        place = self._staged.get(name) or transaction.get(name, db=self._places)
         if place is None:
-            live = transaction.get(name, db=self._places)
-            if live is None:
-                return None
-            place = live[0]
-        return transaction.get(_key(name, place), db=self._records)
+            return None
+        record = transaction.get(_key(name, place[0]), db=self._records)
+        if record is None:
+            raise damaged(self.folder, f"record {name!r} is missing")
+        return record, bytes(place[1:])
 
     def _used(self, size: int) -> None:
         self._read_bytes += size
@@ -255,19 +302,6 @@ class RecordStore:
                 remedy = f"{INTACT}: check the disk and run again"
                 wrong = f"cannot write the training store {self.folder}"
                 raise UserError(wrong, error, remedy) from None
-
-
-def check_free_space(folder: Path, size: int) -> None:
-    """Raises UserError if the disk has no room for ``folder`` to grow to ``size`` bytes."""
-    file = folder / "data.mdb"
-    present = file.stat().st_blocks * 512 if file.exists() else 0
-    free = shutil.disk_usage(folder).free
-    if size - present > free:
-        raise UserError(
-            f"too little disk space for the training store {folder}",
-            f"it may grow by {(size - present) / 1e9:.2f} GB, {free / 1e9:.2f} GB are free",
-            "free space there or give another --out",
-        )
 
 
 def _key(name: bytes, place: int) -> bytes:
