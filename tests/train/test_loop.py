@@ -3,7 +3,7 @@
 import itertools
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,10 +15,15 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_hmem.anchors.load import named_parameters
 from tests.helpers import loop_runs as runs
 from tests.helpers.programs import refused
+from tests.helpers.stores import assert_same, store_state
 from train.loop.loop import MOST_SKIPPED, learning_rate_at, train
 from train.recipe.recipe import TrainerConfig
 from train.step.anchor import AnchorTrainee
 from train.step.gradient import masked_loss, packed_mask
+from train.step.memories import MemoryTrainee
+from train.step.start import save_anchor, sound_anchor, take_anchor, trainable_anchor
+from train.store.blocks import BlockStore
+from train.store.checkpoint import Progress
 
 
 def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
@@ -126,6 +131,32 @@ def test_a_step_that_is_not_finite_leaves_the_anchor_and_its_moments_as_they_wer
         assert np.array(array).tobytes() == np.array(bad[name]).tobytes(), name
     trainee.weights.load(good)
     assert trainee.step(batches[1], 1e-2) == again.step(batches[1], 1e-2)
+
+
+def test_an_update_that_overflows_is_skipped_and_never_saved(tmp_path):
+    """The gradient was finite, what it made was not: kept, and saved over the last sound state."""
+    tokens, paths = runs.sequences()
+    with BlockStore(tmp_path / "store", runs.MEMORY, runs.SEED) as store:
+        trainee = MemoryTrainee(runs.make_model(), store, tokens, paths, runs.EOT, runs.CONFIG)
+        trainee.step(np.arange(3), 1e-2)
+        before = store_state(store)
+        assert math.isnan(trainee.step(np.arange(3), math.inf)[0])
+        assert_same(store_state(store), before)
+    trainee = AnchorTrainee(runs.make_model(), tokens, runs.EOT, runs.CONFIG)
+    trainee.save(tmp_path, Progress({"stage": "a"}))
+    saved = (tmp_path / "checkpoint.safetensors").read_bytes()
+    trainee.step(np.arange(3), math.inf)
+    refused("at step 1 has numbers that are not finite", trainee.save, tmp_path, Progress({}, 1))
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == saved
+
+
+def test_an_anchor_that_is_not_finite_is_not_trained_with(tmp_path):
+    model = runs.make_model()
+    model.model.norm.weight = model.model.norm.weight * math.nan
+    save_anchor(model, asdict(runs.ARGS), tmp_path)
+    for use in (trainable_anchor, sound_anchor, lambda f: take_anchor(str(f), tmp_path / "taken")):
+        (tmp_path / "taken").mkdir(exist_ok=True)
+        refused("not finite: model.norm.weight; use one that is sound", use, tmp_path)
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path):

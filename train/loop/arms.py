@@ -12,7 +12,7 @@ from typing import Any
 import mlx.nn as nn
 import numpy as np
 
-from mlx_hmem.anchors.load import load_anchor, read_config
+from mlx_hmem.anchors.load import read_config
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import fingerprint
 
@@ -24,7 +24,7 @@ from ..ranks import Ranks
 from ..recipe.recipe import Recipe, TrainerConfig
 from ..step.anchor import AnchorTrainee
 from ..step.memories import MemoryTrainee, generic_block, generic_config
-from ..step.start import save_anchor, starting_anchor, take_anchor, trainable_anchor
+from ..step.start import save_anchor, sound_anchor, starting_anchor, take_anchor, trainable_anchor
 from ..store.blocks import BlockStore
 from ..store.sound import check_store
 from .log import Watching
@@ -160,7 +160,7 @@ def train_memory(
     """Trains the arm ``name`` in its folder of the run, or its part for a cluster of level 1."""
     training, cotrain = recipe.memories.training, recipe.memories.cotrain
     if cotrain is None:
-        anchor, _ = load_anchor(folder / "anchor")
+        anchor = sound_anchor(folder / "anchor")
     else:
         anchor = trainable_anchor(folder / "anchor")
     eot, (tokens, paths) = eot_of(folder), sequences(folder)

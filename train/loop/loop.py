@@ -18,7 +18,7 @@ from ..data.order import Batch, Order
 from ..recipe.recipe import TrainerConfig
 from ..step.gradient import is_finite
 from ..step.trainee import Trainee
-from ..store.checkpoint import VERSION, Progress
+from ..store.checkpoint import LOWER, VERSION, Progress
 from .log import UNWATCHED, Log, Watching
 from .stopping import Stopping
 
@@ -124,7 +124,7 @@ def _one_step(
         raise UserError(
             f"{progress.identity['stage']}: loss or gradient is not finite",
             f"{loss}, {norm} at step {progress.step}, the {MOST_SKIPPED}th step skipped for that",
-            "lower the learning rate and begin again in another folder",
+            LOWER,
         )
     progress.step += 1
 

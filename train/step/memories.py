@@ -9,6 +9,7 @@ Co-training (paper, section 5) trains the anchor in the same steps, and now and 
 memory stands in for the fetched one. It is kept as one more cluster of each level.
 """
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from mlx_hmem.memory import join_blocks, whole_block
 from ..ranks import ALONE, Ranks
 from ..recipe.recipe import CotrainSection, TrainerConfig
 from ..store.blocks import BlockStore
-from ..store.checkpoint import Progress, check_identity
+from ..store.checkpoint import LOWER, Progress, check_finite, check_identity
 from .adamw import AnchorWeights, adamw, bias_corrections
 from .gradient import BatchGradient, is_finite
 
@@ -114,7 +115,10 @@ class MemoryTrainee:
         corrections = [bias_corrections(state[3], self._betas) for state in states]
         rate = mx.array(learning_rate)
         updated = self._update(states, gradients["blocks"], corrections, rate)
-        mx.eval(updated)
+        if not mx.stack([mx.isfinite(a).all() for new in updated for a in new[:3]]).all().item():
+            if self.anchor is not None:
+                self.anchor.restore()
+            return math.nan, norm
         for level, clusters, blocks in zip(self.levels, unique, updated, strict=True):
             self.store.scatter(level, clusters, blocks)
         if self.anchor is not None and self.cotrain is not None:
@@ -140,6 +144,7 @@ class MemoryTrainee:
 
     def save(self, folder: Path, progress: Progress) -> None:
         arrays = self.anchor.arrays() if self.anchor is not None else {}
+        check_finite(arrays, f"the anchor at step {progress.step}", LOWER)
         numbers = {name: np.array(array, copy=False) for name, array in arrays.items()}
         self.store.commit(progress, numbers, self.ranks.wait if self.ranks.size > 1 else None)
 

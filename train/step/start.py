@@ -23,6 +23,7 @@ from mlx_hmem.files import save_safetensors, write_atomic
 from mlx_hmem.model.find import find_model
 
 from ..recipe.recipe import Recipe
+from ..store.checkpoint import check_finite
 from .anchor import initialise
 
 MODEL_FILES = ["config.json", "model*.safetensors", INDEX]
@@ -64,8 +65,16 @@ def starting_anchor(recipe: Recipe, eot: int) -> tuple[nn.Module, dict[str, Any]
 
 def trainable_anchor(folder: Path) -> nn.Module:
     """The anchor in float32, whatever it is stored as: small steps are lost in fewer bits."""
-    anchor, _ = load_anchor(folder)
+    anchor = sound_anchor(folder)
     anchor.set_dtype(mx.float32)
+    return anchor
+
+
+def sound_anchor(folder: Path) -> nn.Module:
+    """The anchor in ``folder``. Raises UserError for a weight that is not finite: all that is
+    trained with it would be NaN."""
+    anchor, _ = load_anchor(folder)
+    check_finite(named_parameters(anchor), f"the anchor in {folder}", "use one that is sound")
     return anchor
 
 
@@ -79,6 +88,7 @@ def save_anchor(model: nn.Module, config: dict[str, Any], folder: Path) -> None:
 def take_anchor(path: str, folder: Path) -> None:
     """Copies the anchor of a model as it is."""
     copy_anchor_files(find_model(path, MODEL_FILES), folder)
+    sound_anchor(folder)
     print(f"{folder.name}: that of {path}, in {folder}")
 
 

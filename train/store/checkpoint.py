@@ -21,6 +21,7 @@ from .sound import damaged
 
 CHECKPOINT = "checkpoint.safetensors"
 VERSION = 2  # of an identity
+LOWER = "lower the learning rate and begin again in another folder"
 NEW_IN_2 = ("version", "cotrain", "files.sequences")
 
 
@@ -60,6 +61,13 @@ def check_identity(found: dict[str, Any], wanted: dict[str, Any], where: Path) -
         more = [f"and {len(changed) - 4} more"] if len(changed) > 4 else []
         remedy = "go on with what it was begun with, or use another --out"
         raise UserError(f"{where} belongs to another run", ", ".join(named + more), remedy)
+
+
+def check_finite(arrays: dict[str, mx.array], where: object, remedy: str) -> None:
+    """Raises UserError for an array that is not finite: what is trained from it is lost."""
+    for name, array in arrays.items():
+        if not mx.isfinite(array).all().item():
+            raise UserError(f"{where} has numbers that are not finite", name, remedy)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -107,6 +115,7 @@ class CheckpointFile:
 
     def save(self, folder: Path, progress: Progress) -> None:
         metadata = {"step": str(progress.step), "identity": json.dumps(progress.identity)}
+        check_finite(self.weights.arrays(), f"the anchor at step {progress.step}", LOWER)
         state = self.weights.arrays() | {"curve": mx.array(progress.curve_array())}
         if self.ranks.first:
             metadata["sum"] = _sum_of(metadata, state)
