@@ -24,6 +24,7 @@ from ..torch_files.tensors import (
     ITEM_SIZES,
     MLX_TYPES,
     LazyTensor,
+    all_finite,
     bits_of,
     numbers_of,
     safetensors_header,
@@ -59,8 +60,12 @@ class Target:
     def chunks(self, bar: tqdm) -> Iterator[np.ndarray]:
         for piece in self.pieces:
             for bits in chunks_of(piece):
-                yield bits if piece.dtype == self.dtype else cast(bits, piece, self)
-                bar.update(bits.size * ITEM_SIZES[self.dtype])
+                made = bits if piece.dtype == self.dtype else cast(bits, piece, self)
+                if not all_finite(made, self.dtype):
+                    what = f"{self.name} has numbers that are not finite"
+                    raise UserError(what, piece.path, "convert a checkpoint from before they came")
+                yield made
+                bar.update(made.nbytes)
 
 
 def chunks_of(tensor: LazyTensor) -> Iterator[np.ndarray]:

@@ -21,9 +21,10 @@ from mlx_hmem.bank.format import GENERIC, PAGE, STORED_TYPES, Shard, num_blocks,
 from mlx_hmem.bank.header import shard_header
 from mlx_hmem.bank.writer import SHARD_BYTES, Stored, rewrite_bank
 from mlx_hmem.config import MemoryConfig
+from mlx_hmem.errors import UserError
 from mlx_hmem.files import atomic_file, open_regular, read_exactly
 
-from ..torch_files.tensors import BITS, ITEM_SIZES, bits_of, safetensors_header
+from ..torch_files.tensors import BITS, ITEM_SIZES, all_finite, bits_of, safetensors_header
 from ..torch_files.writer import bytes_of
 from .tensors import LevelTensors, matrices, table_name
 
@@ -159,6 +160,12 @@ def _write_tables(file: BinaryIO, bank: Bank, level: int, dtype: str, bar: tqdm)
         keys = [(level, cluster) for cluster in range(first, min(first + step, count))]
         arrays = (block.astype(stored.dtype) for block in bank.blocks(keys))
         blocks = np.stack([bits_of(array).reshape(layers, -1) for array in arrays])
+        if not all_finite(blocks, stored.tag):
+            raise UserError(
+                f"level {level} has numbers that are not finite in {dtype}",
+                f"clusters {keys[0][1]} to {keys[-1][1]}",
+                "choose --dtype bfloat16 or float32, or train these blocks anew",
+            )
         at = base
         for layer in range(layers):
             for matrix in own:

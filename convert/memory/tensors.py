@@ -20,7 +20,7 @@ from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
 
 from ..anchors.keys import Problems, strip
-from ..torch_files.tensors import LazyTensor, bits_of, numbers_of
+from ..torch_files.tensors import INFINITY, LazyTensor, all_finite, bits_of, numbers_of
 
 # The matrices of a kind, for each group of equally wide rows in the order of a block. A LoRA pair
 # of projection p is p_a (r, inputs) and p_b (r, outputs).
@@ -31,8 +31,6 @@ MATRICES = {
     "lora_vo": (("value_a", "output_b"), ("output_a",), ("value_b",)),
     "kv": (("key", "value"),),
 }
-# By safetensors' names: bits whose number, without its sign, is not finite from there on.
-INFINITY = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
 DTYPES = {stored.tag: name for name, stored in STORED_TYPES.items()}
 MEMORY_NAME = re.compile(r"(layers\.\d+\.)?memory\.")
 
@@ -130,9 +128,7 @@ def finite_bits(bits: np.ndarray, dtype: str, wanted: str, name: str) -> np.ndar
     """The bits in dtype ``wanted``, rounded to nearest if that is another one; all finite."""
     if dtype != wanted:
         bits = bits_of(numbers_of(bits, dtype).astype(STORED_TYPES[DTYPES[wanted]].dtype))
-    # A sign bit makes a negative number the greater one unsigned and the lesser one signed.
-    limit, sign = INFINITY[wanted], 1 << (8 * bits.itemsize - 1)
-    if bits.max() >= limit | sign or bits.view(f"<i{bits.itemsize}").max() >= limit:
+    if not all_finite(bits, wanted):
         raise UserError(
             f"{name} has numbers that are not finite in {DTYPES[wanted]}",
             f"stored as {dtype}",
@@ -203,7 +199,7 @@ def fitted(tensor: LazyTensor, shape: tuple[int, int, int]) -> LazyTensor | None
     """
     count, r, width = shape
     shapes = [shape, (count, r * width)] + ([(r, width)] if count == 1 else [])
-    if tensor.dtype not in (*INFINITY, "F64") or tensor.shape not in shapes:
+    if tensor.dtype not in INFINITY or tensor.shape not in shapes:
         return None
     if count == 1 and tensor.shape == (r, width):
         strides = None if tensor.strides is None else (r * width, *tensor.strides)

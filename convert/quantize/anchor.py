@@ -20,7 +20,7 @@ from tqdm import tqdm
 from mlx_hmem.anchors.load import INDEX, load_anchor, named_parameters, read_config, weight_files
 from mlx_hmem.bank import Quantization
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import save_safetensors, write_atomic
+from mlx_hmem.files import load_safetensors, save_safetensors, write_atomic
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,13 @@ def quantized_anchor(folder: Path, how: Quantization) -> tuple[nn.Module, dict[s
             json.dumps(found)[:100],
             "start from the anchor as it was before, or leave out --anchor-…",
         )
+    for file in weight_files(folder):
+        arrays = load_safetensors(file)
+        while arrays:  # one in memory at a time
+            name, array = arrays.popitem()
+            if not mx.isfinite(array).all().item():
+                remedy = "quantise the anchor as it was before they came"
+                raise UserError(f"{name} has numbers that are not finite", file, remedy)
     anchor, config = load_anchor(folder, lazy=True)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # the report says it better

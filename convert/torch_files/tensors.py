@@ -32,6 +32,8 @@ MLX_TYPES = {
     # As MLX itself loads them: it has no such types, only operations that take their bits.
     "F8_E4M3": mx.uint8, "F8_E8M0": mx.uint8,
 }  # fmt: skip
+# Bits whose number, without its sign, is not finite from there on.
+INFINITY = {"F64": 0x7FF << 52, "F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
 BITS_OF_MLX = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 PIECE = 1 << 24  # bytes read at once where a tensor does not lie row by row
 GAP = 1 << 16  # bytes between two runs from which on skipping is cheaper than reading
@@ -185,6 +187,14 @@ def numbers_of(bits: np.ndarray, dtype: str) -> mx.array:
 def bits_of(array: mx.array) -> np.ndarray:
     """The array's bits as unsigned integers of its width, contiguous, in the same shape."""
     return np.array(array.view(BITS_OF_MLX[array.itemsize]), copy=None, order="C")
+
+
+def all_finite(bits: np.ndarray, dtype: str) -> bool:
+    """Whether bits, as :meth:`LazyTensor.read` gives them, are finite numbers."""
+    # A sign bit makes a negative number the greater one unsigned and the lesser one signed.
+    limit, sign = INFINITY[dtype], 1 << (8 * bits.itemsize - 1)
+    signed = bits.view(f"<i{bits.itemsize}")
+    return not bits.size or bool(bits.max() < limit | sign and signed.max() < limit)
 
 
 def _read_into(handle: int, result: np.ndarray, start: int, path: Path) -> None:

@@ -172,6 +172,25 @@ def test_dtype_rounds_and_never_to_infinity(tmp_path):
         convert(source, tmp_path / "half", "--dtype", "float16")
 
 
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_numbers_that_are_not_finite_pass_no_program(tmp_path, value):
+    """They gave models with right checksums and empty answers."""
+    model = convert(save_openlm(tmp_path / "good", random_openlm(), CONFIG), tmp_path / "model")
+    weights = random_openlm()
+    weights["norm.weight"][3] = value
+    source = save_openlm(tmp_path / "source", weights, CONFIG)
+    words = r"model\.norm\.weight has numbers that are not finite"
+    refused(words, convert, source, tmp_path / "out")
+    refused(words, convert, source, tmp_path / "out", "--dtype", "bfloat16")
+    arrays = load_safetensors(model / "model.safetensors")
+    arrays["model.norm.weight"] = mx.full(arrays["model.norm.weight"].shape, value)
+    save_safetensors(model / "model.safetensors", arrays)
+    said = r"norm\.weight has numbers that are not finite"
+    refused(said, convert, model, tmp_path / "out", "--to", "pytorch")
+    refused(words, main, ["quantize", str(model), str(tmp_path / "out"), "--anchor-bits", "4"])
+    assert not (tmp_path / "out").exists()
+
+
 def test_one_checkpoint_is_chosen_from_a_folder_of_several(tmp_path):
     source = save_openlm(tmp_path / "source", random_openlm(), CONFIG)
     os.rename(source / "epoch_3.pt", source / "epoch3.pt")

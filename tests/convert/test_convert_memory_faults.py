@@ -1,5 +1,6 @@
 """A layout that is wrong is one line; a conversion that was stopped goes on."""
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from convert.memory.bank import write_tensors_as_bank
 from convert.memory.tensors import common_dtype, find_levels, finite_bits, short_names
-from mlx_hmem.bank import writer
+from mlx_hmem.bank import Manifest, writer
 from mlx_hmem.bank.format import PAGE, STORED_TYPES
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
@@ -203,6 +204,23 @@ def test_a_shard_that_is_not_as_it_should_be_is_written_again(layout, tmp_path):
         file = tmp_path / "level-3.00002.safetensors"
         file.write_bytes(damage(file.read_bytes()))
         assert written(tmp_path, layout) == whole
+
+
+def test_a_bank_that_is_not_finite_goes_no_further(broken, tmp_path, monkeypatch):
+    """Its checksums are right: another program wrote it."""
+    manifest = Manifest.from_file(broken / "bank" / "bank.json")
+    hashes = (manifest.anchor_hash, manifest.tree_hash)
+    planned = Manifest.planned(MEMORY, manifest.dtype, None, *hashes)
+
+    def block(level: int, cluster: int) -> mx.array:
+        value = math.nan if (level, cluster) == (3, 7) else 1.0
+        return mx.full(MEMORY.block_shape(level), value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "stored_block", lambda b, t: b.astype(STORED_TYPES[t].dtype))
+        writer.rewrite_bank(broken / "bank", planned, block)
+    words = "level 3 has numbers that are not finite in .*: clusters 0 to 11; "
+    refused(words, layouts.convert, broken, tmp_path / "out", "--to", "pytorch")
 
 
 def test_a_model_of_mlx_is_not_converted_to_itself(model_folder, tmp_path):

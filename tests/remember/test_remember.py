@@ -1,6 +1,7 @@
 """A folder of documents becomes a memory: of its own, or behind the clusters that a model has."""
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 from mlx_hmem.bank.documents import read_documents
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate import perplexity
+from mlx_hmem.files import load_safetensors, save_safetensors
 from mlx_hmem.model.load import load
 from tests.helpers.faults import stop_at
 from tests.helpers.own_documents import TOPICS, remember, sentences, write_documents
@@ -248,6 +250,18 @@ def test_one_short_document_can_be_remembered(anchor, tmp_path):
     assert perplexity(model, [text], progress=False).per_token < (
         perplexity(model, [text], "none", progress=False).per_token
     )
+
+
+def test_an_anchor_that_is_not_finite_learns_nothing(anchor, tmp_path):
+    """It did, it was said, and the model that was made knew nothing."""
+    write_documents(tmp_path / "folder")
+    shutil.copytree(anchor, tmp_path / "broken")
+    weights = load_safetensors(anchor / "model.safetensors")
+    broken = {name: array + math.nan for name, array in weights.items()}
+    save_safetensors(tmp_path / "broken" / "model.safetensors", broken)
+    out = tmp_path / "model"
+    refused("is not finite", remember, tmp_path / "folder", tmp_path / "broken", out)
+    assert not out.exists()
 
 
 def test_each_kind_of_file_is_read(tmp_path):
