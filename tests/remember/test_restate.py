@@ -11,6 +11,7 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 
+from mlx_hmem.anchors import load as anchors
 from mlx_hmem.anchors.load import named_parameters
 from mlx_hmem.anchors.openlm import Model, ModelArgs
 from mlx_hmem.bank.documents import read_documents
@@ -111,7 +112,11 @@ def learn(anchor: Path, documents: Path, out: Path) -> Path:
 @pytest.fixture(scope="module")
 def learned(anchor: Path, documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that has learned the documents and their restatements; for reading only."""
-    return learn(anchor, documents, tmp_path_factory.mktemp("learned") / "model")
+    with pytest.MonkeyPatch.context() as patch:
+        loads = stop_at(patch, anchors, "load_model")
+        made = learn(anchor, documents, tmp_path_factory.mktemp("learned") / "model")
+        assert len(loads) == 1  # for the plan, the restatements and the training
+    return made
 
 
 def run_of(model: Path) -> Path:
@@ -126,7 +131,7 @@ def test_restatements_are_further_text_of_their_document(learned):
     assert all(re.match(r"Question: .*[?]\nAnswer: .", text) for text in texts)
     lines = [json.loads(line) for line in (run / restate.JOURNAL).read_text().splitlines()]
     dropped = sum(sum(line["dropped"].values()) for line in lines)
-    writer = restate.Writer.open(learned, 2, 0)
+    writer = restate.Writer.open(open_base(learned), 2, 0)
     passages = [passage for part in writer.parts(known) for passage in part.passages]
     assert len(texts) + dropped == 2 * len(passages)
     base = open_base(str(learned))
@@ -154,7 +159,7 @@ def test_the_anchor_is_given_what_is_trained_on_and_no_held_out_sentence(anchor)
     known = [OwnDocument("0" * 64, "a", sentences("bread", 3)), long]
     kept, held = hold_out(known[0])
     assert held
-    writer = restate.Writer.open(anchor, 20, 0)
+    writer = restate.Writer.open(open_base(anchor), 20, 0)
     parts, tokenizer = list(writer.parts(known)), writer.model.tokenizer
     assert {len(part.passages) for part in parts} == {1}  # of 20 rows
     first = [part.passages[0] for part in parts if part.sha256 == known[0].sha256]
@@ -197,7 +202,7 @@ def test_a_forgotten_document_takes_its_restatements_along(learned, tmp_path):
     others = [d for d in known if d != gone]
     # What is left is what the anchor writes where the document has never been.
     (tmp_path / "never").mkdir()
-    restate.restate(tmp_path / "never", restate.Writer.open(learned, 2, 0), others)
+    restate.restate(tmp_path / "never", restate.Writer.open(open_base(learned), 2, 0), others)
     assert (target / restate.JOURNAL).read_bytes() == (
         tmp_path / "never" / restate.JOURNAL
     ).read_bytes()

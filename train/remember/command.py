@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_hmem.anchors.load import load_anchor, read_config
+from mlx_hmem.anchors.load import read_config
 from mlx_hmem.errors import ArgumentParser, UserError
 from mlx_hmem.retriever import ClusterTree
 
@@ -106,7 +106,7 @@ def prepare(
     settings = make_settings(base, text, tokenizer, source=source, seed=0, **wanted)
     cost = None
     if settings.restate:
-        cost = Writer.open(base.folder, settings.restate, settings.seed).reckon(documents)
+        cost = Writer.open(base, settings.restate, settings.seed).reckon(documents)
     said = f"{said}, from {given}"
     print("\n".join(plan_lines(base, text, settings, said, cost)), flush=True)
     begin_run(run, settings, documents)
@@ -117,12 +117,11 @@ def remember(base: Base, run: Path, settings: Settings, out: Path) -> None:
     """Trains what is not trained yet, and writes the model directory."""
     documents = documents_of(run)
     if settings.restate:
-        writer = Writer.open(base.folder, settings.restate, settings.seed)
+        writer = Writer.open(base, settings.restate, settings.seed)
         print(restate(run, writer, documents))
     text, tokenizer = text_of(base, documents, restated(run))
     paths = leaves_of(run, text, settings, base.encoder, tokenizer)
-    anchor, _ = load_anchor(base.folder)
-    Trainer(anchor, settings).train(run, text, paths)
+    Trainer(base.anchor[0], settings).train(run, text, paths)
     numbers = subtrees_of(paths)
     known = provenance(text, settings, paths)
     tree = ClusterTree.load(run / "tree.safetensors")

@@ -6,12 +6,15 @@ text has touched are zeros: where they are fetched the level above speaks alone.
 
 import itertools
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
-from mlx_hmem.anchors.load import anchor_hash, read_config, text_hashes
+from mlx_hmem.anchors.load import anchor_hash, load_anchor, read_config, text_hashes
 from mlx_hmem.bank.documents import Document, read_documents, write_documents
 from mlx_hmem.bank.format import MANIFEST, Key, Manifest
 from mlx_hmem.bank.views import read_views, write_views
@@ -47,6 +50,11 @@ class Base:
     manifest: Manifest | None
     encoder: Encoder
     anchor_hash: str
+
+    @cached_property
+    def anchor(self) -> tuple[nn.Module, dict[str, Any]]:
+        """The anchor and its config, loaded when first asked for."""
+        return load_anchor(self.folder)
 
     @property
     def first(self) -> int:

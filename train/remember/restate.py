@@ -25,7 +25,6 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
-from mlx_hmem.anchors.load import load_anchor
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import write_atomic
 from mlx_hmem.folders import add_lines, whole_lines
@@ -35,6 +34,7 @@ from mlx_hmem.model.model import MemoryModel
 from mlx_hmem.model.tokenizer import read_tokenizer
 
 from ..cost.plan import time_text
+from .export import Base
 from .run import context_of
 from .text import OwnDocument, hold_out, sentences
 
@@ -162,10 +162,10 @@ class Writer:
     seed: int
 
     @classmethod
-    def open(cls, folder: Path, count: int, seed: int) -> "Writer":
-        """The anchor in ``folder``; UserError where its context is too short."""
-        anchor, config = load_anchor(folder)
-        model = MemoryModel(anchor, config, read_tokenizer(folder, config))
+    def open(cls, base: Base, count: int, seed: int) -> "Writer":
+        """The anchor of ``base``; UserError where its context is too short."""
+        anchor, config = base.anchor
+        model = MemoryModel(anchor, config, read_tokenizer(base.folder, config))
         room, most = context_of(config), MOST_TOKENS
         if model.context is not None:
             most = min(most, model.context // 4)
