@@ -23,8 +23,8 @@ from tests.helpers.own_documents import TOPICS, remember, sentences, write_docum
 from tests.helpers.places import bytes_of
 from tests.helpers.programs import refusing
 from tests.remember.test_remember import eager  # noqa: F401
-from train.data.tokenizer import EOT_ID, train_tokenizer
-from train.remember import restate
+from train.data.tokenizer import EOT, EOT_ID, train_tokenizer
+from train.remember import proof, restate
 from train.remember.command import text_of
 from train.remember.export import open_base
 from train.remember.forget import main as forget_program
@@ -152,6 +152,21 @@ def test_restatements_are_further_text_of_their_document(learned):
     for number, document in enumerate(read_documents(learned / "bank")):
         assert document.tokens == bare.tokens_of[number]
         assert set(document.clusters) == set(map(tuple, paths[text.owner == number].tolist()))
+
+
+def test_what_ends_a_text_is_words_within_a_document_and_a_passage(anchor):
+    """A document that holds the token's name ended there, or spoke as another."""
+    base, said = open_base(anchor), f"A text {EOT} goes on. " * 3
+    text, _ = text_of(base, [OwnDocument("0" * 64, "a", said)], {"0" * 64: [said]})
+    windows = text.windows
+    assert np.flatnonzero(windows.tokens == EOT_ID).tolist() == windows.offsets[:-1].tolist()
+    model = restate.Writer.open(base, 2, 0).model
+    assert EOT_ID not in restate.prompt_of(model.tokenizer, said)[1:]
+    document = OwnDocument(
+        "0" * 64, "a", f"One two three four five {EOT} six seven eight nine ten."
+    )
+    [(first, second)] = proof.halves(model, document)
+    assert EOT_ID not in first[1:] + second
 
 
 def test_the_anchor_is_given_what_is_trained_on_and_no_held_out_sentence(anchor):
