@@ -150,6 +150,8 @@ def main(words: Sequence[str]) -> None:
     tasks = load_tasks(args.tasks, args.data) if args.tasks else []
     sets = fact_sets(args.facts, args.atomic_numbers, args.corpus, args.limit)
     texts = read_texts(args.text, args.limit) if args.text else []
+    if args.text and not texts:
+        raise UserError(f"{args.text} has no text", "an empty file", "name another")
     encoder = load_encoder(args.encoder) if args.encoder else None
     budget = None if args.memory_budget is None else parse_bytes(args.memory_budget)
     model = load(

@@ -331,3 +331,9 @@ def test_a_wrong_command_ends_in_one_line_and_status_2(folder, files, change):
     said = run(main, folder, *files, *change)
     assert said[:2] == (2, "")
     assert said.err.strip().splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize("option", ["--facts", "--text"])
+def test_a_file_that_holds_nothing_is_named(folder, tmp_path, option):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    assert "empty.jsonl has no " in run(main, folder, option, tmp_path / "empty.jsonl").err

@@ -70,6 +70,8 @@ def fact_sets(
         sets.append(FactSet(path.name, tuple(facts), tuple(keys)))
     elif path is not None:
         sets.append(FactSet(path.name, tuple(read_facts(path))))
+        if not sets[-1].facts:
+            raise UserError(f"{path} has no facts", "an empty file", "write one into each line")
     if corpus is not None:
         corpus_files(corpus)
         if not any(each.is_table for each in sets):
