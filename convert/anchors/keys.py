@@ -109,7 +109,8 @@ class Problems:
         for kind, names in self.lists.items():
             if names:
                 more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-                texts.append(f"{kind}: {', '.join(names[:MOST_NAMES])}{more}")
+                shown = ", ".join(name[:200] for name in names[:MOST_NAMES])
+                texts.append(f"{kind}: {shown}{more}")
         if texts:
             raise UserError(what, "; ".join(texts), remedy)
 

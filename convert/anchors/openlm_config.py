@@ -124,8 +124,9 @@ def model_args(tensors: dict[str, LazyTensor], config: Config) -> tuple[Config, 
     vocab, hidden = facts.tensor(EMBEDDING).shape
     facts.agree("vocab_size", vocab, EMBEDDING)
     facts.agree("hidden_dim", hidden, EMBEDDING)
-    numbers = [int(m[1]) for name in tensors if (m := re.match(r"layers\.(\d+)\.", name))]
-    layers = facts.agree("n_layers", max(numbers, default=-1) + 1, "the names of the tensors")
+    # Counted, not read: a single name may speak of any layer.
+    numbers = {m[1] for name in tensors if (m := re.match(r"layers\.(\d+)\.", name))}
+    layers = facts.agree("n_layers", len(numbers), "the names of the tensors")
     in_proj = facts.tensor("layers.0.attention.in_proj.weight")
     packed = facts.tensor("layers.0.feed_forward.w12.weight")
     for name, tensor, parts in (("in_proj", in_proj, 3), ("w12", packed, 2)):

@@ -158,6 +158,16 @@ def test_a_tensor_missing_left_over_or_of_the_wrong_shape_is_named(tmp_path, cha
     refused(re.escape(words), convert, source, tmp_path / "out")
 
 
+@pytest.mark.parametrize("number", [10_000_000, 10**400])
+def test_one_name_makes_no_model_of_ten_million_layers(tmp_path, number):
+    """It was begun, and did not end."""
+    name = f"layers.{number}.ffn_norm.weight"
+    config = {key: value for key, value in CONFIG.items() if key != "n_layers"}
+    weights = random_openlm() | {name: np.zeros(64, "f4")}
+    source = save_openlm(tmp_path / "source", weights, config)
+    refused(re.escape(f"left over: {name[:200]};"), convert, source, tmp_path / "out")
+
+
 def test_dtype_rounds_and_never_to_infinity(tmp_path):
     weights = random_openlm()
     source = save_openlm(tmp_path / "source", weights, CONFIG)
