@@ -28,7 +28,7 @@ from mlx_hmem.bank.format import (
     shard_name,
 )
 from mlx_hmem.bank.header import shard_header
-from mlx_hmem.bank.quantization import Part, quantize_block
+from mlx_hmem.bank.quantization import Part, all_finite, quantize_block
 from mlx_hmem.bank.read.reader import Bank
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import atomic_file, link_or_copy, write_atomic
@@ -142,7 +142,7 @@ def stored_block(block: np.ndarray | mx.array, dtype: str) -> mx.array:
     """The block in the bank's dtype; ValueError if it is not finite in it."""
     array = mx.array(block) if isinstance(block, np.ndarray) else block
     array = array.astype(STORED_TYPES[dtype].dtype)
-    if not mx.all(mx.isfinite(array)).item():
+    if not all_finite(array):
         raise ValueError(f"not finite in {dtype}")
     return array
 

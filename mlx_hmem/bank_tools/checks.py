@@ -8,6 +8,7 @@ from tqdm import tqdm
 from mlx_hmem.anchors.load import named_parameters
 from mlx_hmem.bank.documents import read_documents
 from mlx_hmem.bank.format import MANIFEST, Manifest, num_blocks
+from mlx_hmem.bank.quantization import all_finite
 from mlx_hmem.config import HmemConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.model.find import BANK_FOLDER, BESIDE
@@ -21,7 +22,7 @@ def verify(folder: Path) -> tuple[int, list[str]]:
         # Anchor, tokenizer, encoder, trees, views, and each header.
         model = load(folder, cache_bytes=0)
         for name, array in named_parameters(model.anchor).items():
-            if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
+            if mx.issubdtype(array.dtype, mx.floating) and not all_finite(array):
                 damage.append(f"{name} of the anchor is not finite")
     except UserError as error:
         damage.append(str(error))
