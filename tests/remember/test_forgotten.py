@@ -2,12 +2,14 @@
 
 import hashlib
 import math
+import re
 import shutil
 import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -158,3 +160,34 @@ def test_a_bank_whose_run_is_not_given_is_named(anchor, tmp_path):  # noqa: F811
     for run, bank in zip(runs, ("bank notes", "the model's own bank"), strict=True):
         refused(f"has taught {NAME}: {bank}", forget, model, NAME, [run], tmp_path / "less")
     assert not [*tmp_path.glob("less*")]
+
+
+def test_a_stranger_can_check_it_and_finds_what_is_left(anchor, tmp_path, capsys):  # noqa: F811
+    model, _ = own(anchor, tmp_path)
+    out, text = tmp_path / "less", tmp_path / NAME
+    forget(model, NAME, [], out)
+    text.write_text(SECRET)
+    capsys.readouterr()
+
+    def checked() -> tuple[int, str]:
+        with pytest.raises(SystemExit) as end:
+            forget_program([str(out), str(text), "--check"])
+        return end.value.code, capsys.readouterr().out
+
+    status, said = checked()
+    assert status == 0
+    assert re.search(r"nothing is found of 1 documents; \d+ clusters .* bit for bit", said)
+    with Bank.open(out / "bank") as bank:  # one block is not what the documents there make
+        manifest = bank.manifest
+        other = mx.ones(bank.config.block_shape(1))
+    (out / "bank").rename(tmp_path / "bank")
+    rewrite_bank(
+        out / "bank", manifest, lambda *key: other if key == (1, 0) else "keep", tmp_path / "bank"
+    )
+    (out / "README.md").write_text(f"It was: {SECRET}")
+    shutil.copyfile(tmp_path / "bank" / "documents.jsonl", out / "bank" / "documents.jsonl")
+    status, said = checked()
+    assert status == 1
+    assert f"README.md has its text: {NAME}" in said
+    assert re.search(r"1 of \d+ clusters and blocks are not what the runs make", said)
+    assert "nothing is found" not in said

@@ -36,6 +36,7 @@ from ..corpus.files import Faults
 from ..corpus.readers_files import own_files
 from ..stages import alone
 from .blocks import Trainer, subtrees_of, trained_blocks
+from .check import check
 from .command import run_folder, text_of
 from .export import Base, open_bases, write_card
 from .proof import proof, report_lines
@@ -238,11 +239,20 @@ def main(words: Sequence[str]) -> None:
         "--run", type=Path, action="append", help="the folder of a remembering (default: DIR.run); "
         "once for each that taught the documents, in whichever bank",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, required=True, metavar="NEW_DIR")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--out", type=Path, metavar="NEW_DIR")
+    where.add_argument(
+        "--check", action="store_true", help="DOCUMENTs are files: search model and runs for them, "
+        "and make again what the runs made, which takes as long as remembering",
+    )  # fmt: skip
     parser.add_argument(
         "--control", type=Path, metavar="FOLDER", help="documents it has never seen, to compare"
     )
     args = parser.parse_args(words)
     runs = args.run or [Path(f"{args.model}.run")]
+    if args.check:
+        lines, clean = check(args.model, args.documents, runs)
+        print("\n".join(map(printable, lines)))
+        raise SystemExit(not clean)
     lines = forget(args.model, args.documents, runs, args.out, args.control)
     print("\n".join(map(printable, lines)))

@@ -2,8 +2,9 @@
 have not touched.
 
 The windows that stay keep their leaves, so that the blocks of all other clusters of level 1 are as
-they were. Of each cluster that a forgotten window lay in the centroid becomes the mean of what is
-left in it, and one that is left empty is none any more: nothing of their vectors stays.
+they were. The centroid of each cluster becomes the mean of the windows that are left in it, and one
+that is left empty is none any more: nothing of the vectors that are gone stays, not even where one
+passed through another cluster while the tree was fitted.
 """
 
 import hashlib
@@ -25,7 +26,7 @@ from ..loop.validation import choose
 from ..tree.stage import distinct
 from .blocks import subtree_folder, subtrees_of
 from .export import Base
-from .restate import restated_without
+from .restate import restated_of
 from .run import SETTINGS, OwnText, Settings, begin_run, documents_of, provenance
 from .text import OwnDocument
 
@@ -123,11 +124,9 @@ def begin_rest(
         for name in ("blocks.safetensors", "done.json"):
             link_or_copy(subtree_folder(run, number) / name, subtree_folder(target, number) / name)
     save_array(target / "paths.npy", rest_paths)
-    near = np.flatnonzero(np.isin(rest_paths[:, 0], list(touched)))
-    vectors = encode(choose(rest.windows, near))
-    tree = tree_without(taught.tree, paths[owned], rest_paths[near], vectors, settings.seed)
+    tree = tree_of(taught.tree, rest_paths, encode(rest.windows), settings.seed)
     tree.save(target / "tree.safetensors", settings.encoder_hash)
-    restated_without(run, target, gone)
+    restated_of(run, target, {d.sha256 for d in rest.documents})
     begin_run(target, new, rest.documents)
     return Rest(target, new, rest, rest_paths, tree, touched, taught.banks)
 
@@ -148,33 +147,26 @@ def without(text: OwnText, paths: np.ndarray, gone: Collection[str]) -> tuple[Ow
     return rest, paths[windows]
 
 
-def tree_without(
-    tree: ClusterTree, gone: np.ndarray, paths: np.ndarray, vectors: np.ndarray, seed: int
-) -> ClusterTree:
-    """The tree as the windows that stay make it.
+def tree_of(tree: ClusterTree, paths: np.ndarray, vectors: np.ndarray, seed: int) -> ClusterTree:
+    """The clusters of ``tree``, each with the mean of the windows that lie in it for its centroid.
 
     Args:
-        gone: the paths of the windows that do not stay, (n, levels).
-        paths: those of the windows that stay in the same clusters of level 1, and ``vectors`` (m,
-            dim) theirs.
-        seed: where nothing stays at all, one leaf gets a centroid that is drawn by it.
+        paths: of the windows, (n, levels).
+        vectors: theirs, (n, dim).
+        seed: where there are no windows, one leaf gets a centroid that is drawn by it.
     """
     rows = distinct(vectors)  # as the tree was fitted
-    vectors, paths = vectors[rows].astype(np.float32), paths[rows]
-    centroids = [np.array(level) for level in tree.centroids]
-    counts = [np.array(level) for level in tree.counts]
-    for level in range(tree.depth):
-        for cluster in np.unique(gone[:, level]):
-            own = vectors[paths[:, level] == cluster]
-            counts[level][cluster] = len(own)
-            centroids[level][cluster] = own.mean(0) if len(own) else 0
-    if not counts[-1].any():  # a tree has a leaf at least
-        anywhere = np.random.default_rng(seed).standard_normal(tree.dim).astype(np.float32)
-        counts[-1][0] = 1
-        for each in centroids:
-            each[0] = anywhere / np.linalg.norm(anywhere)
-    for level in reversed(range(tree.depth - 1)):
-        counts[level] = counts[level + 1].reshape(-1, tree.branching[level + 1]).sum(1)
+    centroids, counts = list[np.ndarray](), list[np.ndarray]()
+    for level, size in enumerate(tree.num_clusters):
+        own = paths[rows, level]
+        sums = np.zeros((size, tree.dim))
+        np.add.at(sums, own, vectors[rows])
+        counts.append(np.bincount(own, minlength=size))
+        centroids.append((sums / np.maximum(counts[-1], 1)[:, None]).astype(np.float32))
+    if not len(rows):  # a tree has a leaf at least
+        anywhere = np.random.default_rng(seed).standard_normal(tree.dim)
+        for level in range(tree.depth):
+            counts[level][0], centroids[level][0] = 1, anywhere / np.linalg.norm(anywhere)
     return ClusterTree(tree.branching, centroids, counts, tree.seed)
 
 

@@ -252,10 +252,10 @@ def restated(run: Path) -> dict[str, list[str]]:
     return found
 
 
-def restated_without(run: Path, target: Path, gone: Collection[str]) -> None:
-    """Takes over to another run what was written of the documents that stay."""
+def restated_of(run: Path, target: Path, stays: Collection[str]) -> None:
+    """Takes over to another run what was written of the documents that stay, by their hashes."""
     if (run / JOURNAL).exists():
-        left = [line for line in _lines(run) if line["sha256"] not in gone]
+        left = [line for line in _lines(run) if line["sha256"] in stays]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in left)
         write_atomic(target / JOURNAL, text)
 
