@@ -174,7 +174,8 @@ def run_program(main: Callable[[], None], stopped: str = "stopped") -> None:
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal may know ASCII alone
+            # A terminal may know ASCII alone; a file or pipe is to have each line at once.
+            stream.reconfigure(errors="replace", line_buffering=True)
     try:
         main()
         if sys.stdout is not None:

@@ -153,6 +153,13 @@ def test_a_terminal_that_knows_ascii_alone_gets_replacements_and_no_traceback():
     assert process("-c", code) == (0, "caf? ? ?\n", "")
 
 
+def test_a_line_is_out_when_it_is_printed_also_into_a_pipe():
+    """What trains for hours told of its stages at its end."""
+    code = "import os; from mlx_hmem.errors import run_program\n"
+    code += "run_program(lambda: (print('a stage is done'), os._exit(0)))"
+    assert process("-c", code).out == "a stage is done\n"
+
+
 def test_no_message_proposes_deleting_what_may_be_sound():
     """One did, where a limit of the system was met: who follows it loses a run of days."""
     advice = re.compile(r"\b(delete|erase|empty) (it|this|these|them|the|$)")

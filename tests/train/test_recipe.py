@@ -288,3 +288,9 @@ def test_the_program_goes_from_text_to_sequences_and_bad_input_is_one_line(tmp_p
     assert str(out / "anchor-sequences") in first.out
     assert run(main, *arguments).out.count("done before") == 4
     assert_refused(run(main, tmp_path / "none.yaml", "--out", out), "error: no such recipe")
+    # Every name ends in .yaml, which makes none of them alike.
+    assert_refused(run(main, "nosuch.yaml", "--out", out), "a YAML file, or one of demo.yaml, ")
+    assert_refused(run(main, "facst.yaml", "--out", out), "; did you mean facts.yaml?")
+    # The file has no such key: it is what was set.
+    unknown = run(main, "facts.yaml", "--out", out, "--set", "foo.bar=1")
+    assert_refused(unknown, "unknown key in facts.yaml --set foo.bar=1: foo")

@@ -5,6 +5,7 @@ run, ``--set memories.training.batch_size=4``, which is how a recipe is scaled t
 """
 
 import dataclasses
+import difflib
 import re
 import typing
 from collections.abc import Iterable
@@ -18,7 +19,7 @@ from mlx_hmem.anchors.attach import memory_config
 from mlx_hmem.anchors.load import anchor_of_config, read_config
 from mlx_hmem.bank import Manifest, stored_levels
 from mlx_hmem.config import JsonConfig, MemoryConfig
-from mlx_hmem.errors import ArgumentParser, UserError, nearest
+from mlx_hmem.errors import ArgumentParser, UserError
 from mlx_hmem.model.find import find_model
 
 from .keys import NEEDED, check_keys, key, section_of
@@ -160,7 +161,10 @@ def read_yaml(path: Path, what: str) -> Any:
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, IsADirectoryError):
         known = [p.relative_to(SHIPPED).as_posix() for p in sorted(SHIPPED.rglob("*.yaml"))]
-        remedy = f"give the path of a YAML file; {nearest(str(path), known)}"
+        # Without the ending, which all have in common and every other file too.
+        close = difflib.get_close_matches(str(path.with_suffix("")), [k[:-5] for k in known], 1)
+        meant = f"; did you mean {close[0]}.yaml?" if close else f", or one of {', '.join(known)}"
+        remedy = f"give the path of a YAML file{meant}"
         raise UserError(f"no such {what}", path, remedy) from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8", error, "save it as UTF-8") from None
@@ -176,10 +180,11 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     ``overrides`` are keys set anew, ``section.key=value`` with the value in YAML. If the recipe
     starts from a model, that model's config is read.
     """
-    values = read_yaml(path, "recipe")
+    values, overrides = read_yaml(path, "recipe"), list(overrides)
     for override in overrides:
         _set(values, override)
-    recipe: Recipe = _section(Recipe, values, str(path))
+    where = " --set ".join([str(path), *overrides])  # either may have what is wrong
+    recipe: Recipe = _section(Recipe, values, where)
     return recipe if recipe.anchor.path is None else _with_model(recipe, recipe.anchor.path)
 
 
