@@ -252,6 +252,20 @@ def test_one_short_document_can_be_remembered(anchor, tmp_path):
     )
 
 
+def test_the_command_of_a_finished_run_says_so_and_that_of_another_is_refused(
+    anchor, learned, documents, tmp_path, capsys
+):
+    before = bytes_of(learned)
+    remember(documents, anchor, learned, "--passes", "3")
+    assert f"remembered before: {learned}; your text is in {learned}.run" in capsys.readouterr().out
+    refused("changed: passes; give another --out", remember, documents, anchor, learned)
+    other = write_documents(tmp_path / "other", 1)
+    refused("changed: source", remember, other, anchor, learned, "--passes", "3")
+    elsewhere = ("--passes", "3", "--run", str(tmp_path / "run"))
+    refused("the destination exists", remember, documents, anchor, learned, *elsewhere)
+    assert bytes_of(learned) == before
+
+
 def test_an_anchor_that_is_not_finite_learns_nothing(anchor, tmp_path):
     """It did, it was said, and the model that was made knew nothing."""
     write_documents(tmp_path / "folder")

@@ -23,7 +23,6 @@ import mlx.nn as nn
 import numpy as np
 from tqdm import tqdm
 
-from mlx_hmem.anchors.load import named_parameters
 from mlx_hmem.bank.format import Key
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import load_safetensors, save_safetensors, write_atomic
@@ -35,7 +34,7 @@ from ..recipe.recipe import TrainerConfig
 from ..step.gradient import is_finite
 from ..step.memories import MemoryTrainee
 from ..store.blocks import BlockStore
-from ..store.checkpoint import Progress, check_finite
+from ..store.checkpoint import Progress
 from .run import OwnText, Settings, whole_paths
 
 PATIENCE = 2  # passes without a better held-out loss
@@ -70,7 +69,6 @@ class Trainer:
     """One anchor with its memory slot, for all subtrees in turn."""
 
     def __init__(self, anchor: nn.Module, settings: Settings):
-        check_finite(named_parameters(anchor), "the anchor", "use a model that is sound")
         self.anchor, self.settings = anchor, settings
         self.training = TrainerConfig(**settings.training)
         self.trainee: MemoryTrainee | None = None

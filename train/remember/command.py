@@ -180,14 +180,19 @@ def main(words: Sequence[str]) -> None:
     for name in ("max_bytes", "passes", "restate"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is not 1 or more", value, "give a number")
-    if args.out.exists():
-        raise UserError("the destination exists", args.out, "choose another")
     run, files = run_folder(args.out, args.run), own_files(args.documents)
     base = open_base(args.model)
+    wanted = {"passes": args.passes, "restate": args.restate or 0}
+    if args.out.exists():
+        if args.run is not None or not (run / "settings.json").exists():
+            raise UserError("the destination exists", args.out, "choose another")
+        same = {"source": source_of(files, args.max_bytes), "first": base.first, **wanted}
+        check_same(Settings.load(run), run, anchor_hash=base.anchor_hash, **same)
+        print(f"remembered before: {args.out}; your text is in {run}")
+        return
     began = run.exists()
     try:
         with alone("train remember", run):
-            wanted = {"passes": args.passes, "restate": args.restate or 0}
             settings = prepare(base, args.documents, files, run, args.max_bytes, **wanted)
             remember(base, run, settings, args.out)
     finally:

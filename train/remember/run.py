@@ -32,7 +32,7 @@ from .text import OwnDocument, hold_out, typical_words
 FORMAT_VERSION = 1
 SETTINGS = "settings.json"
 LONGEST = 512  # tokens of a window
-OTHER_RUN = "give another --run, or go on with what it was begun with"
+OTHER_RUN = "give another --out or --run, or go on with what it was begun with"
 
 
 @dataclass(frozen=True)
