@@ -203,6 +203,15 @@ def text_file(folder: Path) -> Path:
     return folder / "t.npy"
 
 
+def headed(header: str) -> Callable[[Path], Path]:
+    def store(folder: Path) -> Path:
+        size = len(header).to_bytes(2, "little")
+        (folder / "t.npy").write_bytes(b"\x93NUMPY\x01\0" + size + header.encode())
+        return folder / "t.npy"
+
+    return store
+
+
 def stored(change: Callable[[dict[str, np.ndarray]], Any]) -> Callable[[Path], Path]:
     def store(folder: Path) -> Path:
         arrays = named(centroids())
@@ -226,6 +235,9 @@ FAULTS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "an array of objects": (object_array, "can run code"),
     "a zip bomb": (zip_bomb, "unpacks to too much"),
     "a header that claims too much": (claims_too_much, "do not agree"),
+    # NumPy parses a header as Python: these were tracebacks.
+    "a header of signs": (headed("-" * 9000 + "1"), "no sound"),
+    "a header without an end": (headed("(" * 9000), "no sound"),
     "half a file": (cut_off, "no sound"),
     "a text": (text_file, "no sound NumPy file"),
     "nothing": (lambda folder: folder / "none.npz", "no such file"),
