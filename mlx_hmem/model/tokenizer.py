@@ -143,22 +143,21 @@ class ModelTokenizer(TokenizerWrapper):
         return {
             number: token.content
             for number, token in self._tokenizer.added_tokens_decoder.items()
-            if token.content.strip() and (token.special or token.content in template)
+            if len(token.content.strip()) > 1 and (token.special or token.content in template)
         }
 
     def held(self, text: str, **options: bool) -> dict[str, int]:
-        """The control tokens that the tokenizer sees in a text."""
+        """The control tokens that the tokenizer sees in a text, which for some knows no capitals;
+        not one that stands for what the tokenizer does not know."""
         ids = self._tokenizer.encode(text, add_special_tokens=False, **options)
-        return {self.controls[i]: i for i in ids if i in self.controls}
+        seen = {self.controls[i]: i for i in set(ids) if i in self.controls}
+        return {name: i for name, i in seen.items() if any_of([name], re.I).search(text)}
 
     def cut(self, text: str, mark: str, **options: bool) -> str:
         """The text with marks, each behind the first character of a control token that the
         tokenizer would see, so that it sees none."""
         while found := self.held(text, **options):
-            cut = any_of(found).sub(lambda name: name[0][:1] + mark + name[0][1:], text)
-            if cut == text:
-                raise ValueError(f"{next(iter(found))!r} cannot be told from text")
-            text = cut
+            text = any_of(found, re.I).sub(lambda name: name[0][:1] + mark + name[0][1:], text)
         return text
 
     def encode(self, text: str, add_special_tokens: bool = True, **options: Any) -> list[int]:
@@ -216,10 +215,10 @@ class ModelTokenizer(TokenizerWrapper):
         return ids
 
 
-def any_of(names: Iterable[str]) -> re.Pattern[str]:
+def any_of(names: Iterable[str], flags: int = 0) -> re.Pattern[str]:
     """Finds the longest of ``names``, as a group."""
     longest = sorted(names, key=len, reverse=True)
-    return re.compile(f"({'|'.join(map(re.escape, longest)) or '(?!)'})")
+    return re.compile(f"({'|'.join(map(re.escape, longest)) or '(?!)'})", flags)
 
 
 def mark_for(texts: Iterable[str]) -> str:

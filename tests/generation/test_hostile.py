@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from mlx_hmem.errors import foreign
 from mlx_hmem.generation import chat, template
 from mlx_hmem.generation.template import chat_ids
-from mlx_hmem.model.tokenizer import ModelTokenizer
+from mlx_hmem.model.tokenizer import ModelTokenizer, read_tokenizer
 from tests.conftest import edit_json
 from tests.generation.test_generate import refused
 from tests.generation.test_instruct import with_template
@@ -160,6 +160,17 @@ def test_joined_pieces_are_what_all_ids_decode_to(model, byte_level, kind):
             found.append(said.last_segment)
         said.finalize()
         assert "".join([*found, said.last_segment]) == tokenizer.decode(ids)
+
+
+def test_a_control_token_that_is_a_word_or_a_letter_leaves_text_alone(broken, texts):
+    """``"eos_token": "x"`` had every text with an x cut for ever."""
+    for name in ("e", "the", "<unk>", "no such piece"):
+        edit_json(broken / "tokenizer_config.json", lambda c, name=name: c.update(eos_token=name))
+        tokenizer = read_tokenizer(broken, {})
+        for text in (texts[0][:200], f"{name} {name}", "\u4e00 <unk>"):
+            assert "".join(tokenizer.decode(tokenizer.encode(text)[1:]).split()) == "".join(
+                text.split()
+            )
 
 
 def test_thousands_of_added_tokens_do_not_slow_a_text_down(byte_level):
