@@ -115,6 +115,20 @@ def foreign(what: str, remedy: str) -> Iterator[None]:
         raise UserError(what, (said or [type(error).__name__])[0][:300], remedy) from None
 
 
+@contextlib.contextmanager
+def unheard() -> Iterator[None]:
+    """Nothing reaches standard error meanwhile: Rust tells of a panic there, in many lines, before
+    it is raised."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # it may be closed
+            before, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+            stack.callback(os.close, before)
+            stack.callback(os.dup2, before, 2)
+            os.dup2(nothing, 2)
+            os.close(nothing)
+        yield
+
+
 def version() -> str:
     """Of the package, as it is installed."""
     from importlib import metadata  # slow, and seldom asked for

@@ -18,7 +18,7 @@ from mlx_lm.tokenizer_utils import load as load_tokenizer
 from transformers.utils import logging as transformers_logging
 
 from mlx_hmem.config import read_json
-from mlx_hmem.errors import UserError, foreign
+from mlx_hmem.errors import UserError, foreign, unheard
 from mlx_hmem.files import open_regular
 
 # What a tokenizer may consist of; config.json tells transformers its class.
@@ -43,7 +43,7 @@ def read_tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerWrapper:
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # it warns that it does not know model_type openlm
     try:
-        with foreign(f"the tokenizer in {folder} cannot be read", "restore it"):
+        with foreign(f"the tokenizer in {folder} cannot be read", "restore it"), unheard():
             ends = _ends(folder, config)
             extra = {"trust_remote_code": False}
             return ModelTokenizer.of(load_tokenizer(folder, extra, ends), config.get("vocab_size"))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from mlx_hmem.errors import UserError, foreign
+from mlx_hmem.errors import UserError, foreign, unheard
 
 
 def check_texts(texts: Sequence[str]) -> list[str]:
@@ -26,7 +26,7 @@ def check_texts(texts: Sequence[str]) -> list[str]:
 
 def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     """The tokenizer of ``path`` without its baked-in padding and truncation."""
-    with foreign(f"{path} is not a tokenizer", "restore the file"):
+    with foreign(f"{path} is not a tokenizer", "restore the file"), unheard():
         tokenizer = Tokenizer.from_file(str(path))
     if tokenizer.get_vocab_size() != vocab_size:
         raise UserError(

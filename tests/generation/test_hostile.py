@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -68,6 +69,17 @@ def test_a_panic_of_rust_is_one_line():
         raise panic("index out of range\nmore")
     with pytest.raises(KeyboardInterrupt), foreign(*what):
         raise KeyboardInterrupt
+
+
+def test_nothing_of_a_panic_reaches_the_terminal(broken, capfd):
+    """Pieces shorter than their prefix panic in the tokenizers library, which says so at length."""
+    edit_json(
+        broken / "tokenizer.json", lambda t: t["model"].update(continuing_subword_prefix="a" * 99)
+    )
+    with refusing("the tokenizer in .* cannot be read: range end index"):
+        read_tokenizer(broken, {})
+    print("heard again", file=sys.stderr)
+    assert capfd.readouterr().err == "heard again\n"
 
 
 @pytest.mark.parametrize(
