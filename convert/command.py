@@ -15,7 +15,7 @@ import mlx_hmem  # noqa: F401  (before mlx.core)
 
 # isort: split
 from mlx_hmem.anchors.load import read_config
-from mlx_hmem.errors import ArgumentParser, UserError, run_verb
+from mlx_hmem.errors import ArgumentParser, UserError, printable, run_verb
 from mlx_hmem.folders import identity_of, whole_folder
 from mlx_hmem.model.find import MODEL_FILES, find_model, is_repo_name
 
@@ -97,7 +97,7 @@ def carry_out(
     need = conversion.need_bytes * (2 if quantized else 1)
     with whole_folder(path, identity, replace=replace, need_bytes=need) as part:
         for note in conversion.notes:
-            print(note, file=sys.stderr)
+            print(printable(note), file=sys.stderr)
         if not quantized:
             conversion.write(part)
         else:

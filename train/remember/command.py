@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_hmem.anchors.load import read_config
-from mlx_hmem.errors import ArgumentParser, UserError
+from mlx_hmem.errors import ArgumentParser, UserError, printable
 from mlx_hmem.retriever import ClusterTree
 
 from ..corpus.files import CorpusFile, Faults
@@ -108,7 +108,8 @@ def prepare(
     if settings.restate:
         cost = Writer.open(base, settings.restate, settings.seed).reckon(documents)
     said = f"{said}, from {given}"
-    print("\n".join(plan_lines(base, text, settings, said, cost)), flush=True)
+    lines = plan_lines(base, text, settings, said, cost)
+    print("\n".join(map(printable, lines)), flush=True)
     begin_run(run, settings, documents)
     return settings
 

@@ -17,7 +17,7 @@ from typing import Any
 import xxhash
 from tqdm import tqdm
 
-from mlx_hmem.errors import UserError
+from mlx_hmem.errors import UserError, printable
 from mlx_hmem.evaluate.journal import Journal, kept_rows
 from mlx_hmem.evaluate.texts import reading, records
 from mlx_hmem.folders import identity_of
@@ -127,7 +127,8 @@ def count_names(keys: Keys, corpus: Path, out: Path, progress: bool = True) -> l
 def _documents(file: Path, progress: bool) -> Iterator[str]:
     """The texts of one file that have words, in pieces where it is plain."""
     texts = records(file) if file.name.endswith(RECORDS) else _pieces(file)
-    with tqdm(desc=file.name, unit="B", unit_scale=True, leave=False, disable=not progress) as bar:
+    name = printable(file.name)
+    with tqdm(desc=name, unit="B", unit_scale=True, leave=False, disable=not progress) as bar:
         for text in texts:
             if text.strip():
                 yield text
