@@ -239,9 +239,8 @@ def main(words: Sequence[str]) -> None:
         "--run", type=Path, action="append", help="the folder of a remembering (default: DIR.run); "
         "once for each that taught the documents, in whichever bank",
     )  # fmt: skip
-    where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--out", type=Path, metavar="NEW_DIR")
-    where.add_argument(
+    parser.add_argument("--out", type=Path, metavar="NEW_DIR", help="the model to make")
+    parser.add_argument(
         "--check", action="store_true", help="DOCUMENTs are files: search model and runs for them, "
         "and make again what the runs made, which takes as long as remembering",
     )  # fmt: skip
@@ -250,6 +249,8 @@ def main(words: Sequence[str]) -> None:
     )
     args = parser.parse_args(words)
     runs = args.run or [Path(f"{args.model}.run")]
+    if args.check == (args.out is not None):
+        parser.error("it takes --out or --check, one of the two")
     if args.check:
         lines, clean = check(args.model, args.documents, runs)
         print("\n".join(map(printable, lines)))
