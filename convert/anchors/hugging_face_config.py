@@ -112,11 +112,12 @@ def _rope(name: str, config: Config) -> Config:
     """The keys of RoPE under the names of old, which mlx-lm reads."""
     found, added = config.get("rope_parameters") or {}, Config()
     if name == "gemma3_text" and "full_attention" in found:
-        local = found.get("sliding_attention") or {}
+        local, found = found.get("sliding_attention") or {}, found["full_attention"] or {}
+        if not isinstance(local, dict) or not isinstance(found, dict):
+            raise UserError("rope_parameters is no table", repr((local, found))[:80], "restore it")
         if local.get("rope_type", "default") != "default":
             raise UserError("mlx-lm does not scale local RoPE", local["rope_type"], "use PyTorch")
         added |= _agreed("rope_local_base_freq", config, local.get("rope_theta", 1e4))
-        found = found["full_attention"] or {}
     if "rope_theta" in found:
         added |= _agreed("rope_theta", config, found["rope_theta"])
     elif config.get("rope_theta") is None:

@@ -8,10 +8,11 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from mlx_hmem.anchors.load import read_config
+from mlx_hmem.anchors.load import anchor_of_config, read_config
 from mlx_hmem.anchors.load import weight_files as mlx_weight_files
-from mlx_hmem.anchors.openlm import NAMES, PREFIXES, ModelArgs
+from mlx_hmem.anchors.openlm import NAMES, PREFIXES
 from mlx_hmem.errors import UserError
 
 from ..torch_files.pickles import open_files
@@ -123,7 +124,7 @@ def into_torch(source: Path, dtype: str | None = None) -> Conversion:
         raise UserError("the anchor is quantised", source, "convert the unquantised one")
     if config["model_type"] != "openlm":
         return hugging_face.into_torch(source, dtype)
-    args = ModelArgs.from_dict(config)
+    args: Any = anchor_of_config(config).args
     files = mlx_weight_files(source)
     targets = to_torch(open_safetensors(files).tensors, RULES, wanted_of(config), dtype)
     norms = {ours: name for name, ours in reversed(NORMS.items())}
@@ -141,7 +142,7 @@ def into_torch(source: Path, dtype: str | None = None) -> Conversion:
         "model_norm": norms[args.norm_type],
         "norm_eps": args.norm_eps,
         "qk_norm": args.qk_norm,
-        "positional_embedding_type": positions[args.rope_traditional],
+        "positional_embedding_type": positions[bool(args.rope_traditional)],
         "rope_theta": args.rope_theta,
         "ffn_type": "swiglu_torch",
     } | {key: config[key] for key in IDS if config.get(key) is not None}

@@ -57,11 +57,12 @@ class Marker(JsonConfig):
     tokenizer: str | None = None  # a folder; null: beside the anchor
 
     def __post_init__(self) -> None:
-        texts = [self.anchor, self.tree, self.encoder, self.tokenizer or ""]
+        texts = [self.anchor, self.tree, self.encoder]
+        texts += [] if self.tokenizer is None else [self.tokenizer]
         if not isinstance(self.tensors, tuple) or not self.tensors:
             raise UserError(f"{MARKER} names no tensors", repr(self.tensors)[:80], "list the files")
         for text in (*texts, *self.tensors):
-            if not isinstance(text, str):
+            if not isinstance(text, str) or not text:
                 raise UserError(f"{MARKER} has a name that is no text", repr(text)[:80], "mend it")
 
     @classmethod

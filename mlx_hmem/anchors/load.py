@@ -19,10 +19,14 @@ from mlx_hmem.files import MAX_DIM, fingerprint, is_whole, read_safetensors_head
 INDEX = "model.safetensors.index.json"
 COUNTS = {"hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads",
           "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "n_layer",
-          "n_embd", "n_head", "n_positions", "n_ctx"}  # fmt: skip
+          "n_embd", "n_head", "n_positions", "n_ctx", "num_experts", "num_local_experts",
+          "num_experts_per_tok", "moe_intermediate_size"}  # fmt: skip
+FEW = {"num_hidden_layers", "n_layer", "num_experts", "num_local_experts"}
 NUMBERS = {"rope_theta", "rope_local_base_freq", "norm_eps", "rms_norm_eps", "layer_norm_eps",
            "layer_norm_epsilon", "norm_epsilon", "partial_rotary_factor"}  # fmt: skip
 FLAGS = {"tie_word_embeddings", "qk_norm", "rope_traditional", "attention_bias", "mlp_bias"}
+KINDS = {"rope_parameters": (dict, "a table"), "rope_scaling": (dict, "a table"),
+         "layer_types": (list, "a list"), "sliding_window": (int, "a whole number")}  # fmt: skip
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # the first that is there is read
 
 
@@ -79,11 +83,12 @@ def text_hashes(folder: Path) -> dict[str, str]:
     what makes ids and logits counts: what ends a text may be changed, and so a chat template."""
     values = {key: value for key, value in read_config(folder).items() if key != "eos_token_id"}
     config = json.dumps(values, sort_keys=True).encode()
-    tokenizer = next(folder / name for name in TOKENIZER_FILES if (folder / name).exists())
-    return {
-        "config_hash": f"xxh3:{xxhash.xxh3_128_hexdigest(config)}",
-        "tokenizer_hash": fingerprint(tokenizer),
-    }
+    found = {"config_hash": f"xxh3:{xxhash.xxh3_128_hexdigest(config)}"}
+    # A conversion may have none to take along.
+    tokenizers = (folder / name for name in TOKENIZER_FILES if (folder / name).exists())
+    if (tokenizer := next(tokenizers, None)) is not None:
+        found["tokenizer_hash"] = fingerprint(tokenizer)
+    return found
 
 
 def check_hashes(folder: Path, hmem: HmemConfig) -> None:
@@ -129,7 +134,7 @@ def check_values(config: dict[str, Any], path: Path) -> None:
         values = value if isinstance(value, list) else [value]
         right, what = True, ""
         if name in COUNTS:
-            most = MAX_LAYERS if name in ("num_hidden_layers", "n_layer") else MAX_DIM
+            most = MAX_LAYERS if name in FEW else MAX_DIM
             what = f"a whole number from 1 to {most}"
             right = all(is_whole(n, most) and n > 0 for n in values if n is not None)
         elif name in NUMBERS:
@@ -138,6 +143,9 @@ def check_values(config: dict[str, Any], path: Path) -> None:
             right = right or (value is None and "rope_parameters" in config)
         elif name in FLAGS:
             right, what = value in (True, False, None), "true or false"
+        elif name in KINDS:
+            kind, what = KINDS[name]
+            right = value is None or type(value) is kind
         if not right:
             raise UserError(f"{name} is not {what}", repr(value)[:40], f"restore or correct {path}")
 

@@ -20,6 +20,7 @@ from convert.torch_files.writer import write_torch
 from mlx_hmem.anchors.load import load_anchor
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import load_safetensors
+from tests.conftest import edit_json
 from tests.helpers import anchor_checkpoints as checkpoints
 from tests.helpers.places import ROOT
 from tests.helpers.programs import refused
@@ -116,6 +117,33 @@ def test_a_hugging_face_config_that_does_not_fit_is_one_line(tmp_path, change, w
     values = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(values | change))
     refused(re.escape(words), checkpoints.convert, source, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("granite", {"rope_scaling": -1}, "rope_scaling is not a table: -1"),
+        ("mixtral", {"rope_parameters": 10**40}, "rope_parameters is not a table"),
+        ("mixtral", {"sliding_window": "\ud800"}, "sliding_window is not a whole number"),
+        ("mixtral", {"num_local_experts": 0}, "num_local_experts is not a whole number from 1"),
+        ("qwen3_moe", {"num_experts": 10**7}, "num_experts is not a whole number from 1 to 4096"),
+        ("gemma3_text", {"rope_parameters": {"full_attention": 3}}, "rope_parameters is no table"),
+    ],
+)
+def test_values_that_no_config_has_are_one_line(tmp_path, name, change, words):
+    """They were tracebacks, and ten million experts had no end."""
+    source = checkpoints.save_hugging_face(tmp_path / "source", name, mx.float32)
+    edit_json(source / "config.json", lambda config: config.update(change))
+    refused(words, checkpoints.convert, source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("norm", [[], False, "none"])
+def test_values_that_openlm_does_not_have_go_back_in_one_line(tmp_path, norm):
+    source = checkpoints.save_openlm(tmp_path / "s", checkpoints.random_openlm(), None)
+    model = checkpoints.convert(source, tmp_path / "model", "--set", "head_dim=8")
+    edit_json(model / "config.json", lambda config: config.update(norm_type=norm))
+    words = "config.json describes no anchor"
+    refused(words, checkpoints.convert, model, tmp_path / "out", "--to", "pytorch")
 
 
 def test_the_keys_that_mlx_lm_would_miss_are_written_out(tmp_path):

@@ -16,6 +16,7 @@ from mlx_hmem.bank import Manifest, writer
 from mlx_hmem.bank.format import PAGE, STORED_TYPES
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
+from mlx_hmem.model.load import load
 from tests.conftest import MEMORY, edit_json
 from tests.helpers import memory_layouts as layouts
 from tests.helpers.programs import refused
@@ -89,6 +90,8 @@ FAULTS = {
     "a file not there": (layouts.marked(tensors=["x.pt"]), "not there"),
     "no list": (layouts.marked(tensors="x.pt"), "names no tensors"),
     "no text": (layouts.marked(tree=3), "no text"),
+    "a tokenizer that is none": (layouts.marked(tokenizer={}), "no text"),
+    "a tokenizer without a name": (layouts.marked(tokenizer=""), "no text"),
 }
 
 
@@ -204,6 +207,18 @@ def test_a_shard_that_is_not_as_it_should_be_is_written_again(layout, tmp_path):
         file = tmp_path / "level-3.00002.safetensors"
         file.write_bytes(damage(file.read_bytes()))
         assert written(tmp_path, layout) == whole
+
+
+def test_a_model_without_a_tokenizer_is_made_and_takes_one_later(torch_folder, tmp_path):
+    """Its hash cannot be known yet; that was a traceback."""
+    files = list(torch_folder.rglob("tokenizer*"))
+    for file in files:
+        file.rename(tmp_path / file.name)
+    out = layouts.convert(torch_folder, tmp_path / "mlx")
+    refused("no tokenizer", load, out)
+    for file in files:
+        (tmp_path / file.name).rename(out / file.name)
+    assert load(out).bank is not None
 
 
 def test_a_bank_that_is_not_finite_goes_no_further(broken, tmp_path, monkeypatch):
