@@ -231,6 +231,7 @@ def test_only_files_inside_the_folder_are_read_and_others_are_named(tmp_path, ca
     assert len(faults.named) == 1
     (folder / "a.txt").unlink()
     (folder / "c.jsonl").mkdir()
+    assert files[0].state == (0, 0)
     gone = [files[0], CorpusFile(folder / "c.jsonl", "c.jsonl")]
     assert list(read_documents(gone, faults)) == []
     assert [line.split(":")[0] for line in faults.named] == ["b.txt", "a.txt", "c.jsonl"]

@@ -53,6 +53,15 @@ class CorpusFile(NamedTuple):
     path: Path
     name: str
 
+    @property
+    def state(self) -> tuple[int, int]:
+        """Its bytes and time of change; zeros where it is gone, which is said when it is read."""
+        try:
+            found = self.path.stat()
+        except OSError:
+            return 0, 0
+        return found.st_size, found.st_mtime_ns
+
 
 def file_bytes(path: Path, most: int = MAX_LINE) -> bytes:
     with open_regular(path) as file:

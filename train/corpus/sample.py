@@ -50,7 +50,7 @@ def _groups(files: Iterable[CorpusFile]) -> Iterator[list[CorpusFile]]:
     group, size = list[CorpusFile](), 0
     for file in files:
         group.append(file)
-        size += file.path.stat().st_size
+        size += file.state[0]
         if size >= SHARD_BYTES:
             yield group
             group, size = [], 0

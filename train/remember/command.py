@@ -38,8 +38,7 @@ from .text import OwnDocument, read_folder
 
 def source_of(files: list[CorpusFile], most_bytes: int | None) -> str:
     """What names the folder as it is now: names, sizes and times of its files."""
-    stats = [(file.name, file.path.stat()) for file in files]
-    seen = [(name, s.st_size, s.st_mtime_ns) for name, s in stats]
+    seen = [(file.name, *file.state) for file in files]
     return hashlib.sha256(repr((seen, most_bytes)).encode()).hexdigest()
 
 

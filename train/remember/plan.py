@@ -175,8 +175,7 @@ def new_bytes(base: Base, memory: MemoryConfig, first: int) -> tuple[int, int]:
 
 def text_bytes(files: list[CorpusFile]) -> int:
     """About how many bytes of text the files hold, from their sizes."""
-    sizes = [(f.path.stat().st_size, f.path.suffix.lower()) for f in files]
-    return int(sum(size * TEXT_IN_FILE.get(suffix, 1) for size, suffix in sizes))
+    return int(sum(f.state[0] * TEXT_IN_FILE.get(f.path.suffix.lower(), 1) for f in files))
 
 
 def needed(base: Base, config: dict[str, Any], size: int) -> tuple[int, int]:
