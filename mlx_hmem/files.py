@@ -238,7 +238,7 @@ def atomic_file(path: Source) -> Iterator[BinaryIO]:
 
 
 def _as_it_is(path: str, flags: int) -> int:
-    """Opens a file to write into, but does not empty it: it may be another's."""
+    """Opens a file to write into, and leaves what is in it: it may be another's."""
     return os.open(path, flags & ~os.O_TRUNC, 0o666)
 
 
