@@ -261,3 +261,10 @@ def test_a_context_too_short_is_one_line_and_leaves_nothing(model_folder, docume
     with pytest.raises(UserError, match="--restate is not 1 or more: 0"):
         remember(documents, model_folder, tmp_path / "model", "--restate", "0")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "3", '{"sha256": "0"}', '{"sha256": NaN}'])
+def test_a_damaged_journal_is_one_line(line, tmp_path):
+    (tmp_path / restate.JOURNAL).write_text(f"{line}\n")
+    with pytest.raises(UserError, match=f"{restate.JOURNAL} is damaged"):
+        restate.restated(tmp_path)

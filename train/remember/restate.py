@@ -26,7 +26,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import write_atomic
+from mlx_hmem.files import strict_json, write_atomic
 from mlx_hmem.folders import add_lines, whole_lines
 from mlx_hmem.generation.batch import batch_generate
 from mlx_hmem.generation.template import chat_ids
@@ -241,7 +241,14 @@ def _lines(run: Path) -> list[dict[str, Any]]:
     """Those of the journal; one that was being written when the run stopped does not count."""
     path = run / JOURNAL
     whole = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in whole]
+    try:
+        lines = [strict_json(line) for line in whole]
+        if any({"sha256", "part", "texts", "dropped"} - set(line) for line in lines):
+            raise ValueError("a line without what belongs in it")
+    except (TypeError, ValueError) as error:
+        remedy = "restore the folder as the remembering left it"
+        raise UserError(f"{path} is damaged", error, remedy) from None
+    return lines
 
 
 def restated(run: Path) -> dict[str, list[str]]:
