@@ -130,7 +130,9 @@ def test_a_forgetting_that_was_killed_goes_on_to_the_same_bytes(where, learned, 
     refused("the destination exists", forget, learned, killed, "bread/1.txt")
 
 
-@pytest.mark.parametrize("name", ["paths.npy", "documents.jsonl", "tree.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["paths.npy", "documents.jsonl", "tree.safetensors", "settings.json"]
+)
 def test_a_bit_that_has_flipped_in_the_run_is_found_before_it_forgets(name, learned, tmp_path):
     """One in paths.npy had another document's blocks trained anew, and was called forgetting."""
     run = Path(shutil.copytree(f"{learned}.run", tmp_path / "run"))
@@ -138,6 +140,8 @@ def test_a_bit_that_has_flipped_in_the_run_is_found_before_it_forgets(name, lear
     places = [len(data) // 3, len(data) // 2]
     if name == "paths.npy":
         places = range(128, len(data), 4)
+    elif name == "settings.json":
+        places = range(3, len(data), 97)
     elif name == "documents.jsonl":
         places = [data.index(b"sha256") + 20, data.index(b'"text"') + 30]
     for place in places:

@@ -70,7 +70,7 @@ class Trainer:
 
     def __init__(self, anchor: nn.Module, settings: Settings):
         self.anchor, self.settings = anchor, settings
-        self.training = TrainerConfig(**settings.training)
+        self.training = TrainerConfig.from_dict(settings.training)
         self.trainee: MemoryTrainee | None = None
 
     def train(self, run: Path, text: OwnText, paths: np.ndarray) -> None:

@@ -220,7 +220,7 @@ def plan_lines(
 ) -> list[str]:
     """The plan for people; takes a few steps to measure their time."""
     config, memory = read_config(base.folder), settings.memory
-    training = TrainerConfig(**settings.training)
+    training = TrainerConfig.from_dict(settings.training)
     recipe = as_recipe(config, memory, training, settings.context, str(base.folder))
     peak = peak_memory(recipe, "memories", training)
     seconds, how = seconds_per_step(recipe, "memories", training, peak)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import xxhash
 
 from mlx_hmem.bank.documents import Document
 from mlx_hmem.config import JsonConfig, MemoryConfig, check_version, read_json
@@ -77,11 +78,20 @@ class Settings(JsonConfig):
             raise UserError("not the folder of a train remember", folder, "give it with --run")
         values = read_json(path)
         check_version(values, FORMAT_VERSION, path, "remember the documents again")
+        if (given := values.pop("xxh3", None)) not in (None, _checksum(values)):  # None: of before
+            raise UserError(f"{path} is damaged", f"checksum {given}", "restore the file")
         values["memory"] = MemoryConfig.from_dict(values.get("memory"), f"{path} (memory)")
         return cls.from_dict(values, str(path))
 
     def save(self, folder: Path) -> None:
-        write_atomic(folder / SETTINGS, json.dumps(asdict(self), indent=2) + "\n")
+        values = json.loads(json.dumps(asdict(self)))
+        text = json.dumps(values | {"xxh3": _checksum(values)}, indent=2)
+        write_atomic(folder / SETTINGS, text + "\n")
+
+
+def _checksum(values: dict[str, Any]) -> str:
+    """Of settings, whose flipped bits would train something else in silence."""
+    return xxhash.xxh3_64_hexdigest(json.dumps(values, sort_keys=True).encode())
 
 
 @dataclass(frozen=True)
