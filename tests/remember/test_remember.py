@@ -274,7 +274,7 @@ def test_an_anchor_that_is_not_finite_learns_nothing(anchor, tmp_path):
     broken = {name: array + math.nan for name, array in weights.items()}
     save_safetensors(tmp_path / "broken" / "model.safetensors", broken)
     out = tmp_path / "model"
-    refused("is not finite", remember, tmp_path / "folder", tmp_path / "broken", out)
+    refused("numbers that are not finite", remember, tmp_path / "folder", tmp_path / "broken", out)
     assert not out.exists()
 
 

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_hmem.anchors.load import anchor_hash, load_anchor, read_config, text_hashes
+from mlx_hmem.anchors.load import anchor_hash, read_config, text_hashes
 from mlx_hmem.bank.documents import Document, read_documents, write_documents
 from mlx_hmem.bank.format import MANIFEST, Key, Manifest
 from mlx_hmem.bank.views import read_views, write_views
@@ -29,6 +29,7 @@ from mlx_hmem.model.load import added_banks, open_encoder, open_tree, read_hmem
 from mlx_hmem.retriever import ClusterTree, Encoder, load_encoder
 
 from ..export import place_encoder
+from ..step.start import sound_anchor
 from .run import Settings
 
 CARD = """# A model with remembered documents
@@ -53,8 +54,8 @@ class Base:
 
     @cached_property
     def anchor(self) -> tuple[nn.Module, dict[str, Any]]:
-        """The anchor and its config, loaded when first asked for."""
-        return load_anchor(self.folder)
+        """The anchor and its config, loaded when first asked for; UserError if it is not finite."""
+        return sound_anchor(self.folder), read_config(self.folder)
 
     @property
     def first(self) -> int:
