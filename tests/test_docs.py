@@ -274,6 +274,17 @@ def test_files_and_names_are_there(page):
                 assert hasattr(importlib.import_module(module), name), text
 
 
+def test_each_promise_names_a_test_that_is_there():
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py"))
+    sections = re.split(r"\n## |\nNot promised", PAGES["docs/security.md"])
+    promises = [each for part in sections for each in re.split(r"\n- (?=\*\*)", part)[1:]]
+    assert len(promises) > 10
+    for promise in promises:
+        named = re.findall(r"`(test_\w+)`", promise)
+        assert named or "(the same test)" in promise, promise
+        assert [name for name in named if f"def {name}(" not in tests] == []
+
+
 def test_readme_is_short_and_index_has_every_page():
     lines = PAGES["README.md"].splitlines()
     assert len(lines) <= 130
