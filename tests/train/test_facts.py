@@ -150,7 +150,8 @@ def test_a_wrong_configuration_is_a_user_error(change, message):
 @pytest.mark.parametrize(
     "content",
     ["", "[", "{}", "[]", "[3]", '[{"name": "Iron"}]',
-     '[{"name": "Iron", "symbol": "Fe", "number": 26, "melt": "hot"}]'],
+     '[{"name": "Iron", "symbol": "Fe", "number": 26, "melt": "hot"}]',
+     '[{"name": "Iron", "symbol": "Fe", "number": 26, "melt": 1e999}]'],
 )  # fmt: skip
 def test_a_wrong_table_of_elements_is_a_user_error(tmp_path, content):
     path = tmp_path / "elements.json"

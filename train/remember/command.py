@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_hmem.anchors.load import read_config
+from mlx_hmem.budget.resident import bytes_text, machine_bytes
 from mlx_hmem.errors import ArgumentParser, UserError, printable
 from mlx_hmem.retriever import ClusterTree
 
@@ -21,7 +22,7 @@ from ..data.taken_tokenizer import TakenTokenizer
 from ..stages import alone
 from .blocks import Trainer, results_of, subtrees_of, trained_blocks
 from .export import Base, export, open_base
-from .plan import check_size, make_settings, plan_lines, text_bytes
+from .plan import MEMORY_PER_BYTE, check_size, make_settings, plan_lines, text_bytes
 from .restate import Writer, restate, restated
 from .run import (
     OwnText,
@@ -65,8 +66,13 @@ def read_new(
 ) -> tuple[list[OwnDocument], str]:
     """The documents to remember, and in words what was found; UserError if there is none."""
     faults, known = Faults(), {document.sha256 for document in base.documents}
-    reading = read_folder(files, known, faults, most_bytes or math.inf)
+    most = most_bytes or machine_bytes() // MEMORY_PER_BYTE
+    reading = read_folder(files, known, faults, most)
     faults.print()
+    if reading.more_left and most_bytes is None:
+        what = "the files unpack to more text than this machine can hold"
+        remedy = f"give --max-bytes {most} or less, or a folder with less text"
+        raise UserError(what, f"more than {bytes_text(most)}", remedy)
     counts = {
         "duplicates": reading.duplicates,
         "known already": reading.known,
