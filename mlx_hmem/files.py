@@ -56,6 +56,18 @@ def require_file(path: Path, remedy: str) -> None:
         raise UserError(wrong, path, remedy)
 
 
+def lies_there(path: Path) -> bool:
+    """Whether anything lies at ``path``, be it a link that leads nowhere. Absent is only what the
+    system says is missing: where it does not say, a UserError."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise UserError(f"cannot see whether {path} is there", error, "check the path") from None
+    return True
+
+
 @contextlib.contextmanager
 def open_regular(path: Source) -> Iterator[BinaryIO]:
     """Opens a regular file for reading, unbuffered; anything else is a :class:`UserError`."""

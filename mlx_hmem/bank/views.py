@@ -19,7 +19,7 @@ from typing import Any
 
 from mlx_hmem.config import ClusterPath, MemoryConfig, read_json
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import strict_json, write_atomic
+from mlx_hmem.files import lies_there, strict_json, write_atomic
 
 VIEWS = "views.json"
 DEFAULT = "default"
@@ -48,12 +48,8 @@ def read_views(folder: str | Path, configs: Mapping[str, MemoryConfig]) -> Views
     ``configs``: of the banks by name, "" being the first; every barred cluster must be in one.
     """
     file = Path(folder) / VIEWS
-    try:
-        file.lstat()
-    except FileNotFoundError:
+    if not lies_there(file):
         return {}
-    except OSError as error:
-        raise UserError(f"cannot see whether {file} is there", error, REMEDY) from None
     values = read_json(file, parse=strict_json)
     try:
         if not isinstance(values, dict) or list(values) != ["views"]:

@@ -14,7 +14,7 @@ from mlx_hmem.bank.documents import DOCUMENTS
 from mlx_hmem.bank.format import MANIFEST
 from mlx_hmem.bank.views import VIEWS
 from mlx_hmem.config import HmemConfig
-from mlx_hmem.files import link_or_copy
+from mlx_hmem.files import lies_there, link_or_copy, open_regular
 from mlx_hmem.model.find import BANK_FOLDER, BESIDE
 
 TREE = "retriever/tree.safetensors"
@@ -42,7 +42,11 @@ def link_model(
 
 def model_files(folder: Path, only: Sequence[str] = ("*",), but: Sequence[str] = ()) -> list[Path]:
     """The files of the format in a model's folder, relative to it, that a pattern of ``only`` names
-    and none of ``but``; * matches / too."""
+    and none of ``but``; * matches / too. UserError for views that cannot be read: without them
+    everything would be allowed."""
+    if lies_there(views := folder / BANK_FOLDER / VIEWS):
+        with open_regular(views):
+            pass
     files = {file.relative_to(folder) for each in _places(folder) for file in folder.glob(each)}
     return sorted(
         file

@@ -206,6 +206,8 @@ def test_views_that_cannot_be_read_open_nothing(broken):
     views.unlink(missing_ok=True)
     views.symlink_to(broken / "gone.json")
     refused("a file is missing: .*views.json", load, broken)
+    words = [str(broken), str(broken.parent / "copy"), "--bank-dtype", "float16"]
+    refused("a file is missing: .*views.json", quantize, words)
 
 
 def test_a_bank_can_be_opened_without_some_clusters(model_folder, model):
