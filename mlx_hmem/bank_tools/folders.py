@@ -19,9 +19,9 @@ from mlx_hmem.model.find import BANK_FOLDER, BESIDE
 
 TREE = "retriever/tree.safetensors"
 # What a bank consists of, who may fetch it apart.
-BANK = tuple(f"{BANK_FOLDER}/{name}" for name in (MANIFEST, DOCUMENTS, "*.safetensors"))
-SHARDS = tuple(f"{BANK_FOLDER}/{name}.safetensors" for name in ("generic", "level-*"))
-MEMORY = ("hmem.json", TREE, f"{BANK_FOLDER}/{MANIFEST}", f"{BANK_FOLDER}/{DOCUMENTS}", *SHARDS)
+SHARDS = ("generic.safetensors", "level-*.safetensors")
+BANK = tuple(f"{BANK_FOLDER}/{name}" for name in (MANIFEST, DOCUMENTS, *SHARDS))
+MEMORY = ("hmem.json", TREE, *BANK)
 # Of an anchor: what mlx-lm and transformers read, and what says who made it.
 ANCHOR = (
     "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",

@@ -18,7 +18,7 @@ from mlx_hmem.bank.views import VIEWS, Barred, Views, check_name, of_bank, write
 from mlx_hmem.bank.writer import Given, rewrite_bank, stored_bytes
 from mlx_hmem.bank_tools.compare import unlike
 from mlx_hmem.bank_tools.contents import OpenBank, views_of
-from mlx_hmem.bank_tools.folders import BANK, TREE, link_model
+from mlx_hmem.bank_tools.folders import BANK, MEMORY, TREE, link_model
 from mlx_hmem.config import ClusterPath, MemoryConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import fingerprint, write_atomic
@@ -41,7 +41,7 @@ def add(folder: Path, banks: Sequence[OpenBank], other: OpenBank, name: str, out
     views = views_of(folder, banks)
     with whole_folder(out) as part:
         link_model(folder, part, but=[f"{BANK_FOLDER}/{VIEWS}"] if views else [])
-        link_model(other.folder, part / BESIDE / name, only=["hmem.json", TREE, *BANK])
+        link_model(other.folder, part / BESIDE / name, only=MEMORY)
         if views:
             write_views(
                 part / BANK_FOLDER, {view: [*barred, (name,)] for view, barred in views.items()}

@@ -24,7 +24,7 @@ from mlx_hmem.anchors.load import load_anchor
 from mlx_hmem.bank.documents import Document, find_document, write_documents
 from mlx_hmem.bank.format import GENERIC, Key, Manifest
 from mlx_hmem.bank.writer import Given, rewrite_bank
-from mlx_hmem.bank_tools.folders import BANK, TREE, link_model
+from mlx_hmem.bank_tools.folders import MEMORY, TREE, link_model
 from mlx_hmem.errors import ArgumentParser, UserError, printable
 from mlx_hmem.files import fingerprint, write_atomic
 from mlx_hmem.folders import RECORD, whole_folder
@@ -141,8 +141,7 @@ def write_model(
 ) -> None:
     """The model whose banks the runs have made, whole or not at all."""
     changed = of_banks(rests)
-    parts = [(place_of(name) / each).as_posix() for name in changed for each in (*BANK, TREE)]
-    parts += [(place_of(name) / "hmem.json").as_posix() for name in changed]
+    parts = [(place_of(name) / each).as_posix() for name in changed for each in MEMORY]
     with whole_folder(out) as part:
         link_model(bases[""].folder, part, but=[*parts, "README.md"])
         for name, own in changed.items():
