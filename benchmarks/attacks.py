@@ -201,9 +201,7 @@ def disks(rng: random.Random, place: Path) -> Try:
 def archives(rng: random.Random, place: Path) -> Try:
     options = ("--to", "pytorch", "--dtype", "float16")
     source = made(place, "pytorch", lambda folder: ran("-m", "convert", DEMO, folder, *options))
-    source /= (
-        "anchor"  # a zip, whose parts have checksums; elsewhere there are none to compare with
-    )
+    source /= "anchor"  # a zip has checksums; what lies beside it has none to compare with
     back = made(place, "back", lambda folder: ran("-m", "convert", source, folder))
     copy, what = damaged(source, rng, place, "*.pt")
     found = ran("-m", "convert", copy, place / "out")
