@@ -185,5 +185,10 @@ def test_years_of_birth_come_from_first_sentences_and_ambiguous_names_are_left_o
     assert asked[:2] == make_facts(config | {"people": 2}, 0, articles=ARTICLES)[1]
     assert [fact.times for fact in asked] == [2, 1, 0]
     assert stated(list(documents), asked) == [2, 1, 0]
+    endless = ("x", "Endless", "Endless (" + "1 May 1900, " * 200_000)  # a day for its square
+    assert (
+        make_facts(config, 0, articles=[*ARTICLES, endless])[1]
+        == make_facts(config, 0, articles=ARTICLES)[1]
+    )
     refused("3 of 4", make_facts, config | {"people": 4}, 0, articles=ARTICLES)
     refused("people", make_facts, config | {"people": 0}, 0, articles=ARTICLES)

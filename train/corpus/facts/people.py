@@ -30,6 +30,7 @@ OCCUPATION = (
     "professor|racer|rower|runner|sailor|scientist|screenwriter|sculptor|singer|skater|soldier|"
     "sprinter|striker|swimmer|weightlifter|wrestler|writer"
 )
+FIRST = 4000  # characters; each year in a bracket without an end is looked at to the end of these
 FIRST_SENTENCE = re.compile(
     # A name, and in brackets a date of birth …
     r"[^()\n]{3,60}? \([^()]*?(?:\d{1,2} [A-Z][a-z]+|[A-Z][a-z]+ \d{1,2},) (1[89]\d\d)\b[^()]*\) "
@@ -81,7 +82,7 @@ def _years_of_birth(articles: Iterable[Document]) -> dict[str, tuple[str, str]]:
     """Prompt → (occupation, year); a prompt that two people share is left out."""
     found: dict[str, set[tuple[str, str]]] = {}
     for _, title, text in articles:
-        if match := FIRST_SENTENCE.match(text):
+        if match := FIRST_SENTENCE.match(text[:FIRST]):
             year, occupation = match.groups()
             name = re.sub(r" \(.*\)$", "", title)
             prompt = f"The {occupation} {name} was born in"
