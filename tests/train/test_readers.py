@@ -267,5 +267,12 @@ def test_a_line_without_an_end_is_one_fault_and_the_next_is_read(tmp_path):
     assert faults.named == ["a.jsonl.zst:1: a line over 67108864 bytes"]
 
 
+def test_what_is_named_is_short(tmp_path):
+    """An id may be as long as a line."""
+    (tmp_path / "a.jsonl").write_bytes(lines([{"id": "x" * 10**6, "title": "", "text": "<p>"}]))
+    _, faults = sample(tmp_path)
+    assert [len(named) for named in faults.named] == [len("id : no text") + 297]
+
+
 def test_entities_of_any_number_are_text():
     assert clean("a &#" + "9" * 5000 + "; b &#xD800; &#0065; &amp;") == "a \ufffd b \ufffd A &"

@@ -16,7 +16,7 @@ from mlx_hmem.files import open_regular
 
 MAX_LINE = 1 << 26  # bytes; a longer line, or text file, is no document
 MAX_NAMED = 20  # faults printed; the report file holds more
-MAX_KEPT = 1000
+MAX_KEPT, MAX_SHOWN = 1000, 300  # faults, and characters of each name: a stranger's id is one
 Document = tuple[str, str, str]  # id, title, text
 
 
@@ -28,9 +28,10 @@ class Faults:
     named: list[str] = field(default_factory=list)
 
     def add(self, where: str, reason: str) -> None:
+        reason = reason[:MAX_SHOWN]
         self.counts[reason] += 1
         if len(self.named) < MAX_KEPT:
-            self.named.append(f"{where}: {reason}")
+            self.named.append(f"{where[:MAX_SHOWN]}: {reason}")
 
     def to_dict(self) -> dict[str, Any]:
         return {"counts": dict(self.counts), "named": self.named}
