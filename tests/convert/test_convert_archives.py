@@ -29,6 +29,19 @@ def test_a_truncated_archive_is_refused_wherever_it_ends(tmp_path: Path) -> None
     assert "cut off or added to" in refusal(path)
 
 
+def test_a_tensor_that_does_not_match_its_checksum_is_refused(tmp_path: Path) -> None:
+    """Its bytes are read later: a flipped bit was other weights, without a word."""
+    path = tmp_path / "x.pt"
+    path.write_bytes(archive(parts({"w": tensor()})))
+    with path.open("r+b") as file:
+        entries = zips.read_directory(file, path.stat().st_size)
+        place = next(entry for name, entry in entries.items() if "/data/" in name)
+        assert place.crc
+        file.seek(place.start + place.size - 1)
+        file.write(b"\x55")
+    assert "does not match its checksum" in refusal(path)
+
+
 LARGE = 0xFFFFFFFF
 
 
