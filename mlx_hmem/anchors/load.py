@@ -2,8 +2,9 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, get_type_hints
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,6 +25,13 @@ COUNTS = {"hidden_size", "num_hidden_layers", "intermediate_size", "num_attentio
 FEW = {"num_hidden_layers", "n_layer", "num_experts", "num_local_experts"}
 NUMBERS = {"rope_theta", "rope_local_base_freq", "norm_eps", "rms_norm_eps", "layer_norm_eps",
            "layer_norm_epsilon", "norm_epsilon", "partial_rotary_factor"}  # fmt: skip
+# What an architecture's own arguments may be. No int is told from a float: files write both.
+PLAIN: dict[type, Callable[[Any], bool]] = {
+    int: lambda value: type(value) in (int, float) and math.isfinite(value),
+    float: lambda value: type(value) in (int, float) and math.isfinite(value),
+    bool: lambda value: value in (True, False),
+    str: lambda value: isinstance(value, str),
+}
 FLAGS = {"tie_word_embeddings", "qk_norm", "rope_traditional", "attention_bias", "mlp_bias"}
 KINDS = {"rope_parameters": (dict, "a table"), "rope_scaling": (dict, "a table"),
          "layer_types": (list, "a list"), "sliding_window": (int, "a whole number")}  # fmt: skip
@@ -104,9 +112,14 @@ def check_hashes(folder: Path, hmem: HmemConfig) -> None:
 
 
 def _classes(config: dict[str, Any]) -> tuple[type[nn.Module], type]:
-    if config["model_type"] == "openlm":
-        return openlm.Model, openlm.ModelArgs
-    return _get_classes(config)
+    own = config["model_type"] == "openlm"
+    classes = (openlm.Model, openlm.ModelArgs) if own else _get_classes(config)
+    for name, hint in get_type_hints(classes[1]).items():
+        value = config.get(name)
+        kind = next((k for k in PLAIN if hint in (k, k | None)), None)
+        if value is not None and kind is not None and not PLAIN[kind](value):
+            raise ValueError(f"{name} is {str(value)[:40]!r}, not of type {kind.__name__}")
+    return classes
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -188,10 +201,12 @@ def load_anchor(folder: Path, lazy: bool = False) -> tuple[nn.Module, dict[str, 
         )
     weight_files(folder)
     try:
-        return load_model(folder, lazy=lazy, get_model_classes=_classes)
+        anchor, config = load_model(folder, lazy=lazy, get_model_classes=_classes)
+        anchor(mx.array([[0, 0]]))  # built, not computed: what no call could do shows here
     except Exception as error:  # a wrong config is whatever an architecture makes of it
         raise UserError(
             f"config.json and weights of the anchor in {folder} do not go together",
             f"{type(error).__name__}: {error}"[:300],
             "restore both from one place",
         ) from None
+    return anchor, config

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from mlx_hmem import load
-from mlx_hmem.anchors.load import anchor_hash, text_hashes
+from mlx_hmem.anchors.load import anchor_hash, load_anchor, named_parameters, text_hashes
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import fingerprint
+from mlx_hmem.files import fingerprint, save_safetensors
 from tests.conftest import edit_json
+from tests.helpers.programs import refused as refusal
+from tests.helpers.tiny_anchors import LLAMA_LIKE, OTHER_KEYS, make_anchor
 from tests.model.test_model_directory import refused
 
 TENSOR_FILES = [
@@ -128,6 +130,7 @@ WRONG_CONFIGS = {
     "an infinite theta": {"rope_theta": float("inf")},
     "a norm's epsilon that is none": {"norm_eps": float("nan")},
     "a flag of text": {"tie_word_embeddings": "false"},
+    "a type of norm that is a number": {"norm_type": 3},
 }
 
 
@@ -136,6 +139,26 @@ def test_a_config_that_contradicts_the_weights_is_refused(broken, case):
     (broken / "model.py").write_text("raise SystemExit('code of the model was run')\n")
     edit_json(broken / "config.json", lambda c: c.update(WRONG_CONFIGS[case]))
     refused(broken, str(broken), "restore" if "context" not in case else "correct")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("granite", {"attention_multiplier": {}}),
+        ("granite", {"residual_multiplier": None}),
+        ("nemotron", {"partial_rotary_factor": 1.5}),
+        ("gemma3_text", {"sliding_window_pattern": 4096}),
+        ("qwen3_moe", {"num_experts_per_tok": None}),
+    ],
+)
+def test_what_an_architecture_finds_wrong_at_its_first_call_is_one_line(tmp_path, name, change):
+    """mlx-lm's architectures look at no value: these were tracebacks once a text was begun."""
+    config = LLAMA_LIKE | OTHER_KEYS[name] | {"model_type": name}
+    save_safetensors(tmp_path / "model.safetensors", named_parameters(make_anchor(name)))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    load_anchor(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    refusal("do not go together", load_anchor, tmp_path)
 
 
 @pytest.mark.parametrize(
