@@ -31,7 +31,7 @@ from .run import vectors_of
 from .text import OwnDocument, read_folder, sentences
 
 NEAR = 0.95  # cosine from which on a stored vector is that of a window
-FEWEST_BYTES = 12  # of a sentence or name worth looking for
+FEWEST_BYTES = 8  # of a sentence or name worth looking for
 
 
 def needles_of(document: OwnDocument) -> Iterator[tuple[str, bytes]]:
