@@ -22,7 +22,7 @@ from mlx_hmem.bank_tools.folders import model_files
 from mlx_hmem.config import HmemConfig
 from mlx_hmem.errors import ArgumentParser, UserError
 from mlx_hmem.files import write_atomic
-from mlx_hmem.model.find import BANK_FILES, BANK_FOLDER, is_repo_name
+from mlx_hmem.model.find import BANK_FILES, BANK_FOLDER, check_inside, is_repo_name
 from mlx_hmem.model.load import load
 
 CARD = "README.md"
@@ -95,12 +95,10 @@ def _is_one_of(name: str, patterns: Sequence[str]) -> bool:
 
 def _uploaded(directory: Path) -> list[str]:
     """The files of the format, but for the names of documents; UserError for one that lies
-    elsewhere: a stranger's folder may link to what is yours alone."""
+    elsewhere."""
     files = model_files(directory, but=[f"*/{DOCUMENTS}"])
     for file in files:
-        if not (directory / file).resolve().is_relative_to(directory.resolve()):
-            remedy = "put the file itself there, as cp -rL does"
-            raise UserError("a link leads out of the model's folder", directory / file, remedy)
+        check_inside(directory / file, directory)
     return [str(file) for file in files]
 
 

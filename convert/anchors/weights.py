@@ -19,6 +19,7 @@ from mlx_hmem.anchors.load import INDEX
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import atomic_file, write_atomic
 from mlx_hmem.folders import copy_missing
+from mlx_hmem.model.find import check_inside
 
 from ..torch_files.tensors import (
     ITEM_SIZES,
@@ -152,7 +153,10 @@ def companions(*folders: Path) -> list[Path]:
     those that several folders have the first one's."""
     places = ([folder / name for folder in folders] for name in COMPANIONS)
     found = ([file for file in files if file.is_file()] for files in places)
-    return [files[0] for files in found if files]
+    chosen = [files[0] for files in found if files]
+    for file in chosen:
+        check_inside(file, file.parent)
+    return chosen
 
 
 class Conversion(NamedTuple):

@@ -28,7 +28,7 @@ from mlx_hmem.config import HmemConfig
 from mlx_hmem.errors import ArgumentParser, UserError
 from mlx_hmem.files import link_or_copy, open_regular, save_safetensors, write_atomic
 from mlx_hmem.folders import RECORD, copy_missing, identity_of, whole_folder
-from mlx_hmem.model.find import BANK_FOLDER, find_model
+from mlx_hmem.model.find import BANK_FOLDER, check_inside, find_model
 from mlx_hmem.model.load import load
 from mlx_hmem.model.model import MemoryModel
 from mlx_hmem.retriever.encoder import STATIC_FOLDER
@@ -68,6 +68,8 @@ class Bundle:
         tree = {"retriever/tree.safetensors": self.folder / "retriever" / "tree.safetensors"}
         encoder = {f"retriever/encoder/{name}": self.encoder / name for name in ENCODER}
         texts = [f for p in ("README.md", "LICENSE*", "NOTICE*") for f in self.folder.glob(p)]
+        for text in texts:
+            check_inside(text, self.folder)
         runner = {RUNNER: Path(__file__).with_name("runner.py")}
         return bank | tree | encoder | {file.name: file for file in texts} | runner
 

@@ -15,7 +15,7 @@ from mlx_hmem.bank.format import MANIFEST
 from mlx_hmem.bank.views import VIEWS
 from mlx_hmem.config import HmemConfig
 from mlx_hmem.files import lies_there, link_or_copy, open_regular
-from mlx_hmem.model.find import BANK_FOLDER, BESIDE
+from mlx_hmem.model.find import BANK_FOLDER, BESIDE, check_inside
 
 TREE = "retriever/tree.safetensors"
 # What a bank consists of, who may fetch it apart.
@@ -42,19 +42,24 @@ def link_model(
 
 def model_files(folder: Path, only: Sequence[str] = ("*",), but: Sequence[str] = ()) -> list[Path]:
     """The files of the format in a model's folder, relative to it, that a pattern of ``only`` names
-    and none of ``but``; * matches / too. UserError for views that cannot be read: without them
-    everything would be allowed."""
+    and none of ``but``; * matches / too. UserError for views that cannot be read (without them
+    everything would be allowed), and for a link to elsewhere, but for tensors: shards may lie on
+    another disk."""
     if lies_there(views := folder / BANK_FOLDER / VIEWS):
         with open_regular(views):
             pass
     files = {file.relative_to(folder) for each in _places(folder) for file in folder.glob(each)}
-    return sorted(
+    found = sorted(
         file
         for file in files
         if (folder / file).is_file()
         and any(fnmatch(str(file), pattern) for pattern in only)
         and not any(fnmatch(str(file), pattern) for pattern in but)
     )
+    for file in found:
+        if file.suffix != ".safetensors":
+            check_inside(folder / file, folder)
+    return found
 
 
 def _places(folder: Path) -> Iterator[str]:

@@ -74,6 +74,17 @@ def shards_from_hub(path_or_repo: str | Path, folder: Path) -> Callable[..., Non
     return obtain
 
 
+def check_inside(file: Path, folder: Path) -> None:
+    """Raises UserError for a file of a model's folder that is a link to elsewhere: a stranger's
+    folder could have what is yours alone copied into a model that you pass on. In the Hub's cache
+    files are links, to blobs beside all snapshots."""
+    root = folder.resolve()
+    root = root.parent.parent if root.parent.name == "snapshots" else root
+    if not file.resolve().is_relative_to(root):
+        remedy = "put the file itself there, as cp -rL does"
+        raise UserError("a link leads out of the model's folder", file, remedy)
+
+
 def is_repo_name(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 

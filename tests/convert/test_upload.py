@@ -2,11 +2,13 @@
 
 import re
 import shutil
+from pathlib import Path
 
 import huggingface_hub.constants as hub_constants
 import pytest
 import yaml
 
+from convert.command import main as convert
 from convert.upload import card, main, upload
 from mlx_hmem.bank.documents import Document, write_documents
 from mlx_hmem.bank.format import PAGE
@@ -72,6 +74,15 @@ def test_only_files_of_the_format_go_up_and_none_from_elsewhere(hub, directory, 
     hub.requests.clear()
     refused("a link leads out of the model's folder: .*LICENSE; put the", upload, directory, REPO)
     assert hub.requests == []
+    # Nor by way of a copy, which would hold what the link names.
+    for words in (["quantize", directory, tmp_path / "q", "--bank-dtype", "float32"],
+                  ["bundle", directory, tmp_path / "b"],
+                  [directory, tmp_path / "p", "--to", "pytorch"]):  # fmt: skip
+        refused("a link leads out of the model's folder", convert, [str(word) for word in words])
+    load(REPO)
+    [cached] = Path(hub_constants.HF_HUB_CACHE).glob("models--*/snapshots/*")
+    assert (cached / "tokenizer.json").is_symlink()  # as are all files there
+    convert([str(cached), str(tmp_path / "p"), "--to", "pytorch"])
 
 
 @pytest.mark.parametrize(
