@@ -1,0 +1,1 @@
+"""What is damaged, mixed or stopped: ``python -m benchmarks.attacks``."""
