@@ -78,8 +78,10 @@ def open_regular(path: Source) -> Iterator[BinaryIO]:
         file = open(path, "rb", buffering=0)  # noqa: SIM115
     except FileNotFoundError:
         raise UserError("a file is missing", path, "fetch or make it again") from None
+    except UserError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
-        raise UserError(f"cannot read {path!r}", error, "check the path") from None
+        raise UserError(f"cannot read {path}", error, "check the path") from None
     with file:
         yield file
 

@@ -18,6 +18,7 @@ from mlx_hmem.errors import UserError
 from mlx_hmem.files import MAX_DIM, fingerprint, is_whole, read_safetensors_header
 
 INDEX = "model.safetensors.index.json"
+BESIDE = ("generation_config.json", "hf_quant_config.json")  # mlx-lm opens them as they are
 COUNTS = {"hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads",
           "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "n_layer",
           "n_embd", "n_head", "n_positions", "n_ctx", "num_experts", "num_local_experts",
@@ -136,6 +137,9 @@ def read_config(folder: Path) -> dict[str, Any]:
             "restore the config, or use an architecture that mlx-lm has",
         )
     check_values(config, folder / "config.json")
+    for name in BESIDE:
+        if (folder / name).exists():
+            read_json(folder / name)
     result: dict[str, Any] = config
     return result
 

@@ -6,9 +6,12 @@ within so much memory; what was said reaches it as text in which no control toke
 
 import contextlib
 import ctypes
+import resource
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -81,10 +84,29 @@ def _bounded() -> Iterator[None]:
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        yield
+        with _address_space(MOST_MEMORY):
+            yield
     finally:
         over.set()
         watcher.join()
+
+
+@contextlib.contextmanager
+def _address_space(more: int) -> Iterator[None]:
+    """So much more of it, and a MemoryError beyond: one operation on a text can take gigabytes, and
+    no exception comes in between. macOS has no such limit; there the exception comes behind it."""
+    if sys.platform != "linux":
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = pages * resource.getpagesize() + more
+    limit = most if soft == resource.RLIM_INFINITY else min(soft, most)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def check_system(tokenizer: TokenizerWrapper, system: str | None) -> None:

@@ -49,11 +49,13 @@ def test_an_anchor_that_brings_code_is_refused(ask, broken):
     assert not (broken / "ran").exists()
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json"])
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json"]
+)
 @pytest.mark.parametrize("what", ["link", "pipe", "device"])
 def test_a_file_that_is_none_is_refused_and_not_read(ask, broken, name, what):
     """A pipe and /dev/zero hung; a link that leads nowhere was passed over in silence."""
-    (broken / name).unlink()
+    (broken / name).unlink(missing_ok=True)
     if what == "pipe":
         os.mkfifo(broken / name)
     else:
@@ -88,6 +90,7 @@ def test_nothing_of_a_panic_reaches_the_terminal(broken, capfd):
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
         "{% for a in range(99999) %}{% for b in range(99999) %}{{ 'x' * 999999 }}"
         "{% endfor %}{% endfor %}",
+        "{{ 'a'.center(3000000000) }}{{ '%3000000000d' % 1 }}",  # one operation each
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
         "{{ cycler.__init__.__globals__.os.system('touch ran') }}",
     ],
