@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mlx_hmem.anchors.load import anchor_hash, load_anchor, text_hashes, weight_files
+from mlx_hmem.anchors.load import anchor_hash, check_hashes, load_anchor, text_hashes, weight_files
 from mlx_hmem.bank import Quantization
 from mlx_hmem.bank.format import MANIFEST
 from mlx_hmem.bank_tools.folders import model_files
@@ -21,7 +21,8 @@ from mlx_hmem.evaluate import Perplexity, perplexity
 from mlx_hmem.files import write_atomic
 from mlx_hmem.folders import copy_missing, identity_of, whole_folder
 from mlx_hmem.model.find import BANK_FOLDER, BESIDE
-from mlx_hmem.model.load import load, open_bank, read_hmem
+from mlx_hmem.model.load import load, open_bank, open_tree, read_hmem
+from mlx_hmem.model.tokenizer import check_files
 
 from .anchor import INDEX, AnchorChange, quantized_anchor, save_quantized_anchor, weight_bytes
 from .bank import BankChange, change_bank, forget_notes
@@ -91,7 +92,10 @@ def plan(
     if anchor is not None:
         quantized_anchor(folder, anchor)
     hmem, bank = read_hmem(folder), None
+    check_files(folder)
     if hmem is not None:
+        check_hashes(folder, hmem)
+        open_tree(folder, hmem)
         with open_bank(folder, hmem, cache_bytes=0) as opened:
             bank = BankChange.planned(opened.manifest, levels, dtype)
     elif levels or dtype:

@@ -52,11 +52,13 @@ def model_files(folder: Path, only: Sequence[str] = ("*",), but: Sequence[str] =
     found = sorted(
         file
         for file in files
-        if (folder / file).is_file()
+        if not (folder / file).is_dir()
         and any(fnmatch(str(file), pattern) for pattern in only)
         and not any(fnmatch(str(file), pattern) for pattern in but)
     )
     for file in found:
+        with open_regular(folder / file):  # a pipe or a device would be left out in silence
+            pass
         if file.suffix != ".safetensors":
             check_inside(folder / file, folder)
     return found
