@@ -17,7 +17,7 @@ from mlx_hmem.bank import Bank, rewrite_bank
 from mlx_hmem.bank.documents import read_documents
 from mlx_hmem.bank.documents import write_documents as write_known
 from mlx_hmem.bank_tools.command import main as bank_tools
-from mlx_hmem.files import load_safetensors
+from mlx_hmem.files import load_safetensors, strict_json
 from mlx_hmem.model.load import load
 from mlx_hmem.retriever import load_encoder
 from tests.helpers.own_documents import remember, sentences
@@ -153,6 +153,7 @@ def test_nothing_of_a_forgotten_document_is_found(make, name, anchor, tmp_path):
     assert traces(vectors, out, Path(f"{out}.run"), *tmp_path.glob("less.[0-9].run")) == []
     bank_tools(["verify", str(out)])
     assert load(out).fetch(SECRET).path
+    strict_json(Path(f"{out}.run", "forgotten.json").read_bytes())  # NaN is no JSON
 
 
 def test_a_bank_whose_run_is_not_given_is_named(anchor, tmp_path):  # noqa: F811

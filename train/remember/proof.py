@@ -96,7 +96,7 @@ def proof(
 
 def _mean(rows: Sequence[Remains]) -> dict[str, Any]:
     return {
-        "loss": float(np.mean([r.loss for r in rows])) if rows else math.nan,
+        "loss": float(np.mean([r.loss for r in rows])) if rows else None,
         "sentences": sum(r.sentences for r in rows),
         "extracted": sum(r.extracted for r in rows),
     }
