@@ -67,7 +67,7 @@ def test_an_answer_ends_where_the_generation_config_ends_a_turn(ask, instruct):
     assert text == model.tokenizer.decode(said[: said.index(end)])
     assert load(instruct).tokenizer.eos_token_ids == model.tokenizer.eos_token_ids | {end}
     (instruct / "generation_config.json").write_text("{")
-    refused(ask("--model", instruct), "the tokenizer in ", "cannot be read")
+    refused(ask("--model", instruct), "generation_config.json is not valid JSON")
 
 
 def test_a_template_that_does_not_take_it_is_one_line(ask, broken):
