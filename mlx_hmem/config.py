@@ -9,8 +9,9 @@ import inspect
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
@@ -34,6 +35,12 @@ MAX_CLUSTERS = 1 << 24
 ClusterPath = tuple[int, ...]  # the global cluster index on each level
 
 
+@cache
+def _parameters(cls: Any) -> Mapping[str, inspect.Parameter]:
+    """What a class is made of: a bank has one of a class for each of hundreds of files."""
+    return inspect.signature(cls).parameters
+
+
 class JsonConfig:
     """Mixin for frozen dataclasses: dictionaries and JSON in and out, unknown keys refused."""
 
@@ -42,7 +49,7 @@ class JsonConfig:
         name = source or cls.__name__
         if not isinstance(values, dict):
             raise UserError(f"{name} is not a JSON object", repr(values)[:80], "restore the file")
-        known = inspect.signature(cls).parameters
+        known = _parameters(cls)  # type: ignore[arg-type]
         if unknown := sorted(set(values) - set(known)):
             remedy = f"known keys are {', '.join(known)}"
             raise UserError(f"unknown key in {name}", unknown[0], remedy)
