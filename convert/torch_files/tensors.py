@@ -20,6 +20,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from mlx_hmem import files
+from mlx_hmem.bank.quantization import finite_bits
 from mlx_hmem.errors import UserError
 
 # Bytes per element. Beyond MLX's types those that PyTorch knows and a conversion may meet.
@@ -191,10 +192,7 @@ def bits_of(array: mx.array) -> np.ndarray:
 
 def all_finite(bits: np.ndarray, dtype: str) -> bool:
     """Whether bits, as :meth:`LazyTensor.read` gives them, are finite numbers."""
-    # A sign bit makes a negative number the greater one unsigned and the lesser one signed.
-    limit, sign = INFINITY[dtype], 1 << (8 * bits.itemsize - 1)
-    signed = bits.view(f"<i{bits.itemsize}")
-    return not bits.size or bool(bits.max() < limit | sign and signed.max() < limit)
+    return finite_bits(bits, INFINITY[dtype])
 
 
 def _read_into(handle: int, result: np.ndarray, start: int, path: Path) -> None:

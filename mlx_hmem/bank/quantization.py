@@ -211,11 +211,20 @@ def dequantize_block(
 
 
 def all_finite(array: mx.array) -> bool:
-    """Whether all of a float array is finite: whether no exponent has all its bits. MLX's own test
-    takes 20 to 40 ns a value on Linux CPUs, this one 1."""
-    exponent = {mx.float16: 0x7C00, mx.bfloat16: 0x7F80, mx.float32: 0x7F80_0000}[array.dtype]
-    bits = np.array(mx.contiguous(array).view(Part(array.dtype, ()).bits), copy=False)
-    return not bits.size or int((bits & bits.dtype.type(exponent)).max()) < exponent
+    """Whether all of an array is finite, as integers are. MLX's own test takes 20 to 40 ns a value
+    on Linux CPUs, this one 1."""
+    if not mx.issubdtype(array.dtype, mx.floating):
+        return True
+    infinity = {mx.float16: 0x7C00, mx.bfloat16: 0x7F80, mx.float32: 0x7F80_0000}[array.dtype]
+    bits = mx.contiguous(array).view(Part(array.dtype, ()).bits)
+    return finite_bits(np.array(bits, copy=False), infinity)
+
+
+def finite_bits(bits: np.ndarray, infinity: int) -> bool:
+    """Whether floats, given as unsigned integers, are finite; ``infinity``: the bits of that."""
+    # A sign bit makes a negative number the greater one unsigned and the lesser one signed.
+    sign, signed = 1 << (8 * bits.itemsize - 1), bits.view(f"<i{bits.itemsize}")
+    return not bits.size or bool(bits.max() < infinity | sign and signed.max() < infinity)
 
 
 def is_finite(

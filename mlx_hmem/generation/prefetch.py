@@ -9,7 +9,7 @@ import threading
 from collections.abc import Sequence
 
 from mlx_hmem.bank import Bank
-from mlx_hmem.bank.read.cache import Key
+from mlx_hmem.bank.format import Key
 
 
 class Prefetch:

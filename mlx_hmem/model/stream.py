@@ -29,7 +29,7 @@ _threads = set[int]()  # that have called an anchor, beside the main one
 def _outlive_threads() -> None:
     """A thread that has ended, and been joined, may still be letting go of what MLX compiled in it,
     for which it takes the interpreter's lock. In a program that ends meanwhile that is a SIGABRT;
-    from Python 3.13 on, joining waits for it."""
+    from Python 3.13 on, joining waits for it. A second at most, and all of it on macOS before."""
     end = time.monotonic() + 1
     while time.monotonic() < end and any(map(_runs, _threads)):
         time.sleep(0.005)

@@ -17,20 +17,15 @@ from mlx_lm.tokenizer_utils import StreamingDetokenizer, TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 from transformers.utils import logging as transformers_logging
 
+from mlx_hmem.anchors.load import TOKENIZER_FILES
 from mlx_hmem.config import read_json
 from mlx_hmem.errors import UserError, foreign, unheard
 from mlx_hmem.files import open_regular
 
-# What a tokenizer may consist of; config.json tells transformers its class.
-FILES: tuple[str, ...] = (
-    "tokenizer*",
-    "*.model",
-    "*.tiktoken",
-    "vocab.*",
-    "merges.txt",
-    "added_tokens.json",
-)
-FILES += ("special_tokens_map.json", "chat_template*", "config.json", "generation_config.json")
+# What a tokenizer may consist of, and what is read beside it: its class, the ids that end a text.
+FILES = ("tokenizer*", "*.model", "*.tiktoken", "vocab.*", "merges.txt", "added_tokens.json",
+         "special_tokens_map.json", "chat_template*")  # fmt: skip
+BESIDE = ("config.json", "generation_config.json")
 MOST_BYTES = 1 << 28
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
@@ -38,7 +33,7 @@ BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 def read_tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerWrapper:
     """The tokenizer of a model directory, which knows the ids that end a text."""
     check_files(folder)
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
         raise UserError("no tokenizer", folder, "add tokenizer.json or tokenizer.model")
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # it warns that it does not know model_type openlm
@@ -55,7 +50,7 @@ def check_files(folder: Path) -> None:
     """Raises UserError for a tokenizer that needs code of its own, and for a file of it that is no
     regular one, leads nowhere or is too large."""
     for file in folder.iterdir():
-        if any(fnmatch(file.name, pattern) for pattern in FILES) and not file.is_dir():
+        if any(fnmatch(file.name, pattern) for pattern in (*FILES, *BESIDE)) and not file.is_dir():
             with open_regular(file):
                 size = file.stat().st_size
             if size > MOST_BYTES:

@@ -17,11 +17,8 @@ from mlx_hmem.config import JsonConfig, read_json
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import write_atomic
 from mlx_hmem.model.find import find_model
-from mlx_hmem.model.tokenizer import read_tokenizer
+from mlx_hmem.model.tokenizer import FILES, read_tokenizer
 
-# What a tokenizer may consist of. config.json tells transformers its class.
-PATTERNS = ["tokenizer*", "*.model", "*.tiktoken", "vocab.*", "merges.txt", "added_tokens.json"]
-PATTERNS += ["special_tokens_map.json", "chat_template*"]
 FACTS = "taken.json"
 
 
@@ -41,7 +38,7 @@ def taken_facts(folder: Path) -> TakenFacts | None:
 
 
 def is_tokenizer_file(name: str) -> bool:
-    return any(fnmatch(name, pattern) for pattern in PATTERNS)
+    return any(fnmatch(name, pattern) for pattern in FILES)
 
 
 class TakenTokenizer:
@@ -80,7 +77,7 @@ def embedded(config: dict[str, Any]) -> int:
 def take_tokenizer(source: str, out: Path, vocab_size: int) -> None:
     """Copies the tokenizer of ``source`` (a folder or Hub id) to ``out``, with what is to be known
     of it in ``taken.json``."""
-    folder = find_model(source, [*PATTERNS, "config.json"])
+    folder = find_model(source, [*FILES, "config.json"])
     for file in sorted(folder.iterdir()):
         if file.is_file() and (is_tokenizer_file(file.name) or file.name == "config.json"):
             shutil.copyfile(file, out / file.name)

@@ -20,7 +20,7 @@ from mlx_hmem.bank.format import GENERIC, Key
 from mlx_hmem.bank.writer import Given, rewrite_bank
 from mlx_hmem.model.find import BANK_FOLDER
 
-from ..corpus.readers import Faults
+from ..corpus.files import Faults
 from ..corpus.readers_files import own_files
 from .blocks import Trainer, subtrees_of, trained_blocks
 from .command import text_of

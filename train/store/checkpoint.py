@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 import xxhash
 
+from mlx_hmem.bank.quantization import all_finite
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import load_safetensors, read_safetensors_header, save_safetensors
 
@@ -66,7 +67,7 @@ def check_identity(found: dict[str, Any], wanted: dict[str, Any], where: Path) -
 def check_finite(arrays: dict[str, mx.array], where: object, remedy: str) -> None:
     """Raises UserError for an array that is not finite: what is trained from it is lost."""
     for name, array in arrays.items():
-        if not mx.isfinite(array).all().item():
+        if not all_finite(array):
             raise UserError(f"{where} has numbers that are not finite", name, remedy)
 
 

@@ -7,7 +7,7 @@ many, and each fetch dequantises them.
 from collections import OrderedDict
 from collections.abc import Collection
 
-from mlx_hmem.bank.format import Key as Key
+from mlx_hmem.bank.format import Key
 from mlx_hmem.bank.read.blocks import StoredBlock
 from mlx_hmem.memory import Source
 

@@ -19,11 +19,11 @@ from typing import Literal, Self
 
 import mlx.core as mx
 
-from mlx_hmem.bank.format import GENERIC, MANIFEST, REMEDY, STORED_TYPES, Manifest, num_blocks
+from mlx_hmem.bank.format import GENERIC, MANIFEST, REMEDY, STORED_TYPES, Key, Manifest, num_blocks
 from mlx_hmem.bank.quantization import is_finite
 from mlx_hmem.bank.read.arriving import ArrivingMemory
 from mlx_hmem.bank.read.blocks import StoredBlock
-from mlx_hmem.bank.read.cache import KeptBlocks, Key
+from mlx_hmem.bank.read.cache import KeptBlocks
 from mlx_hmem.bank.read.shards import Obtain, Shards
 from mlx_hmem.bank.read.sources import Sources
 from mlx_hmem.bank.read.storage import Storage

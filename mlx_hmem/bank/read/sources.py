@@ -10,9 +10,10 @@ from contextlib import suppress
 
 import mlx.core as mx
 
+from mlx_hmem.bank.format import Key
 from mlx_hmem.bank.read.arriving import ArrivingBlock, KeptBlock
 from mlx_hmem.bank.read.blocks import StoredBlock, pieces_read
-from mlx_hmem.bank.read.cache import KeptBlocks, Key
+from mlx_hmem.bank.read.cache import KeptBlocks
 from mlx_hmem.bank.read.shards import MOST_OPEN, Shards
 from mlx_hmem.bank.read.storage import Missing, Storage
 from mlx_hmem.errors import UserError
