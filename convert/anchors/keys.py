@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from mlx_hmem.errors import UserError
 
-from ..torch_files.tensors import ITEM_SIZES, LazyTensor, row_major
+from ..torch_files.tensors import LazyTensor
 from .weights import DTYPES, FLOATS, Target
 
 MOST_NAMES = 6  # of each list in an error
@@ -83,17 +83,9 @@ def strip(
     return result
 
 
-def rows_of(tensor: LazyTensor, part: int, parts: int) -> LazyTensor:
-    """One of the equal parts of a tensor's rows, still in the file."""
-    strides = tensor.strides or row_major(tensor.shape)
-    rows = tensor.shape[0] // parts
-    offset = tensor.offset + part * rows * strides[0] * ITEM_SIZES[tensor.dtype]
-    return replace(tensor, offset=offset, shape=(rows, *tensor.shape[1:]))
-
-
 def entry_of(tensor: LazyTensor, index: int) -> LazyTensor:
     """``tensor[index]``, still in the file."""
-    one = rows_of(tensor, index, tensor.shape[0])
+    one = tensor.rows(index, 1)
     strides = tensor.strides[1:] if tensor.strides else None
     return replace(one, shape=tensor.shape[1:], strides=strides)
 
@@ -147,7 +139,7 @@ def to_mlx(
             problems.lists["wrong shape"].append(wrong)
             continue
         if rule.how == "parts":
-            pieces = [rows_of(pieces[0], part, len(rule.mlx))]
+            pieces = [pieces[0].rows(part * shape[0], shape[0])]
         elif rule.how == "transposed":
             pieces = [pieces[0].T]
         targets.append(_target(name, shape, pieces, dtype))

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,11 @@ class LazyTensor:
         strides = self.strides or row_major(self.shape)
         return replace(self, shape=self.shape[::-1], strides=strides[::-1])
 
+    def rows(self, first: int, count: int) -> "LazyTensor":
+        """``self[first : first + count]``, still in the file."""
+        step = (self.strides or row_major(self.shape))[0] * ITEM_SIZES[self.dtype]
+        return replace(self, offset=self.offset + first * step, shape=(count, *self.shape[1:]))
+
     def read(self, first: int = 0, count: int | None = None) -> np.ndarray:
         """Rows ``first`` … ``first + count`` of axis 0 as bits; all of them by default.
 
@@ -99,6 +104,37 @@ class LazyTensor:
         """All of it as numbers of NumPy; bfloat16 becomes float32, and so does float64."""
         array = numbers_of(self.read(), self.dtype)
         return np.array(array.astype(mx.float32) if array.dtype == mx.bfloat16 else array)
+
+
+@dataclass(frozen=True)
+class ComputedTensor(LazyTensor):
+    """A tensor whose rows are computed from what lies in ``path``: dequantised, put into another
+    order.
+
+    ``compute(first, count)`` gives bits as :meth:`LazyTensor.read` does; the rows of this tensor
+    begin at ``first`` of those that it knows. ``offset`` says nothing, ``strides`` are None.
+    """
+
+    compute: Callable[[int, int], np.ndarray] = field(kw_only=True)
+    first: int = 0
+
+    @property
+    def T(self) -> "ComputedTensor":  # noqa: N802  (as of an array)
+        """Transposed; whatever is read of it, the whole is computed."""
+
+        def compute(first: int, count: int) -> np.ndarray:
+            return np.ascontiguousarray(self.read().T[first : first + count])
+
+        return replace(self, shape=self.shape[::-1], compute=compute, first=0)
+
+    def rows(self, first: int, count: int) -> "ComputedTensor":
+        return replace(self, first=self.first + first, shape=(count, *self.shape[1:]))
+
+    def read(self, first: int = 0, count: int | None = None) -> np.ndarray:
+        count = self.shape[0] - first if count is None else count
+        if not 0 <= first <= first + count <= self.shape[0]:
+            raise IndexError(f"rows {first} to {first + count} of {self.shape[0]}")
+        return self.compute(self.first + first, count)
 
 
 @dataclass(frozen=True)

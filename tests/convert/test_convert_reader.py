@@ -15,7 +15,14 @@ from numpy.lib.stride_tricks import as_strided
 from convert.torch_files import tensors
 from convert.torch_files.names import STORAGES, TYPES
 from convert.torch_files.pickles import open_files
-from convert.torch_files.tensors import MLX_TYPES, LazyTensor, bits_of, open_safetensors, read_bits
+from convert.torch_files.tensors import (
+    MLX_TYPES,
+    ComputedTensor,
+    LazyTensor,
+    bits_of,
+    open_safetensors,
+    read_bits,
+)
 from convert.torch_files.writer import write_torch
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import save_safetensors
@@ -256,3 +263,15 @@ def test_bits_pass_through_mlx_unchanged(dtype: str) -> None:
 
 def test_a_type_mlx_lacks_is_refused() -> None:
     refused("MLX has no such type: F64", lambda: read_bits(np.zeros(1, np.uint64), "F64"))
+
+
+def test_rows_that_are_computed_are_cut_and_turned_as_those_of_a_file(tmp_path):
+    numbers = np.arange(24, dtype="<u4").reshape(6, 4)
+    numbers.tofile(tmp_path / "x")
+    plain = LazyTensor(tmp_path / "x", 0, "F32", (6, 4))
+    computed = ComputedTensor(tmp_path / "x", 0, "F32", (6, 4), compute=plain.read)
+    for ours in (plain, computed):
+        assert np.array_equal(ours.rows(1, 4).rows(1, 2).read(1), numbers[3:4])
+        assert np.array_equal(ours.T.rows(1, 3).read(1, 2), numbers.T[2:4])
+        with pytest.raises(IndexError):
+            ours.rows(1, 4).read(3, 2)
