@@ -8,8 +8,7 @@ import dataclasses
 import inspect
 import json
 import math
-import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -17,7 +16,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from mlx_hmem.errors import UserError, printable
-from mlx_hmem.files import is_whole, open_regular, read_exactly, strict_json
+from mlx_hmem.files import is_whole
+from mlx_hmem.reading import check_version, read_json, strict_json
 
 FORMAT_VERSION = 1
 # The rows of one unit of r in one layer (paper, section 3): how many are as wide as which size of
@@ -298,32 +298,3 @@ class HmemConfig(JsonConfig):
             if key in values:
                 values[key] = kind.from_dict(values[key], f"{path} ({key})")
         return cls.from_dict(values, str(path))
-
-
-def check_version(values: Any, version: int, path: Path, remedy: str) -> None:
-    """Raises UserError unless the JSON object ``values`` is of the format version we read."""
-    found = values.get("format_version") if isinstance(values, dict) else None
-    if type(found) is not int or found != version:
-        raise UserError(
-            f"{path} has a format version this program does not read",
-            repr(found)[:40],
-            f"it reads version {version}; update mlx_hmem or {remedy}",
-        )
-
-
-def read_json(
-    path: Path, most_bytes: int = 1 << 28, parse: Callable[[bytes], Any] = json.loads
-) -> Any:
-    """Reads a JSON file of at most ``most_bytes``.
-
-    Other people's files may hold what ``json.loads`` lets through, such as Infinity.
-    """
-    with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > most_bytes:
-            raise UserError(f"{path} is too large for JSON", f"{size} bytes", "restore the file")
-        text = read_exactly(file, size, path)
-    try:
-        return parse(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON", error, "restore the file") from None

@@ -9,11 +9,9 @@ on it lets one program write at a time.
 
 import contextlib
 import fcntl
-import json
 import math
 import os
 import shutil
-import stat
 import struct
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,8 +22,7 @@ import mlx.core as mx
 import xxhash
 
 from mlx_hmem.errors import UserError
-
-Source = str | os.PathLike[str]
+from mlx_hmem.reading import RESTORE, Source, open_regular, read_exactly, strict_json
 
 MAX_HEADER = 100_000_000  # the safetensors library's own limit
 MAX_DIM = 2**31 - 1  # MLX shapes are 32-bit
@@ -37,7 +34,6 @@ ITEM_SIZES = {
 }  # fmt: skip
 SAMPLE = 1 << 16
 NUM_SAMPLES = 256
-RESTORE = "fetch or make the file again"
 
 
 class TensorInfo(NamedTuple):
@@ -47,43 +43,6 @@ class TensorInfo(NamedTuple):
     shape: tuple[int, ...]
     start: int
     end: int
-
-
-def require_file(path: Path, remedy: str) -> None:
-    """Raises UserError, which ends in ``remedy``, unless ``path`` is a file."""
-    if not path.is_file():
-        wrong = "not a file but a folder" if path.is_dir() else "a file is missing"
-        raise UserError(wrong, path, remedy)
-
-
-def lies_there(path: Path) -> bool:
-    """Whether anything lies at ``path``, be it a link that leads nowhere. Absent is only what the
-    system says is missing: where it does not say, a UserError."""
-    try:
-        path.lstat()
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        raise UserError(f"cannot see whether {path} is there", error, "check the path") from None
-    return True
-
-
-@contextlib.contextmanager
-def open_regular(path: Source) -> Iterator[BinaryIO]:
-    """Opens a regular file for reading, unbuffered; anything else is a :class:`UserError`."""
-    try:
-        # Asked first: opening a pipe would wait for a writer.
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise UserError("not a file", path, "give the path of a file")
-        file = open(path, "rb", buffering=0)  # noqa: SIM115
-    except FileNotFoundError:
-        raise UserError("a file is missing", path, "fetch or make it again") from None
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:  # ValueError: a null character in the path
-        raise UserError(f"cannot read {path}", error, "check the path") from None
-    with file:
-        yield file
 
 
 def read_safetensors_header(path: Source) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -110,42 +69,6 @@ def read_safetensors_header(path: Source) -> tuple[dict[str, TensorInfo], dict[s
         return _check_tensors(strict_json(text), 8 + length, size)
     except ValueError as error:
         raise UserError(f"{path} has a wrong safetensors header", error, RESTORE) from None
-
-
-def read_exactly(file: BinaryIO, length: int, path: Source) -> bytes:
-    """The next ``length`` bytes, or a :class:`UserError`: the file shrank while it was read."""
-    parts = []
-    while length:
-        part = file.read(length)
-        if not part:
-            raise UserError(f"{path} ends too early", f"{length} bytes are missing", RESTORE)
-        parts.append(part)
-        length -= len(part)
-    return b"".join(parts)
-
-
-def strict_json(text: bytes) -> Any:
-    """Parses UTF-8 JSON; repeated names, NaN and lone surrogates are a ValueError."""
-    try:
-        found = json.loads(
-            text.decode(), object_pairs_hook=_no_repeats, parse_constant=_no_constants
-        )
-        if b"\\u" in text:  # a lone surrogate is no text: UnicodeEncodeError is a ValueError
-            json.dumps(found, ensure_ascii=False).encode()
-        return found
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
-def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return result
-
-
-def _no_constants(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 def is_whole(value: Any, most: int = 2**60) -> bool:

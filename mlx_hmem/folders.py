@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mlx_hmem.config import read_json
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import copy_file, lies_at, sync, sync_folder, take_lock, write_atomic
+from mlx_hmem.reading import read_json
 
 RECORD = "unfinished.json"
 REPLACED = "replaced"  # the folder of before, while the new one takes its place

@@ -14,7 +14,7 @@ import pytest
 
 from tests.helpers.places import ROOT
 
-GROUND = ("_blas", "config", "errors", "files", "folders")
+GROUND = ("_blas", "config", "errors", "files", "folders", "reading")
 ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
     "mlx_hmem": {
         **dict.fromkeys(GROUND, GROUND),

@@ -20,10 +20,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_hmem.config import read_json
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import fingerprint, link_or_copy, write_atomic
 from mlx_hmem.folders import locked, whole_folder
+from mlx_hmem.reading import read_json
 
 from .corpus.readers import corpus_files
 from .loop.log import UNWATCHED, Watching

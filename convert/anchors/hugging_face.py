@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_hmem.anchors.load import anchor_of_config, indexed_files, named_parameters, read_config
-from mlx_hmem.config import read_json
 from mlx_hmem.errors import UserError
+from mlx_hmem.reading import read_json
 
 from ..torch_files.pickles import open_files
 from ..torch_files.tensors import open_safetensors

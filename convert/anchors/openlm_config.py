@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from mlx_hmem.anchors.openlm import ModelArgs
-from mlx_hmem.config import read_json
 from mlx_hmem.errors import UserError
+from mlx_hmem.reading import read_json
 
 from ..torch_files.tensors import LazyTensor
 from .weights import equal_bits

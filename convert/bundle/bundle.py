@@ -26,11 +26,12 @@ from mlx_hmem.anchors.load import weight_files
 from mlx_hmem.bank.format import GENERIC, MANIFEST
 from mlx_hmem.config import HmemConfig
 from mlx_hmem.errors import ArgumentParser, UserError
-from mlx_hmem.files import link_or_copy, open_regular, save_safetensors, write_atomic
+from mlx_hmem.files import link_or_copy, save_safetensors, write_atomic
 from mlx_hmem.folders import RECORD, copy_missing, identity_of, whole_folder
 from mlx_hmem.model.find import BANK_FOLDER, check_inside, find_model
 from mlx_hmem.model.load import load
 from mlx_hmem.model.model import MemoryModel
+from mlx_hmem.reading import open_regular
 from mlx_hmem.retriever.encoder import STATIC_FOLDER
 
 from .functions import Functions, dtype_and_shape

@@ -22,7 +22,8 @@ from mlx_hmem.bank.header import shard_header
 from mlx_hmem.bank.writer import SHARD_BYTES, Stored, rewrite_bank
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import atomic_file, open_regular, read_exactly
+from mlx_hmem.files import atomic_file
+from mlx_hmem.reading import open_regular, read_exactly
 
 from ..torch_files.tensors import BITS, ITEM_SIZES, all_finite, bits_of, safetensors_header
 from ..torch_files.writer import bytes_of

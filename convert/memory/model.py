@@ -14,19 +14,12 @@ from mlx_hmem.anchors.load import anchor_hash, anchor_of_config, text_hashes
 from mlx_hmem.anchors.openlm import PREFIXES
 from mlx_hmem.bank.format import MANIFEST, Manifest, stored_r
 from mlx_hmem.bank.writer import planned_bytes
-from mlx_hmem.config import (
-    FORMAT_VERSION,
-    HmemConfig,
-    JsonConfig,
-    MemoryConfig,
-    RetrieverConfig,
-    check_version,
-    read_json,
-)
+from mlx_hmem.config import FORMAT_VERSION, HmemConfig, JsonConfig, MemoryConfig, RetrieverConfig
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import fingerprint, strict_json, write_atomic
+from mlx_hmem.files import fingerprint, write_atomic
 from mlx_hmem.folders import copy_missing
 from mlx_hmem.model.load import open_bank, read_hmem
+from mlx_hmem.reading import check_version, read_json, strict_json
 from mlx_hmem.retriever import ClusterTree, Retriever, load_encoder
 
 from ..anchors import hugging_face, openlm

@@ -17,7 +17,8 @@ import numpy as np
 
 from mlx_hmem.config import MAX_CLUSTERS, MAX_DEPTH
 from mlx_hmem.errors import ArgumentParser, UserError
-from mlx_hmem.files import open_regular, read_safetensors_header
+from mlx_hmem.files import read_safetensors_header
+from mlx_hmem.reading import open_regular
 from mlx_hmem.retriever import ClusterTree, load_encoder
 from mlx_hmem.retriever.tree import LARGEST_ENTRY, check_branching
 

@@ -17,9 +17,9 @@ from mlx_hmem.bank import Bank, Manifest, Quantization
 from mlx_hmem.bank.format import GENERIC, PAGE, Shard, num_blocks
 from mlx_hmem.bank.quantization import RoundingErrors, dequantize_block, quantize_block
 from mlx_hmem.bank.writer import Stored, bytes_of_parts, rewrite_bank, stored_block, stored_bytes
-from mlx_hmem.config import read_json
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import write_atomic
+from mlx_hmem.reading import read_json
 
 NOTES = "notes"  # a folder beside the shards, of one JSON file for each that is whole
 

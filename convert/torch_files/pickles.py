@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import RESTORE, is_whole, open_regular, read_exactly
+from mlx_hmem.files import RESTORE, is_whole
+from mlx_hmem.reading import open_regular, read_exactly
 
 from .names import MAX_SHARING, NAMES, SMALL, Storage, StorageClass
 from .pickle_machine import MAX_PICKLE, Machine

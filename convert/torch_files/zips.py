@@ -10,7 +10,7 @@ import struct
 import zipfile
 from typing import BinaryIO, NamedTuple
 
-from mlx_hmem.files import read_exactly
+from mlx_hmem.reading import read_exactly
 
 MAX_ENTRIES = 1 << 19
 MAX_DIRECTORY = 1 << 26  # bytes

@@ -13,9 +13,10 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes, load_model
 
 from mlx_hmem.anchors import openlm
-from mlx_hmem.config import MAX_LAYERS, HmemConfig, read_json
+from mlx_hmem.config import MAX_LAYERS, HmemConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import MAX_DIM, fingerprint, is_whole, read_safetensors_header
+from mlx_hmem.reading import read_json
 
 INDEX = "model.safetensors.index.json"
 BESIDE = ("generation_config.json", "hf_quant_config.json")  # mlx-lm opens them as they are

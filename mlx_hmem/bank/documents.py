@@ -14,7 +14,8 @@ from typing import Any
 
 from mlx_hmem.config import ClusterPath, JsonConfig, MemoryConfig
 from mlx_hmem.errors import UserError, printable
-from mlx_hmem.files import open_regular, strict_json, write_atomic
+from mlx_hmem.files import write_atomic
+from mlx_hmem.reading import open_regular, strict_json
 
 DOCUMENTS = "documents.jsonl"
 MAX_TERMS = 8

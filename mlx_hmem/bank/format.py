@@ -17,10 +17,10 @@ import mlx.core as mx
 import xxhash
 
 from mlx_hmem.bank.quantization import Part, Quantization, check_quantization, quantized_parts
-from mlx_hmem.config import JsonConfig, MemoryConfig, check_version, read_json
+from mlx_hmem.config import JsonConfig, MemoryConfig
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import strict_json
 from mlx_hmem.memory import group_shapes
+from mlx_hmem.reading import check_version, read_json, strict_json
 
 FORMAT_VERSION = 1
 MANIFEST = "bank.json"

@@ -17,9 +17,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_hmem.config import ClusterPath, MemoryConfig, read_json
+from mlx_hmem.config import ClusterPath, MemoryConfig
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import lies_there, strict_json, write_atomic
+from mlx_hmem.files import write_atomic
+from mlx_hmem.reading import lies_there, read_json, strict_json
 
 VIEWS = "views.json"
 DEFAULT = "default"

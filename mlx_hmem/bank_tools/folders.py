@@ -14,8 +14,9 @@ from mlx_hmem.bank.documents import DOCUMENTS
 from mlx_hmem.bank.format import MANIFEST
 from mlx_hmem.bank.views import VIEWS
 from mlx_hmem.config import HmemConfig
-from mlx_hmem.files import lies_there, link_or_copy, open_regular
+from mlx_hmem.files import link_or_copy
 from mlx_hmem.model.find import BANK_FOLDER, BESIDE, check_inside
+from mlx_hmem.reading import lies_there, open_regular
 
 TREE = "retriever/tree.safetensors"
 # What a bank consists of, who may fetch it apart.

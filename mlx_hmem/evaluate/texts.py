@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import require_file
+from mlx_hmem.reading import require_file
 
 
 @contextmanager

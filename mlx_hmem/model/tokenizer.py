@@ -18,9 +18,8 @@ from mlx_lm.tokenizer_utils import load as load_tokenizer
 from transformers.utils import logging as transformers_logging
 
 from mlx_hmem.anchors.load import TOKENIZER_FILES
-from mlx_hmem.config import read_json
 from mlx_hmem.errors import UserError, foreign, unheard
-from mlx_hmem.files import open_regular
+from mlx_hmem.reading import open_regular, read_json
 
 # What a tokenizer may consist of, and what is read beside it: its class, the ids that end a text.
 FILES = ("tokenizer*", "*.model", "*.tiktoken", "vocab.*", "merges.txt", "added_tokens.json",

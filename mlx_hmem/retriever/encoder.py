@@ -7,8 +7,8 @@ from typing import Protocol
 
 import numpy as np
 
-from mlx_hmem.config import read_json
 from mlx_hmem.errors import UserError
+from mlx_hmem.reading import read_json
 from mlx_hmem.retriever.minilm import FILES, HUB_ID, MiniLMEncoder
 from mlx_hmem.retriever.static import MODEL_TYPE, StaticEncoder
 

@@ -16,9 +16,9 @@ from mlx.utils import tree_flatten
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from mlx_hmem.config import read_json
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import fingerprint, load_safetensors, require_file
+from mlx_hmem.files import fingerprint, load_safetensors
+from mlx_hmem.reading import read_json, require_file
 from mlx_hmem.retriever.texts import check_texts, load_tokenizer
 
 HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"

@@ -17,9 +17,9 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from mlx_hmem.config import read_json
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import fingerprint, load_safetensors, save_safetensors, write_atomic
+from mlx_hmem.reading import read_json
 from mlx_hmem.retriever.texts import check_texts, load_tokenizer
 
 MODEL_TYPE = "static_encoder"

@@ -17,8 +17,9 @@ from mlx_hmem.bank import Bank, rewrite_bank
 from mlx_hmem.bank.documents import read_documents
 from mlx_hmem.bank.documents import write_documents as write_known
 from mlx_hmem.bank_tools.command import main as bank_tools
-from mlx_hmem.files import load_safetensors, strict_json
+from mlx_hmem.files import load_safetensors
 from mlx_hmem.model.load import load
+from mlx_hmem.reading import strict_json
 from mlx_hmem.retriever import load_encoder
 from tests.helpers.own_documents import remember, sentences
 from tests.helpers.places import bytes_of

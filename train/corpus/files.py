@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlx_hmem.errors import printable
-from mlx_hmem.files import open_regular
+from mlx_hmem.reading import open_regular
 
 MAX_LINE = 1 << 26  # bytes; a longer line, or text file, is no document
 MAX_NAMED = 20  # faults printed; the report file holds more

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from mlx_hmem.errors import UserError, needed, printable
-from mlx_hmem.files import open_regular
+from mlx_hmem.reading import open_regular
 
 from .files import MAX_LINE, CorpusFile, Document, Faults, file_bytes, listing
 

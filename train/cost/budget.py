@@ -25,8 +25,9 @@ from mlx_hmem.budget.resident import (
     resident_bytes,
     trim,
 )
-from mlx_hmem.config import MemoryConfig, read_json
+from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
+from mlx_hmem.reading import read_json
 
 from ..recipe.recipe import Recipe, TrainerConfig
 from .costs import gathered_parameters, has_memory, peak_memory, trainings_of

@@ -21,9 +21,9 @@ import numpy as np
 from mlx_hmem.anchors.openlm import Model
 from mlx_hmem.bank.writer import planned_bytes
 from mlx_hmem.budget.resident import bytes_text, machine_bytes
-from mlx_hmem.config import read_json
 from mlx_hmem.errors import ArgumentParser, UserError
 from mlx_hmem.evaluate.tables import table as text_table
+from mlx_hmem.reading import read_json
 
 from ..corpus.facts import make_facts
 from ..data.arrays import load_mapped

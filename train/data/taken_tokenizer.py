@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from mlx_hmem.anchors.load import anchor_of_config, num_embedded
-from mlx_hmem.config import JsonConfig, read_json
+from mlx_hmem.config import JsonConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import write_atomic
 from mlx_hmem.model.find import find_model
 from mlx_hmem.model.tokenizer import FILES, read_tokenizer
+from mlx_hmem.reading import read_json
 
 FACTS = "taken.json"
 

@@ -26,12 +26,13 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import strict_json, write_atomic
+from mlx_hmem.files import write_atomic
 from mlx_hmem.folders import add_lines, whole_lines
 from mlx_hmem.generation.batch import batch_generate
 from mlx_hmem.generation.template import chat_ids
 from mlx_hmem.model.model import MemoryModel
 from mlx_hmem.model.tokenizer import read_tokenizer
+from mlx_hmem.reading import strict_json
 
 from ..cost.plan import time_text
 from .export import Base

@@ -19,9 +19,10 @@ import numpy as np
 import xxhash
 
 from mlx_hmem.bank.documents import Document
-from mlx_hmem.config import JsonConfig, MemoryConfig, check_version, read_json
+from mlx_hmem.config import JsonConfig, MemoryConfig
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import atomic_file, open_regular, strict_json, write_atomic
+from mlx_hmem.files import atomic_file, write_atomic
+from mlx_hmem.reading import check_version, open_regular, read_json, strict_json
 from mlx_hmem.retriever import ClusterTree, Encoder
 
 from ..data.arrays import load_mapped, save_array

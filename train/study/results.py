@@ -17,12 +17,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlx_hmem.config import read_json
 from mlx_hmem.evaluate import Fact, read_facts, read_texts, recall
 from mlx_hmem.evaluate.perplexity import document_losses, summed
 from mlx_hmem.files import write_atomic
 from mlx_hmem.model.load import load
 from mlx_hmem.model.model import MemoryModel
+from mlx_hmem.reading import read_json
 
 from ..corpus.facts import documents_of_facts
 from ..cost.costs import anchor_parameters

@@ -15,7 +15,7 @@ from typing import BinaryIO, NamedTuple
 from mlx_hmem.bank.format import Level, Manifest, Shard
 from mlx_hmem.bank.header import check_shard
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import open_regular
+from mlx_hmem.reading import open_regular
 
 MOST_OPEN = 128  # macOS lets a process have 256 files open
 Obtain = Callable[[Sequence[str]], None]  # puts the named files into the bank's folder

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.facts import Fact
-from mlx_hmem.files import require_file
+from mlx_hmem.reading import require_file
 
 ELEMENTS = Path(__file__).parent / "elements.csv"
 COLUMNS = ("prompt", "answers", "key")

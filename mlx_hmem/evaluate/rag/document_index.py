@@ -21,9 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from mlx_hmem.config import JsonConfig, check_version, read_json
+from mlx_hmem.config import JsonConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import atomic_file, fingerprint, write_atomic
+from mlx_hmem.reading import check_version, read_json
 
 FORMAT_VERSION = 1
 MANIFEST = "index.json"

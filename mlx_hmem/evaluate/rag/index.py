@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from mlx_hmem.config import HmemConfig, read_json
+from mlx_hmem.config import HmemConfig
 from mlx_hmem.errors import ArgumentParser, UserError
 from mlx_hmem.evaluate.paper.counting import RECORDS, corpus_files, states
 from mlx_hmem.evaluate.rag.document_index import MANIFEST, finish
@@ -27,6 +27,7 @@ from mlx_hmem.files import sync, write_atomic
 from mlx_hmem.folders import whole_folder
 from mlx_hmem.model.find import MODEL_FILES, find_model
 from mlx_hmem.model.load import open_encoder, open_tree
+from mlx_hmem.reading import read_json
 from mlx_hmem.retriever import Retriever
 
 BATCH = 1024  # documents

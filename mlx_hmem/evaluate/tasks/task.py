@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlx_hmem.config import JsonConfig, read_json
+from mlx_hmem.config import JsonConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.texts import numbered_jsonl
+from mlx_hmem.reading import read_json
 
 CHOICE, SCHEMA = "multiple_choice", "schema"
 LANGUAGE, GENERATION = "language_modeling", "generation_task_with_answers"

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_hmem.config import JsonConfig, read_json
+from mlx_hmem.config import JsonConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate import Fact
+from mlx_hmem.reading import read_json
 
 from ...recipe.keys import check_keys, key
 from .repeat import fact_documents

@@ -1,0 +1,117 @@
+"""Reading what somebody brings: regular files alone, whole, and JSON that is JSON."""
+
+import contextlib
+import json
+import os
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from mlx_hmem.errors import UserError
+
+Source = str | os.PathLike[str]
+
+RESTORE = "fetch or make the file again"
+
+
+def require_file(path: Path, remedy: str) -> None:
+    """Raises UserError, which ends in ``remedy``, unless ``path`` is a file."""
+    if not path.is_file():
+        wrong = "not a file but a folder" if path.is_dir() else "a file is missing"
+        raise UserError(wrong, path, remedy)
+
+
+def lies_there(path: Path) -> bool:
+    """Whether anything lies at ``path``, be it a link that leads nowhere. Absent is only what the
+    system says is missing: where it does not say, a UserError."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise UserError(f"cannot see whether {path} is there", error, "check the path") from None
+    return True
+
+
+@contextlib.contextmanager
+def open_regular(path: Source) -> Iterator[BinaryIO]:
+    """Opens a regular file for reading, unbuffered; anything else is a :class:`UserError`."""
+    try:
+        # Asked first: opening a pipe would wait for a writer.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UserError("not a file", path, "give the path of a file")
+        file = open(path, "rb", buffering=0)  # noqa: SIM115
+    except FileNotFoundError:
+        raise UserError("a file is missing", path, "fetch or make it again") from None
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        raise UserError(f"cannot read {path}", error, "check the path") from None
+    with file:
+        yield file
+
+
+def read_exactly(file: BinaryIO, length: int, path: Source) -> bytes:
+    """The next ``length`` bytes, or a :class:`UserError`: the file shrank while it was read."""
+    parts = []
+    while length:
+        part = file.read(length)
+        if not part:
+            raise UserError(f"{path} ends too early", f"{length} bytes are missing", RESTORE)
+        parts.append(part)
+        length -= len(part)
+    return b"".join(parts)
+
+
+def read_json(
+    path: Path, most_bytes: int = 1 << 28, parse: Callable[[bytes], Any] = json.loads
+) -> Any:
+    """Reads a JSON file of at most ``most_bytes``.
+
+    Other people's files may hold what ``json.loads`` lets through, such as Infinity.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most_bytes:
+            raise UserError(f"{path} is too large for JSON", f"{size} bytes", "restore the file")
+        text = read_exactly(file, size, path)
+    try:
+        return parse(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON", error, "restore the file") from None
+
+
+def strict_json(text: bytes) -> Any:
+    """Parses UTF-8 JSON; repeated names, NaN and lone surrogates are a ValueError."""
+    try:
+        found = json.loads(
+            text.decode(), object_pairs_hook=_no_repeats, parse_constant=_no_constants
+        )
+        if b"\\u" in text:  # a lone surrogate is no text: UnicodeEncodeError is a ValueError
+            json.dumps(found, ensure_ascii=False).encode()
+        return found
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return result
+
+
+def _no_constants(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def check_version(values: Any, version: int, path: Path, remedy: str) -> None:
+    """Raises UserError unless the JSON object ``values`` is of the format version we read."""
+    found = values.get("format_version") if isinstance(values, dict) else None
+    if type(found) is not int or found != version:
+        raise UserError(
+            f"{path} has a format version this program does not read",
+            repr(found)[:40],
+            f"it reads version {version}; update mlx_hmem or {remedy}",
+        )
