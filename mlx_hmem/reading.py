@@ -1,5 +1,6 @@
 """Reading what somebody brings: regular files alone, whole, and JSON that is JSON."""
 
+import codecs
 import contextlib
 import json
 import os
@@ -67,7 +68,7 @@ def read_exactly(file: BinaryIO, length: int, path: Source) -> bytes:
 def read_json(
     path: Path, most_bytes: int = 1 << 28, parse: Callable[[bytes], Any] = json.loads
 ) -> Any:
-    """Reads a JSON file of at most ``most_bytes``.
+    """Reads a JSON file of at most ``most_bytes``, behind a byte order mark or not.
 
     Other people's files may hold what ``json.loads`` lets through, such as Infinity.
     """
@@ -83,10 +84,11 @@ def read_json(
 
 
 def strict_json(text: bytes) -> Any:
-    """Parses UTF-8 JSON; repeated names, NaN and lone surrogates are a ValueError."""
+    """Parses UTF-8 JSON, behind a byte order mark or not; repeated names, NaN and lone surrogates
+    are a ValueError."""
     try:
         found = json.loads(
-            text.decode(), object_pairs_hook=_no_repeats, parse_constant=_no_constants
+            text.decode("utf-8-sig"), object_pairs_hook=_no_repeats, parse_constant=_no_constants
         )
         if b"\\u" in text:  # a lone surrogate is no text: UnicodeEncodeError is a ValueError
             json.dumps(found, ensure_ascii=False).encode()
@@ -104,6 +106,17 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constants(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+def check_mark(path: Path) -> None:
+    """Raises UserError for a file that begins with a byte order mark. What we alone read may have
+    one, as editors on Windows write it; mlx-lm, transformers and tokenizers do not read such."""
+    with open_regular(path) as file:
+        begin = file.read(3)
+    for mark in (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        if begin.startswith(mark):
+            what = f"{path} begins with a byte order mark, which mlx-lm does not read"
+            raise UserError(what, mark.hex(" "), "save it as UTF-8 without one")
 
 
 def check_version(values: Any, version: int, path: Path, remedy: str) -> None:

@@ -1,5 +1,6 @@
 """Loads an anchor from a model directory, ours or mlx-lm's, with every file checked first."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from mlx_hmem.anchors import openlm
 from mlx_hmem.config import MAX_LAYERS, HmemConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import MAX_DIM, fingerprint, is_whole, read_safetensors_header
-from mlx_hmem.reading import read_json
+from mlx_hmem.reading import check_mark, read_json
 
 INDEX = "model.safetensors.index.json"
 BESIDE = ("generation_config.json", "hf_quant_config.json")  # mlx-lm opens them as they are
@@ -34,6 +35,7 @@ PLAIN: dict[type, Callable[[Any], bool]] = {
     bool: lambda value: value in (True, False),
     str: lambda value: isinstance(value, str),
 }
+PLAIN_WORDS = {int: "a number", float: "a number", bool: "true or false", str: "a text"}
 FLAGS = {"tie_word_embeddings", "qk_norm", "rope_traditional", "attention_bias", "mlp_bias"}
 KINDS = {"rope_parameters": (dict, "a table"), "rope_scaling": (dict, "a table"),
          "layer_types": (list, "a list"), "sliding_window": (int, "a whole number")}  # fmt: skip
@@ -88,12 +90,14 @@ def anchor_hash(folder: Path) -> str:
     return fingerprint(*weight_files(folder))
 
 
-def text_hashes(folder: Path) -> dict[str, str]:
-    """The hashes of ``hmem.json`` beside that of the weights, for the anchor in ``folder``. Only
-    what makes ids and logits counts: what ends a text may be changed, and so a chat template."""
-    values = {key: value for key, value in read_config(folder).items() if key != "eos_token_id"}
-    config = json.dumps(values, sort_keys=True).encode()
-    found = {"config_hash": f"xxh3:{xxhash.xxh3_128_hexdigest(config)}"}
+def text_hashes(folder: Path, config: dict[str, Any] | None = None) -> dict[str, str]:
+    """The hashes of ``hmem.json`` beside that of the weights, for the anchor in ``folder``, whose
+    ``config`` may be given as :func:`read_config` has read it. Only what makes ids and logits
+    counts: what ends a text may be changed, and so a chat template."""
+    known = read_config(folder) if config is None else config
+    values = {key: value for key, value in known.items() if key != "eos_token_id"}
+    text = json.dumps(values, sort_keys=True).encode()
+    found = {"config_hash": f"xxh3:{xxhash.xxh3_128_hexdigest(text)}"}
     # A conversion may have none to take along.
     tokenizers = (folder / name for name in TOKENIZER_FILES if (folder / name).exists())
     if (tokenizer := next(tokenizers, None)) is not None:
@@ -101,9 +105,9 @@ def text_hashes(folder: Path) -> dict[str, str]:
     return found
 
 
-def check_hashes(folder: Path, hmem: HmemConfig) -> None:
+def check_hashes(folder: Path, hmem: HmemConfig, config: dict[str, Any] | None = None) -> None:
     """Raises UserError unless config and tokenizer are those that ``hmem`` names, if it does."""
-    for key, found in text_hashes(folder).items():
+    for key, found in text_hashes(folder, config).items():
         if getattr(hmem, key) not in (None, found):
             what = key.removesuffix("_hash")
             raise UserError(
@@ -115,13 +119,22 @@ def check_hashes(folder: Path, hmem: HmemConfig) -> None:
 
 def _classes(config: dict[str, Any]) -> tuple[type[nn.Module], type]:
     own = config["model_type"] == "openlm"
-    classes = (openlm.Model, openlm.ModelArgs) if own else _get_classes(config)
-    for name, hint in get_type_hints(classes[1]).items():
-        value = config.get(name)
+    return (openlm.Model, openlm.ModelArgs) if own else _get_classes(config)
+
+
+def check_types(config: dict[str, Any], path: Path) -> None:
+    """Raises UserError for a value of another type than its architecture says; null is one of them
+    unless it is the default, or may be one."""
+    args = _classes(config)[1]
+    hints = get_type_hints(args)
+    for field in (f for f in dataclasses.fields(args) if f.name in config):
+        value, hint = config[field.name], hints[field.name]
         kind = next((k for k in PLAIN if hint in (k, k | None)), None)
-        if value is not None and kind is not None and not PLAIN[kind](value):
-            raise ValueError(f"{name} is {str(value)[:40]!r}, not of type {kind.__name__}")
-    return classes
+        null_too = hint != kind or field.default is None
+        if kind is None or (null_too if value is None else PLAIN[kind](value)):
+            continue
+        what, said = f"{field.name} is not {PLAIN_WORDS[kind]}", json.dumps(value, default=str)
+        raise UserError(what, said[:40], f"restore or correct {path}")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -171,11 +184,14 @@ def check_values(config: dict[str, Any], path: Path) -> None:
 def anchor_of_config(config: dict[str, Any]) -> nn.Module:
     """An anchor of this shape with random weights, none of which is made before it is used."""
     try:
+        check_types(config, Path("config.json"))
         model, args = _classes(config)
         anchor: Any = model
         anchor = anchor(args.from_dict(config))  # type: ignore[attr-defined]
         if config["model_type"] == "gemma3_text" and config.get("tie_word_embeddings", True):
             anchor.sanitize({})  # only the weights tell it that it has no head of its own
+    except UserError:
+        raise
     except Exception as error:  # a wrong config is whatever an architecture makes of it
         raise UserError(
             "config.json describes no anchor",
@@ -193,9 +209,15 @@ def float_dtype(anchor: nn.Module) -> mx.Dtype:
     return mx.float32
 
 
-def load_anchor(folder: Path, lazy: bool = False) -> tuple[nn.Module, dict[str, Any]]:
-    """The anchor and its ``config.json``; mlx-lm's own loader with OpenLM added."""
-    config = read_config(folder)
+def load_anchor(
+    folder: Path, lazy: bool = False, config: dict[str, Any] | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The anchor and its ``config.json``; mlx-lm's own loader with OpenLM added. ``config`` may be
+    given as :func:`read_config` has read it."""
+    config = read_config(folder) if config is None else config
+    for name in ("config.json", *BESIDE):
+        if (folder / name).exists():
+            check_mark(folder / name)
     # transformers 5 writes it so; mlx-lm would take a default base instead, without a word.
     unread = "rope_parameters" in config and config.get("rope_theta") is None
     if unread and config["model_type"] != "qwen3":
@@ -206,8 +228,11 @@ def load_anchor(folder: Path, lazy: bool = False) -> tuple[nn.Module, dict[str, 
         )
     weight_files(folder)
     try:
+        check_types(config, folder / "config.json")
         anchor, config = load_model(folder, lazy=lazy, get_model_classes=_classes)
         anchor(mx.array([[0, 0]]))  # built, not computed: what no call could do shows here
+    except UserError:
+        raise
     except Exception as error:  # a wrong config is whatever an architecture makes of it
         raise UserError(
             f"config.json and weights of the anchor in {folder} do not go together",

@@ -19,7 +19,7 @@ def reading(path: Path, newline: str | None = None) -> Iterator[TextIO]:
     """``path`` opened as text, gzip or not; UserError where it is not text to the end."""
     try:
         opener: Any = gzip.open if path.suffix == ".gz" else open
-        with opener(path, "rt", encoding="utf-8", newline=newline) as file:
+        with opener(path, "rt", encoding="utf-8-sig", newline=newline) as file:
             yield file
     except (gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as text", error, "restore the file") from None

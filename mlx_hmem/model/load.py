@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlx_hmem.anchors.load import anchor_hash, check_hashes, load_anchor
+from mlx_hmem.anchors.load import anchor_hash, check_hashes, load_anchor, read_config
 from mlx_hmem.bank import Bank
 from mlx_hmem.bank.views import check_name, read_views
 from mlx_hmem.budget.needs import read_needs
@@ -93,7 +93,8 @@ def load(
         banks[name] = RoutedBank(Retriever(encoder, open_tree(place, own)), bank)
         options = {}
     views = read_views(folder / BANK_FOLDER, {name: own.memory for name, own in configs.items()})
-    anchor, config = load_anchor(folder)
+    known = read_config(folder)
+    anchor, config = load_anchor(folder, config=known)
     tokenizer = read_tokenizer(folder, config)
     retriever, first = banks.pop("") if banks else (None, None)
     model = MemoryModel(anchor, config, tokenizer, retriever, first, banks, views)
@@ -104,7 +105,7 @@ def load(
         model.context = check_context(model.context, context)
     if hmem is None:
         return model
-    check_hashes(folder, hmem)  # last: what is wrong with a part is said more closely
+    check_hashes(folder, hmem, known)  # last: what is wrong with a part is said more closely
     model.bound = None not in (hmem.config_hash, hmem.tokenizer_hash)
     return model.under(view)
 

@@ -19,7 +19,8 @@ from transformers.utils import logging as transformers_logging
 
 from mlx_hmem.anchors.load import TOKENIZER_FILES
 from mlx_hmem.errors import UserError, foreign, unheard
-from mlx_hmem.reading import open_regular, read_json
+from mlx_hmem.files import MAX_DIM, is_whole
+from mlx_hmem.reading import check_mark, open_regular, read_json
 
 # What a tokenizer may consist of, and what is read beside it: its class, the ids that end a text.
 FILES = ("tokenizer*", "*.model", "*.tiktoken", "vocab.*", "merges.txt", "added_tokens.json",
@@ -34,11 +35,11 @@ def read_tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerWrapper:
     check_files(folder)
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         raise UserError("no tokenizer", folder, "add tokenizer.json or tokenizer.model")
+    ends = _ends(folder, config)
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # it warns that it does not know model_type openlm
     try:
         with foreign(f"the tokenizer in {folder} cannot be read", "restore it"), unheard():
-            ends = _ends(folder, config)
             extra = {"trust_remote_code": False}
             return ModelTokenizer.of(load_tokenizer(folder, extra, ends), config.get("vocab_size"))
     finally:
@@ -54,6 +55,8 @@ def check_files(folder: Path) -> None:
                 size = file.stat().st_size
             if size > MOST_BYTES:
                 raise UserError(f"{file} is too large for a tokenizer", size, "restore the file")
+            if file.suffix == ".json":
+                check_mark(file)
     file = folder / "tokenizer_config.json"
     config = read_json(file) if file.exists() else {}
     if not isinstance(config, dict):
@@ -75,10 +78,14 @@ def _ends(folder: Path, config: dict[str, Any]) -> list[int] | None:
         found.append(read_json(file))
     ids: list[int] = []
     for each in found:
-        own = each.get("eos_token_id")
+        own = each.get("eos_token_id") if isinstance(each, dict) else None
         ids += own if isinstance(own, list) else [] if own is None else [own]
-    if not all(type(i) is int and i >= 0 for i in ids):
-        raise UserError("eos_token_id is no token", ids, "correct it")
+    most = config.get("vocab_size") or MAX_DIM
+    for one in ids:
+        if not is_whole(one, most - 1):  # a text would wait for it without end
+            what = f"eos_token_id is none of the anchor's {most} tokens"
+            where = " or ".join(name for name in BESIDE if (folder / name).exists())
+            raise UserError(what, repr(one)[:40], f"correct it in {where} of {folder}")
     return ids or None
 
 

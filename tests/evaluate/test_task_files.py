@@ -28,6 +28,9 @@ def test_wikitext_is_read_article_by_article(tmp_path):
         "= One = \n \n Text a . \n = 1 rad / s = \n b \n \n = = Part = = \n \n c",
         "= Two = \n \n d",
     ]
+    marked = tmp_path / "marked.jsonl"
+    marked.write_text('{"text": "One."}\n', encoding="utf-8-sig")  # as editors on Windows write it
+    assert read_texts(marked) == ["One."]
     assert read_texts(tmp_path / "w.raw", limit=1)[0].startswith("= One")
     (tmp_path / "w.txt").write_text("No heading.\n\nAt all.")
     assert read_texts(tmp_path / "w.txt") == ["No heading.\n\nAt all."]

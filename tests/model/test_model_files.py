@@ -1,8 +1,10 @@
 """Hostile and garbled files of a model directory are refused in one line before MLX sees them."""
 
 import contextlib
+import importlib
 import json
 import shutil
+from codecs import BOM_UTF8
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 
 from mlx_hmem import load
 from mlx_hmem.anchors.load import anchor_hash, load_anchor, named_parameters, text_hashes
+from mlx_hmem.bank.views import write_views
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import fingerprint, save_safetensors
 from tests.conftest import edit_json
@@ -17,6 +20,10 @@ from tests.helpers.programs import refused as refusal
 from tests.helpers.tiny_anchors import LLAMA_LIKE, OTHER_KEYS, make_anchor
 from tests.model.test_model_directory import refused
 
+# `mlx_hmem.model.load` by its dots is the function.
+anchors_load, model_load = map(
+    importlib.import_module, ("mlx_hmem.anchors.load", "mlx_hmem.model.load")
+)
 TENSOR_FILES = [
     "model.safetensors", "retriever/tree.safetensors", "bank/level-1.00000.safetensors",
     "bank/generic.safetensors",
@@ -142,13 +149,71 @@ def test_a_config_that_contradicts_the_weights_is_refused(broken, case):
 
 
 @pytest.mark.parametrize(
+    ("key", "what"),
+    [
+        ("rope_traditional", "true or false"),
+        ("qk_norm", "true or false"),
+        ("intermediate_size", "a number"),
+        ("max_position_embeddings", "a number"),
+        ("norm_type", "a text"),
+    ],
+)
+def test_null_is_named_with_its_key_unless_the_architecture_takes_it(broken, key, what):
+    """It was named in the words of MLX or Python, or not at all: "'NoneType' object …"."""
+    config = broken / "config.json"
+    edit_json(config, lambda c: c.update({key: None}))
+    assert refused(broken) == f"{key} is not {what}: null; restore or correct {config}"
+
+
+def test_null_stands_for_a_default_that_is_none(tmp_path):
+    config = LLAMA_LIKE | {"model_type": "llama"}
+    save_safetensors(tmp_path / "model.safetensors", named_parameters(make_anchor("llama")))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"sliding_window": None}))
+    load_anchor(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("ends", [400, [0, 1 << 40], -1, "0", [True]])
+def test_an_end_that_is_no_token_of_the_anchor_is_named(broken, name, ends):
+    """Beyond the vocabulary it passed in silence, and no text ever ended by it."""
+    (broken / "generation_config.json").write_text("{}")
+    edit_json(broken / name, lambda c: c.update(eos_token_id=ends))
+    refused(broken, "eos_token_id is none of the anchor's 400 tokens", name)
+
+
+@pytest.mark.parametrize("name", ["hmem.json", "bank/bank.json", "bank/views.json"])
+def test_a_byte_order_mark_before_json_that_we_alone_read_is_none_of_it(broken, name):
+    if name == "bank/views.json":
+        write_views(broken / "bank", {"guest": []})
+    (broken / name).write_bytes(BOM_UTF8 + (broken / name).read_bytes())
+    assert load(broken).context == 96
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json"])
+def test_a_byte_order_mark_before_json_that_mlx_lm_reads_is_named(broken, name, encoding):
+    """It ended in "Unexpected UTF-8 BOM", or the tokenizer's "expected value at line 1"."""
+    (broken / "generation_config.json").write_text("{}")
+    (broken / name).write_text((broken / name).read_text(), encoding=encoding)
+    refused(broken, f"{broken / name} begins with a byte order mark", "save it as UTF-8 without")
+
+
+def test_config_json_is_read_and_checked_once(broken, monkeypatch):
+    """It was three times; mlx-lm reads it once more by itself."""
+    calls = []
+    real = anchors_load.read_config
+    monkeypatch.setattr(anchors_load, "read_config", lambda f: calls.append(f) or real(f))
+    monkeypatch.setattr(model_load, "read_config", anchors_load.read_config)
+    load(broken)
+    assert calls == [broken]
+
+
+@pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("granite", {"attention_multiplier": {}}),
-        ("granite", {"residual_multiplier": None}),
         ("nemotron", {"partial_rotary_factor": 1.5}),
         ("gemma3_text", {"sliding_window_pattern": 4096}),
-        ("qwen3_moe", {"num_experts_per_tok": None}),
+        ("qwen3_moe", {"num_experts_per_tok": 99}),
     ],
 )
 def test_what_an_architecture_finds_wrong_at_its_first_call_is_one_line(tmp_path, name, change):

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import sys
+from codecs import BOM_UTF8
 from pathlib import Path
 
 import pytest
@@ -196,6 +197,14 @@ def test_names_in_capitals_are_read_as_those_in_small_letters(tmp_path):
     (tmp_path / "C.JSONL").write_bytes(lines(DOCUMENTS[2:3]))
     found = list(read_documents(corpus_files(tmp_path), faults := Faults()))
     assert [identity for identity, _, _ in found] == ["0", "7", "14"]
+    assert not faults.counts
+
+
+def test_a_byte_order_mark_is_none_of_the_text(tmp_path):
+    """The first document of such a file was passed over as no JSON."""
+    (tmp_path / "a.jsonl").write_bytes(BOM_UTF8 + lines(DOCUMENTS[:2]))
+    found = list(read_documents(corpus_files(tmp_path), faults := Faults()))
+    assert [identity for identity, _, _ in found] == ["0", "7"]
     assert not faults.counts
 
 

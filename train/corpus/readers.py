@@ -100,7 +100,7 @@ def _parse(line: bytes) -> Document | None:
     if not line.strip():
         return None
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = json.loads(line.decode("utf-8-sig"))
         if isinstance(record, dict):
             json.dumps(record, ensure_ascii=False).encode("utf-8")  # lone surrogates fail here
     except UnicodeError:

@@ -158,7 +158,7 @@ def read_yaml(path: Path, what: str) -> Any:
     if not path.exists() and (SHIPPED / path).is_file():
         path = SHIPPED / path
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (FileNotFoundError, IsADirectoryError):
         known = [p.relative_to(SHIPPED).as_posix() for p in sorted(SHIPPED.rglob("*.yaml"))]
         # Without the ending, which all have in common and every other file too.
