@@ -86,7 +86,13 @@ def _next_line(at_terminal: bool) -> str | None:
             return None
         except KeyboardInterrupt:
             say("\n/quit or Ctrl-D ends")
-    return read_input("mlx_hmem.chat", one_line=True) or None
+    while True:
+        try:
+            return read_input("mlx_hmem.chat", one_line=True) or None
+        except UserError as error:
+            if sys.stdin is None:
+                raise
+            say(f"error: {error}")  # a line that is no text; the next may be one
 
 
 def _handle(conversation: Conversation, line: str) -> bool:

@@ -97,13 +97,20 @@ def test_q_ends_it_and_a_turn_that_cannot_be_answered_does_not():
     assert first.startswith("error: the prompt is longer than the context: ")
 
 
+def test_a_line_that_is_no_text_is_said_and_the_chat_goes_on():
+    status, out, err = piped(stdin=b"caf\xe9\n" + PROMPTS[0].encode() + b"\n")
+    assert (status, out.count("\n")) == (0, 1)
+    first = err.splitlines()[0]
+    assert first.startswith("error: standard input is not UTF-8 text: ")
+    assert first.endswith("; convert it")
+
+
 @pytest.mark.parametrize(
     ("args", "stdin", "words"),
     [
         (["--temp", "-1"], b"", "temp is negative"),
         (["--max-tokens", "0"], b"", "max_tokens is not positive"),
         (["--block", "99"], b"", "no such cluster on level 1"),
-        ([], b"caf\xe9\n", "standard input is not UTF-8"),
     ],
 )
 def test_what_is_wrong_from_the_start_is_one_line_and_status_2(args, stdin, words):
