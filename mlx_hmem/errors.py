@@ -159,6 +159,11 @@ def verb_of(words: Sequence[str], verbs: Iterable[str]) -> str | None:
     return None
 
 
+def first_as_model(words: Sequence[str]) -> Sequence[str]:
+    """A command line whose first word may be the model, as it was before it took ``--model``."""
+    return ["--model", *words] if words and not words[0].startswith("-") else words
+
+
 def run_verb(words: Sequence[str], verbs: Verbs, package: str | None = None) -> bool:
     """Runs the program that the first word is, with the others; whether it is one."""
     if verb := verb_of(words, verbs):

@@ -1,4 +1,4 @@
-"""Scores a model directory: ``mlx_hmem.evaluate MODEL_DIR --facts F --text T``.
+"""Scores a model directory: ``mlx_hmem.evaluate --model MODEL --facts F --text T``.
 
 Prints a table of recall by how often a fact was stated, or counted in a corpus, of perplexity, and
 with ``--tasks all --data FOLDER`` of accuracy on benchmark tasks, for each kind of memory asked
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_hmem.budget.resident import SIZE_HELP, parse_bytes
-from mlx_hmem.errors import ArgumentParser, UserError, printable, run_verb
+from mlx_hmem.errors import ArgumentParser, UserError, first_as_model, printable, run_verb
 from mlx_hmem.evaluate.facts import ROUTES
 from mlx_hmem.evaluate.paper.blocking import blocking
 from mlx_hmem.evaluate.paper.fact_runs import FactRun
@@ -52,14 +52,14 @@ VERBS = {
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="mlx_hmem.evaluate",
-        usage="mlx_hmem.evaluate MODEL [options]",
+        usage="mlx_hmem.evaluate [--model MODEL] [options]",
         description="Scores a model with each kind of memory: recall of facts by how often they "
         "were stated, or counted in a corpus, perplexity of text, and accuracy on benchmark tasks."
         "\n\nPrints a table for each, with --json one JSON object; progress goes to standard "
         "error.",
         verbs=VERBS,
     )
-    parser.add_argument("model", help="model directory or Hub id")
+    parser.add_argument("--model", default="demo", help="folder or Hub id (default: demo)")
     parser.add_argument("--memory", default="none,generic,fetched", help="kinds, with commas")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/evaluate"), help="where results are kept"
@@ -145,7 +145,7 @@ def _check(args: Namespace) -> list[str]:
 def main(words: Sequence[str]) -> None:
     if run_verb(words, VERBS):
         return
-    args = _parser().parse_args(words)
+    args = _parser().parse_args(first_as_model(words))
     modes = _check(args)
     tasks = load_tasks(args.tasks, args.data) if args.tasks else []
     sets = fact_sets(args.facts, args.atomic_numbers, args.corpus, args.limit)

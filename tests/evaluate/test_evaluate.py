@@ -313,7 +313,7 @@ def test_the_command_prints_what_the_functions_find(folder, dense, files, capsys
     assert found["recall"] == [recall(dense, facts, "none", progress=False).to_dict()]
     score = perplexity(dense, texts, "none", progress=False)
     assert found["perplexity"][0]["per_token"] == pytest.approx(score.per_token, rel=1e-5)
-    main([str(folder), *files, "--memory", "none", "--limit", "7"])
+    main(["--model", str(folder), *files, "--memory", "none", "--limit", "7"])
     table = capsys.readouterr().out
     assert "perplexity, 7 documents" in table
     assert f"{score.per_token:.2f}" in perplexity_table([score])

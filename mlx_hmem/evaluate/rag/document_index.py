@@ -77,7 +77,7 @@ class DocumentIndex:
         """Maps the index in ``folder``; UserError unless it is whole and was made by the tree with
         this fingerprint. Of a large file 256 pieces are compared with what was written."""
         if not (folder / MANIFEST).is_file():
-            command = "mlx_hmem.evaluate index MODEL --text CORPUS --out INDEX"
+            command = "mlx_hmem.evaluate index --model MODEL --text CORPUS --out INDEX"
             raise UserError("no index of documents", folder, f"make one: {command}")
         values = read_json(folder / MANIFEST)
         check_version(values, FORMAT_VERSION, folder / MANIFEST, "make the index again")

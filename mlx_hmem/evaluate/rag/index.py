@@ -1,4 +1,4 @@
-"""Makes an index of documents for ``--rag``: ``mlx_hmem.evaluate index MODEL --text
+"""Makes an index of documents for ``--rag``: ``mlx_hmem.evaluate index --model MODEL --text
 CORPUS --out INDEX``.
 
 CORPUS is a file or a folder: ``text`` of each object of ``*.jsonl``, or the articles of ``*.txt``
@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_hmem.config import HmemConfig
-from mlx_hmem.errors import ArgumentParser, UserError
+from mlx_hmem.errors import ArgumentParser, UserError, first_as_model
 from mlx_hmem.evaluate.paper.counting import RECORDS, corpus_files, states
 from mlx_hmem.evaluate.rag.document_index import MANIFEST, finish
 from mlx_hmem.evaluate.texts import read_articles, records
@@ -144,9 +144,9 @@ def main(words: Sequence[str]) -> None:
         "the clusters of a model."
         "\n\nMakes the folder OUT. Stopped, it goes on with the same command.",
     )
-    parser.add_argument("model", help="model directory or Hub id")
+    parser.add_argument("--model", default="demo", help="folder or Hub id (default: demo)")
     parser.add_argument("--text", type=Path, required=True, help="a file or folder of documents")
     parser.add_argument("--out", type=Path, required=True, help="the folder to make")
-    args = parser.parse_args(words)
+    args = parser.parse_args(first_as_model(words))
     documents = build_index(args.model, args.text, args.out)
     print(f"index: {documents} documents in {args.out}")
