@@ -17,6 +17,7 @@ from train.corpus.cleaning import clean
 from train.corpus.files import CorpusFile, Faults
 from train.corpus.pages import page_text
 from train.corpus.readers import corpus_files, read_documents
+from train.corpus.readers_files import own_files
 from train.corpus.stage import run_corpus
 from train.recipe.recipe import CorpusSection, Recipe
 
@@ -198,6 +199,22 @@ def test_names_in_capitals_are_read_as_those_in_small_letters(tmp_path):
     found = list(read_documents(corpus_files(tmp_path), faults := Faults()))
     assert [identity for identity, _, _ in found] == ["0", "7", "14"]
     assert not faults.counts
+
+
+def test_kinds_that_are_not_read_are_named_each_in_a_line(tmp_path, capsys):
+    """They were passed over without a word, by who may have had nothing else to say."""
+    for name in ("a.txt", "b.csv", "c.CSV", "deep/d.docx", "LICENSE", ".hidden.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("Some words.")
+    assert [file.name for file in own_files(tmp_path)] == ["a.txt"]
+    why = "a kind that is not read"
+    assert capsys.readouterr().err.splitlines() == [
+        f"passed over 2 files *.csv: {why}",
+        f"passed over 1 file without an ending: {why}",
+        f"passed over 1 file *.docx: {why}",
+    ]
+    corpus_files(tmp_path)  # a corpus has other files about, of which nobody is to be told
+    assert capsys.readouterr().err == ""
 
 
 def test_a_byte_order_mark_is_none_of_the_text(tmp_path):

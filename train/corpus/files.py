@@ -72,11 +72,12 @@ def file_bytes(path: Path, most: int = MAX_LINE) -> bytes:
     return data
 
 
-def listing(folder: Path, ends: Iterable[str]) -> list[CorpusFile]:
+def listing(folder: Path, ends: Iterable[str], all_kinds: bool = False) -> list[CorpusFile]:
     """The regular files in ``folder`` and below whose names end so, by path; nothing that is
     hidden. Or the one file that ``folder`` is. What is left out for another reason, as a link that
-    leads out of the folder, is named on standard error."""
-    ends, found, faults = tuple(ends), list[CorpusFile](), Faults()
+    leads out of the folder, is named on standard error; with ``all_kinds`` also how many files of
+    which other endings there are."""
+    ends, found, faults, others = tuple(ends), list[CorpusFile](), Faults(), Counter[str]()
     if folder.is_file():
         return [CorpusFile(folder, folder.name)] if folder.name.lower().endswith(ends) else []
 
@@ -85,13 +86,19 @@ def listing(folder: Path, ends: Iterable[str]) -> list[CorpusFile]:
 
     for root, folders, files in os.walk(folder, onerror=unread):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        files = [n for n in files if not n.startswith(".") and n.lower().endswith(ends)]
+        files = [name for name in files if not name.startswith(".")]
+        others.update(Path(n).suffix.lower() for n in files if not n.lower().endswith(ends))
+        files = [name for name in files if name.lower().endswith(ends)]
         for path in (Path(root, name) for name in folders + files):
             name = path.relative_to(folder).as_posix()
             if wrong := _wrong(path, folder):
                 faults.add(name, wrong)
             elif not path.is_dir():
                 found.append(CorpusFile(path, name))
+    often = sorted(others.items(), key=lambda each: (-each[1], each[0]))
+    for end, count in often if all_kinds else ():
+        what = f"*{end}" if end else "without an ending"
+        faults.add(f"{count} file{'s' * (count > 1)} {what}", "a kind that is not read")
     faults.print()
     return sorted(found, key=lambda file: file.name)
 

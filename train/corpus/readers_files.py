@@ -82,7 +82,7 @@ def own_files(source: Path) -> list[CorpusFile]:
     one file that ``source`` is."""
     if not source.exists():
         raise UserError("no such file or folder", source, "give your documents")
-    files = listing(source, READERS)
+    files = listing(source, READERS, all_kinds=True)
     if not files:
         what = "a folder without text" if source.is_dir() else "a file of another kind"
         raise UserError(what, source, f"give files {' '.join(READERS)}")
