@@ -14,11 +14,13 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from tqdm import tqdm
 
 from mlx_hmem.anchors.load import load_anchor
 from mlx_hmem.bank.format import GENERIC, Key
 from mlx_hmem.bank.writer import Given, rewrite_bank
 from mlx_hmem.model.find import BANK_FOLDER
+from mlx_hmem.reading import open_regular
 
 from ..corpus.files import Faults
 from ..corpus.readers_files import own_files
@@ -30,6 +32,7 @@ from .restate import restated
 from .run import vectors_of
 from .text import OwnDocument, read_folder, sentences
 
+PIECE = 1 << 25  # bytes of a file at a time
 NEAR = 0.95  # cosine from which on a stored vector is that of a window
 FEWEST_BYTES = 8  # of a sentence or name worth looking for
 
@@ -49,13 +52,24 @@ def needles_of(document: OwnDocument) -> Iterator[tuple[str, bytes]]:
 def found_in_files(folders: Sequence[Path], documents: Collection[OwnDocument]) -> list[str]:
     """A line for each file of the folders and each thing of the documents that is in it."""
     found = dict[str, None]()
-    for file in sorted(f for folder in folders for f in folder.rglob("*") if f.is_file()):
-        data = file.read_bytes()
-        for document in documents:
-            for what, needle in needles_of(document):
-                if len(needle) >= FEWEST_BYTES and needle in data:
-                    found[f"{file} has {what}: {document.name}"] = None
+    needles = [(f"{what}: {d.name}", n) for d in documents for what, n in needles_of(d)]
+    needles = [(what, needle) for what, needle in needles if len(needle) >= FEWEST_BYTES]
+    longest = max((len(needle) for _, needle in needles), default=1)
+    files = sorted(f for folder in folders for f in folder.rglob("*") if f.is_file())
+    for file in tqdm(files, desc="searching", unit="file", delay=2):
+        for piece in _pieces(file, longest):
+            found |= {f"{file} has {what}": None for what, needle in needles if needle in piece}
     return [*found]
+
+
+def _pieces(file: Path, overlap: int) -> Iterator[bytes]:
+    """The bytes of a file, of each piece the end once more with the next: what lies on an edge is
+    in one of them."""
+    piece = b""
+    with open_regular(file) as opened:
+        while more := opened.read(PIECE):
+            piece = piece[-overlap:] + more
+            yield piece
 
 
 def found_in_trees(bases: Mapping[str, Base], taught: Sequence[Taught], vectors: np.ndarray) -> int:
