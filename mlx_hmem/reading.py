@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import xxhash
+
 from mlx_hmem.errors import UserError
 
 Source = str | os.PathLike[str]
@@ -106,6 +108,36 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constants(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+def sealed(values: dict[str, Any]) -> dict[str, Any]:
+    """A JSON object with its checksum: a bit that flips in it would be taken for what it says."""
+    return values | {"xxh3": _checksum(values)}
+
+
+def unsealed(values: Any) -> dict[str, Any]:
+    """What was :func:`sealed`, without the checksum; what is of before has none. Raises ValueError
+    if it is another."""
+    if not isinstance(values, dict):
+        raise ValueError(f"not a JSON object: {repr(values)[:80]}")
+    rest = {key: value for key, value in values.items() if key != "xxh3"}
+    if values.get("xxh3") not in (None, _checksum(rest)):
+        raise ValueError(f"checksum {values['xxh3']}")
+    return rest
+
+
+def read_sealed(path: Path, remedy: str) -> dict[str, Any]:
+    """The object of a JSON file, :func:`unsealed`; UserError if it is damaged."""
+    try:
+        return unsealed(read_json(path))
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{path} is damaged", error, remedy) from None
+
+
+def _checksum(values: dict[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(values, sort_keys=True).encode())
 
 
 def check_mark(path: Path) -> None:

@@ -106,6 +106,13 @@ def layered(model: Path, folder: Path) -> tuple[Path, list[Path]]:
     return taught(first, folder / "1", "bread"), [Path(f"{first}.run")]
 
 
+def known_later(model: Path, folder: Path) -> tuple[Path, list[Path]]:
+    """Another run has met the document once more, by another name; its own stays as it is."""
+    first = taught(model, folder / "0", "boats", NAME)
+    second = taught(first, folder / "1", "bread", "copy.txt", NAME)
+    return second, [Path(f"{model}.run") for model in (first, second)]
+
+
 def merged(model: Path, folder: Path) -> tuple[Path, list[Path]]:
     """Two models have learned one half each, and one is made of them."""
     whole = taught(model, folder, "boats", NAME)
@@ -135,6 +142,7 @@ CASES: dict[str, tuple[Callable[[Path, Path], tuple[Path, list[Path]]], str]] = 
     "merged": (merged, NAME),
     "a name with accents apart": (own, unicodedata.normalize("NFD", NAME)),
     "six digits of its hash": (own, hashlib.sha256(SECRET.encode()).hexdigest()[:6]),
+    "a name that a later run has read": (known_later, "copy.txt"),
     "a copy": (lambda model, f: (taught(model, f, "boats", NAME, "copy.txt"), []), "copy.txt"),
 }
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from mlx_hmem.bank.format import Key
 from mlx_hmem.files import load_safetensors, save_safetensors, write_atomic
+from mlx_hmem.reading import read_sealed, sealed
 
 from ..data.order import Stream
 from ..data.sequences import pack_by_leaf
@@ -110,7 +111,7 @@ class Trainer:
                 f"{level}-{c}": mx.array(store.block(level, c)) for level, c in store.touched()
             }
             save_safetensors(folder / "blocks.safetensors", blocks)
-        write_atomic(folder / "done.json", json.dumps(done) + "\n")
+        write_atomic(folder / "done.json", json.dumps(sealed(done)) + "\n")
         shutil.rmtree(folder / "store")
         (folder / "tokens.npy").unlink()
 
@@ -169,4 +170,5 @@ def trained_blocks(run: Path, numbers: list[int]) -> dict[Key, mx.array]:
 
 def results_of(run: Path, numbers: list[int]) -> list[dict[str, Any]]:
     """What was recorded of the training of these subtrees."""
-    return [json.loads((subtree_folder(run, n) / "done.json").read_text()) for n in numbers]
+    remedy = "restore the folder as the remembering left it"
+    return [read_sealed(subtree_folder(run, n) / "done.json", remedy) for n in numbers]

@@ -34,7 +34,7 @@ from .run import (
     leaves_of,
     provenance,
 )
-from .text import OwnDocument, read_folder
+from .text import OwnDocument, Reading, read_folder
 
 
 def source_of(files: list[CorpusFile], most_bytes: int | None) -> str:
@@ -61,9 +61,7 @@ def text_of(
     return cut_text(documents, tokenizer, read_config(base.folder), restated or {}), tokenizer
 
 
-def read_new(
-    base: Base, files: list[CorpusFile], most_bytes: int | None
-) -> tuple[list[OwnDocument], str]:
+def read_new(base: Base, files: list[CorpusFile], most_bytes: int | None) -> tuple[Reading, str]:
     """The documents to remember, and in words what was found; UserError if there is none."""
     faults, known = Faults(), {document.sha256 for document in base.documents}
     most = most_bytes or machine_bytes() // MEMORY_PER_BYTE
@@ -75,7 +73,7 @@ def read_new(
         raise UserError(what, f"more than {bytes_text(most)}", remedy)
     counts = {
         "duplicates": reading.duplicates,
-        "known already": reading.known,
+        "known already": sum(map(len, reading.known.values())),
         "passed over": sum(faults.counts.values()),
     }
     notes = [f"{count} {what}" for what, count in counts.items() if count]
@@ -84,7 +82,7 @@ def read_new(
     if not reading.documents:
         raise UserError("there is nothing to remember", ", ".join(notes) or "0", "give more text")
     said = f"{len(reading.documents):,}" + (f" ({', '.join(notes)})" if notes else "")
-    return reading.documents, said
+    return reading, said
 
 
 def prepare(
@@ -106,7 +104,8 @@ def prepare(
         return found
     size = text_bytes(files)
     check_size(base, min(size, most_bytes or size), [run])
-    documents, said = read_new(base, files, most_bytes)
+    reading, said = read_new(base, files, most_bytes)
+    documents = reading.documents
     text, tokenizer = text_of(base, documents)
     settings = make_settings(base, text, tokenizer, source=source, seed=0, **wanted)
     cost = None
@@ -115,7 +114,7 @@ def prepare(
     said = f"{said}, from {given}"
     lines = plan_lines(base, text, settings, said, cost)
     print("\n".join(map(printable, lines)), flush=True)
-    begin_run(run, settings, documents)
+    begin_run(run, settings, documents, reading.known)
     return settings
 
 

@@ -57,13 +57,15 @@ def chosen_documents(
     bases: Mapping[str, Base], taught: Sequence[Taught], names: Sequence[str]
 ) -> list[Document]:
     """The documents of any of the banks that are meant by names or hashes. A copy that was read
-    beside a document is known by the run alone, and means that document.
+    beside a document, or later, is known by the run alone, and means that document.
 
     Raises UserError: there is no such document, or in a bank one that no run has taught.
     """
     own = {d.sha256: d for run in taught for d in run.documents}
     known = {d.sha256: d for base in bases.values() for d in base.documents}
-    also = {sha256: own[sha256].also for sha256 in known.keys() & own.keys()}
+    also = {sha256: list(own[sha256].also) for sha256 in known.keys() & own.keys()}
+    for sha256, names in (each for run in taught for each in run.known.items()):
+        also.setdefault(sha256, []).extend(names)
     chosen = [find_document([*known.values()], name, also) for name in names]
     for document in chosen:
         for name, base in bases.items():
@@ -191,7 +193,7 @@ def forget(
     chosen = chosen_documents(bases, taught, names)
     gone = {document.sha256 for document in chosen}
     unseen = controls(control, {d.sha256 for base in bases.values() for d in base.documents})
-    taught = [run for run in taught if any(d.sha256 in gone for d in run.documents)]
+    taught = [run for run in taught if gone & {*run.known, *(d.sha256 for d in run.documents)}]
     given = []
     for run in taught:
         text, tokenizer = text_of(first, run.documents, restated(run.folder))

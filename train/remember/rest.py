@@ -27,7 +27,7 @@ from ..tree.stage import distinct
 from .blocks import subtree_folder, subtrees_of
 from .export import Base
 from .restate import restated_of
-from .run import SETTINGS, OwnText, Settings, begin_run, documents_of, provenance
+from .run import SETTINGS, OwnText, Settings, begin_run, documents_of, known_names, provenance
 from .text import OwnDocument
 
 RESTORE = "restore the folder as the remembering left it, or give its own with --run"
@@ -42,6 +42,7 @@ class Taught:
     settings: Settings
     tree: ClusterTree
     documents: list[OwnDocument]
+    known: dict[str, tuple[str, ...]]  # names of documents that others have taught
     banks: tuple[str, ...]
 
     @classmethod
@@ -52,7 +53,7 @@ class Taught:
         if not banks:
             remedy = "give its own with --run"
             raise UserError("this run did not make the model's clusters", folder, remedy)
-        return cls(folder, settings, tree, documents_of(folder), banks)
+        return cls(folder, settings, tree, documents_of(folder), known_names(folder), banks)
 
     def paths(self, text: OwnText, bases: Mapping[str, Base]) -> np.ndarray:
         """The leaf of each window of ``text``, (windows, levels) int32; UserError unless that is
@@ -124,10 +125,13 @@ def begin_rest(
         for name in ("blocks.safetensors", "done.json"):
             link_or_copy(subtree_folder(run, number) / name, subtree_folder(target, number) / name)
     save_array(target / "paths.npy", rest_paths)
-    tree = tree_of(taught.tree, rest_paths, encode(rest.windows), settings.seed)
+    tree = taught.tree
+    if owned.any():  # else it has but known them by a name
+        tree = tree_of(tree, rest_paths, encode(rest.windows), settings.seed)
     tree.save(target / "tree.safetensors", settings.encoder_hash)
     restated_of(run, target, {d.sha256 for d in rest.documents})
-    begin_run(target, new, rest.documents)
+    known = {sha256: names for sha256, names in taught.known.items() if sha256 not in gone}
+    begin_run(target, new, rest.documents, known)
     return Rest(target, new, rest, rest_paths, tree, touched, taught.banks)
 
 

@@ -26,17 +26,16 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import write_atomic
 from mlx_hmem.folders import add_lines, whole_lines
 from mlx_hmem.generation.batch import batch_generate
 from mlx_hmem.generation.template import chat_ids
 from mlx_hmem.model.model import MemoryModel
 from mlx_hmem.model.tokenizer import read_tokenizer
-from mlx_hmem.reading import strict_json
+from mlx_hmem.reading import sealed, strict_json, unsealed
 
 from ..cost.plan import time_text
 from .export import Base
-from .run import context_of
+from .run import context_of, write_lines
 from .text import OwnDocument, hold_out, sentences
 
 JOURNAL = "restated.jsonl"
@@ -243,7 +242,7 @@ def _lines(run: Path) -> list[dict[str, Any]]:
     path = run / JOURNAL
     whole = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     try:
-        lines = [strict_json(line) for line in whole]
+        lines = [unsealed(strict_json(line)) for line in whole]
         if any({"sha256", "part", "texts", "dropped"} - set(line) for line in lines):
             raise ValueError("a line without what belongs in it")
     except (TypeError, ValueError) as error:
@@ -264,8 +263,7 @@ def restated_of(run: Path, target: Path, stays: Collection[str]) -> None:
     """Takes over to another run what was written of the documents that stay, by their hashes."""
     if (run / JOURNAL).exists():
         left = [line for line in _lines(run) if line["sha256"] in stays]
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in left)
-        write_atomic(target / JOURNAL, text)
+        write_lines(target / JOURNAL, left)
 
 
 def restate(run: Path, writer: Writer, documents: Sequence[OwnDocument]) -> str:
@@ -284,7 +282,7 @@ def restate(run: Path, writer: Writer, documents: Sequence[OwnDocument]) -> str:
                 own += texts
                 line = {"sha256": part.sha256, "part": part.number, "texts": texts}
                 lines.append(line | {"dropped": dict(dropped)})
-                add_lines(file, [json.dumps(lines[-1], ensure_ascii=False)])
+                add_lines(file, [json.dumps(sealed(lines[-1]), ensure_ascii=False)])
             bar.update(len(part.passages))
     kept = sum(len(line["texts"]) for line in lines)
     dropped = sum((Counter(line["dropped"]) for line in lines), Counter[str]())

@@ -2,27 +2,27 @@
 
 It lies beside the model directory, never in it, for it holds private text: ``settings.json``,
 ``documents.jsonl``, ``tree.safetensors`` (of these documents alone), ``paths.npy`` (the leaf of
-each window in it), ``restated.jsonl`` where restatements were asked for, and ``subtrees/N`` with
-the trained blocks of each cluster of level 1. Tokens follow from the text and are cut anew. Of a
+each window in it), ``restated.jsonl`` where restatements were asked for, ``known.jsonl`` where
+documents were among the files that the model knew already, and ``subtrees/N`` with the trained
+blocks of each cluster of level 1. Tokens follow from the text and are cut anew. Of a
 model that had a memory before, the new clusters come behind the old ones on every level, so all
 clusters here are counted from the first new one.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
-import xxhash
 
 from mlx_hmem.bank.documents import Document
 from mlx_hmem.config import JsonConfig, MemoryConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import atomic_file, write_atomic
-from mlx_hmem.reading import check_version, open_regular, read_json, strict_json
+from mlx_hmem.reading import check_version, open_regular, read_sealed, sealed, strict_json, unsealed
 from mlx_hmem.retriever import ClusterTree, Encoder
 
 from ..data.arrays import load_mapped, save_array
@@ -33,8 +33,11 @@ from .text import OwnDocument, hold_out, typical_words
 
 FORMAT_VERSION = 1
 SETTINGS = "settings.json"
+KNOWN = "known.jsonl"
 LONGEST = 512  # tokens of a window
 OTHER_RUN = "give another --out or --run, or go on with what it was begun with"
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -77,22 +80,14 @@ class Settings(JsonConfig):
         path = folder / SETTINGS
         if not path.exists():
             raise UserError("not the folder of a train remember", folder, "give it with --run")
-        values = read_json(path)
+        values = read_sealed(path, "restore the file")
         check_version(values, FORMAT_VERSION, path, "remember the documents again")
-        if (given := values.pop("xxh3", None)) not in (None, _checksum(values)):  # None: of before
-            raise UserError(f"{path} is damaged", f"checksum {given}", "restore the file")
         values["memory"] = MemoryConfig.from_dict(values.get("memory"), f"{path} (memory)")
         return cls.from_dict(values, str(path))
 
     def save(self, folder: Path) -> None:
         values = json.loads(json.dumps(asdict(self)))
-        text = json.dumps(values | {"xxh3": _checksum(values)}, indent=2)
-        write_atomic(folder / SETTINGS, text + "\n")
-
-
-def _checksum(values: dict[str, Any]) -> str:
-    """Of settings, whose flipped bits would train something else in silence."""
-    return xxhash.xxh3_64_hexdigest(json.dumps(values, sort_keys=True).encode())
+        write_atomic(folder / SETTINGS, json.dumps(sealed(values), indent=2) + "\n")
 
 
 @dataclass(frozen=True)
@@ -202,31 +197,60 @@ def provenance(text: OwnText, settings: Settings, paths: np.ndarray) -> list[Doc
     return [Document(d.sha256, d.name, n, tuple(own), terms) for d, n, own, terms in each]
 
 
-def begin_run(folder: Path, settings: Settings, documents: list[OwnDocument]) -> None:
-    """Writes what a run begins with; the settings come last."""
+def begin_run(
+    folder: Path,
+    settings: Settings,
+    documents: list[OwnDocument],
+    known: Mapping[str, Collection[str]],
+) -> None:
+    """Writes what a run begins with; the settings come last. ``known``: by what names documents
+    were read that the model had from elsewhere, by their hashes."""
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_file(folder / "documents.jsonl") as file:
-        for document in documents:
-            file.write((json.dumps(asdict(document), ensure_ascii=False) + "\n").encode())
+    write_lines(folder / "documents.jsonl", map(asdict, documents))
+    if known:
+        lines = ({"sha256": sha256, "names": [*names]} for sha256, names in known.items())
+        write_lines(folder / KNOWN, lines)
     settings.save(folder)
+
+
+def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """Writes JSON lines, each with its checksum, whole or not at all."""
+    with atomic_file(path) as file:
+        for line in lines:
+            file.write((json.dumps(sealed(line), ensure_ascii=False) + "\n").encode())
+
+
+def read_lines(path: Path, make: Callable[[dict[str, Any]], Made]) -> list[Made]:
+    """What :func:`make` makes of each line that :func:`write_lines` wrote; UserError unless it is
+    that, by its checksum, and can be made."""
+    with open_regular(path) as opened:
+        lines, found = opened.read().splitlines(), list[Made]()
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(make(unsealed(strict_json(line))))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            remedy = "restore the folder as the remembering left it"
+            raise UserError(f"{path}, line {number}, is damaged", error, remedy) from None
+    return found
 
 
 def documents_of(folder: Path) -> list[OwnDocument]:
     """What :func:`begin_run` wrote; UserError unless each text is the one that was read."""
-    file, found = folder / "documents.jsonl", list[OwnDocument]()
-    with open_regular(file) as opened:
-        lines = opened.read().splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            values = strict_json(line)
-            document = OwnDocument(**values | {"also": tuple(values.get("also", ()))})
-            if hashlib.sha256(document.text.encode()).hexdigest() != document.sha256:
-                raise ValueError("another text than its hash says")
-        except (AttributeError, TypeError, ValueError) as error:
-            remedy = "restore the folder as the remembering left it"
-            raise UserError(f"{file}, line {number}, is damaged", error, remedy) from None
-        found.append(document)
-    return found
+
+    def document(values: dict[str, Any]) -> OwnDocument:
+        made = OwnDocument(**values | {"also": tuple(values.get("also", ()))})
+        if hashlib.sha256(made.text.encode()).hexdigest() != made.sha256:
+            raise ValueError("another text than its hash says")
+        return made
+
+    return read_lines(folder / "documents.jsonl", document)
+
+
+def known_names(folder: Path) -> dict[str, tuple[str, ...]]:
+    """By what names a run has read documents that it has not taught, by their hashes."""
+    if not (folder / KNOWN).exists():
+        return {}
+    return dict(read_lines(folder / KNOWN, lambda line: (line["sha256"], tuple(line["names"]))))
 
 
 def check_same(found: Settings, folder: Path, **wanted: Any) -> None:

@@ -10,7 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import xxhash
@@ -46,18 +46,19 @@ class HeldOut(NamedTuple):
 
 @dataclass
 class Reading:
-    """What became of the files: beside the documents what was passed over, and why."""
+    """What became of the files: beside the documents what was passed over, and why; ``known``: by
+    what names those were read that are known, by their hashes."""
 
     documents: list[OwnDocument]
     duplicates: int = 0
-    known: int = 0
+    known: dict[str, list[str]] = field(default_factory=dict)
     more_left: bool = False
 
 
 def read_folder(
     files: list[CorpusFile], known: Collection[str], faults: Faults, most_bytes: float = math.inf
 ) -> Reading:
-    """The documents of ``files``, by hash; those ``known`` and second copies are counted only.
+    """The documents of ``files``, by hash; those ``known`` and second copies are named only.
 
     Reading ends when there are ``most_bytes`` of text: the document that would go beyond is the
     first that is left out.
@@ -71,7 +72,7 @@ def read_folder(
             break
         sha256 = hashlib.sha256(data).hexdigest()
         if sha256 in known:
-            result.known += 1
+            result.known.setdefault(sha256, []).append(name)
         elif sha256 in found:
             result.duplicates += 1
             found[sha256] = replace(found[sha256], also=(*found[sha256].also, name))
