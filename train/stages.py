@@ -7,7 +7,6 @@ under it is refused rather than mixed with it. One of before these were recorded
 """
 
 import contextlib
-import functools
 import hashlib
 import io
 import json
@@ -21,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import fingerprint, link_or_copy, write_atomic
+from mlx_hmem.files import fingerprint, link_or_copy, sync, write_atomic
 from mlx_hmem.folders import locked, whole_folder
-from mlx_hmem.reading import read_json
+from mlx_hmem.reading import open_regular, read_sealed, sealed
 
 from .corpus.readers import corpus_files
 from .loop.log import UNWATCHED, Watching
@@ -88,6 +87,7 @@ NEW_IN_2 = (
 )
 OPTIONS = {"corpus": "--corpus", "table": "--facts"}  # by what functions are bound to
 # Files of a stage that no other stage reads.
+CHECKED = ".checked.json"  # how the files of a finished stage were when they were last read
 OWN = ("done.json", "lock", "log.jsonl", "loss.jsonl", "checkpoint.safetensors", "vectors.npy")
 ANCHOR_STAGES = ("corpus", "tokenizer", "windows", "anchor-sequences", "anchor")
 
@@ -124,9 +124,8 @@ def identity(stage: Stage, recipe: Recipe) -> str:
 def _read_done(path: Path) -> dict[str, Any]:
     """A ``done.json``, the parts of the recipe in one of version 1 with the keys that it left out
     where they had no effect."""
-    done: Any = read_json(path)
-    parts = [done.get(n, {}) if isinstance(done, dict) else 0 for n in ("recipe", "files", "of")]
-    if not all(isinstance(part, dict) for part in parts):
+    done = read_sealed(path, RESTORE)
+    if not all(isinstance(done.get(name, {}), dict) for name in ("recipe", "files", "of")):
         raise UserError(f"{path} is damaged", repr(done)[:80], RESTORE)
     recipe = done.setdefault("recipe", {})
     version = done.get("version", 1)
@@ -155,7 +154,7 @@ def take_stage(stage: Stage, recipe: Recipe, folder: Path, others: Iterable[Path
             continue
         shutil.rmtree(folder / stage.name, ignore_errors=True)
         options: Any = {"copy_function": link_or_copy, "dirs_exist_ok": True}
-        locks = shutil.ignore_patterns("lock", "lock.mdb", "writer.lock")
+        locks = shutil.ignore_patterns("lock", "lock.mdb", "writer.lock", CHECKED)
         with whole_folder(folder / stage.name) as part:
             shutil.copytree(other / stage.name, part, ignore=locks, **options)
         return True
@@ -182,36 +181,46 @@ def is_done(stage: Stage, recipe: Recipe, folder: Path) -> bool:
 def mark_done(stage: Stage, recipe: Recipe, folder: Path, of: dict[str, str] | None = None) -> None:
     """``of``: what it read from outside, see :func:`_given`."""
     files = (path for path in sorted((folder / stage.name).iterdir()) if path.is_file())
+    kept = (file for file in files if file.name not in OWN and file.name[0] != ".")
     values = {
         "stage": stage.name,
         "version": VERSION,
         "recipe": _made_with(stage, recipe),
         "of": of or {},
-        "files": {f.name: _whole(f) for f in files if f.name not in OWN and f.name[0] != "."},
+        "files": {file.name: fingerprint(file, whole=True) for file in kept},
     }
-    write_atomic(folder / stage.name / "done.json", json.dumps(values, indent=2) + "\n")
+    text = json.dumps(sealed(values), indent=2)
+    write_atomic(folder / stage.name / "done.json", text + "\n")
 
 
-def _whole(path: Path) -> str:
-    """The fingerprint of all of a file, worked out once while it stays as it is."""
+def _state(path: Path) -> list[int]:
+    """What changes whenever somebody writes into a file. A program can put back the time of the
+    change of its bytes, and so hide an edit that leaves the size, but not that of its inode."""
     try:
         info = path.stat()
     except OSError as error:
         raise UserError("a file of a finished stage is missing", error, RESTORE) from None
-    return _hashed(path, info.st_ino, info.st_size, info.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=1 << 10)
-def _hashed(path: Path, *state: int) -> str:
-    return fingerprint(path, whole=True)
+    return [info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns]
 
 
 def check_files(stage: Stage, folder: Path) -> None:
-    """Raises UserError unless a finished stage's files are what it has left."""
-    for name, found in _read_done(folder / stage.name / "done.json")["files"].items():
-        if _whole(folder / stage.name / name) != found:
+    """Raises UserError unless a finished stage's files are what it has left. Each is read whole
+    once, and again when its state is another than it was then: of gigabytes that takes minutes."""
+    place, seen, found = folder / stage.name, dict[str, Any](), dict[str, Any]()
+    with contextlib.suppress(UserError):
+        seen = read_sealed(place / CHECKED, RESTORE)
+    for name, wanted in _read_done(place / "done.json")["files"].items():
+        found[name] = [wanted, *_state(place / name)]
+        if seen.get(name) == found[name]:
+            continue
+        if fingerprint(place / name, whole=True) != wanted:
             wrong = f"a file of the finished stage {stage.name} was changed or is damaged"
-            raise UserError(wrong, folder / stage.name / name, RESTORE)
+            raise UserError(wrong, place / name, RESTORE)
+        with open_regular(place / name) as file:
+            sync(file)  # what was read may be in memory alone
+    if found != seen:
+        with contextlib.suppress(UserError, OSError):  # another rank, or a disk to read only
+            write_atomic(place / CHECKED, json.dumps(sealed(found)) + "\n")
 
 
 def _given(function: Callable[..., None]) -> dict[str, str]:

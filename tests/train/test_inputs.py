@@ -1,5 +1,6 @@
 """A run goes on only with what it was begun with: recipe, corpus, and the files of its stages."""
 
+import json
 import os
 import re
 import shutil
@@ -12,13 +13,14 @@ from mlx_hmem.errors import UserError
 from tests.helpers import loop_runs as runs
 from tests.helpers.programs import refused
 from tests.helpers.recipes import write_recipe
+from train import stages
 from train.command import main
 from train.corpus.readers import corpus_files
 from train.corpus.sample import read_shards
 from train.loop.loop import train
 from train.ranks import ALONE
 from train.recipe.recipe import CorpusSection, CotrainSection, Recipe, load_recipe
-from train.stages import run_stages
+from train.stages import STAGES, check_files, is_done, run_stages
 from train.step.anchor import AnchorTrainee
 from train.step.memories import MemoryTrainee
 from train.store.checkpoint import check_identity
@@ -56,6 +58,52 @@ def test_a_stage_reads_only_what_the_stages_before_have_left(name, damage, prepa
     with pytest.raises(UserError, match=what):
         run_stages(recipe, run, ["memories"])
     assert not (run / "memories").exists()
+
+
+def test_a_bit_that_flips_in_what_says_that_a_stage_is_done_is_found(prepared, tmp_path):
+    """In the name of its list of files, and none of them was looked at any more."""
+    recipe, run = prepared[0], Path(shutil.copytree(prepared[1], tmp_path / "run"))
+    done = run / "tokenizer" / "done.json"
+    data, refusals = done.read_bytes(), 0
+    for place in range(0, len(data), 7):
+        done.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        try:
+            assert is_done(STAGES["tokenizer"], recipe, run)
+        except UserError:
+            refusals += 1
+        else:  # a space, or the name of the checksum
+            assert set(json.loads(done.read_bytes())) >= {"stage", "version", "recipe", "files"}
+    assert refusals > 0.6 * len(range(0, len(data), 7))
+    done.write_bytes(data.replace(b'"files"', b'"filet"'))
+    refused(
+        f"{done} is damaged: checksum .*; restore it", is_done, STAGES["tokenizer"], recipe, run
+    )
+
+
+def test_a_finished_stage_is_read_whole_once_and_again_when_it_is_touched(
+    prepared, tmp_path, monkeypatch
+):
+    """It was hashed whole at each start; size and time alone would let an edit of as many bytes
+    pass that puts the time back."""
+    run = Path(shutil.copytree(prepared[1], tmp_path / "run"))
+    read, real = [], stages.fingerprint
+    monkeypatch.setattr(stages, "fingerprint", lambda f, **o: read.append(f.name) or real(f, **o))
+    check_files(STAGES["sequences"], run)
+    assert sorted(read) == ["paths.npy", "tokens.npy"]
+    check_files(STAGES["sequences"], run)
+    assert len(read) == 2
+    file, other = run / "sequences" / "tokens.npy", tmp_path / "other.npy"
+    before = file.stat()
+    flip(file)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    refused(f"was changed or is damaged: {file}", check_files, STAGES["sequences"], run)
+    flip(file)
+    shutil.copyfile(file, other)
+    flip(other)
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    check_files(STAGES["sequences"], run)
+    os.replace(other, file)
+    refused(f"was changed or is damaged: {file}", check_files, STAGES["sequences"], run)
 
 
 def test_another_corpus_is_refused_once_one_is_read(tmp_path):
