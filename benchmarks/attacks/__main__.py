@@ -7,12 +7,13 @@ Each kind is tried ``--tries`` times, by programs of their own, the same ones wi
 stopped training is damaged; ``recipes``: its recipe is changed; ``disks``: its files may grow no
 further; ``archives``: a file of a PyTorch checkpoint is damaged; ``documents``: files of all kinds
 with what no program wrote; ``writers``: two programs make one folder; ``kills``: SIGKILL while a
-memory is trained.
+memory is trained; ``forgets``: SIGKILL while a document is forgotten.
 
 A try has failed that hangs, ends by a signal or in a traceback, that is refused in other than one
 line, or that ends well with another result than if nothing had been done.
 """
 
+import filecmp
 import json
 import math
 import random
@@ -36,6 +37,7 @@ from benchmarks.kills import RECIPE
 from mlx_hmem.anchors.load import anchor_hash
 from mlx_hmem.files import load_safetensors, save_safetensors
 from mlx_hmem.model.load import DEMO
+from tests.helpers.own_documents import write_documents
 from tests.helpers.places import ROOT, bytes_of
 
 LIMIT = 120  # seconds of one program
@@ -63,7 +65,7 @@ class Ended(NamedTuple):
     out: str
     err: str
 
-    def fault(self, harmless: Callable[[], bool] = lambda: False) -> str:
+    def fault(self, harmless: Callable[[], bool] = lambda: False, may_refuse: bool = True) -> str:
         """Why the try has failed, if it has; ``harmless``: whether a good end may be one."""
         last = self.err.strip().splitlines()[-1:] or [""]
         if self.status is None:
@@ -74,7 +76,8 @@ class Ended(NamedTuple):
             return f"traceback: {last[0]}"
         if self.status == 0:
             return "" if harmless() else "another result in silence"
-        return "" if self.status == 2 and last[0].startswith("error: ") else f"says {last[0]!r}"
+        refused = may_refuse and self.status == 2 and last[0].startswith("error: ")
+        return "" if refused else f"says {last[0]!r}"
 
 
 def start(*words: object, **how: Any) -> subprocess.Popen[str]:
@@ -163,11 +166,12 @@ def finished(place: Path) -> Path:
     return made(place, "finished", make)
 
 
-def gone_on_with(place: Path, run: Path, *more: str) -> str:
+def gone_on_with(place: Path, run: Path, *more: str, may_refuse: bool = True) -> str:
     """Why the training goes on otherwise than it would have, if it does."""
     curve, wanted = Path("memories", "loss.jsonl"), finished(place)
     found = end(begin(run, "--only", "memories", *more))
-    return found.fault(lambda: (run / curve).read_bytes() == (wanted / curve).read_bytes())
+    same = partial(filecmp.cmp, run / curve, wanted / curve, shallow=False)
+    return found.fault(same, may_refuse)
 
 
 def runs(rng: random.Random, place: Path) -> Try:
@@ -271,10 +275,37 @@ def kills(rng: random.Random, place: Path) -> Try:
     time.sleep(seconds)
     process.kill()
     end(process)
-    return f"after {seconds:.2f} s", gone_on_with(place, copy)
+    return f"after {seconds:.2f} s", gone_on_with(place, copy, may_refuse=False)
 
 
-ALL = (models, parts, numbers, runs, recipes, disks, archives, documents, writers, kills)
+def forgets(rng: random.Random, place: Path) -> Try:
+    source = finished(place) / "model"
+    texts = made(place, "texts", lambda folder: write_documents(folder, 2))
+    options = ("--model", source, "--passes", 1, "--out")
+    remember = ("-m", "mlx_hmem", "remember", texts, *options)
+    model = made(place, "remembered", lambda out: ran(*remember, out))
+    file = rng.choice(sorted(texts.rglob("*.txt")))
+    name, out = str(file.relative_to(texts)), place / "model"
+    forget = ("-m", "mlx_hmem", "forget", model, name, "--out")
+    wanted = made(place, f"without {name}".replace("/", " "), lambda whole: ran(*forget, whole))
+    ends = [bytes_of(Path(f"{wanted}{end}")) for end in ("", ".run")]
+    count, seconds = rng.randrange(len(ends[0]) + len(ends[1])), rng.uniform(0, 2)
+    process = start(*forget, out)
+    while process.poll() is None and len([*place.rglob("*")]) < count:
+        time.sleep(0.01)
+    time.sleep(seconds)
+    process.kill()
+    if end(process).status == 0:  # it had come to its end, and another is refused
+        shutil.rmtree(out)
+        shutil.rmtree(f"{out}.run")
+    again, left = ran(*forget, out), ran("-m", "mlx_hmem", "forget", out, file, "--check")
+    found = [bytes_of(Path(f"{out}{end}")) for end in ("", ".run")]
+    fault = again.fault(lambda: found == ends and bool(ends[0]), may_refuse=False)
+    fault = fault or left.fault(lambda: "nothing is found" in left.out, may_refuse=False)
+    return f"{name}, {seconds:.2f} s after {count} files", fault
+
+
+ALL = (models, parts, numbers, runs, recipes, disks, archives, documents, writers, kills, forgets)
 KINDS = {each.__name__: each for each in ALL}
 
 
