@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from benchmarks.common.show import Result, benchmark
 from mlx_hmem.anchors.attach import attach_memory
+from mlx_hmem.config import KINDS
 from mlx_hmem.errors import UserError
-from mlx_hmem.memory import KINDS, initial_block, join_blocks
+from mlx_hmem.memory import initial_block, join_blocks
 from mlx_hmem.retriever import load_encoder
 from tests.helpers.references import (
     PAIRS,

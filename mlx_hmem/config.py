@@ -20,15 +20,30 @@ from mlx_hmem.files import is_whole
 from mlx_hmem.reading import check_version, read_json, strict_json
 
 FORMAT_VERSION = 1
-# The rows of one unit of r in one layer (paper, section 3): how many are as wide as which size of
-# the anchor. What each row is, the kind's module in memory/ says.
-ROWS_OF_KIND: dict[str, dict[str, int]] = {
-    "ffn": {"hidden_size": 3},
-    "lora_ffn": {"hidden_size": 3, "intermediate_size": 3},
-    "lora_qk": {"hidden_size": 2, "query_size": 1, "key_value_size": 1},
-    "lora_vo": {"hidden_size": 2, "query_size": 1, "key_value_size": 1},
-    "kv": {"query_size": 2},
+# The projections of a layer, each with the sizes of its inputs and its outputs.
+PROJECTIONS: dict[str, tuple[str, str]] = {
+    "query": ("hidden_size", "query_size"),
+    "key": ("hidden_size", "key_value_size"),
+    "value": ("hidden_size", "key_value_size"),
+    "output": ("query_size", "hidden_size"),
+    "gate": ("hidden_size", "intermediate_size"),
+    "up": ("hidden_size", "intermediate_size"),
+    "down": ("intermediate_size", "hidden_size"),
 }
+SIZES = ("hidden_size", "query_size", "key_value_size", "intermediate_size")
+# The kinds of memory (paper, section 3), each with the projections that it patches: those of
+# `lora` are the config's `targets`.
+KINDS: dict[str, tuple[str, ...]] = {
+    "ffn": (),
+    "lora_ffn": ("gate", "up", "down"),
+    "lora_qk": ("query", "key"),
+    "lora_vo": ("value", "output"),
+    "kv": (),
+    "lora": (),
+}
+# Keys that came after the first models: left out where they are None, so that nothing written
+# without them changes, nor its fingerprint.
+LATER_KEYS = ("targets",)
 MAX_DEPTH = 8
 MAX_LAYERS = 4096
 MAX_CLUSTERS = 1 << 24
@@ -59,10 +74,14 @@ class JsonConfig:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)  # type: ignore[call-overload]
+        return dataclasses.asdict(self, dict_factory=_written)  # type: ignore[call-overload]
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2) + "\n"
+
+
+def _written(values: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {k: v for k, v in values if v is not None or k not in LATER_KEYS}
 
 
 def _placement(layers: Any, num_layers: int) -> tuple[int, ...] | None:
@@ -104,24 +123,26 @@ class MemoryConfig(JsonConfig):
     num_hidden_layers: int
     r: tuple[int, ...]
     branching: tuple[int, ...]
-    kind: str = "ffn"  # one of ROWS_OF_KIND
-    intermediate_size: int = 0  # inner FFN width; lora_ffn
-    query_size: int = 0  # heads × head_dim; lora_qk, lora_vo, kv
-    key_value_size: int = 0  # key-value heads × head_dim; lora_qk, lora_vo
+    kind: str = "ffn"  # one of KINDS
+    intermediate_size: int = 0  # inner FFN width
+    query_size: int = 0  # heads × head_dim
+    key_value_size: int = 0  # key-value heads × head_dim
     gated: bool = True  # whether the anchor's FFN has a gate
     layers: tuple[int, ...] | None = None  # those that have memory, counted from 0; None: all
+    targets: tuple[str, ...] | None = None  # of kind lora: what it patches, as PROJECTIONS has them
 
     def __post_init__(self) -> None:
         _positive_int("hidden_size", self.hidden_size)
         _positive_int("num_hidden_layers", self.num_hidden_layers)
         most = self.num_hidden_layers
         _check(most <= MAX_LAYERS, "too many layers", most, f"stay within {MAX_LAYERS}")
-        known = f"use one of {', '.join(ROWS_OF_KIND)}"
-        right = isinstance(self.kind, str) and self.kind in ROWS_OF_KIND
+        known = f"use one of {', '.join(KINDS)}"
+        right = isinstance(self.kind, str) and self.kind in KINDS
         _check(right, "unknown memory kind", repr(self.kind), known)
         _check(isinstance(self.gated, bool), "gated is not true or false", repr(self.gated))
-        for name in ("intermediate_size", "query_size", "key_value_size"):
-            _positive_int(name, getattr(self, name), least=int(name in ROWS_OF_KIND[self.kind]))
+        self._check_targets()
+        for name in SIZES[1:]:
+            _positive_int(name, getattr(self, name), least=int(name in self.matrices))
         self._check_layers()
         for name in ("r", "branching"):
             value, remedy = getattr(self, name), "give one number per level"
@@ -139,6 +160,19 @@ class MemoryConfig(JsonConfig):
         _check(any(self.r), "no level has memory", f"r {self.r}", "make one r at least 1")
         most = self.num_clusters[-1]
         _check(most <= MAX_CLUSTERS, "too many clusters", most, f"stay within {MAX_CLUSTERS}")
+
+    def _check_targets(self) -> None:
+        targets, known = self.targets, [n for n in PROJECTIONS if self.gated or n != "gate"]
+        if self.kind != "lora":
+            what = f"memory of kind {self.kind} has no targets"
+            _check(targets is None, what, repr(targets)[:80], "use kind lora")
+            return
+        right = isinstance(targets, tuple) and len(targets) > 0
+        right = right and list(targets or ()) == [n for n in known if n in (targets or ())]
+        remedy = f"name some of {', '.join(known)}, in this order"
+        _check(
+            right, "targets is not a list of an anchor's projections", repr(targets)[:80], remedy
+        )
 
     def _check_layers(self) -> None:
         layers, most = self.layers, self.num_hidden_layers - 1
@@ -170,11 +204,30 @@ class MemoryConfig(JsonConfig):
         return self.num_hidden_layers if self.layers is None else len(self.layers)
 
     @property
+    def patched(self) -> tuple[str, ...]:
+        """The projections that a LoRA patch changes, as PROJECTIONS has them."""
+        names = self.targets or KINDS[self.kind]
+        return tuple(name for name in names if self.gated or name != "gate")
+
+    @property
+    def matrices(self) -> dict[str, list[str]]:
+        """The matrices of a layer, of each a row for each unit of r, in the order of a block: their
+        names by the size that is their width. A LoRA pair of projection p is p_a and p_b."""
+        if self.kind == "ffn":
+            return {"hidden_size": ["gate", "up", "down"][not self.gated :]}
+        if self.kind == "kv":
+            return {"query_size": ["key", "value"]}
+        found: dict[str, list[str]] = {size: [] for size in SIZES}
+        for name in self.patched:
+            inputs, outputs = PROJECTIONS[name]
+            found[inputs].append(f"{name}_a")
+            found[outputs].append(f"{name}_b")
+        return {size: names for size, names in found.items() if names}
+
+    @property
     def groups(self) -> tuple[tuple[int, int], ...]:
         """(rows, width) of the parts of a block, for each unit of r and each layer."""
-        without_gate = 0 if self.gated or self.kind not in ("ffn", "lora_ffn") else 1
-        rows = ROWS_OF_KIND[self.kind].items()
-        return tuple((count - without_gate, getattr(self, size)) for size, count in rows)
+        return tuple((len(names), getattr(self, size)) for size, names in self.matrices.items())
 
     def shape_of(self, r: int) -> tuple[int, ...]:
         """Shape of a block with multiplier ``r``.

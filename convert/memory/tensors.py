@@ -22,15 +22,6 @@ from mlx_hmem.errors import UserError
 from ..anchors.keys import Problems, strip
 from ..torch_files.tensors import INFINITY, LazyTensor, all_finite, bits_of, numbers_of
 
-# The matrices of a kind, for each group of equally wide rows in the order of a block. A LoRA pair
-# of projection p is p_a (r, inputs) and p_b (r, outputs).
-MATRICES = {
-    "ffn": (("gate", "up", "down"),),
-    "lora_ffn": (("gate_a", "up_a", "down_b"), ("gate_b", "up_b", "down_a")),
-    "lora_qk": (("query_a", "key_a"), ("query_b",), ("key_b",)),
-    "lora_vo": (("value_a", "output_b"), ("output_a",), ("value_b",)),
-    "kv": (("key", "value"),),
-}
 DTYPES = {stored.tag: name for name, stored in STORED_TYPES.items()}
 MEMORY_NAME = re.compile(r"(layers\.\d+\.)?memory\.")
 
@@ -47,8 +38,9 @@ class Matrix(NamedTuple):
 def matrices(config: MemoryConfig, r: int) -> list[Matrix]:
     """The matrices of one layer of a block with multiplier ``r``, in their order there."""
     result, start = [], 0
-    for names, (count, width) in zip(MATRICES[config.kind], config.groups, strict=True):
-        for name in names[-count:]:  # an FFN without a gate has one matrix less in front
+    for size, names in config.matrices.items():
+        width = getattr(config, size)
+        for name in names:
             result.append(Matrix(name, width, start, start + r * width))
             start += r * width
     return result

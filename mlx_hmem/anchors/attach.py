@@ -15,9 +15,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_hmem.anchors.architectures import anchor_layers
-from mlx_hmem.config import MemoryConfig
+from mlx_hmem.config import SIZES, MemoryConfig
 from mlx_hmem.errors import UserError
-from mlx_hmem.memory import KINDS, Rows
+from mlx_hmem.memory import Rows, kind_of
 from mlx_hmem.memory.layer import AnchorLayer, AttentionLayer, FFNLayer, Projection
 
 
@@ -125,6 +125,7 @@ def memory_config(
     branching: Sequence[int],
     kind: str = "ffn",
     layers: Sequence[int] | None = None,
+    targets: Sequence[str] | None = None,
 ) -> MemoryConfig:
     """The config of a memory for this anchor."""
     return MemoryConfig(
@@ -133,6 +134,7 @@ def memory_config(
         branching=tuple(branching),
         kind=kind,
         layers=None if layers is None else tuple(layers),
+        targets=None if targets is None else tuple(targets),
     )
 
 
@@ -141,19 +143,19 @@ def attach_memory(anchor: nn.Module, config: MemoryConfig) -> MemorySlot:
     check_sizes(anchor, config)
     layers = anchor_layers(anchor)
     chosen = [layers[index] for index in config.memory_layers]
+    kind, slot = kind_of(config), MemorySlot(config)
     for layer in chosen:
-        _check(layer, config.kind)
-    slot = MemorySlot(config)
+        _check(layer, config)
     for place, layer in enumerate(chosen):
-        KINDS[config.kind].attach(layer, partial(slot.of_layer, place))
+        kind.attach(layer, partial(slot.of_layer, place))
     return slot
 
 
 def check_sizes(anchor: nn.Module, config: MemoryConfig) -> None:
     """Raises UserError unless the memory was made for an anchor of these sizes."""
     sizes = anchor_sizes(anchor)
-    needed = ["num_hidden_layers", "hidden_size", *(s for s in SIZES if getattr(config, s))]
-    needed += ["gated"] if KINDS[config.kind].joins == "ffn" else []
+    needed = ["num_hidden_layers", *(s for s in SIZES if getattr(config, s))]
+    needed += ["gated"] if "ffn" in kind_of(config).joins else []
     wrong = [name for name in needed if name in sizes and sizes[name] != getattr(config, name)]
     if wrong:
         raise UserError(
@@ -163,27 +165,32 @@ def check_sizes(anchor: nn.Module, config: MemoryConfig) -> None:
         )
 
 
-SIZES = ("intermediate_size", "query_size", "key_value_size")
-
-
 def _listed(values: dict[str, Any], names: list[str]) -> str:
     return ", ".join(f"{name} {values[name]}" for name in names)
 
 
-def _check(layer: AnchorLayer, kind: str) -> None:
-    """That the layer has what the kind joins, and no memory yet."""
-    part = getattr(layer, KINDS[kind].joins)
-    if isinstance(part, str):
-        other = [name for name in KINDS if not isinstance(getattr(layer, KINDS[name].joins), str)]
-        raise UserError(
-            f"memory of kind {kind} cannot join layer {layer.index}",
-            f"its {KINDS[kind].joins} is {part}",
-            f"use kind {' or '.join(other)}" if other else "choose other layers",
-        )
-    modules = [p.module if isinstance(p, Projection) else p for p in vars(part).values()]
-    if any(getattr(type(module), "has_memory", False) for module in modules):
-        raise UserError(
-            "memory is attached to this anchor already",
-            f"layer {layer.index}",
-            "load the anchor again",
-        )
+# What can join a layer by this part of it alone.
+FITTING = {
+    "attention": "lora_qk or lora_vo or kv or lora on query, key, value, output",
+    "ffn": "ffn or lora_ffn or lora on gate, up, down",
+}
+
+
+def _check(layer: AnchorLayer, config: MemoryConfig) -> None:
+    """That the layer has what the memory joins, and no memory yet."""
+    for name in kind_of(config).joins:
+        part = getattr(layer, name)
+        if isinstance(part, str):
+            other = [FITTING[n] for n in FITTING if not isinstance(getattr(layer, n), str)]
+            raise UserError(
+                f"memory of kind {config.kind} cannot join layer {layer.index}",
+                f"its {name} is {part}",
+                f"use kind {' or '.join(other)}" if other else "choose other layers",
+            )
+        modules = [p.module if isinstance(p, Projection) else p for p in vars(part).values()]
+        if any(getattr(type(module), "has_memory", False) for module in modules):
+            raise UserError(
+                "memory is attached to this anchor already",
+                f"layer {layer.index}",
+                "load the anchor again",
+            )

@@ -49,7 +49,7 @@ def differences(first: Bank, second: Bank) -> Iterator[Difference]:
     Raises UserError where the two hold memories of different shape.
     """
     if first.config != second.config:
-        a, b = first.config.to_dict(), second.config.to_dict()
+        a, b = vars(first.config), vars(second.config)
         differ = [f"{name} {a[name]} and {b[name]}" for name in a if a[name] != b[name]]
         raise UserError(
             "the two banks hold different memories", ", ".join(differ), "compare banks of one shape"

@@ -20,17 +20,14 @@ from mlx_hmem.config import MemoryConfig
 from mlx_hmem.memory.ffn import FFN
 from mlx_hmem.memory.kv import KV
 from mlx_hmem.memory.layer import MemoryKind, Rows
-from mlx_hmem.memory.lora import LORA_FFN, LORA_QK, LORA_VO
-
-KINDS: dict[str, MemoryKind] = {
-    "ffn": FFN,
-    "lora_ffn": LORA_FFN,
-    "lora_qk": LORA_QK,
-    "lora_vo": LORA_VO,
-    "kv": KV,
-}
+from mlx_hmem.memory.lora import lora
 
 Source = Literal["disk", "cache", "resident"]
+
+
+def kind_of(config: MemoryConfig) -> MemoryKind:
+    """How the memory of a config starts and joins a layer."""
+    return lora(config) if config.patched else {"ffn": FFN, "kv": KV}[config.kind]
 
 
 def group_shapes(config: MemoryConfig, r: int) -> list[tuple[int, ...]]:
@@ -88,7 +85,7 @@ def _padded(rows: mx.array, most: int) -> mx.array:
 
 def initial_block(config: MemoryConfig, r: int, rng: np.random.Generator) -> np.ndarray:
     """A float32 block of multiplier ``r`` that has no effect on the anchor."""
-    return whole_block(KINDS[config.kind].initial(group_shapes(config, r), rng))
+    return whole_block(kind_of(config).initial(group_shapes(config, r), rng))
 
 
 @dataclass(frozen=True)

@@ -53,4 +53,4 @@ def _attach(layer: AnchorLayer, memory: LayerMemory) -> None:
     extend(layer.ffn.module, call)
 
 
-FFN = MemoryKind("ffn", random_but_the_last, _attach)  # down is the last
+FFN = MemoryKind(("ffn",), random_but_the_last, _attach)  # down is the last

@@ -79,4 +79,4 @@ def _normed(queries: mx.array, attention: AttentionLayer) -> mx.array:
     return norm(heads).reshape(queries.shape)
 
 
-KV = MemoryKind("attention", random_but_the_last, _attach)  # a value is the last
+KV = MemoryKind(("attention",), random_but_the_last, _attach)  # a value is the last

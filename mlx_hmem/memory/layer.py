@@ -64,13 +64,13 @@ class AnchorLayer:
 
 @dataclass(frozen=True)
 class MemoryKind:
-    """A kind of memory. ``joins`` is the part of the layer that it changes: ffn or attention.
+    """A kind of memory. ``joins``: the parts of the layer that it changes, attention, ffn or both.
 
     ``initial`` gives starting values without effect for shapes (layers, rows, r, width), one a
     group, as float32 arrays; ``attach`` makes a layer use a memory from its next call on.
     """
 
-    joins: str
+    joins: tuple[str, ...]
     initial: Callable[[Sequence[tuple[int, ...]], np.random.Generator], list[np.ndarray]]
     attach: Callable[[AnchorLayer, LayerMemory], None]
 

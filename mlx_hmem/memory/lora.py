@@ -1,4 +1,4 @@
-"""LoRA memory: a rank-r patch on the FFN's matrices, on query and key, or on value and output.
+"""LoRA memory: a rank-r patch on an anchor's projections.
 
 A patched projection W adds α · B (A x) (paper, section 3): A is r × inputs, B, kept transposed, r ×
 outputs. Blocks of several levels join along r: their patches add up.
@@ -10,41 +10,42 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from mlx_hmem.config import MemoryConfig
 from mlx_hmem.memory.layer import AnchorLayer, LayerMemory, MemoryKind, Projection, extend
 
 ALPHA = 2.0
+ATTENTION = ("query", "key", "value", "output")
 
 
 class Row(NamedTuple):
-    """Where a matrix lies in the rows of a layer; a negative place counts from the end, as FFNs
-    without a gate have one row less in front."""
+    """Where a matrix lies in the rows of a layer."""
 
     group: int
     place: int
 
 
-def _lora(joins: str, patches: dict[str, tuple[Row, Row]]) -> MemoryKind:
-    """``patches``: the projections by their names in the layer, each with its A and its B."""
+def lora(config: MemoryConfig) -> MemoryKind:
+    """The patches of the projections that ``config`` names."""
+    groups = enumerate(config.matrices.values())
+    rows = {name: Row(g, place) for g, names in groups for place, name in enumerate(names)}
+    part_of = {name: "attention" if name in ATTENTION else "ffn" for name in config.patched}
 
     def initial(shapes: Sequence[tuple[int, ...]], rng: np.random.Generator) -> list[np.ndarray]:
         # A uniform within ± inputs^-1/2 (Kaiming with a = √5, as LoRA starts), B zero.
         groups = [np.zeros(shape, np.float32) for shape in shapes]
-        for (group, place), _ in patches.values():
-            if place < -groups[group].shape[1]:
-                continue  # the gate of an FFN that has none
-            layers, _, r, width = groups[group].shape
+        for name in config.patched:
+            group, place = rows[f"{name}_a"]
+            layers, _, r, width = shapes[group]
             draws = rng.uniform(-1, 1, (layers, r, width)).astype(np.float32)
             groups[group][:, place] = draws * width**-0.5
         return groups
 
     def attach(layer: AnchorLayer, memory: LayerMemory) -> None:
-        part = getattr(layer, joins)
-        for name, (a, b) in patches.items():
-            projection = getattr(part, name)
-            if projection is not None:
-                _patch(projection, memory, a, b)
+        for name, part in part_of.items():
+            projection = getattr(getattr(layer, part), name)
+            _patch(projection, memory, rows[f"{name}_a"], rows[f"{name}_b"])
 
-    return MemoryKind(joins, initial, attach)
+    return MemoryKind(tuple(dict.fromkeys(part_of.values())), initial, attach)
 
 
 def _patch(projection: Projection, memory: LayerMemory, a: Row, b: Row) -> None:
@@ -63,16 +64,3 @@ def _patch(projection: Projection, memory: LayerMemory, a: Row, b: Row) -> None:
         return output + patch
 
     extend(projection.module, call)
-
-
-# Groups: rows as wide as the hidden size first, then those of the other sizes.
-LORA_FFN = _lora(
-    "ffn",
-    {
-        "gate": (Row(0, -3), Row(1, -3)),
-        "up": (Row(0, -2), Row(1, -2)),
-        "down": (Row(1, -1), Row(0, -1)),
-    },
-)
-LORA_QK = _lora("attention", {"query": (Row(0, 0), Row(1, 0)), "key": (Row(0, 1), Row(2, 0))})
-LORA_VO = _lora("attention", {"value": (Row(0, 0), Row(2, 0)), "output": (Row(1, 0), Row(0, 1))})

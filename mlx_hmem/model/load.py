@@ -11,7 +11,7 @@ from mlx_hmem.bank.views import check_name, read_views
 from mlx_hmem.budget.needs import read_needs
 from mlx_hmem.budget.plan import check_context, make_plan, plan_scoring
 from mlx_hmem.budget.resident import IMPORTS, resident_bytes, trim
-from mlx_hmem.config import HmemConfig
+from mlx_hmem.config import HmemConfig, MemoryConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import fingerprint
 from mlx_hmem.model.banks import RoutedBank
@@ -152,13 +152,18 @@ def check_beside(hmem: HmemConfig, other: HmemConfig, what: str) -> None:
             "train one with this model's encoder",
         )
     ours, theirs = hmem.memory, other.memory
-    if (ours.kind, ours.memory_layers) != (theirs.kind, theirs.memory_layers):
+    if (_joined(ours), ours.memory_layers) != (_joined(theirs), theirs.memory_layers):
         raise UserError(
             f"{what} holds another kind of memory, or on other layers",
-            f"{theirs.kind} on layers {list(theirs.memory_layers)}, not {ours.kind} on "
+            f"{_joined(theirs)} on layers {list(theirs.memory_layers)}, not {_joined(ours)} on "
             f"{list(ours.memory_layers)}",
             "train one of the same kind and layers",
         )
+
+
+def _joined(memory: MemoryConfig) -> str:
+    """The kind, with the projections that one of kind lora patches."""
+    return " ".join([memory.kind, *(memory.targets or ())])
 
 
 def open_bank(folder: Path, hmem: HmemConfig, **options: Any) -> Bank:

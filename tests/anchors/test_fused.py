@@ -196,7 +196,7 @@ def test_a_quantised_anchor_is_refused_with_the_remedy(bits, mode):
         FusedMemory(anchor, config_of(anchor, "ffn"))
 
 
-@pytest.mark.parametrize("kind", ["lora_ffn", "lora_qk", "lora_vo", "kv"])
+@pytest.mark.parametrize("kind", ["lora_ffn", "lora_qk", "lora_vo", "lora", "kv"])
 def test_another_kind_is_refused_with_the_remedy(kind):
     anchor = make_anchor("llama")
     with pytest.raises(UserError, match=f"kind {kind}; use the attached form"):

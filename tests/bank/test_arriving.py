@@ -12,11 +12,11 @@ from mlx_hmem import load
 from mlx_hmem.bank import Bank, Quantization
 from mlx_hmem.bank.format import PAGE
 from mlx_hmem.bank.read.blocks import PIECE
-from mlx_hmem.config import MemoryConfig
-from mlx_hmem.memory import KINDS
+from mlx_hmem.config import KINDS, MemoryConfig
 from tests.conftest import save_bank
 from tests.helpers.faults import flip
 from tests.helpers.programs import refused
+from tests.helpers.references import of_kind
 
 PATH = (1, 5)
 LAYERS = 4
@@ -25,7 +25,7 @@ LAYERS = 4
 def config_of(kind: str, r: tuple[int, int] = (4, 2)) -> MemoryConfig:
     sizes = dict(intermediate_size=64, query_size=32, key_value_size=32)
     return MemoryConfig(
-        hidden_size=32, num_hidden_layers=LAYERS, r=r, branching=(2, 3), kind=kind, **sizes
+        hidden_size=32, num_hidden_layers=LAYERS, r=r, branching=(2, 3), **sizes, **of_kind(kind)
     )
 
 

@@ -13,12 +13,13 @@ from mlx_hmem.anchors.attach import attach_memory
 from mlx_hmem.bank import Bank, Manifest, Quantization, stored_levels
 from mlx_hmem.bank.format import PAGE, STORED_TYPES
 from mlx_hmem.bank.quantization import MODES
-from mlx_hmem.config import ROWS_OF_KIND, MemoryConfig
+from mlx_hmem.config import KINDS as KIND_NAMES
+from mlx_hmem.config import MemoryConfig
 from mlx_hmem.files import read_safetensors_header
 from mlx_hmem.memory import join_blocks
 from mlx_hmem.model.load import load
 from tests.bank.test_bank_faults import SHARDS, read_all
-from tests.helpers.references import config_of, make_ids
+from tests.helpers.references import config_of, make_ids, of_kind
 from tests.helpers.tiny_anchors import make_anchor
 from tests.helpers.write_bank import write_bank
 
@@ -30,9 +31,9 @@ CONFIG = MemoryConfig(hidden_size=32, num_hidden_layers=2, r=(3, 2), branching=(
 SIZES = dict(hidden_size=64, num_hidden_layers=3, intermediate_size=96, query_size=64)
 KINDS = {
     kind: MemoryConfig(
-        **SIZES, key_value_size=32, r=(3, 0, 1), branching=(2, 2, 2), kind=kind, layers=(0, 2)
+        **SIZES, key_value_size=32, r=(3, 0, 1), branching=(2, 2, 2), layers=(0, 2), **of_kind(kind)
     )
-    for kind in ROWS_OF_KIND
+    for kind in KIND_NAMES
 }
 
 
@@ -274,7 +275,7 @@ def test_cache_counts_what_is_stored(tmp_path: Path) -> None:
 # The root mean square by which quantisation changes the logits, in parts of that by which memory
 # does: over the kinds at most 0.018 in 8 bits and 0.35 in 4.
 @pytest.mark.parametrize(("bits", "bound"), [(8, 0.03), (4, 0.5)])
-@pytest.mark.parametrize("kind", ROWS_OF_KIND)
+@pytest.mark.parametrize("kind", KIND_NAMES)
 def test_quantised_memory_on_a_quantised_anchor_says_nearly_the_same(tmp_path, kind, bits, bound):
     ids, anchor = make_ids(), make_anchor("openlm")
     nn.quantize(anchor, 32, 4)

@@ -31,6 +31,7 @@ from tests.conftest import CONTEXT, MEMORY, edit_json, save_bank
 from tests.convert.test_convert_quantize import SIZES, make
 from tests.helpers.faults import stop_at
 from tests.helpers.programs import refused
+from tests.helpers.references import of_kind
 from tests.helpers.tiny_anchors import LLAMA_LIKE, OTHER_KEYS
 
 RUNNER = Path(bundle.__file__).with_name("runner.py")
@@ -115,9 +116,9 @@ QUANTISED = ["--anchor-bits", "4", "--anchor-group-size", "32", "--bank-bits", "
 QUANTISED += ["--bank-group-size", "32", "--bank-level", "1:mxfp4"]
 
 
-@pytest.mark.parametrize("kind", ["ffn", "lora_ffn", "kv"])
+@pytest.mark.parametrize("kind", ["ffn", "lora_ffn", "lora", "kv"])
 def test_kinds_of_memory_quantised(kind, model_folder, tmp_path):
-    config = replace(MEMORY, kind=kind, layers=(1,) if kind == "ffn" else None, **SIZES)
+    config = replace(MEMORY, **of_kind(kind), layers=(1,) if kind == "ffn" else None, **SIZES)
     make(model_folder, tmp_path / "model", config)
     quantize.main([str(tmp_path / "model"), str(tmp_path / "small"), *QUANTISED])
     opened = make_bundle(tmp_path / "small", tmp_path / "out", "--context", 64, "--prefill", 8)

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from convert.memory.tensors import MATRICES, find_levels
+from convert.memory.tensors import find_levels
 from convert.torch_files.pickles import open_files
 from convert.torch_files.tensors import LazyTensor, bits_of
 from convert.torch_files.writer import write_torch
@@ -19,7 +19,7 @@ from mlx_hmem import load
 from mlx_hmem.anchors.load import anchor_hash, load_anchor, named_parameters, text_hashes
 from mlx_hmem.bank import Bank, Quantization
 from mlx_hmem.bank.format import PAGE, num_blocks
-from mlx_hmem.config import MemoryConfig
+from mlx_hmem.config import KINDS, MemoryConfig
 from mlx_hmem.files import save_safetensors
 from tests.conftest import MEMORY, edit_json
 from tests.helpers.memory_layouts import (
@@ -38,10 +38,11 @@ from tests.helpers.memory_layouts import (
 )
 from tests.helpers.places import ROOT
 from tests.helpers.programs import refused
+from tests.helpers.references import of_kind
 from tests.helpers.tiny_anchors import LLAMA_LIKE, make_anchor
 from tests.model.test_model import by_hand
 
-CASES = [(kind, "float32", None) for kind in MATRICES]
+CASES = [(kind, "float32", None) for kind in KINDS]
 CASES += [("ffn", "bfloat16", None), ("lora_ffn", "float16", None), ("lora_vo", "bfloat16", (1,))]
 IDS = mx.array([[5, 17, 200, 3, 99, 31, 8], [1, 2, 3, 4, 5, 6, 7]])
 PATHS = [(0, 1, 2), (2, 5, 11)]
@@ -49,7 +50,7 @@ PATHS = [(0, 1, 2), (2, 5, 11)]
 
 @pytest.mark.parametrize(("kind", "dtype", "layers"), CASES)
 def test_to_pytorch_and_back_is_bit_equal(model_folder, tmp_path, kind, dtype, layers):
-    config = MemoryConfig(**SIZES, **WIDTHS, kind=kind, layers=layers)
+    config = MemoryConfig(**SIZES, **WIDTHS, **of_kind(kind), layers=layers)
     source = with_bank(model_folder, tmp_path / "source", config, dtype)
     middle = convert(source, tmp_path / "torch", "--to", "pytorch")
     back = convert(middle, tmp_path / "back")
@@ -252,5 +253,6 @@ def test_the_marker_is_as_documented(layout):
     page = (ROOT / "docs" / "pytorch_layout.md").read_text()
     for key in marker:
         assert f"| `{key}` |" in page
-    for names in MATRICES.values():
-        assert all(f"`{name}`" in page for group in names for name in group)
+    for kind in KINDS:
+        memory = MemoryConfig(**SIZES, **WIDTHS, **of_kind(kind))
+        assert all(f"`{name}`" in page for names in memory.matrices.values() for name in names)

@@ -24,13 +24,14 @@ from mlx_hmem.anchors.load import (
 from mlx_hmem.anchors.openlm import Model, ModelArgs
 from mlx_hmem.bank import Bank, stored_levels
 from mlx_hmem.bank.format import num_blocks
-from mlx_hmem.config import HmemConfig, MemoryConfig
+from mlx_hmem.config import KINDS, HmemConfig, MemoryConfig
 from mlx_hmem.evaluate import perplexity
 from mlx_hmem.files import save_safetensors
-from mlx_hmem.memory import KINDS, split_block
+from mlx_hmem.memory import split_block
 from tests.conftest import CONTEXT, MEMORY, edit_json
 from tests.helpers.places import bytes_of
 from tests.helpers.programs import refused
+from tests.helpers.references import of_kind
 from tests.helpers.tiny_anchors import EXPERTS, GATED, LLAMA_LIKE, OTHER_KEYS, UNGATED, make_anchor
 from tests.helpers.write_bank import write_bank
 
@@ -189,7 +190,7 @@ def test_an_anchor_of_any_architecture_loads_quantised_and_answers(tmp_path, nam
 def test_the_banks_blocks_are_what_mlx_quantises_and_the_errors_are_theirs(
     model_folder, tmp_path, capsys, kind
 ):
-    config = replace(FFN, kind=kind)
+    config = replace(FFN, **of_kind(kind))
     source = make(model_folder, tmp_path / "model", config)
     report = report_of(capsys, source, tmp_path / "out", *MIXED_OPTIONS)
     with Bank.open(tmp_path / "out" / "bank") as bank:
@@ -221,7 +222,7 @@ def test_the_banks_blocks_are_what_mlx_quantises_and_the_errors_are_theirs(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_quantised_model_answers_as_its_parts_do_and_generates(model_folder, tmp_path, kind):
-    config = replace(FFN, kind=kind)
+    config = replace(FFN, **of_kind(kind))
     source = make(model_folder, tmp_path / "model", config)
     main([str(source), str(tmp_path / "out"), *ANCHOR_OPTIONS, *MIXED_OPTIONS])
     model, path = load(tmp_path / "out"), (2, 5, 10)

@@ -14,8 +14,8 @@ from mlx_lm.models.cache import RotatingKVCache, can_trim_prompt_cache, make_pro
 from mlx_hmem import MemoryModel
 from mlx_hmem.anchors.load import named_parameters
 from mlx_hmem.bank import Bank
+from mlx_hmem.config import KINDS
 from mlx_hmem.generation.batch import BatchModel, batch_generate
-from mlx_hmem.memory import KINDS
 from tests.conftest import save_bank
 from tests.helpers.programs import refused
 from tests.helpers.references import PAIRS, config_of

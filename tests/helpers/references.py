@@ -16,16 +16,23 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlx_hmem.anchors.attach import attach_memory, memory_config
 from mlx_hmem.anchors.openlm import Model, ModelArgs
-from mlx_hmem.config import MemoryConfig
-from mlx_hmem.memory import KINDS, Rows, join_blocks
+from mlx_hmem.config import KINDS, MemoryConfig
+from mlx_hmem.memory import Rows, join_blocks
 from tests.helpers import tiny_anchors as anchors
 
 PAIRS = [(name, kind) for name in anchors.GATED + anchors.UNGATED for kind in KINDS]
 PAIRS += [(name, kind) for name in anchors.EXPERTS for kind in ("lora_qk", "lora_vo", "kv")]
 
 
+def of_kind(kind: str) -> dict[str, Any]:
+    """A kind as keys of a config; of kind lora with projections of both parts of a layer."""
+    targets = ("key", "output", "up", "down")
+    return {"kind": kind} | ({"targets": targets} if kind == "lora" else {})
+
+
 def config_of(anchor: nn.Module, kind: str, layers: tuple[int, ...] | None = None) -> MemoryConfig:
-    return memory_config(anchor, r=(4, 0, 3), branching=(2, 2, 2), kind=kind, layers=layers)
+    of = of_kind(kind)
+    return memory_config(anchor, r=(4, 0, 3), branching=(2, 2, 2), **of, layers=layers)
 
 
 def random_rows(config: MemoryConfig, seed: int, size: float = 0.3) -> Rows:
@@ -66,37 +73,35 @@ def patched(weight: mx.array, start: int, a: mx.array, b: mx.array) -> mx.array:
     return mx.concatenate([weight[:start], weight[start:end] + 2 * b.T @ a, weight[end:]])
 
 
-def patch_weights(anchor: nn.Module, kind: str, rows: Rows) -> None:
+# Where the projections of mlx-lm's architectures lie: modules within a layer, by all their names.
+PLACES = {
+    "query": ("q_proj", "qkv_proj", "c_attn"),
+    "key": ("k_proj", "qkv_proj", "c_attn"),
+    "value": ("v_proj", "qkv_proj", "c_attn"),
+    "output": ("o_proj", "c_proj"),
+    "gate": ("gate_proj", "gate_up_proj"),
+    "up": ("up_proj", "gate_up_proj", "c_fc"),
+    "down": ("down_proj", "c_proj"),
+}
+
+
+def patch_weights(anchor: nn.Module, config: MemoryConfig, rows: Rows) -> None:
     """Puts LoRA memory into the anchor's own weights."""
+    query, key_value = config.query_size, config.key_value_size
+    starts = {"key": query, "value": query + key_value, "up": config.intermediate_size}
     for index, layer in enumerate(anchor.layers):
-        g = [group[index] for group in rows]
-        if kind == "lora_ffn":
-            mlp = layer.mlp
-            last = mlp["down_proj" if "down_proj" in mlp else "c_proj"]
-            last.weight = patched(last.weight, 0, g[1][-1], g[0][-1])
-            ups = list(zip(g[0][:-1], g[1][:-1], strict=True))  # gate if there is one, up
-            if "gate_up_proj" in mlp:
-                for place, (a, b) in enumerate(ups):
-                    shared = mlp.gate_up_proj
-                    shared.weight = patched(shared.weight, place * b.shape[-1], a, b)
-            else:
-                names = [n for n in ("gate_proj", "up_proj", "c_fc") if n in mlp]
-                for linear, (a, b) in zip((mlp[n] for n in names), ups, strict=True):
-                    linear.weight = patched(linear.weight, 0, a, b)
-            continue
-        attention = layer["attn" if "attn" in layer else "self_attn"]
-        shared = next((attention[n] for n in ("qkv_proj", "c_attn") if n in attention), None)
-        q, kv = g[1].shape[-1], g[2].shape[-1]
-        if kind == "lora_qk":
-            places = {"q_proj": (0, g[0][0], g[1][0]), "k_proj": (q, g[0][1], g[2][0])}
-        else:
-            places = {"v_proj": (q + kv, g[0][0], g[2][0])}
-            last = attention["c_proj" if "c_proj" in attention else "o_proj"]
-            last.weight = patched(last.weight, 0, g[1][0], g[0][1])
-        for name, (start, a, b) in places.items():
-            linear = shared if shared is not None else attention[name]
-            start = start if shared is not None else 0
-            linear.weight = patched(linear.weight, start, a, b)
+        names = [name for some in config.matrices.values() for name in some]
+        own = dict(zip(names, (m for group in rows for m in group[index]), strict=True))
+        for target in config.patched:
+            parts = (
+                ("attn", "self_attn") if target in ("query", "key", "value", "output") else ("mlp",)
+            )
+            part = next(layer[name] for name in parts if name in layer)
+            name = next(name for name in PLACES[target] if name in part)
+            shared = name in ("qkv_proj", "c_attn", "gate_up_proj")
+            start = starts.get(target, 0) if shared else 0
+            a, b = own[f"{target}_a"], own[f"{target}_b"]
+            part[name].weight = patched(part[name].weight, start, a, b)
 
 
 def write_out_kv(name: str, rows: Rows, replace: Callable[..., None]) -> None:
@@ -135,7 +140,7 @@ def apply_reference(
     elif kind == "kv":
         write_out_kv(name, rows, replace)
     else:
-        patch_weights(anchor, kind, rows)
+        patch_weights(anchor, config_of(anchor, kind), rows)
 
 
 def gradient_errors(name: str, kind: str) -> list[float]:

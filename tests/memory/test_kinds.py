@@ -1,5 +1,8 @@
 """Every architecture with every kind of memory: nothing at the start, then what the paper says."""
 
+import json
+from dataclasses import replace
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -10,8 +13,8 @@ from mlx_lm.generate import generate_step
 from mlx_hmem.anchors.architectures import ARCHITECTURES
 from mlx_hmem.anchors.attach import anchor_sizes, attach_memory
 from mlx_hmem.anchors.load import named_parameters
-from mlx_hmem.config import MemoryConfig
-from mlx_hmem.memory import KINDS, FetchedMemory, initial_block, join_blocks, split_block
+from mlx_hmem.config import KINDS, PROJECTIONS, MemoryConfig
+from mlx_hmem.memory import FetchedMemory, initial_block, join_blocks, split_block
 from mlx_hmem.model.stream import AnchorWithMemory
 from tests.helpers import references
 from tests.helpers.programs import refused
@@ -93,13 +96,18 @@ def test_mlx_lm_generates_through_it_as_the_whole_sequence_says(name, kind):
 
 
 @pytest.mark.parametrize("name", EXPERTS)
-@pytest.mark.parametrize("kind", ["ffn", "lora_ffn"])
+@pytest.mark.parametrize("kind", ["ffn", "lora_ffn", "lora"])
 def test_a_mixture_of_experts_is_named_with_the_kinds_that_fit(name, kind):
     anchor = make_anchor(name)
     layer = 1 if name == "qwen3_moe" else 0  # qwen3_moe's layer 0 is an FFN here
     config = MemoryConfig(**{"intermediate_size": 48} | anchor_sizes(anchor), r=(2,),
-                          branching=(2,), kind=kind)  # fmt: skip
-    refused(rf"layer {layer}: .*lora_qk or lora_vo or kv", attach_memory, anchor, config)
+                          branching=(2,), **references.of_kind(kind))  # fmt: skip
+    refused(
+        rf"layer {layer}: .*lora_qk or lora_vo or kv or lora on query",
+        attach_memory,
+        anchor,
+        config,
+    )
     if name == "qwen3_moe":  # but its one FFN can be joined
         attach_memory(anchor, config.placed([0]))
 
@@ -122,6 +130,72 @@ def test_memory_on_some_layers_changes_those_alone(kind):
     last = attach_memory(other, config.placed("last 2"))
     with last.using(tuple(g[1:] for g in rows)):
         assert mx.abs(other(ids) - wanted).max().item() < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["lora_ffn", "lora_qk", "lora_vo"])
+@pytest.mark.parametrize("name", ["llama", "nemotron"])
+def test_a_fixed_kind_is_lora_with_its_targets(name, kind):
+    anchor, ids, logits, starts = make_anchor(name), references.make_ids(), [], []
+    fixed = references.config_of(anchor, kind)
+    free = replace(fixed, kind="lora", targets=fixed.patched)
+    assert fixed.to_dict() | {"kind": "lora", "targets": fixed.patched} == free.to_dict()
+    for config in (fixed, free):
+        slot = attach_memory(make := make_anchor(name), config)
+        with slot.using(references.random_rows(config, 0)):
+            logits.append(make(ids))
+        starts.append(initial_block(config, 4, np.random.default_rng(0)))
+    assert mx.array_equal(*logits)
+    assert np.array_equal(*starts)
+
+
+def test_all_seven_projections_at_once_are_the_three_fixed_kinds_together(monkeypatch):
+    anchor, ids = make_anchor("phi3"), references.make_ids()
+    kinds = [references.config_of(anchor, kind) for kind in ("lora_qk", "lora_vo", "lora_ffn")]
+    config = replace(kinds[0], kind="lora", targets=tuple(PROJECTIONS))
+    own = {}
+    for seed, fixed in enumerate(kinds):
+        rows = references.random_rows(fixed, seed, size=0.15)
+        own |= named_matrices(fixed, rows)
+        references.patch_weights(anchor, fixed, rows)
+    groups = [mx.stack([own[name] for name in names], 1) for names in config.matrices.values()]
+    slot = attach_memory(other := make_anchor("phi3"), config)
+    with slot.using(tuple(groups)):
+        assert mx.abs(other(ids) - anchor(ids)).max().item() < 1e-5
+    assert mx.abs(other(ids) - anchor(ids)).max().item() > 1e-3
+
+
+def named_matrices(config, rows):
+    pairs = zip(config.matrices.values(), rows, strict=True)
+    return {name: group[:, i] for names, group in pairs for i, name in enumerate(names)}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"targets": None}, "targets is not a list .*query, key, value, output, gate, up, down"),
+        ({"targets": ()}, "targets"),
+        ({"targets": ("up", "query")}, "in this order"),
+        ({"targets": ("query", "query")}, "targets"),
+        ({"targets": ("query", "lm_head")}, "lm_head"),
+        ({"targets": "query"}, "targets"),
+        ({"targets": ({},)}, "targets"),
+        ({"gated": False, "targets": ("gate",)}, "gate"),
+        ({"kind": "ffn", "targets": ("up",)}, "kind ffn has no targets.*use kind lora"),
+        ({"intermediate_size": 0}, "intermediate_size"),
+    ],
+    ids=repr,
+)
+def test_wrong_targets_are_refused(change, words):
+    config = references.config_of(make_anchor("llama"), "lora")
+    refused(words, MemoryConfig.from_dict, config.to_dict() | change)
+
+
+def test_a_config_without_targets_is_written_as_before():
+    config = references.config_of(make_anchor("llama"), "lora_qk")
+    assert "targets" not in config.to_json()
+    assert MemoryConfig.from_dict(config.to_dict()) == config
+    config = references.config_of(make_anchor("llama"), "lora")
+    assert MemoryConfig.from_dict(json.loads(config.to_json())) == config
 
 
 def test_blocks_split_and_join_as_fetched_memory_does():

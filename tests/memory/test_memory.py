@@ -22,7 +22,7 @@ from tests.helpers.tiny_anchors import LAYERS, VOCAB, make_anchor
 from tests.train.test_paper_recipes import CONFIGS, PARAMETERS
 
 
-@pytest.mark.parametrize("kind", ["ffn", "lora_ffn", "kv"])
+@pytest.mark.parametrize("kind", ["ffn", "lora_ffn", "lora", "kv"])
 def test_memory_passed_as_an_argument_works_in_a_compiled_gradient_step(kind):
     anchor, ids = make_anchor("openlm"), mx.random.randint(0, VOCAB, (2, 9))
     config = config_of(anchor, kind)
@@ -71,6 +71,7 @@ FORMULAS = {
     "lora_qk": lambda r, L, d, d_f, hd: 2 * r * L * (d + hd),
     "lora_vo": lambda r, L, d, d_f, hd: 2 * r * L * (d + hd),
     "kv": lambda r, L, d, d_f, hd: 2 * r * L * hd,
+    "lora": lambda r, L, d, d_f, hd: 2 * r * L * (2 * d + hd + d_f),  # two projections of each part
 }
 
 

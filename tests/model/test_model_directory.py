@@ -12,16 +12,16 @@ import pytest
 from mlx_hmem import load
 from mlx_hmem.anchors.attach import attach_memory, memory_config
 from mlx_hmem.anchors.load import INDEX, anchor_hash, load_anchor
-from mlx_hmem.config import HmemConfig, MemoryConfig
+from mlx_hmem.config import KINDS, HmemConfig, MemoryConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import fingerprint, save_safetensors
-from mlx_hmem.memory import KINDS
 from mlx_hmem.model.find import DEMO, find_model
 from mlx_hmem.retriever import ClusterTree, load_encoder
 from mlx_hmem.retriever.encoder import STATIC_FOLDER
 from tests.conftest import ARGS, MEMORY, edit_json, save_anchor, save_bank
 from tests.helpers.faults import flip
 from tests.helpers.programs import refusing
+from tests.helpers.references import of_kind
 from train.data.tokenizer import train_tokenizer
 
 
@@ -61,7 +61,7 @@ def test_an_untouched_copy_loads_and_answers_as_the_original(broken, model, text
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_directory_with_any_kind_of_memory_loads_and_uses_it(broken, kind, layers, texts):
     anchor, _ = load_anchor(broken)
-    config = memory_config(anchor, MEMORY.r, MEMORY.branching, kind).placed(layers)
+    config = memory_config(anchor, MEMORY.r, MEMORY.branching, **of_kind(kind)).placed(layers)
     hmem = hmem_of(broken)
     save_bank(broken / "bank", config, hmem.anchor_hash, hmem.retriever.tree_hash)
     (broken / "hmem.json").write_text(replace(hmem, memory=config).to_json())

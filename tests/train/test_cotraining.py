@@ -13,6 +13,7 @@ from mlx_hmem.config import MemoryConfig
 from mlx_hmem.memory import join_blocks
 from tests.helpers.programs import refused
 from tests.helpers.rank_worker import MEMORY, ROWS, SEED, make_model, sequences
+from tests.helpers.references import of_kind
 from tests.helpers.stores import EOT, Dense, assert_close, store_state
 from train.recipe.recipe import CotrainSection, TrainerConfig
 from train.step.anchor import AnchorTrainee, initialise
@@ -146,9 +147,10 @@ def test_generic_memory_alone_touches_no_block_of_the_bank(make: Make):
     assert state["2.steps"].tolist() == [0, 0, 0, 0, 0, 0, 3]
 
 
-@pytest.mark.parametrize("kind", ["ffn", "lora_ffn", "kv"])
+@pytest.mark.parametrize("kind", ["ffn", "lora_ffn", "lora", "kv"])
 def test_the_generic_block_is_the_memory_that_the_anchor_was_trained_with(make: Make, kind: str):
-    config = replace(MEMORY, kind=kind, intermediate_size=24, query_size=16, key_value_size=16)
+    sizes = dict(intermediate_size=24, query_size=16, key_value_size=16)
+    config = replace(MEMORY, **of_kind(kind), **sizes)
     trainee = make(config=config)
     for step in range(3):
         trainee.step(np.arange(4 * step, 4 * step + 4), 0.02)

@@ -14,9 +14,9 @@ import pytest
 from mlx_hmem.anchors.attach import attach_memory, memory_config
 from mlx_hmem.anchors.load import named_parameters
 from mlx_hmem.anchors.openlm import Model
-from mlx_hmem.config import MemoryConfig
-from mlx_hmem.memory import KINDS
+from mlx_hmem.config import KINDS, MemoryConfig
 from tests.helpers.rank_worker import SEED, make_model
+from tests.helpers.references import of_kind
 from tests.helpers.stores import EOT
 from train.recipe.recipe import TrainerConfig
 from train.step.adamw import adamw, bias_corrections
@@ -254,7 +254,7 @@ def test_the_anchor_is_not_trained_and_generic_memory_has_a_fetched_ones_size():
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_learns_and_starts_from_the_anchors_own_loss(kind, layers):
     model = make_model()
-    config = memory_config(model, MEMORY.r, MEMORY.branching, kind).placed(layers)
+    config = memory_config(model, MEMORY.r, MEMORY.branching, **of_kind(kind)).placed(layers)
     tokens = np.random.default_rng(0).integers(1, VOCABULARY, (4, CONTEXT + 1)).astype(np.uint16)
     batch = mx.array(tokens.astype(np.int32))
     alone = masked_loss(model(batch[:, :-1]), batch, EOT).item()

@@ -84,7 +84,9 @@ class Recipe(JsonConfig):
         if anchor.path is not None:
             assert anchor.config is not None, "load_recipe fills it in"
             model = anchor_of_config(anchor.config)  # lazy: no array is made
-            config = memory_config(model, memories.r, self.tree.branching, memories.kind)
+            config = memory_config(
+                model, memories.r, self.tree.branching, memories.kind, targets=memories.targets
+            )
         else:
             heads = anchor.num_attention_heads * anchor.head_dim
             config = MemoryConfig(
@@ -96,6 +98,7 @@ class Recipe(JsonConfig):
                 intermediate_size=anchor.intermediate_size,
                 query_size=heads,
                 key_value_size=heads,
+                targets=memories.targets,
             )
         return config.placed(memories.layers, memories.keep_parameters)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_hmem.bank import Quantization
-from mlx_hmem.config import ROWS_OF_KIND, JsonConfig
+from mlx_hmem.config import KINDS, PROJECTIONS, JsonConfig
 from mlx_hmem.errors import UserError
 
 from .keys import check_keys, check_whole, key
@@ -191,7 +191,10 @@ class CotrainSection(JsonConfig):
 @dataclass(frozen=True)
 class MemoriesSection(JsonConfig):
     r: tuple[int, ...] = key((48, 24), "block-size multiplier of each level")
-    kind: str = key("ffn", f"one of {', '.join(ROWS_OF_KIND)}")
+    kind: str = key("ffn", f"one of {', '.join(KINDS)}")
+    targets: tuple[str, ...] | None = key(
+        None, f"what kind lora patches, in this order: {', '.join(PROJECTIONS)}"
+    )
     layers: Any = key("all", "all, first N, middle N, last N, or a list of layers")
     keep_parameters: bool = key(False, "on fewer layers, raise r to as many parameters as on all")
     cache_bytes: int = key(1 << 30, "memory for blocks of deeper levels while training", least=1)

@@ -125,6 +125,7 @@ def as_recipe(
         memories=MemoriesSection(
             r=memory.r,
             kind=memory.kind,
+            targets=memory.targets,
             layers=memory.layers or "all",
             training=training,
             group_by_subtree=True,

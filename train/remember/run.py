@@ -86,7 +86,7 @@ class Settings(JsonConfig):
         return cls.from_dict(values, str(path))
 
     def save(self, folder: Path) -> None:
-        values = json.loads(json.dumps(asdict(self)))
+        values = json.loads(json.dumps(self.to_dict()))
         write_atomic(folder / SETTINGS, json.dumps(sealed(values), indent=2) + "\n")
 
 
