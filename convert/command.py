@@ -27,6 +27,7 @@ KINDS = ("openlm", "huggingface", "hmem-pytorch")
 MARKER = "hmem_pytorch.json"
 VERBS = {
     "quantize": (".quantize.command", "anchor and bank of a model to fewer bits"),
+    "adapters": (".adapters.command", "LoRA adapters beside one anchor, as a memory bank"),
     "bundle": (".bundle.bundle", "a folder that a phone can run, without Python"),
     "tree": (".memory.trees", "a cluster tree from k-means of other libraries"),
     "upload": (".upload", "a model directory to the Hugging Face Hub"),

@@ -108,7 +108,8 @@ def check_whole(directory: Path) -> None:
     if model.bank is None:
         return
     model.bank.close()
-    encoder = HmemConfig.from_file(directory / "hmem.json").retriever.encoder
+    retriever = HmemConfig.from_file(directory / "hmem.json").retriever
+    encoder = "static" if retriever is None else retriever.encoder
     if encoder not in ("minilm", "static") and not encoder.startswith("retriever/"):
         raise UserError(
             "the encoder would not be downloaded with the model",
@@ -183,7 +184,7 @@ def _memory_parts(directory: Path) -> dict[str, Any]:
         "bank_bytes": f"{_megabytes(sum(s.bytes for s in shards))} in {len(shards)} files",
         "stored": "; ".join([manifest.dtype, *levels]),
         "fetched": memory.fetched_parameters,
-        "encoder": hmem.retriever.encoder,
+        "encoder": hmem.retriever.encoder if hmem.retriever else "none: chosen by name",
         "levels": memory.num_levels,
     }
 

@@ -43,7 +43,7 @@ KINDS: dict[str, tuple[str, ...]] = {
 }
 # Keys that came after the first models: left out where they are None, so that nothing written
 # without them changes, nor its fingerprint.
-LATER_KEYS = ("targets",)
+LATER_KEYS = ("targets", "names")
 MAX_DEPTH = 8
 MAX_LAYERS = 4096
 MAX_CLUSTERS = 1 << 24
@@ -333,21 +333,57 @@ class HmemConfig(JsonConfig):
     """``hmem.json``: what ties an anchor, a retriever and a memory bank into one model.
 
     The hashes are of the anchor's weights, of what ``config.json`` says, and of the tokenizer's
-    vocabulary; a model of before has only the first.
+    vocabulary; a model of before has only the first. ``names`` are cluster paths that may be chosen
+    by name; where there is no retriever that is the only way.
     """
 
     format_version: int
     memory: MemoryConfig
-    retriever: RetrieverConfig
+    retriever: RetrieverConfig | None
     anchor_hash: str
     config_hash: str | None = None
     tokenizer_hash: str | None = None
+    names: dict[str, ClusterPath] | None = None
+
+    def __post_init__(self) -> None:
+        names, what = self.names, "names of memories are no names, each with its cluster path"
+        if names is not None:
+            right = isinstance(names, dict) and len(names) > 0 and all(map(_is_plain, names))
+            right = right and all(isinstance(path, list | tuple) for path in names.values())
+            right = right and all(is_whole(i) for path in names.values() for i in path)
+            _check(right, what, repr(names)[:80], "restore hmem.json")
+            paths = {name: self.memory.check_path(path) for name, path in names.items()}
+            object.__setattr__(self, "names", paths)
+        right = self.retriever is not None or names is not None
+        _check(right, "a memory has neither a retriever nor names", "null", "restore hmem.json")
+
+    @property
+    def routed(self) -> RetrieverConfig:
+        """The retriever; UserError where the memory is chosen by name alone."""
+        if self.retriever is None:
+            raise not_routed(self.names or ())
+        return self.retriever
+
+    @property
+    def tree_hash(self) -> str:
+        """Of the cluster tree; "" where there is none."""
+        return "" if self.retriever is None else self.retriever.tree_hash
 
     @classmethod
     def from_file(cls, path: Path) -> "HmemConfig":
         values = read_json(path, parse=strict_json)
         check_version(values, FORMAT_VERSION, path, "make the model again")
         for key, kind in (("memory", MemoryConfig), ("retriever", RetrieverConfig)):
-            if key in values:
+            if key in values and (values[key] is not None or key == "memory"):
                 values[key] = kind.from_dict(values[key], f"{path} ({key})")
         return cls.from_dict(values, str(path))
+
+
+def _is_plain(text: Any) -> bool:
+    return isinstance(text, str) and text != "" and printable(text) == text
+
+
+def not_routed(names: Iterable[str]) -> UserError:
+    """That a text cannot choose a memory, where the model knows them by name alone."""
+    known = f"it is chosen by name: {', '.join(names)}"
+    return UserError("this memory has no cluster tree", known, "name one with --memory-name")

@@ -52,10 +52,11 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
         "torch_files": (),
         "anchors": ("torch_files",),
         "memory": ("anchors",),
+        "adapters": ("memory",),
         "quantize": (),
         "bundle": (),
         "upload": (),
-        "command": ("memory", "quantize", "bundle", "upload"),
+        "command": ("memory", "adapters", "quantize", "bundle", "upload"),
     },
 }
 FACES = {"__init__", "__main__"}

@@ -57,7 +57,7 @@ def _add_memory(recipe: Recipe, folder: Path, part: Path, trained: Collection[st
         anchor_hash=anchor_hash(part),
         **text_hashes(part),
     )
-    planned = recipe.planned_bank(hmem.anchor_hash, hmem.retriever.tree_hash)
+    planned = recipe.planned_bank(hmem.anchor_hash, hmem.tree_hash)
     generic = trained_generic(recipe, folder) if "generic" in trained else None
     with trained_blocks(recipe, folder) if "memories" in trained else nullcontext() as blocks:
 

@@ -53,7 +53,7 @@ class Bundle:
 
     @cached_property
     def encoder(self) -> Path:
-        name = HmemConfig.from_file(self.folder / "hmem.json").retriever.encoder
+        name = HmemConfig.from_file(self.folder / "hmem.json").routed.encoder
         return STATIC_FOLDER if name == "static" else self.folder / name
 
     @cached_property
@@ -210,18 +210,19 @@ def check_functions(functions: Functions, part: Path) -> None:
 def plan(folder: Path, context: int | None, prefill: Sequence[int]) -> Bundle:
     """Checks a model directory and what is asked of its bundle; nothing is written."""
     model = load(folder, cache_bytes=0)
-    if model.bank is None or model.retriever is None:
+    if model.bank is None:
         raise UserError("this model has no memory bank", folder, "choose one with memories")
+    encoder = model.require_retriever().encoder
     if (beside := len(model.require_banks().parts) - 1) or model.bank.barred:
         raise UserError(
             "a bundle holds one bank and no views",
             f"{beside} banks beside it, {len(model.bank.barred)} clusters barred by default",
             "bundle what mlx_hmem.bank split makes, or unblock them first",
         )
-    if model.retriever.encoder.name != "static":
+    if encoder.name != "static":
         raise UserError(
             "only the static encoder goes into a bundle",
-            model.retriever.encoder.name,
+            encoder.name,
             "train tree and memories with encoder static",
         )
     most = model.context or context or CONTEXT

@@ -216,8 +216,8 @@ def to_pytorch(source: Path, dtype: str | None = None) -> Conversion:
             f"dequantise it with --dtype {manifest.dtype}, or convert the unquantised one",
         )
     anchor = openlm.into_torch(source, dtype)
-    named = hmem.retriever.encoder in NAMED_ENCODERS
-    encoder = None if named else source / hmem.retriever.encoder
+    named = hmem.routed.encoder in NAMED_ENCODERS
+    encoder = None if named else source / hmem.routed.encoder
     stored, tree = dtype or manifest.dtype, source / TREE
     shards = [source / "bank" / shard.file for shard in manifest.shards]
     sources = [source / "hmem.json", source / "bank" / MANIFEST, *shards, tree]
@@ -237,7 +237,7 @@ def to_pytorch(source: Path, dtype: str | None = None) -> Conversion:
             "anchor",
             tuple(names),
             "tree.safetensors",
-            "encoder" if encoder is not None else hmem.retriever.encoder,
+            "encoder" if encoder is not None else hmem.routed.encoder,
         )
         write_atomic(part / MARKER, json.dumps(marker.to_dict(), indent=2) + "\n")
 

@@ -95,7 +95,8 @@ def plan(
     check_files(folder)
     if hmem is not None:
         check_hashes(folder, hmem)
-        open_tree(folder, hmem)
+        if hmem.retriever is not None:
+            open_tree(folder, hmem)
         with open_bank(folder, hmem, cache_bytes=0) as opened:
             bank = BankChange.planned(opened.manifest, levels, dtype)
     elif levels or dtype:

@@ -90,7 +90,7 @@ def anchor_hash(folder: Path) -> str:
     return fingerprint(*weight_files(folder))
 
 
-def text_hashes(folder: Path, config: dict[str, Any] | None = None) -> dict[str, str]:
+def text_hashes(folder: Path, config: dict[str, Any] | None = None) -> dict[str, Any]:
     """The hashes of ``hmem.json`` beside that of the weights, for the anchor in ``folder``, whose
     ``config`` may be given as :func:`read_config` has read it. Only what makes ids and logits
     counts: what ends a text may be changed, and so a chat template."""

@@ -32,10 +32,11 @@ class Difference:
 
 def unlike(first: OpenBank, second: OpenBank) -> list[tuple[str, object, object]]:
     """In what the two differ as a whole: its name, and what it is in either."""
+    own, other = (each.hmem.retriever for each in (first, second))
     pairs = (
         ("anchor", first.bank.anchor_hash, second.bank.anchor_hash),
         ("cluster tree", first.bank.tree_hash, second.bank.tree_hash),
-        ("encoder", first.hmem.retriever.encoder_hash, second.hmem.retriever.encoder_hash),
+        ("encoder", own and own.encoder_hash, other and other.encoder_hash),
         ("memory", first.bank.config, second.bank.config),
         ("dtype", first.bank.dtype, second.bank.dtype),
         ("quantisation", first.bank.manifest.quantization, second.bank.manifest.quantization),

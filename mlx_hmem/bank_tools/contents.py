@@ -14,7 +14,7 @@ from mlx_hmem.bank import Bank
 from mlx_hmem.bank.documents import MAX_TERMS, Document, read_documents
 from mlx_hmem.bank.format import Key
 from mlx_hmem.bank.views import Views, read_views
-from mlx_hmem.config import ClusterPath, HmemConfig, MemoryConfig
+from mlx_hmem.config import ClusterPath, HmemConfig, MemoryConfig, not_routed
 from mlx_hmem.errors import UserError
 from mlx_hmem.model.find import BANK_FILES, BANK_FOLDER, BESIDE, MODEL_FILES, find_model
 from mlx_hmem.model.load import added_banks, open_bank, open_tree
@@ -28,7 +28,14 @@ class OpenBank(NamedTuple):
     folder: Path
     hmem: HmemConfig
     bank: Bank
-    tree: ClusterTree
+    own_tree: ClusterTree | None  # None where memories are chosen by name alone
+
+    @property
+    def tree(self) -> ClusterTree:
+        """The cluster tree; UserError without one."""
+        if self.own_tree is None:
+            raise not_routed(self.hmem.names or ())
+        return self.own_tree
 
 
 def model_folder(path_or_repo: str | Path) -> Path:
@@ -47,7 +54,8 @@ def open_banks(folder: Path) -> list[OpenBank]:
     for name, each in {"": hmem, **added_banks(folder, hmem)}.items():
         where = folder / BESIDE / name if name else folder
         bank = open_bank(where, each, cache_bytes=0)
-        found.append(OpenBank(name, where, each, bank, open_tree(where, each)))
+        tree = None if each.retriever is None else open_tree(where, each)
+        found.append(OpenBank(name, where, each, bank, tree))
     return found
 
 
@@ -81,14 +89,16 @@ class Cluster:
 
 
 class Contents:
-    """What lies in one bank: ``clusters`` by (level, cluster), those that texts can reach."""
+    """What lies in one bank: ``clusters`` by (level, cluster), that texts or names reach."""
 
     def __init__(self, opened: OpenBank):
         self.opened, self.config = opened, opened.bank.config
         self.documents = read_documents(opened.folder / BANK_FOLDER, self.config)
-        self.clusters = {
+        names = opened.hmem.names or {}
+        self.clusters = {key: Cluster(0) for path in names.values() for key in enumerate(path, 1)}
+        self.clusters |= {
             (level, cluster): Cluster(count)
-            for level, counts in enumerate(opened.tree.counts, 1)
+            for level, counts in enumerate(opened.own_tree.counts if opened.own_tree else (), 1)
             for cluster, count in enumerate(counts.tolist())
             if count
         }

@@ -70,6 +70,7 @@ def _places(folder: Path) -> Iterator[str]:
     yield from (*ANCHOR, *MEMORY, f"{BANK_FOLDER}/{VIEWS}")
     yield from (f"{BESIDE}/*/{name}" for name in MEMORY)
     if (folder / "hmem.json").is_file():
-        encoder = Path(HmemConfig.from_file(folder / "hmem.json").retriever.encoder)
+        retriever = HmemConfig.from_file(folder / "hmem.json").retriever
+        encoder = Path(".." if retriever is None else retriever.encoder)
         if not encoder.is_absolute() and ".." not in encoder.parts:
             yield from (str(encoder / name) for name in ENCODER)

@@ -142,7 +142,7 @@ def _encoder(contents: Sequence[Contents]) -> tuple[dict[str, Any] | None, str]:
             trees[-1].append(_base64(np.asarray(tree.centroids[level - 1])[rows]))
     if not all(trees):
         return None, "The trees are too large for a page to route with."
-    name = first.hmem.retriever.encoder
+    name = first.hmem.routed.encoder
     return _tables(STATIC_FOLDER if name == "static" else first.folder / name, encoder, trees), note
 
 

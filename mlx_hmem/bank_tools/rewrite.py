@@ -71,7 +71,7 @@ def split(folder: Path, opened: OpenBank, views: Views, path: ClusterPath, out: 
         _subtree(opened.tree, old, path, width).save(tree, str(opened.tree.encoder_hash))
         tree_hash = fingerprint(tree)
         manifest = _write_subtree(opened, path, config, tree_hash, part / BANK_FOLDER)
-        retriever = replace(opened.hmem.retriever, tree_hash=tree_hash)
+        retriever = replace(opened.hmem.routed, tree_hash=tree_hash)
         hmem = replace(opened.hmem, memory=config, retriever=retriever)
         write_atomic(part / "hmem.json", hmem.to_json())
         if views:

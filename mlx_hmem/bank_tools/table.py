@@ -34,6 +34,9 @@ def _bank_lines(contents: Contents, effects: Effects | None) -> list[str]:
         f"{'level':>5} {'clusters':>9} {'reached':>8} {'empty':>6} {'r':>4} {'block bytes':>12} "
         f"{'all bytes':>15}  stored as",
     ]
+    if names := contents.opened.hmem.names:
+        known = ", ".join(f"{name} {path}" for name, path in names.items())
+        lines.insert(1, f"chosen by name: {known}")
     for level, (r, count) in enumerate(
         zip(bank.config.r, bank.config.num_clusters, strict=True), 1
     ):

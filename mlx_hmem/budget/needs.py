@@ -111,7 +111,7 @@ def read_needs(folder: Path, models: Sequence[Path], encoder: Path | None) -> Ne
     program = needs.program + 3 * sum(file.stat().st_size for file in files)
     # The small levels of the cluster tree; the large ones stay in the file.
     trees = [model / "retriever" / "tree.safetensors" for model in models]
-    program += sum(min(file.stat().st_size, 8_000_000) for file in trees)
+    program += sum(min(file.stat().st_size, 8_000_000) for file in trees if file.exists())
     if encoder is not None:
         program += sum(20 * f.stat().st_size for f in encoder.glob("tokenizer.json"))
         headers = [read_safetensors_header(f)[0] for f in encoder.glob("*.safetensors")]

@@ -25,7 +25,7 @@ from mlx_hmem.config import ClusterPath
 from mlx_hmem.errors import UserError
 from mlx_hmem.memory import FetchedMemory
 from mlx_hmem.model.banks import Banks
-from mlx_hmem.model.fetch import check_mode
+from mlx_hmem.model.fetch import check_mode, check_named
 from mlx_hmem.model.model import MemoryModel
 from mlx_hmem.model.stream import AnchorWithMemory, check_finite, check_length, ending, prompt_ids
 from mlx_hmem.retriever.texts import check_texts
@@ -195,6 +195,7 @@ def batch_generate(
     max_tokens: int | Sequence[int] = 100,
     memory: str = "fetched",
     route_texts: Sequence[str] | None = None,
+    memory_names: Sequence[str | None] | None = None,
     views: Sequence[str | None] | None = None,
     ids: Sequence[list[int]] | None = None,
     **options: Any,
@@ -205,6 +206,7 @@ def batch_generate(
         max_tokens: for all prompts, or for each; no text grows beyond the anchor's context.
         memory: "fetched", "generic" or "none", for all.
         route_texts: what to route by in place of each prompt.
+        memory_names: of each prompt the name of its memory, None to route it.
         views: of each prompt, what its user may fetch (:meth:`MemoryModel.under`), of one open
             bank; without, all are as ``model`` is.
         ids: of each prompt the ids that are continued, where they are not just the text's.
@@ -218,10 +220,13 @@ def batch_generate(
     check_mode(memory)
     ids, limits = _checked(model, prompts, max_tokens, ids)
     texts = check_texts(prompts if route_texts is None else route_texts)
-    if len(texts) != len(ids):
-        raise UserError("route_texts does not match the prompts", len(texts), f"give {len(ids)}")
-    if views is not None and len(views) != len(ids):
-        raise UserError("views does not match the prompts", len(views), f"give {len(ids)}")
+    names = [None] * len(ids) if memory_names is None else memory_names
+    lists = {"route_texts": texts, "views": views, "memory_names": names}
+    for what, given in lists.items():
+        if given is not None and len(given) != len(ids):
+            raise UserError(f"{what} does not match the prompts", len(given), f"give {len(ids)}")
+    for name in names:
+        check_named(memory, name)
     routes: list[tuple[str, ClusterPath | None]] = [("", None)] * len(ids)
     anchor: Any = model.with_rows(None)  # all that mlx-lm asks of a model
     caches = None
@@ -230,7 +235,7 @@ def batch_generate(
         by_view = {view: model.under(view) for view in views or ()}
         users = [model] * len(ids) if views is None else [by_view[view] for view in views]
         if memory == "fetched":
-            routes = [*_routes(users, texts)]
+            routes = _routes(users, texts, names)
         caches = [
             anchor.make_cache(path or "generic", bank=bank, under=user)
             for (bank, path), user in zip(routes, users, strict=True)
@@ -249,7 +254,19 @@ def batch_generate(
     ]
 
 
-def _routes(users: Sequence[MemoryModel], texts: list[str]) -> Iterator[tuple[str, ClusterPath]]:
+def _routes(
+    users: Sequence[MemoryModel], texts: Sequence[str], names: Sequence[str | None]
+) -> list[tuple[str, ClusterPath | None]]:
+    """The bank and the cluster path of each name, or else of the text, for its user."""
+    rows = list(zip(users, texts, names, strict=True))
+    rest = [(user, text) for user, text, name in rows if name is None]
+    routed = _routed(*zip(*rest, strict=True)) if rest else iter(())
+    return [next(routed) if n is None else user.require_banks().named(n) for user, _, n in rows]
+
+
+def _routed(
+    users: Sequence[MemoryModel], texts: Sequence[str]
+) -> Iterator[tuple[str, ClusterPath]]:
     """The bank and the cluster path of each text, for its user."""
     banks = [user.require_banks() for user in users]
     retriever = banks[0].retriever()

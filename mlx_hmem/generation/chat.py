@@ -31,6 +31,7 @@ Answers go to standard output, all else to standard error: it works in a pipe, t
 HELP = """\
 Text is answered; a line that begins with / is a command:
 /memory fetched|generic|none   which memory the next answers use; alone: which it is
+/name NAME                     the memory that the next answers use; alone: which there are
 /route                         the cluster path of the latest answer
 /route TEXT                    what TEXT would be routed to
 /history on|off                whether an answer sees what was said before; alone: which it is
@@ -145,6 +146,14 @@ def _memory_command(conversation: Conversation, mode: str) -> None:
     say(f"memory: {conversation.memory}")
 
 
+def _name_command(conversation: Conversation, name: str) -> None:
+    if name:
+        conversation.set_name(name)
+    known = conversation.model.require_banks().names
+    chosen = conversation.memory_name or "none, the text chooses"
+    say(f"name: {chosen}; known: {', '.join(known) or 'none'}")
+
+
 def _history_command(conversation: Conversation, state: str) -> None:
     if state not in ("", "on", "off"):
         raise UserError("no such state of the history", state, "use on or off")
@@ -164,6 +173,7 @@ def _reset_command(conversation: Conversation, rest: str) -> None:
 
 COMMANDS: dict[str, Callable[[Conversation, str], None]] = {
     "memory": _memory_command,
+    "name": _name_command,
     "history": _history_command,
     "route": _route_command,
     "stats": lambda conversation, rest: say("\n".join(conversation.stats.lines())),

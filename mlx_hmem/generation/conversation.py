@@ -22,7 +22,7 @@ from mlx_hmem.generation.ending import check_stops, ids_said, until
 from mlx_hmem.generation.prefetch import Prefetch
 from mlx_hmem.generation.session import SessionStats
 from mlx_hmem.generation.template import chat_ids, check_system
-from mlx_hmem.model.fetch import Fetch, check_mode
+from mlx_hmem.model.fetch import Fetch, check_mode, check_named
 from mlx_hmem.model.model import MemoryModel
 from mlx_hmem.model.stream import check_length, check_options, num_held, prompt_ids
 from mlx_hmem.retriever.steady import likely_paths, steady_route
@@ -46,6 +46,14 @@ class Turn:
     answer_ids: tuple[int, ...] = ()
 
 
+def check_chosen(model: MemoryModel, name: str | None) -> None:
+    """Raises UserError where there is neither a name nor a tree to choose a memory by."""
+    if name is None:
+        model.require_retriever()
+    else:
+        model.path_named(name)
+
+
 class Conversation:
     """Turns, their answers, and the memory of the moment. For one thread.
 
@@ -56,6 +64,7 @@ class Conversation:
 
     Attributes:
         memory: "fetched", "generic" or "none".
+        memory_name: of the memory that is fetched; None: the one that a turn is routed to.
         history: whether an answer sees the turns before; may be set between turns.
         turns: what was said and answered, as far as it is in the context.
         fetch: the :class:`Fetch` of the latest answer, None before the first.
@@ -67,6 +76,7 @@ class Conversation:
         model: MemoryModel,
         *,
         memory: str = "fetched",
+        memory_name: str | None = None,
         history: bool | None = None,
         system: str | None = None,
         blocked: Collection[Barred] = (),
@@ -89,6 +99,10 @@ class Conversation:
         has_memory = check_mode(memory) != "none"
         config = model.require_bank().config if has_memory else None
         own = model.require_banks().blocked_in(blocked, "") if has_memory else []
+        self.memory_name = memory_name
+        check_named(memory, memory_name)
+        if memory == "fetched":
+            check_chosen(model, memory_name)
         self._barred = frozenset() if config is None else config.check_blocked(own)
         self.model, self.memory, self.blocked = model, memory, blocked
         self.system, self.stop = system, check_stops(stop)
@@ -161,6 +175,11 @@ class Conversation:
             self.model.require_bank()
         self.memory = memory
 
+    def set_name(self, name: str | None) -> None:
+        """Which memory the next answers fetch, by its name; None: the one they are routed to."""
+        check_chosen(self.model, name)
+        self.memory_name = name
+
     def path_of(self, text: str) -> ClusterPath:
         """What ``text`` would be routed to by itself, as the first of a conversation."""
         return self.model.require_retriever().route(text)
@@ -207,7 +226,9 @@ class Conversation:
             return None, Fetch("none")
         start, vector = time.perf_counter(), None
         path, bank = None, ""
-        if self.memory == "fetched":
+        if self.memory == "fetched" and self.memory_name is not None:
+            bank, path = self.model.require_banks().named(self.memory_name)
+        elif self.memory == "fetched":
             vector = self._vector(turn.text)
             banks = self.model.require_banks()
             bank = banks.nearest(vector, self.blocked)[0] if len(banks.parts) > 1 else ""
@@ -221,6 +242,7 @@ class Conversation:
             path, self.blocked, wait=False, damaged=self.damaged, before=before, bank=bank
         )
         fetch.route_ms = (routed - start) * 1e3
+        fetch.name = "" if path is None else self.memory_name or ""
         return vector, fetch
 
     def _vector(self, text: str) -> np.ndarray:

@@ -68,6 +68,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="which memory to attach (default: %(default)s)",
     )
     memory.add_argument(
+        "--memory-name",
+        metavar="NAME",
+        help="the memory of this name, instead of the one that the text chooses",
+    )
+    memory.add_argument(
         "--block",
         nargs="+",
         default=[],
@@ -147,9 +152,10 @@ def open_model(args: argparse.Namespace) -> MemoryModel:
 
 
 def memory_options(args: argparse.Namespace) -> dict[str, Any]:
-    """``memory``, ``blocked`` and ``damaged``, as the model takes them."""
+    """What to fetch, as the model takes it."""
     return {
         "memory": args.memory,
+        "memory_name": args.memory_name,
         "blocked": [barred_path(text) for text in args.block],
         "damaged": "stop" if args.strict_memory else "skip",
     }

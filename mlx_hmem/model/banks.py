@@ -12,16 +12,18 @@ import numpy as np
 
 from mlx_hmem.bank import Bank
 from mlx_hmem.bank.views import Barred, Views, check_barred, of_bank, view_called
-from mlx_hmem.config import ClusterPath
+from mlx_hmem.config import ClusterPath, not_routed
 from mlx_hmem.errors import UserError
 from mlx_hmem.retriever import ClusterTree, Retriever
 
 
 class RoutedBank(NamedTuple):
-    """A bank with the retriever that finds its clusters; None where paths are given by hand."""
+    """A bank with the retriever that finds its clusters, None where paths are given by hand or by
+    their ``names``."""
 
     retriever: Retriever | None
     bank: Bank
+    names: Mapping[str, ClusterPath] = {}
 
 
 class Banks:
@@ -57,11 +59,25 @@ class Banks:
         return Banks(self._whole, self.views, allowed, inside)
 
     def retriever(self, name: str = "") -> Retriever:
-        """That of the bank of this name, as :meth:`bank`."""
+        """That of the bank of this name, as :meth:`bank`; UserError where it has none."""
         self.bank(name)
-        retriever = self.parts[name].retriever
-        assert retriever is not None  # load() gives each bank its own
+        if (retriever := self.parts[name].retriever) is None:
+            raise not_routed(self.names)
         return retriever
+
+    @property
+    def names(self) -> list[str]:
+        """Of the memories that may be chosen by name."""
+        return list(dict.fromkeys(name for part in self.parts.values() for name in part.names))
+
+    def named(self, name: str) -> tuple[str, ClusterPath]:
+        """The bank and the cluster path of a memory that has a name; UserError if none has it."""
+        for bank, part in self.parts.items():
+            if name in part.names:
+                return bank, part.names[name]
+        known = ", ".join(self.names)
+        remedy = f"known: {known}" if known else "leave it out: the text chooses the memory"
+        raise UserError("no memory of this name", name, remedy)
 
     def bank(self, name: str = "") -> Bank:
         """The bank of this name; UserError if there is none, or this view bars it."""
@@ -89,8 +105,8 @@ class Banks:
         answers where two are equal, or where none may be fetched from.
         """
         found: list[tuple[float, str, ClusterPath]] = []
-        for name, (retriever, bank) in self.parts.items():
-            assert retriever is not None
+        for name, (_, bank, _) in self.parts.items():
+            retriever = self.retriever(name)
             path = retriever.tree.route(vector)
             if len(self.parts) == 1:
                 return name, path

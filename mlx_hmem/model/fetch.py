@@ -22,8 +22,9 @@ Memory = Rows | RowsByLayer
 @dataclass
 class Fetch:
     """What was fetched for one prompt, from where and how long it took: without waiting, until the
-    reading had begun. ``bank`` names the one it was fetched from, "" the first. ``damage`` says of
-    each block that was left out, in one line, why."""
+    reading had begun. ``bank`` names the one it was fetched from, "" the first; ``name`` is
+    that of the memory where it was chosen so. ``damage`` says of each block that was left out, in
+    one line, why."""
 
     mode: str
     path: ClusterPath | None = None
@@ -36,6 +37,7 @@ class Fetch:
     damaged: Damaged = "stop"
     damage: list[str] = field(default_factory=list)
     bank: str = ""
+    name: str = ""
 
     @property
     def arrived_ms(self) -> float:
@@ -48,6 +50,7 @@ class Fetch:
         """Which memory it is, of which blocks from where, for people."""
         path = "" if self.path is None else f" {self.path}"
         path = f" of bank {self.bank},{path}" if self.bank else path
+        path = f" {self.name}{path}" if self.name else path
         sources = ", ".join(f"level {b['level']} {b['source']}" for b in self.blocks)
         return f"memory: {self.mode}{path}{f' ({sources})' if sources else ''}"
 
@@ -56,6 +59,7 @@ class Fetch:
         return {
             "mode": self.mode,
             **({"bank": self.bank} if self.bank else {}),
+            **({"name": self.name} if self.name else {}),
             "path": None if self.path is None else list(self.path),
             "blocks": self.blocks,
             "bytes_read": self.bytes_read,
@@ -69,6 +73,12 @@ def check_mode(memory: str) -> str:
     if memory not in MODES:
         raise UserError("unknown memory mode", repr(memory), f"use one of {', '.join(MODES)}")
     return memory
+
+
+def check_named(memory: str, name: str | None) -> None:
+    """Raises UserError where a name would choose nothing."""
+    if name is not None and memory != "fetched":
+        raise UserError(f"memory {memory} is not chosen by name", name, "leave the name out")
 
 
 def begin(

@@ -73,7 +73,7 @@ def load(
     places = {name: folder / BESIDE / name if name else folder for name in configs}
     plan = None
     if memory_budget is not None:
-        files = None if hmem is None else encoder_folder(folder, hmem)
+        files = encoder_folder(folder, hmem) if hmem is not None and hmem.retriever else None
         needs = read_needs(folder, [*places.values()], files)
         if scoring:
             plan = plan_scoring(needs, memory_budget, context)
@@ -82,22 +82,24 @@ def load(
         plan.apply()
         cache_bytes, resident_levels = plan.cache_bytes, plan.resident_levels
     options: dict[str, Any] = {"resident_levels": resident_levels, "level_folders": level_folders}
-    encoder, banks = None, dict[str, RoutedBank]()
+    encoder, banks, share = None, dict[str, RoutedBank](), cache_bytes // max(1, len(configs))
     for name, own in configs.items():
         place = places[name]
         if obtain is not None:
             inside = (place / BANK_FOLDER).relative_to(folder).as_posix()
             options["obtain"] = partial(obtain, inside)
-        bank = open_bank(place, own, cache_bytes=cache_bytes // len(configs), **options)
-        encoder = encoder or open_encoder(folder, configs[""])
-        banks[name] = RoutedBank(Retriever(encoder, open_tree(place, own)), bank)
+        bank, retriever = open_bank(place, own, cache_bytes=share, **options), None
+        if own.retriever is not None:
+            encoder = encoder or open_encoder(folder, configs[""])
+            retriever = Retriever(encoder, open_tree(place, own))
+        banks[name] = RoutedBank(retriever, bank, own.names or {})
         options = {}
     views = read_views(folder / BANK_FOLDER, {name: own.memory for name, own in configs.items()})
     known = read_config(folder)
     anchor, config = load_anchor(folder, config=known)
     tokenizer = read_tokenizer(folder, config)
-    retriever, first = banks.pop("") if banks else (None, None)
-    model = MemoryModel(anchor, config, tokenizer, retriever, first, banks, views)
+    retriever, first, names = banks.pop("") if banks else (None, None, None)
+    model = MemoryModel(anchor, config, tokenizer, retriever, first, banks, views, names)
     if plan is not None:
         trim()
         model.keep_to(plan, base)
@@ -144,11 +146,14 @@ def check_beside(hmem: HmemConfig, other: HmemConfig, what: str) -> None:
             f"{other.anchor_hash}, not {hmem.anchor_hash}",
             "use one that was trained on this anchor",
         )
-    if other.retriever.encoder_hash != hmem.retriever.encoder_hash:
+    own, its = (each.retriever and each.retriever.encoder_hash for each in (hmem, other))
+    if own != its:
+        encoders = (
+            r and f"{r.encoder} ({r.encoder_hash})" for r in (other.retriever, hmem.retriever)
+        )
         raise UserError(
             f"{what} is routed by another encoder",
-            f"{other.retriever.encoder} ({other.retriever.encoder_hash}), not "
-            f"{hmem.retriever.encoder} ({hmem.retriever.encoder_hash})",
+            ", not ".join(encoder or "by name alone" for encoder in encoders),
             "train one with this model's encoder",
         )
     ours, theirs = hmem.memory, other.memory
@@ -169,7 +174,7 @@ def _joined(memory: MemoryConfig) -> str:
 def open_bank(folder: Path, hmem: HmemConfig, **options: Any) -> Bank:
     """The bank in a folder with an ``hmem.json``, with options of :meth:`Bank.open`."""
     bank = Bank.open(folder / BANK_FOLDER, **options)
-    bank.check(anchor_hash=hmem.anchor_hash, tree_hash=hmem.retriever.tree_hash)
+    bank.check(anchor_hash=hmem.anchor_hash, tree_hash=hmem.tree_hash)
     if bank.config != hmem.memory:
         raise UserError(
             "hmem.json and bank/bank.json describe different memories",
@@ -181,7 +186,7 @@ def open_bank(folder: Path, hmem: HmemConfig, **options: Any) -> Bank:
 
 def encoder_folder(folder: Path, hmem: HmemConfig) -> Path:
     """Where the files of the encoder lie."""
-    name = hmem.retriever.encoder
+    name = hmem.routed.encoder
     if name == "minilm":
         return find_minilm()
     if name == "static":
@@ -192,9 +197,9 @@ def encoder_folder(folder: Path, hmem: HmemConfig) -> Path:
 
 
 def open_encoder(folder: Path, hmem: HmemConfig) -> Encoder:
-    name = hmem.retriever.encoder
+    name = hmem.routed.encoder
     encoder = load_encoder(name if name == "minilm" else encoder_folder(folder, hmem))
-    if encoder.fingerprint != hmem.retriever.encoder_hash:
+    if encoder.fingerprint != hmem.routed.encoder_hash:
         raise UserError(
             "the encoder is not the one this memory was routed with",
             name,
@@ -204,9 +209,9 @@ def open_encoder(folder: Path, hmem: HmemConfig) -> Encoder:
 
 
 def open_tree(folder: Path, hmem: HmemConfig) -> ClusterTree:
-    file = folder / "retriever" / "tree.safetensors"
+    wanted, file = hmem.routed.tree_hash, folder / "retriever" / "tree.safetensors"
     tree = ClusterTree.load(file)
-    if fingerprint(file) != hmem.retriever.tree_hash:
+    if fingerprint(file) != wanted:
         raise UserError(
             "the cluster tree is not the one this memory was made for",
             file,

@@ -24,7 +24,7 @@ from mlx_hmem.config import ClusterPath
 from mlx_hmem.errors import UserError
 from mlx_hmem.memory import FetchedMemory, Rows, stack_rows
 from mlx_hmem.model.banks import Banks, RoutedBank
-from mlx_hmem.model.fetch import Fetch, Memory, begin, check_mode
+from mlx_hmem.model.fetch import Fetch, Memory, begin, check_mode, check_named
 from mlx_hmem.model.stream import AnchorWithMemory, first_or, num_held, prompt_ids, stream_text
 from mlx_hmem.retriever import Retriever
 
@@ -35,7 +35,8 @@ class MemoryModel:
     Attributes:
         anchor: the mlx ``nn.Module``, usable by mlx-lm as it is.
         tokenizer: mlx-lm's ``TokenizerWrapper``.
-        retriever, bank: None for an anchor without memory.
+        retriever, bank: None for an anchor without memory; retriever, too, where memories are
+            chosen by name alone.
         banks: that bank and those beside it, as the view that was asked for allows them.
         context: the longest sequence in tokens, None if the anchor's config does not say.
         plan: how a memory budget is kept, None without one.
@@ -50,13 +51,14 @@ class MemoryModel:
         bank: Bank | None = None,
         beside: Mapping[str, RoutedBank] | None = None,
         views: Views | None = None,
+        names: Mapping[str, ClusterPath] | None = None,
     ):
         self.anchor, self.anchor_config, self.tokenizer = anchor, anchor_config, tokenizer
         self.retriever, self.bank = retriever, bank
         self.context: int | None = anchor_config.get("max_position_embeddings")
         self.banks: Banks | None = None
         if bank is not None:
-            parts = {"": RoutedBank(retriever, bank), **(beside or {})}
+            parts = {"": RoutedBank(retriever, bank, names or {}), **(beside or {})}
             self.banks = Banks(parts, views or {})
         self._slot = attach_memory(anchor, bank.config) if bank is not None else None
         self._dtype = float_dtype(anchor)
@@ -124,16 +126,19 @@ class MemoryModel:
         max_tokens: int = 100,
         memory: str = "fetched",
         route_text: str | None = None,
+        memory_name: str | None = None,
         blocked: Collection[Barred] = (),
         **options: Any,
     ) -> Iterator[GenerationResponse]:
         """Pieces of text that continue ``prompt``, each with ``.text`` (mlx-lm's responses).
 
-        The memory is routed by ``route_text``, by the prompt itself if that is None. ``options``:
+        The memory is the one of ``memory_name``, or else is routed by ``route_text``, by the prompt
+        itself if that is None. ``options``:
         ``temp``, ``top_p``, ``top_k``, ``min_p``, ``seed``, those of mlx-lm's ``generate_step``.
         """
         ids = prompt_ids(self.tokenizer, prompt, self.context)
-        fetch = self.fetch(prompt if route_text is None else route_text, memory, blocked)
+        text = prompt if route_text is None else route_text
+        fetch = self.fetch(text, memory, blocked, memory_name=memory_name)
         return self.stream_ids(ids, fetch, max_tokens=max_tokens, **options)
 
     def stream_ids(
@@ -176,8 +181,9 @@ class MemoryModel:
         blocked: Collection[Barred] = (),
         wait: bool = True,
         damaged: Damaged = "stop",
+        memory_name: str | None = None,
     ) -> Fetch:
-        """Routes ``text`` and fetches its memory.
+        """Routes ``text`` and fetches its memory, or fetches the one of ``memory_name``.
 
         Without ``wait`` a fetched memory is read while the prompt is processed, layer by layer: for
         one stream, which raises the UserError of a damaged block before its first token.
@@ -187,15 +193,23 @@ class MemoryModel:
         With ``damaged`` "skip" a block that cannot be read at a second try either is left out, and
         ``Fetch.damage`` says so; a stream that has begun to use it begins again.
         """
+        check_named(memory, memory_name)
         if check_mode(memory) == "none":
             return Fetch("none")
         self.require_bank()
-        start = time.perf_counter()
-        name, path = self.route(text, blocked) if memory == "fetched" else ("", None)
+        start, name, path = time.perf_counter(), "", None
+        if memory_name is not None:
+            name, path = self.require_banks().named(memory_name)
+        elif memory == "fetched":
+            name, path = self.route(text, blocked)
         routed = time.perf_counter()
         fetch = self.fetch_path(path, blocked, wait, damaged, bank=name)
-        fetch.route_ms = (routed - start) * 1e3
+        fetch.route_ms, fetch.name = (routed - start) * 1e3, memory_name or ""
         return fetch
+
+    def path_named(self, name: str) -> ClusterPath:
+        """The cluster path of a memory that has a name; UserError says which there are."""
+        return self.require_banks().named(name)[1]
 
     def route(self, text: str, blocked: Collection[Barred] = ()) -> tuple[str, ClusterPath]:
         """The bank that answers ``text``, "" the first, and the cluster path in it."""

@@ -119,7 +119,7 @@ def export(
         tree_file.parent.mkdir(exist_ok=True)
         joined_tree(base.tree, own_tree).save(tree_file, settings.encoder_hash)
         known = RetrieverConfig(
-            base.hmem.retriever.encoder if base.hmem else place_encoder("static", part),
+            base.hmem.routed.encoder if base.hmem else place_encoder("static", part),
             settings.encoder_hash,
             fingerprint(tree_file),
         )

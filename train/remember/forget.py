@@ -122,8 +122,8 @@ def write_bank(base: Base, rests: Sequence[Rest], gone: Collection[str], target:
         first = cluster // math.prod(old.memory.branching[1:level])
         return blocks.get((level, cluster)) if level != GENERIC and first in anew else "keep"
 
-    joined(base.tree, rests).save(target / TREE, hmem.retriever.encoder_hash)
-    retriever = replace(hmem.retriever, tree_hash=fingerprint(target / TREE))
+    joined(base.tree, rests).save(target / TREE, hmem.routed.encoder_hash)
+    retriever = replace(hmem.routed, tree_hash=fingerprint(target / TREE))
     hashes = (old.anchor_hash, retriever.tree_hash)
     planned = Manifest.planned(old.memory, old.dtype, old.quantization, *hashes)
     manifest = rewrite_bank(target / BANK_FOLDER, planned, block, base.folder / BANK_FOLDER)

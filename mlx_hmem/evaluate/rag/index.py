@@ -49,8 +49,8 @@ def build_index(model: str | Path, corpus: Path, out: Path, progress: bool = Tru
     retriever = Retriever(open_encoder(folder, hmem), open_tree(folder, hmem))
     files = corpus_files(corpus)
     identity = {
-        "tree_hash": hmem.retriever.tree_hash,
-        "encoder_hash": hmem.retriever.encoder_hash,
+        "tree_hash": hmem.routed.tree_hash,
+        "encoder_hash": hmem.routed.encoder_hash,
         "corpus": states(files),
     }
     if _is_there(out, identity):

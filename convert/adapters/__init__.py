@@ -1,0 +1,1 @@
+"""Adapters of other libraries beside an anchor, as a memory bank."""

@@ -1,0 +1,167 @@
+"""Adapters beside one anchor as the blocks of a memory bank of one level, kind ``lora``.
+
+The bank's patches are the union of the adapters', its rank is the greatest: what an adapter lacks
+is zeros, which add nothing. A bank adds 2 · B A (docs/bank_format.md), so B is stored times half of
+the adapter's own scale.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+import numpy as np
+
+from mlx_hmem.anchors.attach import memory_config
+from mlx_hmem.anchors.load import anchor_hash, anchor_of_config, read_config, text_hashes
+from mlx_hmem.bank import Manifest, rewrite_bank
+from mlx_hmem.bank.format import GENERIC
+from mlx_hmem.bank.writer import planned_bytes
+from mlx_hmem.bank_tools.folders import ANCHOR, model_files
+from mlx_hmem.config import (
+    FORMAT_VERSION,
+    PROJECTIONS,
+    ClusterPath,
+    HmemConfig,
+    MemoryConfig,
+    RetrieverConfig,
+)
+from mlx_hmem.errors import UserError
+from mlx_hmem.files import fingerprint, link_or_copy, write_atomic
+from mlx_hmem.folders import copy_missing
+from mlx_hmem.memory import group_shapes, whole_block
+from mlx_hmem.memory.lora import ALPHA
+from mlx_hmem.model.find import BANK_FOLDER
+from mlx_hmem.retriever import ClusterTree, load_encoder
+from mlx_hmem.retriever.encoder import STATIC_FOLDER
+
+from ..anchors.weights import Conversion
+from ..memory.tensors import DTYPES
+from .reading import Adapter, read_adapter
+
+ENCODER, TREE = "retriever/encoder", "retriever/tree.safetensors"
+
+
+def from_adapters(
+    folders: Mapping[str, Path], anchor: Path, texts: Mapping[str, Sequence[str]]
+) -> Conversion:
+    """Adapters by name on the anchor in a folder, as a model directory; headers alone are read.
+
+    Args:
+        texts: of each adapter, texts that belong to it, by which a prompt is routed; empty: the
+            memories are chosen by name alone.
+
+    Raises:
+        UserError: an adapter that does not fit the anchor, or has what a patch cannot hold.
+    """
+    config = read_config(anchor)
+    own = anchor_of_config(config)
+    adapters = {name: read_adapter(folder, own) for name, folder in folders.items()}
+    memory = _memory(own, list(adapters.values()))
+    dtype, notes = _dtype(adapters)
+    names: dict[str, ClusterPath] = {name: (cluster,) for cluster, name in enumerate(adapters)}
+    files = {file: anchor / file for file in model_files(anchor, only=ANCHOR)}
+    sources = [*files.values(), *(file for each in adapters.values() for file in each.sources)]
+
+    def write(part: Path) -> None:
+        (part / BANK_FOLDER).mkdir(exist_ok=True)  # else the anchor would load alone
+        copy_missing(files, part, link_or_copy)
+        retriever = _write_retriever(part, memory, list(texts.values())) if texts else None
+        hmem = HmemConfig(
+            FORMAT_VERSION, memory, retriever, anchor_hash(part), **text_hashes(part), names=names
+        )
+        planned = Manifest.planned(memory, dtype, None, hmem.anchor_hash, hmem.tree_hash)
+        by_cluster = list(adapters.values())
+
+        def block(level: int, cluster: int) -> np.ndarray | None:
+            given = level != GENERIC and cluster < len(by_cluster)
+            return block_of(by_cluster[cluster], memory) if given else None
+
+        rewrite_bank(part / BANK_FOLDER, planned, block)
+        write_atomic(part / "hmem.json", hmem.to_json())
+
+    need = planned_bytes(Manifest.planned(memory, dtype, None, "", ""))
+    need += sum(file.stat().st_size for file in files.values()) + (8 << 20)
+    how = "routed by texts, or chosen" if texts else "chosen"
+    made = (
+        f"{len(adapters)} adapters of rank {memory.r[0]} on {', '.join(memory.patched)} in {dtype}"
+    )
+    made += f", {how} by name: {', '.join(names)}"
+    return Conversion(sources, need, notes, write, made, config)
+
+
+def _memory(anchor: nn.Module, adapters: Sequence[Adapter]) -> MemoryConfig:
+    used = {key for adapter in adapters for key in adapter.patches}
+    layers = sorted({layer for layer, _ in used})
+    return memory_config(
+        anchor,
+        r=[max(adapter.rank for adapter in adapters)],
+        branching=[max(2, len(adapters))],
+        kind="lora",
+        layers=None if len(layers) == len(anchor.layers) else layers,
+        targets=[name for name in PROJECTIONS if any(name == target for _, target in used)],
+    )
+
+
+def _dtype(adapters: Mapping[str, Adapter]) -> tuple[str, list[str]]:
+    """The dtype in which every adapter is what it is, and what a user should know of it."""
+    halves = [h for each in adapters.values() for pair in each.patches.values() for h in pair]
+    found = {DTYPES.get(half.rows.dtype, "float32") for half in halves}
+    factors = {_factor(b) for each in adapters.values() for _, b in each.patches.values()}
+    notes = [note for each in adapters.values() for note in each.notes]
+    rounded = sorted(factor for factor in factors if math.frexp(factor)[0] not in (0.5, -0.5, 0))
+    if rounded:
+        notes.append(
+            f"B is stored times {', '.join(f'{f:g}' for f in rounded[:5])}, no power of two: in "
+            "float32, rounded to nearest"
+        )
+    exact = len(found) == 1 and not rounded and (found != {"float16"} or factors == {1.0})
+    return (found.pop() if exact else "float32"), notes
+
+
+def _factor(b: Any) -> float:
+    return b.scale / ALPHA
+
+
+def block_of(adapter: Adapter, memory: MemoryConfig) -> np.ndarray:
+    """The adapter as a float32 block."""
+    groups = [np.zeros(shape, np.float32) for shape in group_shapes(memory, memory.r[0])]
+    places = {
+        name: (group, place)
+        for group, names in zip(groups, memory.matrices.values(), strict=True)
+        for place, name in enumerate(names)
+    }
+    layers = {index: place for place, index in enumerate(memory.memory_layers)}
+    for (layer, target), (a, b) in adapter.patches.items():
+        for name, half, factor in (("a", a, 1.0), ("b", b, _factor(b))):
+            group, place = places[f"{target}_{name}"]
+            rows = half.rows.numbers().astype(np.float32)
+            group[layers[layer], place, : len(rows)] = rows * np.float32(factor)
+    return whole_block(groups)
+
+
+def _write_retriever(
+    part: Path, memory: MemoryConfig, texts: Sequence[Sequence[str]]
+) -> RetrieverConfig:
+    """A tree of one level whose centroids are the means of each adapter's texts."""
+    (part / ENCODER).mkdir(parents=True, exist_ok=True)
+    copy_missing(
+        {f.name: f for f in sorted(STATIC_FOLDER.iterdir()) if f.is_file()}, part / ENCODER
+    )
+    encoder = load_encoder(part / ENCODER)
+    centroids = np.zeros((memory.branching[0], encoder.dim), np.float32)
+    counts = np.zeros(memory.branching[0], np.int64)
+    for cluster, own in enumerate(texts):
+        centroids[cluster] = encoder.encode(own, progress=True).mean(axis=0)
+        counts[cluster] = len(own)
+    ClusterTree(memory.branching, [centroids], [counts], 0).save(part / TREE, encoder.fingerprint)
+    return RetrieverConfig(ENCODER, encoder.fingerprint, fingerprint(part / TREE))
+
+
+def check_texts(name: str, texts: Sequence[str]) -> list[str]:
+    """Those that are not empty; UserError where there is none."""
+    found = [text for text in texts if text.strip()]
+    if not found:
+        raise UserError("no texts to route by", name, "give files with texts, or leave --texts out")
+    return found
