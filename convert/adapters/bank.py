@@ -8,7 +8,6 @@ the adapter's own scale.
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import mlx.nn as nn
 import numpy as np
@@ -19,16 +18,9 @@ from mlx_hmem.bank import Manifest, rewrite_bank
 from mlx_hmem.bank.format import GENERIC
 from mlx_hmem.bank.writer import planned_bytes
 from mlx_hmem.bank_tools.folders import ANCHOR, model_files
-from mlx_hmem.config import (
-    FORMAT_VERSION,
-    PROJECTIONS,
-    ClusterPath,
-    HmemConfig,
-    MemoryConfig,
-    RetrieverConfig,
-)
+from mlx_hmem.config import FORMAT_VERSION, PROJECTIONS, ClusterPath, HmemConfig, MemoryConfig
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import fingerprint, link_or_copy, write_atomic
+from mlx_hmem.files import link_or_copy, write_atomic
 from mlx_hmem.folders import copy_missing
 from mlx_hmem.memory import group_shapes, whole_block
 from mlx_hmem.memory.lora import ALPHA
@@ -37,10 +29,9 @@ from mlx_hmem.retriever import ClusterTree, load_encoder
 from mlx_hmem.retriever.encoder import STATIC_FOLDER
 
 from ..anchors.weights import Conversion
+from ..memory.model import write_retriever
 from ..memory.tensors import DTYPES
 from .reading import Adapter, read_adapter
-
-ENCODER, TREE = "retriever/encoder", "retriever/tree.safetensors"
 
 
 def from_adapters(
@@ -67,7 +58,8 @@ def from_adapters(
     def write(part: Path) -> None:
         (part / BANK_FOLDER).mkdir(exist_ok=True)  # else the anchor would load alone
         copy_missing(files, part, link_or_copy)
-        retriever = _write_retriever(part, memory, list(texts.values())) if texts else None
+        tree = _tree(memory, list(texts.values())) if texts else None
+        retriever = None if tree is None else write_retriever(None, tree, STATIC_FOLDER, part)
         hmem = HmemConfig(
             FORMAT_VERSION, memory, retriever, anchor_hash(part), **text_hashes(part), names=names
         )
@@ -106,22 +98,17 @@ def _memory(anchor: nn.Module, adapters: Sequence[Adapter]) -> MemoryConfig:
 
 def _dtype(adapters: Mapping[str, Adapter]) -> tuple[str, list[str]]:
     """The dtype in which every adapter is what it is, and what a user should know of it."""
-    halves = [h for each in adapters.values() for pair in each.patches.values() for h in pair]
-    found = {DTYPES.get(half.rows.dtype, "float32") for half in halves}
-    factors = {_factor(b) for each in adapters.values() for _, b in each.patches.values()}
+    patches = [patch for each in adapters.values() for patch in each.patches.values()]
+    found = {DTYPES.get(half.dtype, "float32") for p in patches for half in (p.a, p.b)}
+    factors = {patch.scale / ALPHA for patch in patches}
     notes = [note for each in adapters.values() for note in each.notes]
-    rounded = sorted(factor for factor in factors if math.frexp(factor)[0] not in (0.5, -0.5, 0))
+    rounded = sorted(f for f in factors if f and abs(math.frexp(f)[0]) != 0.5)
     if rounded:
-        notes.append(
-            f"B is stored times {', '.join(f'{f:g}' for f in rounded[:5])}, no power of two: in "
-            "float32, rounded to nearest"
-        )
+        shown = ", ".join(f"{factor:g}" for factor in rounded[:5])
+        notes.append(f"B times {shown}, no power of two, is rounded to float32")
+    # Half of a float16 is not always one.
     exact = len(found) == 1 and not rounded and (found != {"float16"} or factors == {1.0})
     return (found.pop() if exact else "float32"), notes
-
-
-def _factor(b: Any) -> float:
-    return b.scale / ALPHA
 
 
 def block_of(adapter: Adapter, memory: MemoryConfig) -> np.ndarray:
@@ -133,30 +120,23 @@ def block_of(adapter: Adapter, memory: MemoryConfig) -> np.ndarray:
         for place, name in enumerate(names)
     }
     layers = {index: place for place, index in enumerate(memory.memory_layers)}
-    for (layer, target), (a, b) in adapter.patches.items():
-        for name, half, factor in (("a", a, 1.0), ("b", b, _factor(b))):
+    for (layer, target), (a, b, scale) in adapter.patches.items():
+        for name, tensor, factor in (("a", a, 1.0), ("b", b, scale / ALPHA)):
             group, place = places[f"{target}_{name}"]
-            rows = half.rows.numbers().astype(np.float32)
+            rows = tensor.numbers().astype(np.float32)
             group[layers[layer], place, : len(rows)] = rows * np.float32(factor)
     return whole_block(groups)
 
 
-def _write_retriever(
-    part: Path, memory: MemoryConfig, texts: Sequence[Sequence[str]]
-) -> RetrieverConfig:
+def _tree(memory: MemoryConfig, texts: Sequence[Sequence[str]]) -> ClusterTree:
     """A tree of one level whose centroids are the means of each adapter's texts."""
-    (part / ENCODER).mkdir(parents=True, exist_ok=True)
-    copy_missing(
-        {f.name: f for f in sorted(STATIC_FOLDER.iterdir()) if f.is_file()}, part / ENCODER
-    )
-    encoder = load_encoder(part / ENCODER)
+    encoder = load_encoder("static")
     centroids = np.zeros((memory.branching[0], encoder.dim), np.float32)
     counts = np.zeros(memory.branching[0], np.int64)
     for cluster, own in enumerate(texts):
         centroids[cluster] = encoder.encode(own, progress=True).mean(axis=0)
         counts[cluster] = len(own)
-    ClusterTree(memory.branching, [centroids], [counts], 0).save(part / TREE, encoder.fingerprint)
-    return RetrieverConfig(ENCODER, encoder.fingerprint, fingerprint(part / TREE))
+    return ClusterTree(memory.branching, [centroids], [counts], 0)
 
 
 def check_texts(name: str, texts: Sequence[str]) -> list[str]:

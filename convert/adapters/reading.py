@@ -53,26 +53,27 @@ MOST = 1e9  # of a scale: more is no adapter
 TASKS = (None, "CAUSAL_LM")
 
 
-class Half(NamedTuple):
-    """A matrix of a patch as rows of r, (r, width), still in its file."""
+class Patch(NamedTuple):
+    """What is added to a projection: ``scale`` · B A, both as rows of r, (r, width), in files."""
 
-    rows: LazyTensor
-    scale: float  # what to multiply it with
+    a: LazyTensor
+    b: LazyTensor
+    scale: float
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter on one anchor: ``patches`` by layer and projection, each its A and its B."""
+    """An adapter on one anchor: ``patches`` by layer and projection."""
 
     folder: Path
     sources: tuple[Path, ...]
-    patches: Mapping[tuple[int, str], tuple[Half, Half]]
+    patches: Mapping[tuple[int, str], Patch]
     notes: tuple[str, ...] = ()
 
     @property
     def rank(self) -> int:
         """The greatest of its patches."""
-        return max(a.rows.shape[0] for a, _ in self.patches.values())
+        return max(patch.a.shape[0] for patch in self.patches.values())
 
 
 class Place(NamedTuple):
@@ -155,9 +156,9 @@ def _patches(
     anchor: nn.Module,
     scale_of: Callable[[str, int], float],
     problems: Problems,
-) -> dict[tuple[int, str], tuple[Half, Half]]:
+) -> dict[tuple[int, str], Patch]:
     places, sizes = places_of(anchor), anchor_sizes(anchor)
-    patches: dict[tuple[int, str], tuple[Half, Half]] = {}
+    patches: dict[tuple[int, str], Patch] = {}
     for module, pair in halves.items():
         match = IN_LAYER.fullmatch(module)
         layer, inside = (int(match[1]), match[2]) if match else (-1, module)
@@ -177,7 +178,7 @@ def _patches(
             continue
         scale = scale_of(module, a.shape[0])
         for place in own:
-            patches[layer, place.name] = Half(a, 1.0), Half(_part(b, place), scale)
+            patches[layer, place.name] = Patch(a, _part(b, place), scale)
     return patches
 
 

@@ -117,7 +117,7 @@ def from_pytorch(
     def write(part: Path) -> None:
         (part / "bank").mkdir(parents=True, exist_ok=True)  # else the anchor would load alone
         anchor.write(part)
-        retriever = _write_retriever(tree_file, tree, encoder, part)
+        retriever = write_retriever(tree_file, tree, encoder, part)
         hmem = HmemConfig(FORMAT_VERSION, memory, retriever, anchor_hash(part), **text_hashes(part))
         write_tensors_as_bank(
             part / "bank",
@@ -180,8 +180,8 @@ def _by_name(folder: Path) -> dict[Path, Path]:
     return {file.relative_to(folder): file for file in _files_of(folder)}
 
 
-def _write_retriever(
-    tree_file: Path, tree: ClusterTree, encoder: str | Path, part: Path
+def write_retriever(
+    tree_file: Path | None, tree: ClusterTree, encoder: str | Path, part: Path
 ) -> RetrieverConfig:
     """Writes the tree, and the encoder where it is a folder; says by what they are known."""
     name = encoder if isinstance(encoder, str) else ENCODER
@@ -189,7 +189,7 @@ def _write_retriever(
         copy_missing(_by_name(encoder), part / ENCODER)
         encoder = part / ENCODER
     found = load_encoder(encoder).fingerprint
-    if tree.encoder_hash is not None:  # a tree of ours, as it is
+    if tree_file is not None and tree.encoder_hash is not None:  # a tree of ours, as it is
         write_atomic(part / TREE, tree_file.read_bytes())
     else:
         tree.save(part / TREE, found)

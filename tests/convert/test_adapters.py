@@ -13,6 +13,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
+from convert.adapters import bank
 from convert.command import main
 from mlx_hmem import load
 from mlx_hmem.anchors.load import load_anchor, named_parameters
@@ -23,7 +24,8 @@ from mlx_hmem.generation.chat import main as chat_main
 from mlx_hmem.generation.command import main as generate_main
 from mlx_hmem.generation.conversation import Conversation
 from tests.conftest import edit_json
-from tests.helpers.places import ROOT
+from tests.helpers.faults import stop_at
+from tests.helpers.places import ROOT, bytes_of
 from tests.helpers.programs import refused
 from tests.helpers.tiny_anchors import LLAMA_LIKE, make_anchor
 
@@ -220,6 +222,44 @@ def test_the_bank_is_inspected_and_verified_without_a_tree(named, tmp_path, caps
     assert "sound" in capsys.readouterr().out
     words = ["split", str(named), "0", "--out", str(tmp_path / "out")]
     refused("no cluster tree: it is chosen by name: sql", bank_main, words)
+
+
+@pytest.mark.parametrize("place", ["copy_missing", "rewrite_bank", "write_atomic"])
+def test_stopped_it_is_no_model_and_goes_on_with_the_same_command(
+    anchor, saved, named, tmp_path, monkeypatch, place
+):
+    stop_at(monkeypatch, bank, place, 1)
+    with pytest.raises(KeyboardInterrupt):
+        adapters(*saved, anchor=anchor, out=tmp_path / "out")
+    monkeypatch.undo()
+    refused("", load, tmp_path / "out.part")
+    assert not (tmp_path / "out").exists()
+    assert bytes_of(adapters(*saved, anchor=anchor, out=tmp_path / "out")) == bytes_of(named)
+    assert not (tmp_path / "out.part").exists()
+    refused("exists", adapters, *saved, anchor=anchor, out=tmp_path / "out")
+
+
+def test_damaged_files_of_an_adapter_are_one_line(anchor, saved, tmp_path):
+    whole = (saved[0] / "adapters.safetensors").read_bytes()
+    header = b'{"a.lora_a":{"dtype":"F32","shape":[1152921504606846976,16],"data_offsets":[0,4]}}'
+    huge = len(header).to_bytes(8, "little") + header + bytes(4)
+    for number, data in enumerate((b"", whole[:-1], whole + b"0", huge, b"\x80\x02" + whole)):
+        wrong = Path(shutil.copytree(saved[0], tmp_path / f"wrong-{number}"))
+        (wrong / "adapters.safetensors").write_bytes(data)
+        refused("", adapters, wrong, anchor=anchor, out=tmp_path / "out")
+    for number, text in enumerate(("", "[1]", "[" * 9000, '{"peft_type":1}', '{"a":1,"a":2}')):
+        wrong = Path(shutil.copytree(saved[0], tmp_path / f"wrong-json-{number}"))
+        (wrong / "adapter_config.json").write_text(text)
+        refused("", adapters, wrong, anchor=anchor, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "names", [{}, [], {"a": [0, 1]}, {"a": [9]}, {"a": ["0"]}, {"a": 0}, {"": [0]}, None], ids=repr
+)
+def test_wrong_names_in_hmem_json_are_refused(named, tmp_path, names):
+    copy = Path(shutil.copytree(named, tmp_path / "model"))
+    edit_json(copy / "hmem.json", lambda values: values.update(names=names))
+    refused("", load, copy)
 
 
 def changed(folder: Path, place: Path, **keys) -> Path:

@@ -77,7 +77,7 @@ def test_an_anchor_does_not_load_before_its_memory_is_there(
     wide, layout, tmp_path, kind, monkeypatch
 ):
     # Where the anchor is whole and nothing else is.
-    module, name = (memory, "_write_retriever")
+    module, name = (memory, "write_retriever")
     if kind == "quantise":
         module, name = (quantized_model, "change_bank")
     stop_at(monkeypatch, module, name, 1)
@@ -120,13 +120,13 @@ def test_a_source_of_another_content_is_not_gone_on_with(layout, tmp_path, monke
 
 def test_a_source_that_changes_while_it_is_read_gives_no_model(layout, tmp_path, monkeypatch):
     source, out = Path(shutil.copytree(layout, tmp_path / "source")), tmp_path / "out"
-    write_retriever = memory._write_retriever
+    write_retriever = memory.write_retriever
 
     def changed(*arguments: object) -> object:
         os.utime(source / "memory-level-1.safetensors", ns=(1, 1))
         return write_retriever(*arguments)
 
-    monkeypatch.setattr(memory, "_write_retriever", changed)
+    monkeypatch.setattr(memory, "write_retriever", changed)
     refused(r"changed while .*memory-level-1\.safetensors; run the", main, [str(source), str(out)])
     assert not out.exists()
     monkeypatch.undo()
