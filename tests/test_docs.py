@@ -14,6 +14,7 @@ import shlex
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +85,12 @@ def parsing(loose: bool) -> Iterator[list[argparse.ArgumentParser]]:
     """
     seen: list[argparse.ArgumentParser] = []
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_args(self, args=None, parse=argparse.ArgumentParser.parse_known_args):
         seen.append(self)
         for parser in (self, *below(self)) if loose else ():
             for action in parser._actions:
                 action.required = False
-        parsed, rest = self.parse_known_args(args)
+        parsed, rest = parse(self, args)
         if rest:
             self.error(f"unrecognized arguments: {' '.join(rest)}")
         raise Parsed(parsed)
@@ -99,6 +100,8 @@ def parsing(loose: bool) -> Iterator[list[argparse.ArgumentParser]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+        mixed = partialmethod(parse_args, parse=argparse.ArgumentParser.parse_known_intermixed_args)
+        patch.setattr(argparse.ArgumentParser, "parse_intermixed_args", mixed)
         patch.setattr(argparse.ArgumentParser, "error", error)
         patch.setattr(sys, "argv", list(sys.argv))
         yield seen
