@@ -5,20 +5,19 @@ can be streamed and both directions read one table; a test holds the two against
 the anchor needs, and in which shape, its own class says.
 """
 
-import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlx_hmem.anchors.load import anchor_of_config, indexed_files, named_parameters, read_config
+from mlx_hmem.anchors.load import anchor_of_config, named_parameters, named_weights, read_config
 from mlx_hmem.errors import UserError
 from mlx_hmem.reading import read_json
 
 from ..torch_files.pickles import open_files
 from ..torch_files.tensors import open_safetensors
 from . import hugging_face_config
-from .keys import SAME, Drop, Rule, strip, to_mlx, to_torch
+from .keys import MOST_NAMES, SAME, Drop, Rule, strip, to_mlx, to_torch
 from .weights import Conversion, anchor_conversion, companions, equal_bits, write_shards
 
 EXPERTS = ("gate_proj", "up_proj", "down_proj")  # the matrices of an expert, as mlx-lm calls them
@@ -54,29 +53,22 @@ HEAD = "lm_head.weight"
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The folder's weights: safetensors if there are any, else PyTorch's pickles; all of a set."""
-    for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
-        index = folder / f"{stem}{suffix}.index.json"
-        if index.is_file():
-            names = indexed_files(index)
-        elif (folder / f"{stem}{suffix}").is_file():
-            names = [f"{stem}{suffix}"]
-        else:
-            names = sorted(f.name for f in folder.glob(f"{stem}-*-of-*{suffix}"))
-            check_whole_set(names, "weight files", folder)
-        if names:
-            return [folder / name for name in names]
-    raise UserError(
-        "no weights: neither model*.safetensors nor pytorch_model*.bin", folder, "download them"
-    )
+    """The folder's weights: safetensors if there are any, else PyTorch's pickles."""
+    kinds = ((".safetensors", "model"), (".bin", "pytorch_model"))
+    files = next((found for kind in kinds if (found := named_weights(folder, *kind))), [])
+    if not files:
+        what = "no weights: neither model*.safetensors nor pytorch_model*.bin"
+        raise UserError(what, folder, "download them")
+    return files
 
 
-def check_whole_set(names: Sequence[str], kind: str, folder: Path) -> None:
-    """Raises UserError if of files ``…-00001-of-00003`` a part is missing."""
-    count = re.search(r"-of-0*(\d+)\.[^.]*$", names[0]) if names else None
-    if count and int(count[1]) != len(names):
-        what = f"{len(names)} of {count[1]} {kind} are there"
-        raise UserError(what, folder, "fetch them all")
+def others_beside(folder: Path, files: Sequence[Path]) -> list[str]:
+    """A line that names the weight files of a folder that are not read."""
+    ends = (".safetensors", ".bin", ".pt", ".pth")
+    names = sorted(f.name for f in folder.iterdir() if f.suffix in ends and f not in files)
+    shown = ", ".join(names[:MOST_NAMES]) + (", …" if names[MOST_NAMES:] else "")
+    more = f" and {len(files) - 1} more" if files[1:] else ""
+    return [f"not read: {shown}; the weights are {files[0].name}{more}"] if names else []
 
 
 def wanted_of(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -111,6 +103,7 @@ def from_torch(source: Path, dtype: str | None = None, tokenizer: Path | None = 
     drops = DROPS + ([Drop(HEAD, "equal to the embedding, to which it is tied")] if equal else [])
     targets, dropped = to_mlx(tensors, RULES.get(name, [SAME]), drops, wanted, dtype)
     notes += dropped + [f"left out {name}: no part of the model" for name in checkpoint.left_out]
+    notes += others_beside(source, files)
     sources = [source / "config.json", *files]
     copied = companions(*([tokenizer] if tokenizer else []), source)
     config = with_dtype(config, dtype)

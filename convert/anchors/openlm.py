@@ -10,8 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlx_hmem.anchors.load import anchor_of_config, read_config
-from mlx_hmem.anchors.load import weight_files as mlx_weight_files
+from mlx_hmem.anchors.load import anchor_of_config, check_whole_set, read_config, weight_files
 from mlx_hmem.anchors.openlm import NAMES, PREFIXES
 from mlx_hmem.errors import UserError
 
@@ -19,7 +18,7 @@ from ..torch_files.pickles import open_files
 from ..torch_files.tensors import Checkpoint, open_safetensors
 from ..torch_files.writer import Entry, write_torch
 from . import hugging_face
-from .hugging_face import check_whole_set, wanted_of
+from .hugging_face import wanted_of
 from .keys import Drop, Rule, strip, to_mlx, to_torch
 from .openlm_config import (
     EMBEDDING,
@@ -125,7 +124,7 @@ def into_torch(source: Path, dtype: str | None = None) -> Conversion:
     if config["model_type"] != "openlm":
         return hugging_face.into_torch(source, dtype)
     args: Any = anchor_of_config(config).args
-    files = mlx_weight_files(source)
+    files = weight_files(source)
     targets = to_torch(open_safetensors(files).tensors, RULES, wanted_of(config), dtype)
     norms = {ours: name for name, ours in reversed(NORMS.items())}
     positions = {interleaved: name for name, interleaved in POSITIONS.items()}

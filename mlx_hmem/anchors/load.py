@@ -3,7 +3,8 @@
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, get_type_hints
 
@@ -43,23 +44,53 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # the first that is the
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The anchor's weight files, checked to be sound safetensors. Where an index is, they are those
-    that it names: another beside them would be loaded over them, without a word."""
-    files = sorted(folder.glob("model*.safetensors"))
+    """The anchor's weight files, checked to be sound safetensors. mlx-lm loads whatever is called
+    model*.safetensors: what is none of the anchor's would be loaded over it, without a word."""
+    files = named_weights(folder)
     if not files:
         raise UserError("no anchor weights (model*.safetensors)", folder, "name a model directory")
-    named = [file.name for file in files]
-    if (folder / INDEX).exists():
-        named, why = indexed_files(folder / INDEX), f"{INDEX} does not name it"
-    elif "model.safetensors" in named:
-        named, why = ["model.safetensors"], "model.safetensors is there"
-    for file in files:
-        if file.name not in named:
+    for file in folder.glob("model*.safetensors"):
+        if file not in files:
+            by_index = f"{INDEX} does not name it"
+            why = by_index if (folder / INDEX).exists() else "model.safetensors is there"
             what = "a weight file that is none of the anchor's"
             raise UserError(what, f"{file}: {why}", "move the file elsewhere")
-    for file in (folder / name for name in named):
+    for file in files:
+        if not file.match("model*.safetensors"):
+            what = "mlx-lm reads weights that are called model*.safetensors, and no others"
+            raise UserError(what, file, "convert the model: mlx_hmem.convert FOLDER DESTINATION")
         read_safetensors_header(file)
-    return [folder / name for name in named]
+    return files
+
+
+def named_weights(folder: Path, suffix: str = ".safetensors", stem: str = "model") -> list[Path]:
+    """Which weight files count, for everybody: with an index exactly those that it names; else the
+    one file ``{stem}{suffix}``; else all that begin so. None where there are none.
+
+    Raises UserError where one of them is missing.
+    """
+    index = folder / f"{stem}{suffix}.index.json"
+    if index.exists():
+        names = indexed_files(index)
+    elif (folder / f"{stem}{suffix}").exists():
+        names = [f"{stem}{suffix}"]
+    else:
+        names = sorted(file.name for file in folder.glob(f"{stem}*{suffix}"))
+        check_whole_set(names, "weight files", folder)
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing:
+        shown = f"{missing[0]} and {len(missing) - 1} more" if missing[1:] else missing[0]
+        what = f"{len(missing)} of {len(names)} weight files are missing"
+        raise UserError(what, f"{shown} in {folder}", "fetch them all")
+    return [folder / name for name in names]
+
+
+def check_whole_set(names: Sequence[str], kind: str, folder: Path) -> None:
+    """Raises UserError if of files ``…-00001-of-00003`` a part is missing."""
+    count = re.search(r"-of-0*(\d+)\.[^.]*$", names[0]) if names else None
+    if count and int(count[1]) != len(names):
+        what = f"{len(names)} of {count[1]} {kind} are there"
+        raise UserError(what, folder, "fetch them all")
 
 
 def indexed_files(index: Path) -> list[str]:

@@ -17,9 +17,10 @@ import pytest
 from convert.anchors import hugging_face
 from convert.torch_files.tensors import bits_of
 from convert.torch_files.writer import write_torch
-from mlx_hmem.anchors.load import load_anchor
+from mlx_hmem.anchors.load import INDEX, anchor_hash, load_anchor
+from mlx_hmem.budget.needs import needs_of
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import load_safetensors
+from mlx_hmem.files import load_safetensors, save_safetensors
 from tests.conftest import edit_json
 from tests.helpers import anchor_checkpoints as checkpoints
 from tests.helpers.places import ROOT
@@ -69,6 +70,34 @@ def test_pickles_give_what_safetensors_give_and_drop_only_what_is_known(tmp_path
     assert "dropped h.{i}.attn.masked_bias (1)" in said
     (source / "pytorch_model-00002-of-00002.bin").unlink()
     refused("1 of 2 weight files", checkpoints.convert, source, tmp_path / "again")
+
+
+def test_an_index_says_which_files_count_and_what_lies_beside_is_named(tmp_path, capsys):
+    """A stray model.safetensors beside an index was loaded in place of the right weights."""
+    source = checkpoints.save_hugging_face(tmp_path / "source", "llama", mx.float32)
+    right = checkpoints.bits(source)
+    weights = load_safetensors(source / "model.safetensors")
+    where = {name: f"part-{index % 2}.safetensors" for index, name in enumerate(weights)}
+    for file in set(where.values()):
+        save_safetensors(source / file, {n: weights[n] for n in weights if where[n] == file})
+    save_safetensors(
+        source / "model.safetensors", {n: array + 1 for n, array in weights.items()}
+    )  # other weights
+    (source / INDEX).write_text(json.dumps({"weight_map": where}))
+    assert checkpoints.bits(checkpoints.convert(source, tmp_path / "out")) == right
+    said = capsys.readouterr().err
+    assert "not read: model.safetensors; the weights are part-0.safetensors and 1 more" in said
+    refused(f"model.safetensors: {INDEX} does not name it; move", anchor_hash, source)
+    (source / "model.safetensors").unlink()
+    refused("reads weights that are called model.*convert the model", anchor_hash, source)
+    (source / "part-0.safetensors").unlink()
+    missing = "1 of 2 weight files are missing: part-0.safetensors in"
+    refused(missing, checkpoints.convert, source, tmp_path / "again")
+    refused(missing, needs_of, source)
+    (source / INDEX).unlink()
+    os.rename(source / "part-1.safetensors", source / "model-00001-of-00002.safetensors")
+    for program in (anchor_hash, load_anchor, needs_of, hugging_face.weight_files):
+        refused("1 of 2 weight files are there", program, source)
 
 
 def test_a_head_is_dropped_only_where_it_is_the_embedding(tmp_path, capsys):
