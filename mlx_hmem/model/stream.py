@@ -21,6 +21,7 @@ from mlx_hmem.anchors.attach import ArrivingRows, MemorySlot
 from mlx_hmem.budget.resident import OverBudgetError
 from mlx_hmem.errors import UserError
 from mlx_hmem.memory import Rows
+from mlx_hmem.model.tokenizer import ModelTokenizer
 
 _threads = set[int]()  # that have called an anchor, beside the main one
 
@@ -80,6 +81,8 @@ def prompt_ids(tokenizer: TokenizerWrapper, prompt: str, context: int | None) ->
         prompt.encode()
     except UnicodeEncodeError as error:  # a command line may hold any bytes
         raise UserError("the prompt is not UTF-8 text", error, "convert it") from None
+    if isinstance(tokenizer, ModelTokenizer):
+        prompt = tokenizer.without_bos(prompt)
     return check_length(list(tokenizer.encode(prompt)), context)
 
 

@@ -41,7 +41,11 @@ def read_tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerWrapper:
     try:
         with foreign(f"the tokenizer in {folder} cannot be read", "restore it"), unheard():
             extra = {"trust_remote_code": False}
-            return ModelTokenizer.of(load_tokenizer(folder, extra, ends), config.get("vocab_size"))
+            wrapper = load_tokenizer(folder, extra, _ends(folder, config))
+            # mlx-lm adds the tokenizer's own end of text; the end of a turn may be another token.
+            if (turn_end := _turn_end(folder, wrapper._tokenizer)) is not None:
+                wrapper.eos_token_ids = wrapper.eos_token_ids | {turn_end}
+            return ModelTokenizer.of(wrapper, config.get("vocab_size"))
     finally:
         transformers_logging.set_verbosity(verbosity)
 
@@ -87,6 +91,17 @@ def _ends(folder: Path, config: dict[str, Any]) -> list[int] | None:
             where = " or ".join(name for name in BESIDE if (folder / name).exists())
             raise UserError(what, repr(one)[:40], f"correct it in {where} of {folder}")
     return ids or None
+
+
+def _turn_end(folder: Path, tokenizer: Any) -> int | None:
+    """The id of the ``eot_token`` that ``tokenizer_config.json`` names, if that is an added one."""
+    file = folder / "tokenizer_config.json"
+    config = read_json(file) if file.exists() else {}
+    extra = config.get("extra_special_tokens")
+    named = config.get("eot_token") or (extra.get("eot_token") if isinstance(extra, dict) else None)
+    text = named.get("content") if isinstance(named, dict) else named
+    added = tokenizer.added_tokens_decoder.items()
+    return next((number for number, token in added if token.content == text), None)
 
 
 class Pieces(StreamingDetokenizer):
@@ -181,6 +196,14 @@ class ModelTokenizer(TokenizerWrapper):
         for part in rest:
             ids += encode(part, add_special_tokens=False)
         return ids
+
+    def without_bos(self, prompt: str) -> str:
+        """A prompt without what begins a text, where :meth:`encode` puts that there anyway: a
+        prompt copied from elsewhere may have it. Told by its id, as the tokenizer reads it."""
+        begin, encode = self.bos_token_id, self._tokenizer.encode
+        found = None if begin is None else any_of([self.bos_token], re.I).match(prompt)
+        same = found and encode("a")[:1] == encode(found[0], add_special_tokens=False) == [begin]
+        return prompt[found.end() :] if found and same else prompt
 
     @cached_property
     def _around(self) -> int:

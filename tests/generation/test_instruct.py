@@ -9,6 +9,8 @@ from mlx_hmem import load
 from mlx_hmem.errors import UserError
 from mlx_hmem.generation.conversation import Conversation
 from mlx_hmem.model.model import MemoryModel
+from mlx_hmem.model.stream import prompt_ids
+from mlx_hmem.model.tokenizer import read_tokenizer
 from tests.conftest import edit_json
 from tests.generation.conftest import PROMPT
 from tests.generation.test_conversation import OPTIONS, TEMPLATE, tokens
@@ -68,6 +70,44 @@ def test_an_answer_ends_where_the_generation_config_ends_a_turn(ask, instruct):
     assert load(instruct).tokenizer.eos_token_ids == model.tokenizer.eos_token_ids | {end}
     (instruct / "generation_config.json").write_text("{")
     refused(ask("--model", instruct), "generation_config.json is not valid JSON")
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda name: {"eot_token": name},
+        lambda name: {"eot_token": {"content": name}},
+        lambda name: {"extra_special_tokens": {"eot_token": name}},
+    ],
+)
+def test_what_ends_a_text_is_the_union_of_config_generation_config_and_tokenizer(broken, how):
+    added = {"id": 0, "content": "", "special": True, "single_word": False, "lstrip": False,
+             "rstrip": False, "normalized": False}  # fmt: skip
+    edit_json(broken / "tokenizer.json", lambda t: t["added_tokens"].append(
+        added | {"id": len(t["model"]["vocab"]), "content": "<|eot|>"}))  # fmt: skip
+    edit_json(broken / "config.json", lambda c: c.update(eos_token_id=5))
+    (broken / "generation_config.json").write_text(json.dumps({"eos_token_id": [6, 7]}))
+    plain = tokenizer_in(broken)
+    assert plain.eos_token_ids == {5, 6, 7, plain.eos_token_id}
+    edit_json(broken / "tokenizer_config.json", lambda c: c.update(how("<|eot|>")))
+    end = plain.convert_tokens_to_ids("<|eot|>")
+    assert tokenizer_in(broken).eos_token_ids == {5, 6, 7, plain.eos_token_id, end}
+
+
+def tokenizer_in(folder):
+    return read_tokenizer(folder, json.loads((folder / "config.json").read_text()))
+
+
+def test_a_prompt_that_begins_with_the_beginning_of_a_text_has_it_once(model, ask):
+    begin, name = model.tokenizer.bos_token_id, model.tokenizer.bos_token
+    ids = prompt_ids(model.tokenizer, PROMPT, None)
+    assert (ids[0], ids.count(begin)) == (begin, 1)
+    assert prompt_ids(model.tokenizer, name + PROMPT, None) == ids
+    assert answer(ask("--json", "--prompt", name + PROMPT))["text"] == answer(ask("--json"))["text"]
+    twice = prompt_ids(model.tokenizer, name + name + PROMPT, None)
+    assert (twice.count(begin), model.tokenizer.decode(twice[1:])) == (1, name + PROMPT)
+    # A document's own words stay.
+    assert model.tokenizer.decode(model.tokenizer.encode(name + "a")[1:]) == name + "a"
 
 
 def test_a_template_that_does_not_take_it_is_one_line(ask, broken):
