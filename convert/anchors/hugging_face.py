@@ -46,8 +46,13 @@ DROPS = [
     Drop("{any}rotary_emb.inv_freq", "RoPE is computed from the config"),
     Drop("h.{i}.attn.bias", "a causal mask"),
     Drop("h.{i}.attn.masked_bias", "the value of masked attention"),
+    Drop("vision_tower.{any}", "it sees pictures, and an anchor reads text"),
+    Drop("multi_modal_projector.{any}", "it hands pictures on, and an anchor reads text"),
 ]
-PREFIXES = {"gpt2": ("transformer.",)}
+# What a name may begin with, in any order and number: a wrapper's, or that of the model around the
+# layers, which is put back before what it has.
+PREFIXES = ("module.", "model.", "language_model.", "transformer.")
+BODY = ("layers.", "embed_tokens.", "norm.")
 EMBEDDINGS = {"gpt2": "wte.weight"}
 HEAD = "lm_head.weight"
 
@@ -90,11 +95,12 @@ def from_torch(source: Path, dtype: str | None = None, tokenizer: Path | None = 
     ``dtype`` rounds all weights to float32, float16 or bfloat16; None keeps each tensor's bits.
     Files of the folder ``tokenizer`` go before those of the source.
     """
-    config = read_config(source)
+    config = hugging_face_config.text_model(read_config(source), source / "config.json")
     name = config["model_type"]
     files = weight_files(source)
     checkpoint = open_files(files)
-    tensors = strip(checkpoint.tensors, PREFIXES.get(name, ()))
+    short = strip(checkpoint.tensors, PREFIXES)
+    tensors = {f"model.{n}" if n.startswith(BODY) else n: tensor for n, tensor in short.items()}
     head = tensors.get(HEAD)
     embedding = tensors.get(EMBEDDINGS.get(name, "model.embed_tokens.weight"))
     equal = head is not None and embedding is not None and equal_bits(head, embedding)

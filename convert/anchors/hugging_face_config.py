@@ -6,9 +6,11 @@ So such keys are written out again under the names that mlx-lm reads, and a sett
 ignore though it changes the result is refused, or named where it is a small thing.
 """
 
+from pathlib import Path
 from typing import Any
 
 from mlx_hmem.anchors.architectures import ARCHITECTURES
+from mlx_hmem.anchors.load import check_values
 from mlx_hmem.errors import UserError
 
 from ..torch_files.tensors import LazyTensor
@@ -32,6 +34,34 @@ FIXED = {
     "final_logit_softcapping": None,
     "attn_logit_softcapping": None,
 }
+
+
+# Models of text and pictures: the one within that reads text, and what transformers takes where
+# ``text_config`` does not say.
+TEXT_MODELS: dict[str, Config] = {
+    "gemma3": {
+        "model_type": "gemma3_text", "vocab_size": 262_208, "hidden_size": 2304,
+        "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 131_072,
+        "rms_norm_eps": 1e-6, "query_pre_attn_scalar": 256, "sliding_window": 4096,
+        "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+SHARED = ("eos_token_id", "bos_token_id", "pad_token_id", "dtype", "torch_dtype",
+          "quantization_config")  # fmt: skip
+
+
+def text_model(config: Config, path: Path) -> Config:
+    """The config of the part that reads text, of a model that sees pictures, too; else ``config``,
+    which is that of ``path``."""
+    defaults, own = TEXT_MODELS.get(config["model_type"]), config.get("text_config")
+    if defaults is None:
+        return config
+    if not isinstance(own, dict) or own.get("model_type") != defaults["model_type"]:
+        what = f"text_config is not one of {defaults['model_type']}"
+        raise UserError(what, repr(own)[:80], f"restore or correct {path}")
+    check_values(own, path)
+    return defaults | {key: config[key] for key in SHARED if key in config} | own
 
 
 def for_mlx(

@@ -18,6 +18,8 @@ from ..torch_files.tensors import LazyTensor
 from .weights import DTYPES, FLOATS, Target
 
 MOST_NAMES = 6  # of each list in an error
+# What torch.compile, FSDP and activation checkpointing put before the name of a module they wrap.
+WITHIN = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -60,7 +62,9 @@ def fits(pattern: str, name: str) -> dict[str, str] | None:
 
 
 def short_name(name: str, prefixes: Sequence[str]) -> str:
-    """A name without wrappers' prefixes, in whatever order and number they come."""
+    """A name without wrappers' prefixes, in whatever order and number they come, and without those
+    of compiled, sharded and checkpointed modules within it."""
+    name = WITHIN.sub("", name)
     while prefix := next((p for p in prefixes if name.startswith(p)), ""):
         name = name.removeprefix(prefix)
     return name

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,78 @@ def test_hugging_face_and_back_is_bit_equal_and_what_mlx_lm_makes(tmp_path, name
     ours = load_safetensors(out / "model.safetensors")
     assert sanitised.keys() == ours.keys()
     assert all(mx.array_equal(array, ours[key]) for key, array in sanitised.items())
+
+
+def renamed(folder: Path, new_name, more: checkpoints.Weights | None = None) -> Path:
+    """The weights under other names, and more beside them."""
+    file = folder / "model.safetensors"
+    weights = {new_name(name): array for name, array in load_safetensors(file).items()}
+    save_safetensors(file, weights | {n: mx.array(a) for n, a in (more or {}).items()})
+    return folder
+
+
+@pytest.mark.parametrize("name", checkpoints.HF)
+def test_names_that_wrappers_left_are_read(tmp_path, name):
+    """torch.compile of each layer, FSDP and activation checkpointing, DDP, a module around it all;
+    or the model without what stands around its layers."""
+    source = checkpoints.save_hugging_face(tmp_path / "source", name, mx.float32)
+    theirs = checkpoints.convert(source, tmp_path / "theirs", "--to", "pytorch")
+
+    def wrapped(name: str) -> str:
+        within = "\\1_orig_mod._checkpoint_wrapped_module."
+        inner = re.sub(r"((?:layers|h)\.\d+\.)", within, name)
+        return f"_orig_mod.module.model._fsdp_wrapped_module.{inner}"
+
+    for new_name in (wrapped, lambda name: name.removeprefix("model.")):
+        source = renamed(Path(shutil.copytree(theirs, tmp_path / "renamed")), new_name)
+        out = checkpoints.convert(source, tmp_path / "out")
+        assert checkpoints.bits(out) == checkpoints.bits(tmp_path / "source")
+        shutil.rmtree(source)
+        shutil.rmtree(out)
+
+
+def test_one_tensor_under_two_wrappers_is_refused(tmp_path):
+    source = checkpoints.save_hugging_face(tmp_path / "source", "llama", mx.float32)
+    renamed(source, lambda name: name, {"module.model.norm.weight": np.ones(32, "f4")})
+    words = "two tensors have one name without prefixes: norm.weight"
+    refused(words, checkpoints.convert, source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("front", ["language_model.model.", "model.language_model."])
+def test_of_a_model_that_sees_pictures_the_text_is_kept(tmp_path, capsys, front):
+    """Both layouts that transformers has given Gemma 3."""
+    source = checkpoints.save_hugging_face(tmp_path / "source", "gemma3_text", mx.float32)
+    right, eyes = checkpoints.bits(source), "model." if front.startswith("model.") else ""
+    more = {f"{eyes}vision_tower.x.weight": np.ones((2, 2), "f4"),
+            f"{eyes}multi_modal_projector.y": np.ones(2, "f4")}  # fmt: skip
+    renamed(source, lambda name: front + name.removeprefix("model."), more)
+    text = json.loads((source / "config.json").read_text())
+    outer = {"model_type": "gemma3", "text_config": text, "vision_config": {}, "eos_token_id": [1]}
+    (source / "config.json").write_text(json.dumps(outer))
+    out = checkpoints.convert(source, tmp_path / "out")
+    assert checkpoints.bits(out) == right
+    found = json.loads((out / "config.json").read_text())
+    assert (found["model_type"], found["eos_token_id"]) == ("gemma3_text", [1])
+    assert {key: found[key] for key in text} == text
+    said = capsys.readouterr().err
+    assert "dropped vision_tower.{any} (1): it sees pictures" in said
+    assert "dropped multi_modal_projector.{any} (1)" in said
+    load_anchor(out)
+    for text_config in (
+        None,
+        {"model_type": "llama"},
+        {"model_type": "gemma3_text", "head_dim": 0},
+    ):
+        (source / "config.json").write_text(json.dumps(outer | {"text_config": text_config}))
+        words = "head_dim is not a whole number|text_config is not one of gemma3_text"
+        refused(words, checkpoints.convert, source, tmp_path / "no")
+
+
+def test_what_a_text_config_leaves_out_is_what_transformers_takes():
+    config = importlib.import_module("transformers.models.gemma3.configuration_gemma3")
+    theirs = config.Gemma3TextConfig()
+    ours = hugging_face.hugging_face_config.TEXT_MODELS["gemma3"]
+    assert {key: getattr(theirs, key) for key in ours} == ours
 
 
 def save_bin(folder: Path, name: str, more: checkpoints.Weights, tied: bool = True) -> Path:
