@@ -14,13 +14,14 @@ import numpy as np
 
 from mlx_hmem.files import is_shape, is_whole
 
-from .pickle_machine import Function, put
+from .pickle_machine import Function, Opaque, put
 from .tensors import ITEM_SIZES, LazyTensor, row_major
 
 # An expanded tensor lies over itself, with strides of 0. Beyond this many times the bytes it lies
 # in, a small file would become a large one.
 MAX_SHARING = 16
 SMALL = 1 << 24  # bytes that need no such limit
+MAX_KEY = 512  # characters of a storage's name
 
 STORAGES = {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
@@ -51,6 +52,20 @@ class Storage:
     dtype: str | None
     start: int
     size: int
+
+
+def check_reference(reference: Any, length: int) -> tuple[StorageClass, str, int]:
+    """Class, key and bytes of the storage that a persistent id of so many parts refers to."""
+    if type(reference) is not tuple or len(reference) != length or reference[0] != "storage":
+        raise ValueError("its pickle refers to what is no storage")
+    kind, key, _, count = reference[1:5]
+    if type(kind) is Opaque:
+        raise ValueError(f"its pickle has a storage that is a {kind.name!r}, which is not read")
+    if type(kind) is not StorageClass:
+        raise ValueError("its pickle refers to what is no storage")
+    if type(key) is not str or len(key) > MAX_KEY or not is_whole(count):
+        raise ValueError("its pickle refers to a wrong storage")
+    return kind, key, count * ITEM_SIZES[kind.dtype or "U8"]
 
 
 class _Type(str):

@@ -3,8 +3,10 @@
 A pickle is a program: its opcodes build values on a stack, name classes and functions of any
 module, and call them. This machine knows only the opcodes that ``torch.save`` writes, and a name
 only if the caller gave a meaning for it: nothing is ever imported, looked up or called but the
-caller's own functions on values. Whatever else a pickle asks for is an error. Sizes are bounded, so
-a small file cannot fill the memory.
+caller's own functions on values. What any other name stands for, and what is made with it, is one
+:class:`Opaque`, of which nothing is known but that name: an optimiser or a Namespace beside a
+model's tensors is passed over. Whatever else a pickle asks for is an error. Sizes are bounded, so a
+small file cannot fill the memory.
 """
 
 import struct
@@ -29,6 +31,19 @@ class Function:
         return self.call(*arguments)
 
 
+class Opaque:
+    """What a name without a meaning stands for, and whatever a pickle makes with it. It is never
+    built: its arguments, items and state are dropped."""
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def set_state(self, state: Any) -> None:
+        """Nothing is kept of it."""
+
+
 @runtime_checkable
 class Stateful(Protocol):
     """A value that BUILD may give a state."""
@@ -39,35 +54,37 @@ class Stateful(Protocol):
 class Machine:
     """Runs one pickle; ``run`` returns its value or raises ValueError.
 
-    names: what "module.name" means: a :class:`Function`, or a value as it is.
-    persistent: makes a value of a persistent id.
+    names: what "module.name" means: a :class:`Function`, or a value as it is; any other name is
+    :class:`Opaque`.
+    persistent: makes a value of a persistent id. at: where in ``data`` the pickle begins.
     """
 
     def __init__(
-        self, data: bytes, names: Mapping[str, Any], persistent: Callable[[Any], Any]
+        self, data: bytes, names: Mapping[str, Any], persistent: Callable[[Any], Any], at: int = 0
     ) -> None:
-        self.data, self.names, self.persistent = data, names, persistent
-        self.at = self.given = 0
+        self.data, self.names, self.persistent, self.at = data, names, persistent, at
+        self.given = 0
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
 
-    def run(self) -> Any:
+    def run(self, whole: bool = True) -> Any:
+        """The value; ``whole``: nothing may come after it, else what does begins at ``at``."""
         if len(self.data) > MAX_PICKLE:
             raise ValueError(f"its pickle of {len(self.data)} bytes is larger than {MAX_PICKLE}")
         for _ in range(MAX_STEPS):
             opcode = self.take(1)
             if opcode == b".":
-                return self.finish()
+                return self.finish(whole)
             step = STEPS.get(opcode)
             if step is None:
                 raise ValueError(f"its pickle has an opcode torch.save does not write: {opcode!r}")
             step(self)
         raise ValueError(f"its pickle takes more than {MAX_STEPS} steps")
 
-    def finish(self) -> Any:
+    def finish(self, whole: bool) -> Any:
         value = self.pop()
-        if self.stack or self.marks or self.at != len(self.data):
+        if self.stack or self.marks or (whole and self.at != len(self.data)):
             raise ValueError("its pickle goes on after its end")
         return value
 
@@ -121,9 +138,10 @@ class Machine:
         self.stack.append(values)
 
     def extend(self, values: list[Any]) -> None:
-        if type(self.top()) is not list:
+        if type(self.top()) is list:
+            self.top().extend(values)
+        elif type(self.top()) is not Opaque:
             raise ValueError("its pickle appends to what is no list")
-        self.top().extend(values)
 
     def set_item(self) -> None:
         value, key = self.pop(), self.pop()
@@ -131,6 +149,8 @@ class Machine:
 
     def set_items(self, values: list[Any]) -> None:
         target = self.top()
+        if type(target) is Opaque:
+            return
         if not isinstance(target, dict) or len(values) % 2:
             raise ValueError("its pickle puts items into what is no dictionary")
         for key, value in zip(values[::2], values[1::2], strict=True):
@@ -148,11 +168,7 @@ class Machine:
         if type(module) is not str or type(name) is not str:
             raise ValueError("its pickle has a name that is no text")
         full = f"{module[:MAX_NAME]}.{name[:MAX_NAME]}"
-        if full not in self.names:
-            raise ValueError(
-                f"its pickle names {full[:80]!r}, which is not read: it could run code"
-            )
-        self.stack.append(self.names[full])
+        self.stack.append(self.names[full] if full in self.names else Opaque(full[:80]))
 
     def stack_name(self) -> None:
         name, module = self.pop(), self.pop()
@@ -160,6 +176,9 @@ class Machine:
 
     def reduce(self) -> None:
         arguments, function = self.pop(), self.pop()
+        if type(function) is Opaque:
+            self.stack.append(function)
+            return
         if not isinstance(function, Function) or type(arguments) is not tuple:
             raise ValueError("its pickle calls what is no function")
         # Kept values may be given again and again, each time to be copied.
@@ -167,6 +186,13 @@ class Machine:
         if self.given > MAX_STEPS:
             raise ValueError(f"its pickle calls functions with more than {MAX_STEPS} things")
         self.stack.append(function(*arguments))
+
+    def new(self, num_arguments: int) -> None:
+        """An object of a class. None of ours is one: functions alone have a meaning."""
+        for _ in range(num_arguments):
+            self.pop()
+        if type(self.top()) is not Opaque:
+            raise ValueError("its pickle makes an object of what is no class")
 
     def build(self) -> None:
         state, target = self.pop(), self.top()
@@ -242,6 +268,8 @@ STEPS: dict[bytes, Callable[[Machine], None]] = {
     b"c": lambda machine: machine.name(machine.line(), machine.line()),
     b"\x93": Machine.stack_name,
     b"R": Machine.reduce,
+    b"\x81": lambda machine: machine.new(1),
+    b"\x92": lambda machine: machine.new(2),
     b"b": Machine.build,
     b"Q": _push(lambda machine: machine.persistent(machine.pop())),
 }

@@ -1,10 +1,10 @@
 """Checkpoints of ``torch.save``, read without PyTorch and without running what they say.
 
 A ``.pt`` or ``.bin`` file is a zip archive: ``data.pkl``, a pickle that names the tensors, and one
-entry of raw bytes per storage. ``zips`` checks the archive, ``pickle_machine`` runs the pickle, and
-``names`` holds what it may name. Of the tensors only the checksums are compared. Formats
-that are programs, or that PyTorch has not written by default since 2020, are refused: there is no
-unsafe way around.
+entry of raw bytes per storage; or, from before PyTorch 1.6, several pickles and then the storages
+(``legacy``). ``zips`` checks the archive, ``pickle_machine`` runs the pickle, and ``names`` holds
+what it may name. Of the tensors only the checksums are compared. Formats that are programs, or that
+no PyTorch has written since 2017, are refused: there is no unsafe way around.
 """
 
 import contextlib
@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import RESTORE, is_whole
+from mlx_hmem.files import RESTORE
 from mlx_hmem.reading import open_regular, read_exactly
 
-from .names import MAX_SHARING, NAMES, SMALL, Storage, StorageClass
-from .pickle_machine import MAX_PICKLE, Machine
-from .tensors import ITEM_SIZES, PIECE, Checkpoint, LazyTensor, join, open_safetensors
+from .legacy import is_legacy, read_legacy
+from .names import MAX_SHARING, NAMES, SMALL, Storage, check_reference
+from .pickle_machine import MAX_PICKLE, Machine, Opaque
+from .tensors import PIECE, Checkpoint, LazyTensor, join, open_safetensors
 from .zips import Entry, read_directory
 
 SAVE_AGAIN = (
@@ -53,7 +54,11 @@ def _open_torch(path: Path) -> Checkpoint:
     with open_regular(path) as file:
         size = file.seek(0, 2)
         file.seek(0)
-        _check_format(path, read_exactly(file, min(size, 512), path))
+        start = read_exactly(file, min(size, 512), path)
+        if is_legacy(start):
+            with _explained(f"{path} is not read", SAVE_AGAIN):
+                return _Sorter().sort_out(read_legacy(path, file, size), size)
+        _check_format(path, start)
         with _explained(f"{path} is not a whole checkpoint", RESTORE):
             entries = _entries(path, read_directory(file, size))
             if "byteorder" in entries and _entry(file, entries["byteorder"], 64) != b"little":
@@ -78,7 +83,8 @@ def _check_format(path: Path, start: bytes) -> None:
     if start[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
         return
     if start[:1] == b"\x80" or start[257:262] == b"ustar":
-        raise UserError(f"{path} has PyTorch's format of before 2020", "not a zip", SAVE_AGAIN)
+        what = f"{path} is no checkpoint of torch.save, or one of PyTorch before 0.1.10"
+        raise UserError(what, "a bare pickle or a tar archive", SAVE_AGAIN)
     if start.startswith(b"version https://git-lfs"):
         raise UserError(f"{path} only points to its data", "a Git LFS file", "run git lfs pull")
     remedy = "give a .pt or .bin file of torch.save; fetch it again if it is one"
@@ -123,15 +129,8 @@ def _check_sum(path: Path, entry: Entry) -> None:
 
 def _storage(path: Path, entries: dict[str, Entry], reference: Any) -> Storage:
     """Of ("storage", class, key, device, number of elements), the only persistent id."""
-    if type(reference) is not tuple or len(reference) != 5 or reference[0] != "storage":
-        raise ValueError("its pickle refers to what is no storage")
-    _, kind, key, _, count = reference
-    if type(kind) is not StorageClass:
-        raise ValueError("its pickle refers to what is no storage")
-    if type(key) is not str or len(key) > MAX_NAME or not is_whole(count):
-        raise ValueError("its pickle refers to a wrong storage")
+    kind, key, size = check_reference(reference, 5)
     entry = entries.get(f"data/{key}")
-    size = count * ITEM_SIZES[kind.dtype or "U8"]
     if entry is None or size > entry.size:
         raise ValueError(f"storage {key[:80]!r} of {size} bytes is not in its archive")
     if entry.crc:  # the bytes themselves are read later, where no one would know
@@ -150,6 +149,10 @@ class _Sorter:
         self.left_out: list[str] = []
 
     def sort_out(self, root: Any, size: int) -> Checkpoint:
+        if type(root) is Opaque:
+            raise ValueError(
+                f"its pickle is one {root.name!r}, which is not built: it could run code"
+            )
         if not isinstance(root, CONTAINERS):
             raise ValueError("its pickle holds no dictionary of tensors")
         value: Any = root
@@ -190,7 +193,9 @@ class _Sorter:
 
     def keep(self, name: str, value: Any) -> None:
         """Takes up a plain value; names one that is not."""
-        if all(isinstance(leaf, str | int | float | None) for leaf in self.leaves(value)):
+        if type(value) is Opaque:
+            self.left_out.append(f"{name} ({value.name})")
+        elif all(isinstance(leaf, str | int | float | None) for leaf in self.leaves(value)):
             self.values.setdefault(name, value)
         else:
             self.left_out.append(name)

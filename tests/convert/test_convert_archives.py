@@ -167,9 +167,9 @@ def test_programs_old_formats_and_other_files_are_refused(tmp_path: Path) -> Non
     for data, says in (
         (archive([*good, Part("a/constants.pkl", b"\x80\x02).")]), "a TorchScript archive"),
         (archive([*good, Part("a/code/x.py", b"ab", code, code)]), "a TorchScript archive"),
-        (legacy, "format of before 2020"),
-        (pickled({"w": 1}), "format of before 2020"),
-        (tar, "format of before 2020"),
+        (legacy, "its pickle ends too early"),
+        (pickled({"w": 1}), "is no checkpoint of torch.save, or one of PyTorch before 0.1.10"),
+        (tar, "a bare pickle or a tar archive"),
         (b"version https://git-lfs.github.com/spec/v1\n", "run git lfs pull"),
         (b"<html>", "is not a PyTorch checkpoint: it begins b'<html>'"),
         (b"", "is not a PyTorch checkpoint"),

@@ -16,7 +16,8 @@ import pytest
 
 from convert.torch_files import names as torch_names
 from convert.torch_files import pickle_machine, pickles
-from tests.helpers.torch_files import name, opcodes, pickled, refusal, storage, tensor, write
+from convert.torch_files.pickles import open_files
+from tests.helpers.torch_files import name, opcodes, refusal, storage, tensor, write
 
 
 class Trap:
@@ -38,7 +39,6 @@ def running(command: str) -> dict[str, bytes]:
     line = command.encode() + b"\n"
     return {
         "REDUCE": b"\x80\x02" + system + text + b"\x85R.",
-        "REDUCE in a state dict": pickled({"w": tensor(), "x": system + text + b"\x85R"}),
         "STACK_GLOBAL": b"\x80\x04" + opcodes("posix") + opcodes("system") + b"\x93"
         + text + b"\x85R.",
         "text of protocol 0": b"cposix\nsystem\n(S'" + command.encode() + b"'\ntR.",
@@ -64,11 +64,9 @@ def running(command: str) -> dict[str, bytes]:
 def test_a_pickle_that_runs_code_is_refused_and_does_not_run(way: str, tmp_path: Path) -> None:
     mark = tmp_path / "ran"
     data = running(f"touch {mark}")[way]
-    # Python's pickle would need PyTorch for the rest of a state dict.
-    live = running(f"touch {mark}")["REDUCE"] if "state dict" in way else data
     copyreg.add_extension("posix", "system", 0xF0)
     try:
-        pickle.loads(live)
+        pickle.loads(data)
         assert mark.exists()
         mark.unlink()
         line = refusal(write(tmp_path / "x.pt", data))
@@ -89,6 +87,22 @@ def test_nothing_the_allow_list_names_is_of_another_module() -> None:
     assert posix.system not in [value.call for value in ours]
 
 
+@pytest.mark.parametrize("way", running(""))
+def test_a_pickle_that_runs_code_beside_tensors_does_not_run(way: str, tmp_path: Path) -> None:
+    """The tensors are read; what would run is a name and no more, or an opcode nobody knows."""
+    mark = tmp_path / "ran"
+    does = running(f"touch {mark}")[way].removeprefix(b"\x80\x02").removeprefix(b"\x80\x04")
+    path = write(tmp_path / "x.pt", {"w": tensor(), "x": does.removesuffix(b"."), "y": [1]})
+    if way in ("text of protocol 0", "INST", "OBJ", "EXT1", "EXT2", "EXT4", "dotted name",
+               "a name with spaces"):  # fmt: skip
+        assert "an opcode torch.save does not write" in refusal(path)
+    else:
+        found = open_files([path])
+        assert (list(found.tensors), found.values) == (["w"], {"y": [1]})
+        assert found.left_out[0].startswith("x (")
+    assert not mark.exists()
+
+
 @pytest.mark.parametrize(
     "full",
     [
@@ -99,12 +113,23 @@ def test_nothing_the_allow_list_names_is_of_another_module() -> None:
         "x" * 200 + ".y",
     ],
 )  # fmt: skip
-def test_other_names_are_refused_by_name(full: str, tmp_path: Path) -> None:
+def test_other_names_are_names_and_nothing_more(full: str, tmp_path: Path) -> None:
     module, _, word = full.rpartition(".")
     for made in (name(module, word), opcodes(module) + opcodes(word) + b"\x93"):
-        assert "which is not read: it could run code" in refusal(
-            write(tmp_path / "x.pt", {"w": made})
-        )
+        for used in (made, made + b")R", made + b"N\x85\x81}b", made + b")R(NNu", made + b")RNa"):
+            found = open_files([write(tmp_path / "x.pt", {"w": used, "v": tensor()})])
+            assert (list(found.tensors), found.values) == (["v"], {})
+            assert found.left_out == (f"w ({full[:80]})",)
+        for misused in (made, made + b")R"):
+            values = {"a tensor of one": tensor(at=misused), "a storage": storage(kind=misused),
+                      "a shape": tensor(misused, (1,)),
+                      "a pair": ORDERED + opcodes(([misused],)) + b"R",
+                      "a key": b"}" + misused + b"Ns",
+                      "another class": name("torch._tensor", "_rebuild_from_type_v2")
+                      + opcodes((misused, name("torch", "Tensor"), (), {})) + b"R"}  # fmt: skip
+            for value in values.values():
+                path = write(tmp_path / "x.pt", {"w": value})
+                assert "x.pt is not read" in refusal(path)
 
 
 ORDERED = name("collections", "OrderedDict")
@@ -250,6 +275,7 @@ BOMBS = {
     "deep strides": b"}" + opcodes("w") + tensor((1,), b")" + b"\x85" * 50_000) + b"s",
     "a text made bytes again and again": opcodes("x" * 10_000) + b"q\x01" + opcodes("latin1")
     + b"q\x02" + name("_codecs", "encode") + b"q\x03" + b"h\x03h\x01h\x02\x86R" * 4000,
+    "names without end": name("a", "b") * 100_000,
     "deep lists": b"}" + opcodes("w") + b"]" * 100_000 + b"a" * 99_999 + b"s",
     "deep dictionaries with a tensor": (b"}" + opcodes("w")) * 10_000 + tensor() + b"s" * 10_000,
     "deep tuples": b"}" + opcodes("w") + b")" + b"\x85" * 100_000 + b"s",
