@@ -14,7 +14,7 @@ import os
 import shutil
 import struct
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -45,12 +45,15 @@ class TensorInfo(NamedTuple):
     end: int
 
 
-def read_safetensors_header(path: Source) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def read_safetensors_header(
+    path: Source, sizes: Mapping[str, int] = ITEM_SIZES
+) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Reads and validates the header of a safetensors file, never its data.
 
     Returns the tensors by name and the metadata. Raises :class:`UserError` for anything the format
     forbids (repeated names, overlaps, holes, data beyond the end or not accounted for) and for
-    types and shapes that MLX cannot hold.
+    shapes that MLX cannot hold. ``sizes``: the types that are read, and their bytes; by default
+    those of MLX.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -66,7 +69,7 @@ def read_safetensors_header(path: Source) -> tuple[dict[str, TensorInfo], dict[s
     try:
         if not text.startswith(b"{"):
             raise ValueError("it does not begin with {")
-        return _check_tensors(strict_json(text), 8 + length, size)
+        return _check_tensors(strict_json(text), 8 + length, size, sizes)
     except ValueError as error:
         raise UserError(f"{path} has a wrong safetensors header", error, RESTORE) from None
 
@@ -85,13 +88,15 @@ def is_shape(values: Sequence[Any]) -> bool:
 
 
 def _check_tensors(
-    header: dict[str, Any], base: int, size: int
+    header: dict[str, Any], base: int, size: int, sizes: Mapping[str, int]
 ) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     metadata = header.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata  # MLX writes null for none
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError("__metadata__ is not a table of texts")
-    tensors = {name: _check_tensor(name[:80], entry, base, size) for name, entry in header.items()}
+    tensors = {
+        name: _check_tensor(name[:80], entry, base, size, sizes) for name, entry in header.items()
+    }
     at = base
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         if info.start != at:
@@ -103,11 +108,13 @@ def _check_tensors(
     return tensors, metadata
 
 
-def _check_tensor(name: str, entry: Any, base: int, size: int) -> TensorInfo:
+def _check_tensor(
+    name: str, entry: Any, base: int, size: int, sizes: Mapping[str, int]
+) -> TensorInfo:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"tensor {name!r} needs dtype, shape and data_offsets, nothing else")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
+    if not isinstance(dtype, str) or dtype not in sizes:
         raise ValueError(f"tensor {name!r} has a dtype MLX does not read: {str(dtype)[:40]!r}")
     if not isinstance(shape, list) or not is_shape(shape):
         raise ValueError(f"tensor {name!r} has a wrong shape")
@@ -115,7 +122,7 @@ def _check_tensor(name: str, entry: Any, base: int, size: int) -> TensorInfo:
         raise ValueError(f"tensor {name!r} has wrong data_offsets")
     if not all(is_whole(n, size - base) for n in offsets) or offsets[0] > offsets[1]:
         raise ValueError(f"tensor {name!r} lies outside the file")
-    if offsets[1] - offsets[0] != math.prod(shape) * ITEM_SIZES[dtype]:
+    if offsets[1] - offsets[0] != math.prod(shape) * sizes[dtype]:
         raise ValueError(f"tensor {name!r}: its shape and its bytes do not agree")
     return TensorInfo(dtype, tuple(shape), base + offsets[0], base + offsets[1])
 

@@ -5,20 +5,22 @@ can be streamed and both directions read one table; a test holds the two against
 the anchor needs, and in which shape, its own class says.
 """
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mlx_hmem.anchors.load import anchor_of_config, named_parameters, named_weights, read_config
-from mlx_hmem.errors import UserError
+from mlx_hmem.errors import UserError, printable
 from mlx_hmem.reading import read_json
 
-from ..torch_files.pickles import open_files
+from ..torch_files.pickles import open_files, refuse_distributed
 from ..torch_files.tensors import open_safetensors
 from . import hugging_face_config
+from .dequantize import Rounding, dequantised, without_zero_biases
 from .keys import MOST_NAMES, SAME, Drop, Rule, strip, to_mlx, to_torch
-from .weights import Conversion, anchor_conversion, companions, equal_bits, write_shards
+from .weights import Conversion, Target, anchor_conversion, companions, equal_bits, write_shards
 
 EXPERTS = ("gate_proj", "up_proj", "down_proj")  # the matrices of an expert, as mlx-lm calls them
 
@@ -62,6 +64,7 @@ def weight_files(folder: Path) -> list[Path]:
     kinds = ((".safetensors", "model"), (".bin", "pytorch_model"))
     files = next((found for kind in kinds if (found := named_weights(folder, *kind))), [])
     if not files:
+        refuse_distributed(folder)
         what = "no weights: neither model*.safetensors nor pytorch_model*.bin"
         raise UserError(what, folder, "download them")
     return files
@@ -101,19 +104,30 @@ def from_torch(source: Path, dtype: str | None = None, tokenizer: Path | None = 
     checkpoint = open_files(files)
     short = strip(checkpoint.tensors, PREFIXES)
     tensors = {f"model.{n}" if n.startswith(BODY) else n: tensor for n, tensor in short.items()}
+    tensors, config, rounding = dequantised(tensors, config, dtype)
     head = tensors.get(HEAD)
     embedding = tensors.get(EMBEDDINGS.get(name, "model.embed_tokens.weight"))
     equal = head is not None and embedding is not None and equal_bits(head, embedding)
     config, notes = hugging_face_config.for_mlx(config, head, equal)
     wanted = wanted_of(config)
     drops = DROPS + ([Drop(HEAD, "equal to the embedding, to which it is tied")] if equal else [])
+    tensors = without_zero_biases(tensors, wanted)
     targets, dropped = to_mlx(tensors, RULES.get(name, [SAME]), drops, wanted, dtype)
     notes += dropped + [f"left out {name}: no part of the model" for name in checkpoint.left_out]
     notes += others_beside(source, files)
     sources = [source / "config.json", *files]
     copied = companions(*([tokenizer] if tokenizer else []), source)
     config = with_dtype(config, dtype)
-    return anchor_conversion(sources, targets, config, notes, copied, write_shards)
+    write: Callable[[Path, Sequence[Target]], None] = write_shards
+    if rounding is not None:
+        write = partial(_write_dequantised, rounding)
+    return anchor_conversion(sources, targets, config, notes, copied, write)
+
+
+def _write_dequantised(rounding: Rounding, folder: Path, targets: Sequence[Target]) -> None:
+    """As :func:`write_shards`; then it is known, and said, what rounding changed."""
+    write_shards(folder, targets)
+    print(printable(rounding.line()), file=sys.stderr)
 
 
 def into_torch(source: Path, dtype: str | None = None) -> Conversion:

@@ -74,11 +74,6 @@ def for_mlx(
     name = config["model_type"]
     if name not in SUPPORTED:
         raise UserError("no such architecture is converted", name, f"known: {', '.join(SUPPORTED)}")
-    for key in ("quantization", "quantization_config"):
-        if config.get(key):
-            raise UserError(
-                "the source is quantised", key, "convert the unquantised model, then quantise it"
-            )
     notes = _check_settings(name, config)
     added = {} if name in NO_ROPE else _rope(name, config)
     if name == "gemma3_text":

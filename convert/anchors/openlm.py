@@ -14,7 +14,7 @@ from mlx_hmem.anchors.load import anchor_of_config, check_whole_set, read_config
 from mlx_hmem.anchors.openlm import NAMES, PREFIXES
 from mlx_hmem.errors import UserError
 
-from ..torch_files.pickles import open_files
+from ..torch_files.pickles import open_files, refuse_distributed
 from ..torch_files.tensors import Checkpoint, open_safetensors
 from ..torch_files.writer import Entry, write_torch
 from . import hugging_face
@@ -45,7 +45,8 @@ def checkpoint_files(source: Path) -> list[Path]:
     if source.is_file():
         files = [f for f in files if _set_of(f) == _set_of(source)] or [source]
     files = [f for f in files if not f.name.startswith(("optimizer", "scaler"))] or files
-    if not files:
+    if not files or source.suffix == ".distcp":
+        refuse_distributed(folder)
         wanted = ", ".join(suffixes)
         raise UserError(f"no checkpoint in {folder}", f"no {wanted} file", "give another path")
     sets = {_set_of(file) for file in files}

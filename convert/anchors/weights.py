@@ -91,15 +91,16 @@ def equal_bits(a: LazyTensor, b: LazyTensor) -> bool:
 
 def cast(bits: np.ndarray, source: LazyTensor, target: Target) -> np.ndarray:
     """Rounds numbers to the target's dtype, to nearest with ties to even."""
-    wide = numbers_of(bits, source.dtype)
-    result = wide.astype(MLX_TYPES[target.dtype])
+    return bits_of(rounded(numbers_of(bits, source.dtype), target.dtype, target.name))
+
+
+def rounded(wide: mx.array, dtype: str, name: str) -> mx.array:
+    """``wide``, of the tensor ``name``, in another dtype; UserError for what that cannot hold."""
+    result = wide.astype(MLX_TYPES[dtype])
     if mx.any(mx.isinf(result) & mx.isfinite(wide)).item():
-        raise UserError(
-            f"{target.name} has numbers too large for this dtype",
-            target.dtype,
-            "choose --dtype bfloat16 or float32",
-        )
-    return bits_of(result)
+        what = f"{name} has numbers too large for this dtype"
+        raise UserError(what, dtype, "choose --dtype bfloat16 or float32")
+    return result
 
 
 def write_safetensors(path: Path, targets: Sequence[Target], form: str, bar: tqdm) -> None:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mlx_hmem.files import read_exactly
+from mlx_hmem.reading import read_exactly
 
 from .names import NAMES, Storage, check_reference
 from .pickle_machine import MAX_PICKLE, Machine

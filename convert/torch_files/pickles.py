@@ -8,6 +8,7 @@ no PyTorch has written since 2017, are refused: there is no unsafe way around.
 """
 
 import contextlib
+import shlex
 import zlib
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -28,26 +29,45 @@ SAVE_AGAIN = (
     "if you trust it, load it with torch.load(path, weights_only=True) and save its tensors again: "
     "torch.save(model.state_dict(), path)"
 )
-NESTS = ("state_dict", "model", "model_state_dict", "module")  # where a model's tensors may lie
+NESTS = (
+    "state_dict",
+    "model",
+    "model_state_dict",
+    "module",
+    "app",
+)  # where a model's tensors may lie
 MAX_DEPTH = 64
 MAX_VISITS = 2_000_000  # values looked at: shared ones may multiply
 MAX_TENSORS = 1 << 17
 MAX_NAME = 512  # characters
 CONTAINERS = (dict, list, tuple)
 END = object()
+DCP_TO_TORCH = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch"
+ONE_FILE = "pytorch_model.bin"
 
 
 def open_files(paths: Sequence[Path]) -> Checkpoint:
     """What a checkpoint of safetensors or of ``torch.save`` holds, in one file or several.
 
-    The model is looked for under ``state_dict``, ``model``, ``model_state_dict`` and ``module``,
-    one inside the other if need be; else the whole file is the model. Dictionaries and lists inside
-    it give names joined with dots. Raises :class:`UserError` for a file that is damaged, of another
-    format, or that could run code.
+    The model is looked for under ``state_dict``, ``model``, ``model_state_dict``, ``module`` and
+    ``app``, one inside the other if need be; else the whole file is the model. Dictionaries and
+    lists inside it give names joined with dots. Raises :class:`UserError` for a file that is
+    damaged, of another format, or that could run code.
     """
     return join(
         [open_safetensors([p]) if p.suffix == ".safetensors" else _open_torch(p) for p in paths]
     )
+
+
+def refuse_distributed(folder: Path) -> None:
+    """Raises UserError, with what makes one file of it, for a checkpoint that
+    torch.distributed.checkpoint has saved in ``folder`` or below, as FSDP does."""
+    found = (*folder.glob(".metadata"), *folder.glob("*/.metadata"))
+    for place in sorted(file.parent for file in found):
+        if any(place.glob("*.distcp")):
+            words = [DCP_TO_TORCH, shlex.quote(str(place)), shlex.quote(str(folder / ONE_FILE))]
+            remedy = f"where PyTorch is, run {' '.join(words)} and convert again"
+            raise UserError("a checkpoint in parts, as FSDP saves it", place, remedy)
 
 
 def _open_torch(path: Path) -> Checkpoint:

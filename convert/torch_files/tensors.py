@@ -158,7 +158,7 @@ def open_safetensors(paths: Sequence[Path]) -> Checkpoint:
     """
     parts = []
     for path in paths:
-        header, metadata = files.read_safetensors_header(path)
+        header, metadata = files.read_safetensors_header(path, ITEM_SIZES)
         tensors = {
             name: LazyTensor(Path(path), info.start, info.dtype, info.shape)
             for name, info in header.items()

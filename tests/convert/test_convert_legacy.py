@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import re
+import shlex
+import shutil
 import struct
 import subprocess
 import sys
@@ -17,8 +20,10 @@ from convert.torch_files.names import TYPES
 from convert.torch_files.pickles import open_files
 from mlx_hmem.errors import UserError
 from tests.convert.test_convert_hostile import running
+from tests.helpers.anchor_checkpoints import bits, convert
 from tests.helpers.faults import any_input
 from tests.helpers.places import ROOT
+from tests.helpers.programs import refused
 from tests.helpers.torch_files import name, opcodes, pickled, refusal, tensor
 
 HEAD = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"int": 4}}
@@ -174,3 +179,23 @@ def test_what_pytorch_saves_beside_an_optimiser_and_a_namespace(tmp_path: Path) 
             "counts (collections.Counter)", "scheduler (torch.optim.lr_scheduler.StepLR)",
             "layer (torch.nn.modules.linear.Linear)",
         )  # fmt: skip
+
+
+def test_a_checkpoint_in_parts_is_refused_with_what_makes_it_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "it's here"
+    torch_saved("sharded", folder)
+    line = refused("in parts, as FSDP saves it", convert, folder, tmp_path / "no")
+    command = re.search(r"where PyTorch is, run (.*) and convert again", line)
+    assert command is not None
+    words = shlex.split(command[1])
+    refused("in parts, as FSDP saves it", convert, folder / "__0_0.distcp", tmp_path / "no")
+    above = tmp_path / "above"
+    shutil.copytree(folder, above / "pytorch_model_fsdp_0")
+    (above / "config.json").write_text('{"model_type": "llama"}')
+    line = refused("in parts, as FSDP saves it", convert, above, tmp_path / "no")
+    assert f"{above}/pytorch_model_fsdp_0 {above}/pytorch_model.bin and" in line
+    done = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    torch_saved("whole", tmp_path / "whole.pt")
+    wanted = convert(tmp_path / "whole.pt", tmp_path / "wanted", "--set", "n_heads=2")
+    assert bits(convert(folder, tmp_path / "out", "--set", "n_heads=2")) == bits(wanted)
