@@ -173,7 +173,8 @@ def places_of(args: argparse.Namespace) -> tuple[Path, Path]:
             "give SOURCE DESTINATION, or --hf-path and --mlx-path",
         )
     if not Path(source).exists() and args.hf_path:
-        source = find_model(source, (*MODEL_FILES, "pytorch_model*.bin", "LICENSE*", "README.md"))
+        more = ("pytorch_model*.bin", "pytorch_model.bin.index.json", "LICENSE*", "README.md")
+        source = find_model(source, (*MODEL_FILES, *more))
     return Path(source), Path(out)
 
 

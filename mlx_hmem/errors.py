@@ -79,6 +79,8 @@ class ArgumentParser(argparse.ArgumentParser):
         if unknown := re.match(r"unrecognized arguments: (--[\w-]+)", message):
             for option in difflib.get_close_matches(unknown[1], self._option_string_actions, 1):
                 remedy = f"did you mean {option}? {remedy}"
+            if unknown[1] == "--revision":
+                remedy = "write it behind the Hub id: user/name@REVISION"
         raise UserError("wrong command line", message, remedy)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:

@@ -41,7 +41,7 @@ def read_tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerWrapper:
     try:
         with foreign(f"the tokenizer in {folder} cannot be read", "restore it"), unheard():
             extra = {"trust_remote_code": False}
-            wrapper = load_tokenizer(folder, extra, _ends(folder, config))
+            wrapper = load_tokenizer(folder, extra, ends)
             # mlx-lm adds the tokenizer's own end of text; the end of a turn may be another token.
             if (turn_end := _turn_end(folder, wrapper._tokenizer)) is not None:
                 wrapper.eos_token_ids = wrapper.eos_token_ids | {turn_end}

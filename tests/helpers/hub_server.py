@@ -53,6 +53,7 @@ class Hub:
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
+        self.closed: dict[str, str] = {}  # repositories that are not given, by the code of why
         self.blobs: dict[str, bytes] = {}  # LFS storage, by SHA-256
         self.requests: list[Request] = []
         self.cut_once: set[str] = set()  # files of which half is sent, once
@@ -167,8 +168,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _api(self, name: str, rest: list[str]) -> None:
         repo = self.hub.repos.get(name)
-        if repo is None:
-            return self._error(404, "RepoNotFound")
+        if repo is None or name in self.hub.closed:
+            return self._error(403 if repo else 404, self.hub.closed.get(name, "RepoNotFound"))
         verb, revision = (rest[0], rest[1]) if len(rest) > 1 else ("revision", "main")
         found = repo.at(revision)
         if found is None:

@@ -21,6 +21,7 @@ from mlx_hmem.bank import Bank
 from mlx_hmem.bank.format import PAGE
 from mlx_hmem.evaluate.command import main as evaluate
 from mlx_hmem.generation.command import main as generate
+from mlx_hmem.model.find import find_model
 from mlx_hmem.model.load import load
 from tests.helpers.faults import in_threads
 from tests.helpers.hub_models import BASE, FIRST, LAST, REPO, SHARDS, blocks, other_model, same
@@ -130,6 +131,50 @@ def test_a_cache_that_another_program_filled_is_enough_without_a_connection(
     (model_folder,) = Path(hub_constants.HF_HUB_CACHE).glob("*/snapshots/*")
     (model_folder / "model.safetensors").unlink()
     refused("no anchor weights", load, REPO)
+
+
+def test_a_revision_is_named_behind_the_repository(online, directory, monkeypatch):
+    old, first = blocks(load(directory), LAST), online.repos[REPO].commits[-1][0]
+    other_model(directory)
+    online.add(REPO, directory)
+    new = blocks(load(directory), LAST)
+    assert same(blocks(load(f"{REPO}@{first}", lazy=True), LAST), old)
+    assert same(blocks(load(f"{REPO}@main", lazy=True), LAST), new)
+    line = run(generate, "--model", f"{REPO}@no", "--prompt", "a")
+    assert_refused(line, f"error: no model directory {REPO}@no, and the Hub does not give it")
+    assert "no such revision; give a branch, a tag or a commit" in line.err
+    refused("no such model directory: user/tiny@; give a folder, user/name,", load, f"{REPO}@")
+    line = run(generate, "--model", REPO, "--prompt", "a", "--revision", first)
+    assert_refused(line, "error: wrong command line: unrecognized arguments: --revision")
+    assert "write it behind the Hub id: user/name@REVISION" in line.err
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
+    assert same(blocks(load(f"{REPO}@{first}", lazy=True), LAST), old)
+    refused("not in the Hub's cache, and there is no connection", load, f"{REPO}@{'1' * 40}")
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("GatedRepo", "it is gated: .*; open https://huggingface.co/user/tiny, agree, and log in"),
+        ("RepoNotFound", "no such repository, or it is private; check the name; for a private one"),
+    ],
+)
+def test_a_repository_that_is_not_given_says_what_to_do(online, code, words):
+    online.closed[REPO] = code
+    refused(f"no model directory user/tiny, and the Hub does not give it: .*{words}", load, REPO)
+    refused("no such repository", load, "user/none")
+
+
+def test_no_code_and_nothing_for_other_programs_comes_along(online, directory):
+    files = online.repos[REPO].commits[-1][1]
+    strange = ("modeling_tiny.py", "tokenizer_tiny.py", "retriever/run.py", "chat_template.py",
+               "original/params.json", "original/tokenizer.model", "onnx/config.json",
+               "onnx/tokenizer.json", "consolidated.safetensors", "train_args.json")  # fmt: skip
+    online.repos[REPO].commit({**files, **dict.fromkeys(strange, b"x")})
+    load(REPO, lazy=True)
+    assert set(online.downloads()) == BASE
+    find_model(REPO)  # all of it, but never code
+    assert not [name for name in online.downloads() if name.endswith(".py")]
 
 
 def test_many_threads_fetch_a_shard_once(online, directory):

@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlx_hmem.anchors.architectures import anchor_layers
-from mlx_hmem.anchors.load import named_parameters, weight_files
+from mlx_hmem.anchors.load import INDEX, named_parameters, weight_files
 from mlx_hmem.bank.writer import planned_bytes
 from mlx_hmem.budget.resident import bytes_text, machine_bytes
 from mlx_hmem.config import MemoryConfig
@@ -126,7 +126,7 @@ def gathered_parameters(config: MemoryConfig, batch_size: int) -> int:
 def _stored_bytes(recipe: Recipe) -> int:
     """Of the frozen anchor, as it is stored."""
     if recipe.anchor.path is not None and recipe.anchor.training is None:
-        files = weight_files(find_model(recipe.anchor.path, ["model*.safetensors"]))
+        files = weight_files(find_model(recipe.anchor.path, ["model*.safetensors", INDEX]))
         headers = (read_safetensors_header(file)[0] for file in files)
         return sum(t.end - t.start for header in headers for t in header.values())
     return 4 * anchor_parameters(recipe)
