@@ -51,7 +51,8 @@ from train.remember.forget import forget
 from train.remember.run import OwnText, Settings
 from train.remember.run import documents_of as documents_of_run
 from train.remember.text import OwnDocument, hold_out, sentences
-from train.step.gradient import masked_loss, packed_mask
+from train.step.gradient import packed_mask
+from train.step.loss import masked_loss
 
 YEAR = re.compile(r"\b(1[0-9]{3}|20[01][0-9])\b")
 PERSON = re.compile(r"\bborn\b|\([^)]*\d{4}[^)]*[–-]")

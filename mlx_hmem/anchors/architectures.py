@@ -3,6 +3,7 @@
 To add an architecture, add a line to ``ARCHITECTURES``: docs/architectures.md says how.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -84,6 +85,19 @@ def anchor_layers(anchor: nn.Module) -> list[AnchorLayer]:
         AnchorLayer(index, _ffn(layer, architecture), _attention(layer, architecture))
         for index, layer in enumerate(anchor.layers)
     ]
+
+
+def head_of(anchor: nn.Module) -> Callable[[mx.array], mx.array]:
+    """What makes logits, (..., vocabulary), of the hidden states that ``anchor.model`` gives."""
+    tied = anchor.model["wte" if "wte" in anchor.model else "embed_tokens"]
+    scaling = getattr(anchor, "logits_scaling", 1)  # granite's
+
+    def head(hidden: mx.array) -> mx.array:
+        # Looked up when it is called: a compiled step sees the weights that it trains.
+        logits = anchor["lm_head"](hidden) if "lm_head" in anchor else tied.as_linear(hidden)
+        return logits if scaling == 1 else logits / scaling
+
+    return head
 
 
 def outputs(linear: nn.Module) -> int:

@@ -10,7 +10,8 @@ from mlx_hmem.anchors.attach import attach_memory
 from mlx_hmem.anchors.load import named_parameters
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.memory import initial_block, join_blocks
-from train.step.gradient import masked_loss, packed_mask
+from train.step.gradient import packed_mask
+from train.step.loss import masked_loss
 from train.store.blocks import BlockStore
 
 EOT = 0

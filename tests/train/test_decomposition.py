@@ -26,7 +26,8 @@ from train.loop.loop import train
 from train.ranks import ALONE
 from train.recipe.recipe import Recipe, TrainerConfig, WindowsSection
 from train.step.anchor import AnchorTrainee, initialise
-from train.step.gradient import BatchGradient, masked_loss
+from train.step.gradient import BatchGradient
+from train.step.loss import masked_loss
 from train.store.checkpoint import CHECKPOINT
 
 EOT, VOCABULARY, CONTEXT = 0, 300, 128

@@ -8,7 +8,8 @@ import pytest
 
 from mlx_hmem.anchors.openlm import Model
 from tests.helpers.loop_runs import EOT, VOCABULARY, make_model
-from train.step.gradient import masked_loss, packed_mask
+from train.step.gradient import packed_mask
+from train.step.loss import masked_loss
 
 
 def loss_of(model: Model, row: list[int]) -> float:

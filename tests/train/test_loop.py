@@ -19,7 +19,8 @@ from tests.helpers.stores import assert_same, store_state
 from train.loop.loop import MOST_SKIPPED, learning_rate_at, train
 from train.recipe.recipe import TrainerConfig
 from train.step.anchor import AnchorTrainee
-from train.step.gradient import masked_loss, packed_mask
+from train.step.gradient import packed_mask
+from train.step.loss import masked_loss
 from train.step.memories import MemoryTrainee
 from train.step.start import save_anchor, sound_anchor, take_anchor, trainable_anchor
 from train.store.blocks import BlockStore

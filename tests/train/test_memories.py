@@ -20,7 +20,8 @@ from tests.helpers.references import of_kind
 from tests.helpers.stores import EOT
 from train.recipe.recipe import TrainerConfig
 from train.step.adamw import adamw, bias_corrections
-from train.step.gradient import masked_loss, packed_mask
+from train.step.gradient import packed_mask
+from train.step.loss import masked_loss
 from train.step.memories import MemoryTrainee, generic_config
 from train.store.blocks import BlockStore
 

@@ -11,8 +11,9 @@ Peak memory is that of MLX's arrays; the program itself takes 0.1 GB more. It is
   activations that wait: of each token and layer 5 × (hidden + query size), 4.5 × inner FFN
   width and 2 × sum(r), and an attention map (batch, heads, context, context), with gradient
   checkpointing only the hidden states that each layer begins with; what one layer at a time has:
-  as much, and 5 attention maps; and the larger of three times the logits and the gradients of
-  fetched memory, twice, and blocks,
+  as much, and 5 attention maps; and the larger of three times the logits, of a frozen anchor no
+  more than a few chunks (:mod:`train.step.loss`), and the gradients of fetched memory, twice, and
+  blocks,
 * the update: eight times all that is trained,
 
 four bytes each, and a frozen anchor as it is stored. In the eighteen cases of
@@ -38,6 +39,7 @@ from mlx_hmem.model.find import find_model
 
 from ..data.taken_tokenizer import embedded
 from ..recipe.recipe import Recipe, TrainerConfig
+from ..step.loss import CHUNK_BYTES, CHUNKS_AT_ONCE
 from ..step.start import anchor_shape, num_parameters
 
 
@@ -149,7 +151,10 @@ def peak_memory(recipe: Recipe, stage: str, training: TrainerConfig) -> int:
         kept = tokens * anchor.hidden_size
     sums = weights + blocks if part < training.batch_size else 0
     gradient = 8 * weights + 3 * blocks + sums + fetched + anchor.num_layers * kept
-    gradient += of_layer + 5 * attention + max(3 * tokens * anchor.vocab_size, 2 * fetched + blocks)
+    logits = 3 * tokens * anchor.vocab_size
+    if frozen:
+        logits = min(logits, CHUNKS_AT_ONCE * CHUNK_BYTES // 4)
+    gradient += of_layer + 5 * attention + max(logits, 2 * fetched + blocks)
     numbers = max(gradient, 8 * (weights + blocks))
     return (_stored_bytes(recipe) if frozen else 0) + int(4 * numbers)
 

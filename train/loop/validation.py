@@ -18,6 +18,7 @@ import mlx.nn as nn
 import numpy as np
 from tqdm import tqdm
 
+from mlx_hmem.anchors.architectures import head_of
 from mlx_hmem.anchors.load import num_embedded
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.texts import records
@@ -28,6 +29,7 @@ from ..data.tokenizer import begin_of, load_tokenizer
 from ..data.windows import Windows, cut_windows
 from ..recipe.recipe import Recipe, TrainerConfig
 from ..step.gradient import check_tokens
+from ..step.loss import chunk_size, token_losses
 from ..step.memories import MemoryTrainee, generic_path
 
 
@@ -52,6 +54,7 @@ class Validation:
     ):
         self.anchor, self.windows, self.trainee, self.paths = anchor, windows, trainee, paths or {}
         self.num_embedded = num_embedded(anchor)
+        self.chunk = chunk_size(self.num_embedded)
         # Windows of about one length share a batch.
         order = np.argsort(-np.diff(windows.offsets), kind="stable")
         self.known: dict[str, float] = {}
@@ -90,8 +93,8 @@ class Validation:
     def _losses(self, tokens: mx.array, mode: str, numbers: np.ndarray) -> mx.array:
         rows = self._rows(mode, numbers)
         with self.trainee.slot.using(rows) if self.trainee else nullcontext():
-            logits = self.anchor(tokens[:, :-1]).astype(mx.float32)
-        return nn.losses.cross_entropy(logits, tokens[:, 1:], reduction="none")
+            hidden = self.anchor.model(tokens[:, :-1])
+            return token_losses(hidden, tokens[:, 1:], head_of(self.anchor), self.chunk)
 
     def _rows(self, mode: str, numbers: np.ndarray) -> Rows | None:
         """The memory of each window, as the store holds it now."""

@@ -16,6 +16,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from mlx_hmem.anchors.architectures import head_of
 from mlx_hmem.anchors.attach import MemorySlot
 from mlx_hmem.anchors.load import float_dtype, num_embedded
 from mlx_hmem.anchors.openlm import document_mask
@@ -26,22 +27,10 @@ from mlx_hmem.memory.layer import extend
 from ..padding import counted
 from ..ranks import Ranks
 from ..recipe.recipe import TrainerConfig
+from .loss import chunk_size, chunked_loss, counted_places, summed_loss
 
 # What is trained: "anchor", its weights by name, and "blocks", the unique blocks of each level.
 Weights = dict[str, Any]
-
-
-def masked_loss(logits: mx.array, tokens: mx.array, eot: int) -> mx.array:
-    """Mean next-token cross-entropy in nats of ``tokens`` (batch, time + 1), padding left out."""
-    return summed_loss(logits, tokens, eot) / mx.maximum(counted(tokens, eot).sum(), 1)
-
-
-def summed_loss(logits: mx.array, tokens: mx.array, eot: int) -> mx.array:
-    """:func:`masked_loss` summed over the tokens that count."""
-    logits = logits.astype(mx.float32)
-    picked = mx.take_along_axis(logits, tokens[:, 1:, None], axis=-1).squeeze(-1)
-    losses = mx.logsumexp(logits, axis=-1) - picked
-    return (losses * counted(tokens, eot).astype(mx.float32)).sum()
 
 
 def check_tokens(tokens: np.ndarray, num_embedded: int) -> None:
@@ -76,26 +65,35 @@ class BatchGradient:
         self.exchanged_bytes = 0  # of one rank, since the beginning
         self._check_sizes()
         self.num_embedded = num_embedded(anchor)
-        call: Callable[..., mx.array] = anchor
-        dtype = float_dtype(anchor)
+        self.chunk = chunk_size(self.num_embedded)
+        trunk, head, dtype = anchor.model, head_of(anchor), float_dtype(anchor)
 
-        def logits(inputs: mx.array) -> mx.array:
-            if not training.document_mask:
-                return call(inputs)
-            return call(inputs, mask=packed_mask(inputs, eot))
+        def summed(batch: mx.array, places: mx.array, count: mx.array, frozen: bool) -> mx.array:
+            inputs = batch[:, :-1]
+            mask = {"mask": packed_mask(inputs, eot)} if training.document_mask else {}
+            hidden = trunk(inputs, **mask)
+            if frozen:
+                return chunked_loss(hidden, batch, places, count, head, self.chunk)
+            return summed_loss(head(hidden), batch, eot)
 
         def loss(
-            weights: Weights, indices: list[mx.array], batch: mx.array, scale: mx.array
+            weights: Weights,
+            indices: list[mx.array],
+            batch: mx.array,
+            places: mx.array,
+            count: mx.array,
+            scale: mx.array,
         ) -> mx.array:
             if weights["anchor"]:
                 anchor.update(tree_unflatten(list(weights["anchor"].items())))
+            given, frozen = (batch, places, count), not weights["anchor"]
             if slot is None:
-                return scale * summed_loss(logits(batch[:, :-1]), batch, eot)
+                return scale * summed(*given, frozen)
             # One memory per sequence.
             blocks = [b[i] for b, i in zip(weights["blocks"], indices, strict=True)]
             rows = tuple(rows.astype(dtype) for rows in join_blocks(blocks, slot.config))
             with slot.using(rows):
-                return scale * summed_loss(logits(batch[:, :-1]), batch, eot)
+                return scale * summed(*given, frozen)
 
         self._part = mx.compile(mx.value_and_grad(loss))
 
@@ -133,8 +131,9 @@ class BatchGradient:
         for start in range(first, first + share, part_size):
             rows = slice(start, start + part_size)
             batch = mx.array(tokens[rows].astype(np.int32))
-            places = [mx.array(index[rows].astype(np.int32)) for index in indices]
-            loss, part = self._part(weights, places, batch, scale)
+            own = [mx.array(index[rows].astype(np.int32)) for index in indices]
+            places, count = counted_places(tokens[rows], self.eot, self.chunk)
+            loss, part = self._part(weights, own, batch, mx.array(places), mx.array(count), scale)
             value = value + loss
             gradient = part if gradient is None else tree_map(mx.add, gradient, part)
             del part  # so that sums and clipping write in place

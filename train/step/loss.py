@@ -1,0 +1,107 @@
+"""The next-token loss over the positions that count, with never more than a chunk of the logits.
+
+With a vocabulary of 262,144 the logits of a thousand tokens are a gigabyte, and a whole loss holds
+them three times. Where the head is frozen the gradient of the hidden states is all that is wanted:
+it is worked out with the loss, chunk by chunk, from the same exponentials, and kept until it is
+asked for. A head that is trained keeps whole logits.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..padding import counted
+
+CHUNK_BYTES = 1 << 26  # of logits in float32
+CHUNKS_AT_ONCE = 12  # MLX makes room for ten operations ahead (measured, CPU)
+Head = Callable[[mx.array], mx.array]  # hidden states (n, hidden) -> logits (n, vocabulary)
+
+
+def masked_loss(logits: mx.array, tokens: mx.array, eot: int) -> mx.array:
+    """Mean next-token cross-entropy in nats of ``tokens`` (batch, time + 1), padding left out."""
+    return summed_loss(logits, tokens, eot) / mx.maximum(counted(tokens, eot).sum(), 1)
+
+
+def summed_loss(logits: mx.array, tokens: mx.array, eot: int) -> mx.array:
+    """:func:`masked_loss` summed over the tokens that count."""
+    logits = logits.astype(mx.float32)
+    picked = mx.take_along_axis(logits, tokens[:, 1:, None], axis=-1).squeeze(-1)
+    losses = mx.logsumexp(logits, axis=-1) - picked
+    return (losses * counted(tokens, eot).astype(mx.float32)).sum()
+
+
+def chunk_size(vocabulary: int) -> int:
+    """Positions in a chunk."""
+    return max(1, CHUNK_BYTES // (4 * vocabulary))
+
+
+def counted_places(tokens: np.ndarray, eot: int, chunk: int) -> tuple[np.ndarray, int]:
+    """The flat places among the targets of ``tokens`` (batch, time + 1) of those that count, and
+    how many they are; filled with zeros to whole chunks, for a compiled step wants few shapes."""
+    found = np.flatnonzero(counted(tokens, eot))
+    size = min(tokens[:, 1:].size, -(-max(1, len(found)) // chunk) * chunk)
+    return np.pad(found, (0, size - len(found))).astype(np.int32), len(found)
+
+
+def chunked_loss(
+    hidden: mx.array, tokens: mx.array, places: mx.array, count: mx.array, head: Head, chunk: int
+) -> mx.array:
+    """:func:`summed_loss` of the logits that a frozen ``head`` makes of ``hidden`` (batch, time,
+    hidden size), at the first ``count`` of ``places`` (:func:`counted_places`)."""
+    rows = hidden.reshape(-1, hidden.shape[-1])[places]
+    targets = tokens[:, 1:].reshape(-1)[places]
+    weights = (mx.arange(places.size) < count).astype(mx.float32)
+
+    @mx.custom_function
+    def loss(rows: mx.array) -> tuple[mx.array, mx.array]:
+        total, gradients = mx.array(0.0), list[mx.array]()
+        for first in range(0, places.size, chunk):
+            part = slice(first, first + chunk)
+            own = rows[part]
+            if gradients:  # else all chunks' logits could be there at once
+                own = mx.depends([own], [total, gradients[-1]])[0]
+            value, gradient = _of_chunk(own, targets[part], weights[part], head)
+            total = total + value
+            gradients.append(gradient)
+        return total, mx.concatenate(gradients)
+
+    @loss.vjp
+    def of_rows(rows: mx.array, cotangents: list[mx.array], outputs: list[mx.array]) -> mx.array:
+        return cotangents[0].astype(outputs[1].dtype) * outputs[1]
+
+    found: Any = loss(rows)
+    result: mx.array = found[0]
+    return result
+
+
+def token_losses(hidden: mx.array, targets: mx.array, head: Head, chunk: int) -> mx.array:
+    """Cross-entropy in nats of ``targets`` (batch, time), each, given ``hidden`` (batch, time,
+    hidden size). Computed when called, a chunk at a time."""
+    rows, flat, found = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), list[mx.array]()
+    for first in range(0, flat.size, chunk):
+        part = slice(first, first + chunk)
+        logits = head(rows[part]).astype(mx.float32)
+        found.append(nn.losses.cross_entropy(logits, flat[part], reduction="none"))
+        mx.eval(found[-1])
+    return mx.concatenate(found).reshape(targets.shape)
+
+
+def _of_chunk(
+    rows: mx.array, targets: mx.array, weights: mx.array, head: Head
+) -> tuple[mx.array, mx.array]:
+    """Weighted sum of the losses, and its gradient for ``rows``: softmax less the target, back
+    through the head."""
+    logits = head(rows)
+    wide = logits.astype(mx.float32)
+    top = wide.max(axis=-1, keepdims=True)
+    powers = mx.exp(wide - top)
+    sums = powers.sum(axis=-1, keepdims=True)
+    picked = mx.take_along_axis(wide, targets[:, None], axis=-1)
+    losses = (top + mx.log(sums) - picked).squeeze(-1)
+    hit = mx.arange(logits.shape[-1]) == targets[:, None]
+    slope = (powers / sums - hit) * weights[:, None]
+    _, gradients = mx.vjp(head, [rows], [slope.astype(logits.dtype)])
+    return (losses * weights).sum(), gradients[0]
