@@ -199,7 +199,7 @@ def forget(
         text, tokenizer = text_of(first, run.documents, restated(run.folder))
         given.append((run, text, run.paths(text, bases), tokenizer))
     targets = list(targets_of(out, len(taught)))
-    if out.exists() and (targets[0] / DONE).exists() == (targets[0] / SETTINGS).exists():
+    if out.exists() and not (targets[0] / SETTINGS).exists():
         raise UserError("the destination exists", out, "choose another")
     with ExitStack() as held:
         for target in targets:
