@@ -239,12 +239,18 @@ def test_values_that_no_config_has_are_one_line(tmp_path, name, change, words):
     refused(words, checkpoints.convert, source, tmp_path / "out")
 
 
-@pytest.mark.parametrize("norm", [[], False, "none"])
-def test_values_that_openlm_does_not_have_go_back_in_one_line(tmp_path, norm):
+@pytest.mark.parametrize(
+    ("norm", "words"),
+    [
+        ([], "norm_type is not a text"),
+        (False, "norm_type is not a text"),
+        ("none", "config.json describes no anchor"),
+    ],
+)
+def test_values_that_openlm_does_not_have_go_back_in_one_line(tmp_path, norm, words):
     source = checkpoints.save_openlm(tmp_path / "s", checkpoints.random_openlm(), None)
     model = checkpoints.convert(source, tmp_path / "model", "--set", "head_dim=8")
     edit_json(model / "config.json", lambda config: config.update(norm_type=norm))
-    words = "config.json describes no anchor"
     refused(words, checkpoints.convert, model, tmp_path / "out", "--to", "pytorch")
 
 
