@@ -386,4 +386,5 @@ def _is_plain(text: Any) -> bool:
 def not_routed(names: Iterable[str]) -> UserError:
     """That a text cannot choose a memory, where the model knows them by name alone."""
     known = f"it is chosen by name: {', '.join(names)}"
-    return UserError("this memory has no cluster tree", known, "name one with --memory-name")
+    remedy = "name one with --memory-name; a tree is made of texts (convert adapters --texts)"
+    return UserError("this memory has no cluster tree", known, remedy)

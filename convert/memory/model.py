@@ -244,4 +244,5 @@ def to_pytorch(source: Path, dtype: str | None = None) -> Conversion:
     planned = Manifest.planned(hmem.memory, stored, None, "", "")
     need = anchor.need_bytes + planned_bytes(planned) + tree.stat().st_size
     made = f"{MARKER}, anchor and {len(names)} files of memory in {stored}"
-    return Conversion(sources, need, anchor.notes, write, made, anchor.config)
+    left = ["left out: the names of memories"] if hmem.names else []
+    return Conversion(sources, need, [*anchor.notes, *left], write, made, anchor.config)

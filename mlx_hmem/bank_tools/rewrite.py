@@ -72,7 +72,8 @@ def split(folder: Path, opened: OpenBank, views: Views, path: ClusterPath, out: 
         tree_hash = fingerprint(tree)
         manifest = _write_subtree(opened, path, config, tree_hash, part / BANK_FOLDER)
         retriever = replace(opened.hmem.routed, tree_hash=tree_hash)
-        hmem = replace(opened.hmem, memory=config, retriever=retriever)
+        names = _names_below(opened, path)
+        hmem = replace(opened.hmem, memory=config, retriever=retriever, names=names)
         write_atomic(part / "hmem.json", hmem.to_json())
         if views:
             write_views(part / BANK_FOLDER, _views_below(opened, views, path))
@@ -130,6 +131,12 @@ def _moved(opened: OpenBank, path: ClusterPath, cluster: ClusterPath) -> Cluster
     """The path to a cluster above or below ``path`` as it is called in that subtree alone."""
     starts = (opened.bank.config.clusters_on(path, n)[0] for n in range(1, len(cluster) + 1))
     return tuple(c - start for c, start in zip(cluster, starts, strict=True))
+
+
+def _names_below(opened: OpenBank, path: ClusterPath) -> dict[str, ClusterPath] | None:
+    """The names of memories in the subtree, None without any."""
+    names = (opened.hmem.names or {}).items()
+    return {n: _moved(opened, path, own) for n, own in names if own[: len(path)] == path} or None
 
 
 def _views_below(opened: OpenBank, views: Views, path: ClusterPath) -> Views:

@@ -167,6 +167,18 @@ def test_texts_choose_the_adapter_that_they_belong_to_and_a_name_still_does(rout
     assert by_name.to_dict()["name"] == "verse"
 
 
+def test_what_is_made_of_a_routed_model_keeps_the_names(routed, tmp_path, capsys):
+    bank_main(["split", str(routed), "1", "--out", str(tmp_path / "law")])
+    model, alone = load(routed), load(tmp_path / "law")
+    assert alone.require_banks().names == ["law"]
+    logits = alone(IDS, [alone.path_named("law")])
+    assert mx.array_equal(logits, model(IDS, [model.path_named("law")]))
+    main([str(routed), str(tmp_path / "torch"), "--to", "pytorch"])
+    assert "left out: the names of memories" in capsys.readouterr().err
+    main([str(tmp_path / "torch"), str(tmp_path / "back")])
+    assert mx.array_equal(load(tmp_path / "back")(IDS, [(1,)]), logits)
+
+
 def test_rows_of_a_batch_have_a_name_each_and_say_what_each_says_alone(named):
     model, prompts = load(named), ["The contract", "A song of", "select the", "The contract"]
     names = ["law", "verse", "sql", "sql"]

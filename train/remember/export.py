@@ -127,8 +127,9 @@ def export(
         write_documents(part / BANK_FOLDER, [*base.documents, *documents])
         _bar_in_views(base, settings, part / BANK_FOLDER)
         hmem = HmemConfig(
-            FORMAT_VERSION, settings.memory, known, base.anchor_hash, **text_hashes(part)
-        )
+            FORMAT_VERSION, settings.memory, known, base.anchor_hash, **text_hashes(part),
+            names=base.hmem.names if base.hmem else None,
+        )  # fmt: skip
         write_atomic(part / "hmem.json", hmem.to_json())
         write_card(base, part)
 
