@@ -107,11 +107,11 @@ def dequantised(
     if not how:
         return dict(tensors), config, None
     method = how.get("quant_method") if isinstance(how, dict) else None
-    if method not in READERS:
+    if not isinstance(method, str) or method not in READERS:
         what = "the source is quantised in a way that is not read"
-        raise UserError(what, f"{method!r}, not {KNOWN}"[:200], UNQUANTISED)
+        raise UserError(what, f"{str(method)[:80]!r} ({KNOWN} are)", UNQUANTISED)
     stored = dtype or str(config.get("dtype") or config.get("torch_dtype"))
-    rounding = Rounding(str(method), DTYPES.get(stored, "BF16"))
+    rounding = Rounding(method, DTYPES.get(stored, "BF16"))
     found = READERS[method](tensors, how, rounding)
     rest = {key: value for key, value in config.items() if key != "quantization_config"}
     return found, rest, rounding
@@ -158,10 +158,9 @@ def _check(name: str, tensor: LazyTensor, shape: tuple[int, ...], dtypes: tuple[
 
 
 def _scaled(tensors: Tensors, how: dict[str, Any], rounding: Rounding) -> dict[str, LazyTensor]:
-    layout, sparse = how.get("format"), how.get("sparsity_config") or {}
-    if how["quant_method"] == "compressed-tensors" and (
-        layout not in FORMATS or sparse.get("format", "dense") != "dense"
-    ):
+    layout, sparse = how.get("format"), how.get("sparsity_config")
+    dense = not sparse or (isinstance(sparse, dict) and sparse.get("format", "dense") == "dense")
+    if rounding.method == "compressed-tensors" and (layout not in FORMATS or not dense):
         what = "compressed-tensors are read of 8 bits, without sparsity"
         raise UserError(what, f"format {layout!r}"[:100], UNQUANTISED)
     block, result, used = how.get("weight_block_size") or BLOCK, dict[str, LazyTensor](), set[str]()
@@ -195,7 +194,7 @@ def _block_of(
 ) -> tuple[int, int]:
     """Over how many rows and columns one scale counts."""
     shape = scale.shape
-    if len(weight.shape) == 2 and scale.dtype in FLOATS and len(block) == 2:
+    if len(weight.shape) == 2 and all(weight.shape) and scale.dtype in FLOATS and len(block) == 2:
         rows, columns = weight.shape
         if shape in ((), (1,), (1, 1)):
             return rows, columns
@@ -231,7 +230,7 @@ def _scaled_rows(
 
 
 def _packed(tensors: Tensors, how: dict[str, Any], rounding: Rounding) -> dict[str, LazyTensor]:
-    awq, bits = how["quant_method"] == "awq", how.get("bits")
+    awq, bits = rounding.method == "awq", how.get("bits")
     form = how.get("version", "gemm") if awq else how.get("checkpoint_format", "gptq")
     if bits not in ((4,) if awq else (2, 4, 8)) or type(bits) is not int:
         what = f"{rounding.method} is read of {'4' if awq else '2, 4 and 8'} bits"
@@ -262,7 +261,7 @@ class _Matrix:
         zeros, scales, groups = (parts[key] for key in ("qzeros", "scales", "g_idx"))
         if zeros is None or scales is None:
             raise _wrong(base, f"it has no {'scales' if scales is None else 'qzeros'}")
-        if len(weight.shape) != 2 or weight.dtype != "I32":
+        if len(weight.shape) != 2 or not all(weight.shape) or weight.dtype != "I32":
             raise _wrong(base, f"its qweight is {weight.dtype} {weight.shape}")
         self.weight, self.zeros, self.scales, self.awq = weight, zeros, scales, awq
         self.pack, self.mask, self.more = 32 // bits, (1 << bits) - 1, int(not awq and not as_it_is)
@@ -284,7 +283,7 @@ class _Matrix:
         if groups is not None:
             _check(f"{base}.g_idx", groups, (inputs,), ("I32",))
             self.group = groups.read().view("<i4")
-            if inputs and not 0 <= self.group.min() <= self.group.max() < count:
+            if not 0 <= self.group.min() <= self.group.max() < count:
                 raise _wrong(f"{base}.g_idx", f"it names groups beyond the {count} that there are")
 
     def rows(self, first: int, count: int) -> np.ndarray:

@@ -76,7 +76,7 @@ def _open_torch(path: Path) -> Checkpoint:
         file.seek(0)
         start = read_exactly(file, min(size, 512), path)
         if is_legacy(start):
-            with _explained(f"{path} is not read", SAVE_AGAIN):
+            with _explained(f"{path} is not read", f"{RESTORE}; {SAVE_AGAIN}"):
                 return _Sorter().sort_out(read_legacy(path, file, size), size)
         _check_format(path, start)
         with _explained(f"{path} is not a whole checkpoint", RESTORE):

@@ -302,8 +302,16 @@ WRONG: dict[str, tuple[str, Any, str]] = {
         "fp8 block", lambda t, how: how.update(weight_block_size="ab"), "weight_block_size is no"),
     "bitsandbytes": (
         "gptq", lambda t, how: how.update(quant_method="bitsandbytes"),
-        "in a way that is not read: 'bitsandbytes', not awq, gptq, fp8.*take the model that"),
-    "no method": ("gptq", lambda t, how: how.pop("quant_method"), "not read: None"),
+        r"in a way that is not read: 'bitsandbytes' \(awq, gptq, fp8.* are\); take the model that"),
+    "a method that is a list": (
+        "gptq", lambda t, how: how.update(quant_method=["gptq"]), r"not read: \"\['gptq'\]"),
+    "sparsity that is a text": (
+        "compressed-tensors int8", lambda t, how: how.update(sparsity_config="2:4"), "of 8 bits"),
+    "a matrix of nothing": (
+        "gptq", given(f"{Q}qweight", "I32", np.ones((0, 32), "i4")), r"its qweight is I32 \(0"),
+    "a matrix of 8 bits of nothing": (
+        "fp8 tensor", given(f"{Q}weight", "F8_E5M2", np.ones((0, 9), "u1")), "none for each tenso"),
+    "no method": ("gptq", lambda t, how: how.pop("quant_method"), "not read: 'None'"),
     "packed tensors": (
         "compressed-tensors int8", lambda t, how: how.update(format="pack-quantized"),
         "of 8 bits, without sparsity: format 'pack-quantized'"),
