@@ -6,6 +6,7 @@ There are no checksums. Where a storage lies is known only behind the pickle tha
 that pickle is run twice: first for how long each storage is, then for the tensors.
 """
 
+import re
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -19,13 +20,16 @@ from .pickle_machine import MAX_PICKLE, Machine
 from .tensors import ITEM_SIZES
 
 MAGIC = 0x1950A86A20F9469CFC6C
+BEGIN = re.compile(  # of protocol 4, too, which puts pickles into frames
+    rb"\x80.(\x95.{8})?\x8a\x0a" + re.escape(MAGIC.to_bytes(10, "little")), re.DOTALL
+)
 VERSION = 1001
 COUNT = struct.Struct("<q")  # before each storage
 
 
 def is_legacy(start: bytes) -> bool:
     """Whether a file that begins so is one: its first pickle is the magic number."""
-    return start[2:14] == b"\x8a\x0a" + MAGIC.to_bytes(10, "little") and start[:1] == b"\x80"
+    return BEGIN.match(start) is not None
 
 
 def read_legacy(path: Path, file: BinaryIO, size: int) -> Any:

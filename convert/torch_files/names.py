@@ -122,6 +122,10 @@ def _tensor(
     return LazyTensor(storage.path, start, dtype, shape, None if plain else strides)
 
 
+def _tensor_v1(storage: Any, offset: Any, shape: Any, strides: Any) -> LazyTensor:
+    return _tensor_v2(storage, offset, shape, strides, False, None)
+
+
 def _tensor_v2(
     storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, metadata: Any = None
 ) -> LazyTensor:
@@ -137,6 +141,11 @@ def _tensor_v3(
         raise ValueError("its pickle has a tensor without a type")
     name = TYPES[dtype.removeprefix("torch.")]  # :data:`NAMES` alone makes types
     return _tensor(storage, offset, shape, strides, name, metadata)
+
+
+def _other_tensor(*ignored: Any) -> LazyTensor:
+    """What is a tensor is not passed over as a stranger's class is: the model would lack it."""
+    raise ValueError("its pickle has a sparse, nested or quantised tensor, which is not read")
 
 
 def _parameter(tensor: Any, *ignored: Any) -> LazyTensor:
@@ -197,11 +206,15 @@ def _numpy_number(kind: Any, data: Any) -> int | float | bool:
 
 
 TENSOR_CLASS = object()  # torch.Tensor and Parameter, named where a tensor has attributes
+OTHERS = ("sparse_tensor", "sparse_csr_tensor", "nested_tensor", "qtensor", "wrapper_subclass",
+          "meta_tensor_no_storage", "device_tensor_from_numpy", "device_tensor_from_cpu_tensor",
+          "xla_tensor")  # fmt: skip
 TENSOR_V2, TENSOR_V3 = Function(_tensor_v2, 6, 7), Function(_tensor_v3, 7, 8)
 REBUILD = (TENSOR_V2, TENSOR_V3)
 NUMBER = Function(_numpy_number, 2, 2)
 NAMES: dict[str, Any] = {
     "collections.OrderedDict": Function(_ordered, 0, 1),
+    "torch._utils._rebuild_tensor": Function(_tensor_v1, 4, 4),
     "torch._utils._rebuild_tensor_v2": TENSOR_V2,
     "torch._utils._rebuild_tensor_v3": TENSOR_V3,
     "torch._utils._rebuild_parameter": Function(_parameter, 3, 3),
@@ -218,5 +231,6 @@ NAMES: dict[str, Any] = {
     "numpy.core.multiarray.scalar": NUMBER,
     "numpy._core.multiarray.scalar": NUMBER,
 }
+NAMES |= {f"torch._utils._rebuild_{name}": Function(_other_tensor, 0, 20) for name in OTHERS}
 NAMES |= {f"torch.{name}": StorageClass(dtype) for name, dtype in STORAGES.items()}
 NAMES |= {f"torch.{name}": _Type(f"torch.{name}") for name in TYPES}

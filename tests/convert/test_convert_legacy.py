@@ -69,6 +69,9 @@ def test_tensors_are_read_where_they_lie(tmp_path: Path) -> None:
     assert found.tensors["turned"].read()[0].tobytes() == bytes([0, 1, 2, 3, 12, 13, 14, 15])
     assert found.tensors["h"].read().tobytes() == b"abcd"
     assert (found.values, found.left_out) == ({"epoch": 3}, ("net (a.b.Net)",))
+    oldest = name("torch._utils", "_rebuild_tensor") + opcodes((at(), 1, (2,), (3,))) + b"R"
+    found = open_files([write(tmp_path / "y.pt", {"w": oldest})])  # as before PyTorch 0.4
+    assert found.tensors["w"].read().tobytes() == bytes([4, 5, 6, 7, 16, 17, 18, 19])
 
 
 def damaged() -> dict[str, bytes]:
