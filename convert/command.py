@@ -17,7 +17,7 @@ import mlx_hmem  # noqa: F401  (before mlx.core)
 from mlx_hmem.anchors.load import read_config
 from mlx_hmem.errors import ArgumentParser, UserError, printable, run_verb
 from mlx_hmem.folders import identity_of, whole_folder
-from mlx_hmem.model.find import MODEL_FILES, find_model, is_repo_name
+from mlx_hmem.model.find import MODEL_FILES, TEXTS, find_model, is_repo_name
 
 from .anchors import hugging_face, openlm
 from .anchors.weights import DTYPES, Conversion
@@ -173,8 +173,8 @@ def places_of(args: argparse.Namespace) -> tuple[Path, Path]:
             "give SOURCE DESTINATION, or --hf-path and --mlx-path",
         )
     if not Path(source).exists() and args.hf_path:
-        more = ("pytorch_model*.bin", "pytorch_model.bin.index.json", "LICENSE*", "README.md")
-        source = find_model(source, (*MODEL_FILES, *more))
+        pickles = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+        source = find_model(source, (*MODEL_FILES, *pickles, *TEXTS))
     return Path(source), Path(out)
 
 

@@ -28,7 +28,14 @@ from mlx_hmem.config import HmemConfig
 from mlx_hmem.errors import ArgumentParser, UserError
 from mlx_hmem.files import link_or_copy, save_safetensors, write_atomic
 from mlx_hmem.folders import RECORD, copy_missing, identity_of, whole_folder
-from mlx_hmem.model.find import BANK_FOLDER, check_inside, find_model
+from mlx_hmem.model.find import (
+    BANK_FILES,
+    BANK_FOLDER,
+    MODEL_FILES,
+    TEXTS,
+    check_inside,
+    find_model,
+)
 from mlx_hmem.model.load import load
 from mlx_hmem.model.model import MemoryModel
 from mlx_hmem.reading import open_regular
@@ -68,7 +75,7 @@ class Bundle:
         bank = {f"{BANK_FOLDER}/{MANIFEST}": self.folder / BANK_FOLDER / MANIFEST}
         tree = {"retriever/tree.safetensors": self.folder / "retriever" / "tree.safetensors"}
         encoder = {f"retriever/encoder/{name}": self.encoder / name for name in ENCODER}
-        texts = [f for p in ("README.md", "LICENSE*", "NOTICE*") for f in self.folder.glob(p)]
+        texts = [f for p in TEXTS for f in self.folder.glob(p)]
         for text in texts:
             check_inside(text, self.folder)
         runner = {RUNNER: Path(__file__).with_name("runner.py")}
@@ -276,7 +283,8 @@ def main(words: Sequence[str]) -> None:
     args = parser.parse_args(words)
     stream()  # begun before any other
     prefill = [] if args.prefill is None else lengths_option(args.prefill)
-    bundle = plan(find_model(args.model), args.context, prefill)
+    folder = find_model(args.model, (*MODEL_FILES, *BANK_FILES, *TEXTS))
+    bundle = plan(folder, args.context, prefill)
     with whole_folder(
         args.out, bundle.identity, replace=args.overwrite, need_bytes=bundle.bytes_needed
     ) as part:

@@ -9,7 +9,7 @@ from mlx_hmem.bank.format import STORED_TYPES
 from mlx_hmem.bank.quantization import MODES
 from mlx_hmem.errors import ArgumentParser, UserError
 from mlx_hmem.evaluate import read_texts
-from mlx_hmem.model.find import find_model
+from mlx_hmem.model.find import BANK_FILES, BANK_FOLDER, MODEL_FILES, TEXTS, find_model
 from mlx_hmem.model.load import read_hmem
 
 from .model import plan, quantize
@@ -100,7 +100,8 @@ def main(words: Sequence[str]) -> None:
             "there is nothing to quantise", args.model, "give --anchor-bits or --bank-bits, or both"
         )
     texts = read_texts(args.text) if args.text else []
-    folder = find_model(args.model)
+    wanted = (*MODEL_FILES, *BANK_FILES, f"{BANK_FOLDER}/*.jsonl", *TEXTS)
+    folder = find_model(args.model, wanted)
     anchor = None if for_anchor == NOT_GIVEN else quantization_for(0, *for_anchor)
     levels = {} if for_bank == NOT_GIVEN else _all_levels(folder, *for_bank)
     levels = {level: how for level, how in {**levels, **own}.items() if how is not None}

@@ -29,7 +29,9 @@ def read_input(what: str, one_line: bool = False) -> str:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", default="demo", help="folder or Hub id (default: demo, the bundled model)"
+        "--model",
+        default="demo",
+        help="folder, Hub id or Hub id@REVISION (default: demo, the bundled model)",
     )
     parser.add_argument(
         "--system-prompt",

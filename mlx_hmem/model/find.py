@@ -20,6 +20,7 @@ MODEL_FILES = (
     "vocab.txt", "merges.txt", "chat_template*", "bank/*.json", "banks/*.json", "retriever/*",
     "banks/*/retriever/*",
 )  # fmt: skip
+TEXTS = ("README.md", "LICENSE*", "NOTICE*")  # for who makes another model of one
 CODE = ("*.py",)  # never fetched, whatever is wanted
 BANK_FOLDER = "bank"
 BANK_FILES = (f"{BANK_FOLDER}/*.safetensors", f"banks/*/{BANK_FOLDER}/*.safetensors")
