@@ -18,10 +18,10 @@ import mlx.nn as nn
 
 from mlx_hmem.anchors.architectures import anchor_layers
 from mlx_hmem.anchors.attach import anchor_sizes
-from mlx_hmem.config import PROJECTIONS, read_json
+from mlx_hmem.config import PROJECTIONS
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import strict_json
 from mlx_hmem.memory.layer import AttentionLayer, FFNLayer, Projection
+from mlx_hmem.reading import read_json, strict_json
 
 from ..anchors.keys import Problems
 from ..anchors.weights import FLOATS
