@@ -24,6 +24,7 @@ EXTRAS = {
     "zstandard": "corpora",
     "matplotlib": "plot",
     "lm_eval": "harness",
+    "gguf": "gguf",
 }
 
 

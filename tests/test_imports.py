@@ -51,12 +51,13 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
     "convert": {
         "torch_files": (),
         "anchors": ("torch_files",),
+        "gguf": ("anchors",),
         "memory": ("anchors",),
         "adapters": ("memory",),
         "quantize": (),
         "bundle": (),
         "upload": (),
-        "command": ("memory", "adapters", "quantize", "bundle", "upload"),
+        "command": ("gguf", "memory", "adapters", "quantize", "bundle", "upload"),
     },
 }
 FACES = {"__init__", "__main__"}

@@ -1,0 +1,1 @@
+"""llama.cpp's files: their header, names, settings and vocabulary."""
