@@ -21,9 +21,11 @@ from mlx_hmem.model.find import MODEL_FILES, TEXTS, find_model, is_repo_name
 
 from .anchors import hugging_face, openlm
 from .anchors.weights import DTYPES, Conversion
+from .gguf.header import is_gguf
+from .gguf.model import from_gguf
 from .torch_files.pickles import open_files
 
-KINDS = ("openlm", "huggingface", "hmem-pytorch")
+KINDS = ("openlm", "huggingface", "hmem-pytorch", "gguf")
 MARKER = "hmem_pytorch.json"
 VERBS = {
     "quantize": (".quantize.command", "anchor and bank of a model to fewer bits"),
@@ -49,6 +51,11 @@ def kind_of(source: Path) -> str:
             raise UserError("a model directory without its hmem.json", source, "restore it")
         if hugging_face.is_hugging_face(source):
             return "anchor" if read_config(source)["model_type"] == "openlm" else "huggingface"
+        if files := sorted(file.name for file in source.glob("*.gguf")):
+            what = "a folder of GGUF files, of which one is converted"
+            raise UserError(what, f"{', '.join(files)[:200]} in {source}", "give the path of one")
+    elif is_gguf(source):
+        return "gguf"
     checkpoint = open_files(openlm.checkpoint_files(source))
     if openlm.is_openlm(checkpoint):
         return "openlm"
@@ -70,6 +77,8 @@ def conversion_of(args: argparse.Namespace, source: Path, kind: str) -> Conversi
         raise UserError("this is a model of MLX already", source, remedy)
     if kind == "huggingface":
         return hugging_face.from_torch(source, args.dtype)
+    if kind == "gguf":
+        return from_gguf(source, args.dtype, args.tokenizer)
     own = (args.config, options_of(args.set), args.tokenizer)
     if kind == "openlm":
         return openlm.from_torch(source, args.dtype, *own)
@@ -118,9 +127,9 @@ def parser() -> ArgumentParser:
         prog="mlx_hmem.convert",
         usage="mlx_hmem.convert SOURCE DESTINATION [options]",
         description="Brings a checkpoint to MLX: one of OpenLM's (a .pt file, a shard of several, "
-        "or their folder), a Hugging Face folder, or a model with memories in PyTorch's layout. "
-        "With --to pytorch it takes a model directory back. What SOURCE is, is seen from what lies "
-        "there."
+        "or their folder), a Hugging Face folder, a GGUF file of llama.cpp's (of a set any), or a "
+        "model with memories in PyTorch's layout. With --to pytorch it takes a model directory "
+        "back. What SOURCE is, is seen from what lies there."
         "\n\nMakes the folder DESTINATION. Stopped, it goes on with the same command.",
         verbs=VERBS,
     )
@@ -137,7 +146,9 @@ def parser() -> ArgumentParser:
     result.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a key of OpenLM's config"
     )
-    result.add_argument("--tokenizer", type=Path, help="the tokenizer's folder, for OpenLM")
+    result.add_argument(
+        "--tokenizer", type=Path, help="the tokenizer's folder, for OpenLM and GGUF"
+    )
     result.add_argument("--dtype", choices=list(DTYPES), help="round all weights; default: as is")
     result.add_argument("--overwrite", action="store_true", help="replace a model at DESTINATION")
     result.add_argument("--upload", metavar="USER/NAME", help="then upload it to the Hub")
@@ -149,13 +160,15 @@ def check_options(args: argparse.Namespace, source: Path, kind: str) -> None:
     openlm_only = {"--config": args.config, "--set": args.set, "--tokenizer": args.tokenizer}
     if kind not in ("openlm", "hmem-pytorch") or args.to == "pytorch":
         for name, value in openlm_only.items():
-            if value:
+            if value and not (kind == "gguf" and name == "--tokenizer"):
                 raise UserError("this option is for OpenLM checkpoints", name, "leave it out")
     if args.upload and not is_repo_name(args.upload):
         raise UserError("not the name of a repository", args.upload, "write it as user/name")
     for name, value in {"--upload": args.upload, "--quantize": args.quantize}.items():
         if value and args.to == "pytorch":
             raise UserError("this option is for models of MLX", name, "leave it out")
+    if args.to == "pytorch" and kind == "gguf":
+        raise UserError("a GGUF file becomes a model of MLX", source, "convert that to PyTorch")
     if args.to == "pytorch" and kind in ("openlm", "hmem-pytorch"):
         raise UserError("SOURCE is PyTorch's already", source, "leave --to pytorch out")
     if args.tokenizer and not args.tokenizer.is_dir():

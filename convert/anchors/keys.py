@@ -117,6 +117,7 @@ def to_mlx(
     drops: Sequence[Drop],
     wanted: Shapes,
     dtype: str | None = None,
+    remedy: str = "give the config of this checkpoint",
 ) -> tuple[list[Target], list[str]]:
     """PyTorch's tensors as ours.
 
@@ -124,6 +125,7 @@ def to_mlx(
         tensors: by PyTorch's names.
         wanted: our names and shapes, all of them.
         dtype: that of the result, as MLX calls it; None keeps each tensor's own.
+        remedy: what to do where the two do not fit.
 
     Returns the targets in the order of ``wanted``, and a line for each kind of dropped tensor.
     Raises UserError with lists of what is missing, of the wrong shape, or left over.
@@ -148,7 +150,7 @@ def to_mlx(
             pieces = [pieces[0].T]
         targets.append(_target(name, shape, pieces, dtype))
     notes = _dropped(set(tensors) - used, drops, problems)
-    problems.check("the tensors do not fit the config", "give the config of this checkpoint")
+    problems.check("the tensors do not fit the config", remedy)
     return targets, notes
 
 

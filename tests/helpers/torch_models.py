@@ -2,9 +2,11 @@
 
 ``python tests/helpers/torch_models.py make FOLDER NAME…`` saves each model in ``FOLDER/NAME``, as
 shards of safetensors, and in ``FOLDER/NAME-bin``, as pickles, with ``ids.npy`` and ``logits.npy``;
-``… read FOLDER…`` loads folders and prints how far their logits lie from ``logits.npy``; ``… hash
-FILE`` prints dtype, shape and SHA-256 of each tensor in a checkpoint. It is a process of its own,
-outside the package of the tests, since PyTorch and the OpenBLAS that MLX uses do not share one.
+``… read FOLDER…`` loads folders and prints how far their logits lie from ``logits.npy``; ``… gguf
+FOLDER…`` saves the logits of ``ids.npy`` that the GGUF file of each gives, float32, as
+``logits.npy``; ``… hash FILE`` prints dtype, shape and SHA-256 of each tensor in a checkpoint. It
+is a process of its own, outside the package of the tests, since PyTorch and the OpenBLAS that MLX
+uses do not share one.
 """
 
 import hashlib
@@ -93,6 +95,19 @@ def read(folder: Path) -> dict[str, Any]:
     return {"difference": difference} | {key: sorted(map(str, v)) for key, v in info.items() if v}
 
 
+def gguf(folder: Path) -> None:
+    (file,) = folder.glob("*.gguf")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=file.name, attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    with torch.no_grad():  # row by row: a large vocabulary takes its memory
+        rows = [
+            model(row[None]).logits[0].numpy()
+            for row in torch.from_numpy(np.load(folder / "ids.npy"))
+        ]
+    np.save(folder / "logits.npy", np.stack(rows))
+
+
 def hashes(file: Path) -> dict[str, Any]:
     state = torch.load(file, weights_only=True)["state_dict"]
     return {
@@ -109,6 +124,9 @@ if __name__ == "__main__":
     if sys.argv[1] == "make":
         for name in sys.argv[3:]:
             make(name, Path(sys.argv[2]) / name)
+    elif sys.argv[1] == "gguf":
+        for name in sys.argv[2:]:
+            gguf(Path(name))
     elif sys.argv[1] == "hash":
         print(json.dumps(hashes(Path(sys.argv[2]))))
     else:
