@@ -30,6 +30,7 @@ MARKER = "hmem_pytorch.json"
 VERBS = {
     "quantize": (".quantize.command", "anchor and bank of a model to fewer bits"),
     "adapters": (".adapters.command", "LoRA adapters beside one anchor, as a memory bank"),
+    "fuse": (".adapters.fuse", "the memory of a text inside an ordinary model"),
     "bundle": (".bundle.bundle", "a folder that a phone can run, without Python"),
     "tree": (".memory.trees", "a cluster tree from k-means of other libraries"),
     "upload": (".upload", "a model directory to the Hugging Face Hub"),

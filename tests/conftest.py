@@ -1,5 +1,6 @@
 """A tiny but whole model directory, made as a run makes it, and copies of it to damage."""
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -132,6 +133,20 @@ def layout(model_folder, tmp_path_factory) -> Path:
     from tests.helpers.memory_layouts import convert  # as above
 
     return convert(model_folder, tmp_path_factory.mktemp("torch") / "model", "--to", "pytorch")
+
+
+@pytest.fixture(scope="session")
+def torch_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny models of transformers, each in the folder of its name, with ids and logits."""
+    from tests.helpers.anchor_checkpoints import HF  # as above
+    from tests.helpers.programs import process
+
+    if importlib.util.find_spec("torch") is None:
+        pytest.skip("PyTorch is not installed: pip install torch")
+    folder = tmp_path_factory.mktemp("torch")
+    made = process("tests/helpers/torch_models.py", "make", folder, *HF)
+    assert made.status == 0, made.err[-2000:]
+    return folder
 
 
 @pytest.fixture

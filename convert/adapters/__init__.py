@@ -1,1 +1,1 @@
-"""Adapters of other libraries beside an anchor, as a memory bank."""
+"""Adapters of other libraries in and out, and memories inside ordinary models."""

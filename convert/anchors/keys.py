@@ -132,7 +132,7 @@ def to_mlx(
     """
     problems, targets, used = Problems(), [], set()
     for name, shape in wanted.items():
-        rule, part, values = _rule_of(name, rules)
+        rule, part, values = rule_of(name, rules)
         count = shape[0] if rule.how == "stacked" else 1
         sources = [rule.torch.format(**values, e=e) for e in range(count)]
         used |= set(sources)
@@ -148,13 +148,13 @@ def to_mlx(
             pieces = [pieces[0].rows(part * shape[0], shape[0])]
         elif rule.how == "transposed":
             pieces = [pieces[0].T]
-        targets.append(_target(name, shape, pieces, dtype))
+        targets.append(target_of(name, shape, pieces, dtype))
     notes = _dropped(set(tensors) - used, drops, problems)
     problems.check("the tensors do not fit the config", remedy)
     return targets, notes
 
 
-def _rule_of(name: str, rules: Sequence[Rule]) -> tuple[Rule, int, dict[str, str]]:
+def rule_of(name: str, rules: Sequence[Rule]) -> tuple[Rule, int, dict[str, str]]:
     for rule in rules:
         for part, pattern in enumerate(rule.mlx):
             if (values := fits(pattern, name)) is not None:
@@ -170,7 +170,7 @@ def _torch_shape(rule: Rule, shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[1:] if rule.how == "stacked" else shape
 
 
-def _target(
+def target_of(
     name: str, shape: tuple[int, ...], pieces: Sequence[LazyTensor], dtype: str | None
 ) -> Target:
     own = pieces[0].dtype
@@ -213,7 +213,7 @@ def to_torch(
     ]
     problems.check("this is no whole model of MLX", "restore the model")
     for name, tensor in tensors.items():
-        rule, part, values = _rule_of(name, rules)
+        rule, part, values = rule_of(name, rules)
         if rule.how == "stacked":
             made = [[entry_of(tensor, e)] for e in range(tensor.shape[0])]
         elif rule.how == "transposed":
@@ -228,5 +228,5 @@ def to_torch(
             shape = pieces[0].shape
             if len(pieces) > 1:
                 shape = (sum(piece.shape[0] for piece in pieces), *shape[1:])
-            targets.append(_target(rule.torch.format(**values, e=e), shape, pieces, dtype))
+            targets.append(target_of(rule.torch.format(**values, e=e), shape, pieces, dtype))
     return targets

@@ -99,7 +99,7 @@ class FusedMemory:
         _check(anchor, config)
         layers = anchor_layers(anchor)
         self.anchor, self.config = anchor, config
-        self._layers = [_joints(layers[i], sum(config.r)) for i in config.memory_layers]
+        self._layers = [joints_of(layers[i], sum(config.r)) for i in config.memory_layers]
         self._joints = [joint for joints in self._layers for joint in joints]
         self._written: dict[tuple[int, int], mx.array | None] | None = None
 
@@ -198,7 +198,7 @@ def _check(anchor: nn.Module, config: MemoryConfig) -> None:
     check_sizes(anchor, config)
 
 
-def _joints(layer: AnchorLayer, extra: int) -> list[Joint]:
+def joints_of(layer: AnchorLayer, extra: int) -> list[Joint]:
     """The linear modules of a layer's FFN; gate and up may share one."""
     ffn = layer.ffn
     if not isinstance(ffn, FFNLayer):

@@ -2,13 +2,10 @@
 
 import hashlib
 import importlib
-import importlib.util
 import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -24,8 +21,7 @@ from mlx_hmem.errors import UserError
 from mlx_hmem.files import load_safetensors, save_safetensors
 from tests.conftest import edit_json
 from tests.helpers import anchor_checkpoints as checkpoints
-from tests.helpers.places import ROOT
-from tests.helpers.programs import refused
+from tests.helpers.programs import process, refused
 from tests.helpers.tiny_anchors import make_anchor
 
 
@@ -269,23 +265,11 @@ def test_the_keys_that_mlx_lm_would_miss_are_written_out(tmp_path):
 
 # PyTorch itself
 
-TORCH_MODELS = ROOT / "tests" / "helpers" / "torch_models.py"
-
-
-@pytest.fixture(scope="module")
-def torch_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if importlib.util.find_spec("torch") is None:
-        pytest.skip("PyTorch is not installed: pip install torch")
-    folder = tmp_path_factory.mktemp("torch")
-    run_torch("make", folder, *checkpoints.HF)
-    return folder
-
 
 def run_torch(*arguments: object) -> str:
-    command = [sys.executable, str(TORCH_MODELS), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+    done = process("tests/helpers/torch_models.py", *arguments)
+    assert done.status == 0, done.err[-2000:]
+    return done.out
 
 
 @pytest.mark.parametrize("name", checkpoints.HF)

@@ -91,7 +91,10 @@ def read(folder: Path) -> dict[str, Any]:
     )
     with torch.no_grad():
         logits = model.eval()(torch.from_numpy(np.load(folder / "ids.npy"))).logits.numpy()
-    difference = float(np.abs(logits - np.load(folder / "logits.npy")).max())
+    expected = np.load(folder / "logits.npy")
+    difference = float(np.abs(logits - expected).max())
+    tokens = int((logits.argmax(-1) != expected.argmax(-1)).sum())
+    info = dict(info) | {"tokens": [tokens] if tokens else []}
     return {"difference": difference} | {key: sorted(map(str, v)) for key, v in info.items() if v}
 
 

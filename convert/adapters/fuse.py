@@ -1,0 +1,208 @@
+"""``mlx_hmem.convert fuse MODEL OUT --text "…"``: the memory of a text inside an ordinary model.
+
+FFN memory makes the anchor's FFNs wider (paper, section 3); LoRA memory is added to its weights.
+The result needs no memory bank: mlx-lm, transformers and llama.cpp run it as any other model of its
+architecture. It is streamed: memory holds chunks of matrices, and the fetched blocks.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mlx_hmem.anchors.attach import anchor_sizes, check_sizes
+from mlx_hmem.anchors.load import anchor_of_config, check_hashes, load_anchor, read_config
+from mlx_hmem.anchors.load import weight_files as anchor_files
+from mlx_hmem.bank.format import MANIFEST
+from mlx_hmem.bank.views import barred_path, in_bank, shown
+from mlx_hmem.bank_tools.command import opened
+from mlx_hmem.bank_tools.contents import model_folder, views_of
+from mlx_hmem.config import ClusterPath
+from mlx_hmem.errors import ArgumentParser, UserError, printable
+from mlx_hmem.folders import identity_of, whole_folder
+from mlx_hmem.generation.options import say
+from mlx_hmem.memory import FetchedMemory
+from mlx_hmem.model.banks import Banks, RoutedBank
+from mlx_hmem.model.find import BANK_FOLDER
+from mlx_hmem.model.load import open_encoder, read_hmem
+from mlx_hmem.retriever import Retriever
+
+from ..anchors.hugging_face import RULES, wanted_of, with_dtype
+from ..anchors.keys import SAME, Shapes, rule_of, target_of, to_torch
+from ..anchors.mlx_folder import plain_tensors
+from ..anchors.weights import (
+    DTYPES,
+    Conversion,
+    Target,
+    anchor_conversion,
+    companions,
+    write_shards,
+)
+from ..torch_files.tensors import LazyTensor
+from .matrices import Change, merged, patches_of, widened
+
+VERSION = 1  # of what is written: another one does not go on with a stopped one
+QUANTIZED = ("quantization", "quantization_config")
+
+
+class Chosen(NamedTuple):
+    """A memory that was fetched from a model directory; ``said`` names it in words."""
+
+    folder: Path
+    memory: FetchedMemory
+    said: str
+    files: list[Path]  # that say what was fetched
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells it from another memory of the same files."""
+        blocks = [(read.level, read.cluster) for read in self.memory.reads]
+        return {"version": VERSION, "memory": self.said, "blocks": blocks}
+
+
+def choose(args: argparse.Namespace) -> Chosen:
+    """Fetches the memory that the command line names.
+
+    Raises UserError: none or several are named, the model has no such path, or its parts do not
+    belong together.
+    """
+    given = [name for name in ("text", "path", "generic") if getattr(args, name)]
+    if len(given) != 1:
+        named = " and ".join(f"--{name}" for name in given) or "none is named"
+        raise UserError("one memory is fused", named, "give --text, --path or --generic")
+    folder = model_folder(args.model)
+    hmem = read_hmem(folder)
+    assert hmem is not None  # model_folder saw it
+    check_hashes(folder, hmem)
+    with opened(folder) as open_banks:
+        encoder = open_encoder(folder, hmem) if args.text else None
+        parts = {
+            each.name: RoutedBank(Retriever(encoder, each.tree) if encoder else None, each.bank)
+            for each in open_banks
+        }
+        banks = Banks(parts, views_of(folder, open_banks)).under(None)
+        name, path = "", ClusterPath()
+        if encoder is not None:
+            name, path = banks.nearest(banks.retriever().vector(args.text))
+        elif args.path:
+            name, path = in_bank(barred_path(args.path))
+        bank = banks.bank(name)
+        memory = bank.generic() if args.generic else bank.fetch(bank.config.check_path(path))
+        said = (
+            "generic memory" if args.generic else f"memory {shown((name, *path) if name else path)}"
+        )
+        if memory.rows is None:
+            remedy = "mlx_hmem.bank unblock lets it be fetched"
+            raise UserError("no block of this path may be fetched", said, remedy)
+        place = next(each.folder for each in open_banks if each.name == name)
+    files = [folder / "hmem.json", place / BANK_FOLDER / MANIFEST]
+    return Chosen(folder, memory, said, files)
+
+
+def fuse(chosen: Chosen, dtype: str | None = None) -> Conversion:
+    """The memory and its anchor as a model folder without memory.
+
+    Args:
+        dtype: that of all weights, as MLX calls it; None keeps that of each tensor.
+
+    Raises UserError: the kind cannot be fused, or the architecture has no place for it.
+    """
+    folder, memory = chosen.folder, chosen.memory
+    config = read_config(folder)
+    name, files = config["model_type"], anchor_files(folder)
+    anchor, wanted = anchor_of_config(config), wanted_of(config)
+    check_sizes(anchor, memory.config)
+    tensors, notes = plain_tensors(folder, wanted)
+    notes.insert(0, f"fusing {chosen.said}, kind {memory.config.kind}")
+    config = {key: value for key, value in config.items() if key not in QUANTIZED}
+    if memory.config.kind == "ffn":
+        changes, extra = widened(anchor, memory), sum(memory.config.r)
+        config["intermediate_size"] = anchor_sizes(anchor)["intermediate_size"] + extra
+        notes.append(f"each FFN grows by {extra} units to {config['intermediate_size']}")
+    elif memory.config.patched:
+        changes = merged(patches_of(anchor, memory))
+        stored = dtype or "the dtype of the weights"
+        notes.append(f"patches are added in float32, the sums rounded to {stored}")
+    else:
+        raise UserError(
+            f"memory of kind {memory.config.kind} is no part of an ordinary model",
+            chosen.said,
+            "run it attached, with mlx_hmem.generate; kinds ffn and lora can be fused",
+        )
+    targets = _targets(name, tensors, changes, wanted, wanted_of(config), dtype)
+    sources = [folder / "config.json", *files, *chosen.files]
+    made = anchor_conversion(
+        sources, targets, with_dtype(config, dtype), notes, companions(folder), write_shards
+    )
+
+    def write(part: Path) -> None:
+        made.write(part)
+        load_anchor(part, lazy=True)  # config and weights go together
+
+    return made._replace(write=write)
+
+
+def _targets(
+    name: str,
+    tensors: Mapping[str, LazyTensor],
+    changes: Mapping[str, Change],
+    wanted: Shapes,
+    after: Shapes,
+    dtype: str | None,
+) -> list[Target]:
+    """The tensors of the result, under PyTorch's names, which mlx-lm reads as well as its own.
+
+    ``wanted`` and ``after`` have the names and shapes of mlx-lm's, before and after.
+    """
+    rules, stored = RULES.get(name, [SAME]), DTYPES[dtype] if dtype else None
+    ours = tensors.keys() == wanted.keys()  # or the folder has PyTorch's names already
+    changed = dict(tensors)
+    for each, change in changes.items():
+        rule, _, values = rule_of(each, [SAME] if ours else rules)
+        source, turned = rule.torch.format(**values), rule.how == "transposed"
+        if source not in tensors:
+            raise UserError("the anchor has no such tensor", source, "restore the anchor")
+        tensor = tensors[source].T if turned else tensors[source]
+        tensor = change(tensor, stored or tensor.dtype)
+        if tensor.shape != after[each]:
+            raise UserError(
+                f"mlx-lm's {name} takes no other width of its FFNs",
+                f"{each} would be {tensor.shape}, not {after[each]}",
+                "run the memory attached, with mlx_hmem.generate",
+            )
+        changed[source] = tensor.T if turned else tensor
+    if ours:
+        return to_torch(changed, rules, after, dtype)
+    return [target_of(each, t.shape, [t], dtype) for each, t in changed.items()]
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="mlx_hmem.convert fuse",
+        usage="mlx_hmem.convert fuse MODEL OUT --text TEXT [options]",
+        description="Makes an ordinary model, without a memory bank, of an anchor and the memory "
+        "of one text, which is in its weights then: mlx-lm, transformers and llama.cpp run it."
+        "\n\nMakes the folder OUT. Stopped, it goes on with the same command.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="a model directory, a Hub id, or demo")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
+    memory = parser.add_argument_group("which memory: one of")
+    memory.add_argument("--text", help="the memory that this text is routed to")
+    memory.add_argument("--path", help="that of a cluster path: 3,51, or NAME:3,51 of a bank")
+    memory.add_argument("--generic", action="store_true", help="the generic memory")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="of all weights; default: as is")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model at OUT")
+    return parser
+
+
+def main(words: Sequence[str]) -> None:
+    args = _parser().parse_args(words)
+    chosen = choose(args)
+    conversion = fuse(chosen, args.dtype)
+    identity = identity_of(conversion.sources, **chosen.identity, program="fuse", dtype=args.dtype)
+    need = conversion.need_bytes
+    with whole_folder(args.out, identity, replace=args.overwrite, need_bytes=need) as part:
+        for note in conversion.notes:
+            say(printable(note))
+        conversion.write(part)
+    print(f"{args.out}: {conversion.made}")
