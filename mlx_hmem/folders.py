@@ -23,7 +23,9 @@ from mlx_hmem.reading import read_json
 RECORD = "unfinished.json"
 REPLACED = "replaced"  # the folder of before, while the new one takes its place
 # Files of which a folder that may be overwritten has at least one.
-MARKS = ("config.json", "hmem.json", "hmem_pytorch.json", "bundle.json", RECORD)
+MARKS = (
+    "config.json", "hmem.json", "hmem_pytorch.json", "bundle.json", "adapter_config.json", RECORD,
+)  # fmt: skip
 
 
 @contextlib.contextmanager

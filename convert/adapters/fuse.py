@@ -7,6 +7,7 @@ architecture. It is streamed: memory holds chunks of matrices, and the fetched b
 
 import argparse
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +41,7 @@ from ..anchors.weights import (
 )
 from ..torch_files.tensors import LazyTensor
 from .matrices import Change, merged, patches_of, widened
+from .out import WRITERS, adapter_of
 
 VERSION = 1  # of what is written: another one does not go on with a stopped one
 QUANTIZED = ("quantization", "quantization_config")
@@ -51,7 +53,7 @@ class Chosen(NamedTuple):
     folder: Path
     memory: FetchedMemory
     said: str
-    files: list[Path]  # that say what was fetched
+    files: list[Path]  # what says which memory that is
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -190,7 +192,16 @@ def _parser() -> ArgumentParser:
     memory.add_argument("--text", help="the memory that this text is routed to")
     memory.add_argument("--path", help="that of a cluster path: 3,51, or NAME:3,51 of a bank")
     memory.add_argument("--generic", action="store_true", help="the generic memory")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="of all weights; default: as is")
+    parser.add_argument(
+        "--as",
+        dest="form",
+        choices=("model", *WRITERS),
+        default="model",
+        help="an ordinary model (default), or the memory alone, of a LoRA kind, as an adapter",
+    )
+    parser.add_argument(
+        "--dtype", choices=list(DTYPES), help="of a model's weights; default: as is"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a model at OUT")
     return parser
 
@@ -198,11 +209,25 @@ def _parser() -> ArgumentParser:
 def main(words: Sequence[str]) -> None:
     args = _parser().parse_args(words)
     chosen = choose(args)
-    conversion = fuse(chosen, args.dtype)
-    identity = identity_of(conversion.sources, **chosen.identity, program="fuse", dtype=args.dtype)
+    conversion = fuse(chosen, args.dtype) if args.form == "model" else adapter(chosen, args)
+    identity = identity_of(
+        conversion.sources, **chosen.identity, program="fuse", form=args.form, dtype=args.dtype
+    )
     need = conversion.need_bytes
     with whole_folder(args.out, identity, replace=args.overwrite, need_bytes=need) as part:
         for note in conversion.notes:
             say(printable(note))
         conversion.write(part)
     print(f"{args.out}: {conversion.made}")
+
+
+def adapter(chosen: Chosen, args: argparse.Namespace) -> Conversion:
+    """The memory as an adapter of its anchor, in the form that the command line asks for."""
+    if args.dtype:
+        raise UserError("an adapter keeps its numbers", f"--dtype {args.dtype}", "leave it out")
+    made = adapter_of(chosen.folder, chosen.memory)
+    size = sum(pair.a.nbytes + pair.b.nbytes for pair in made.pairs)
+    said = f"LoRA of rank {made.rank} on {len(made.pairs)} matrices, {size / 1e6:,.1f} MB"
+    note = f"{chosen.said}, kind {chosen.memory.config.kind}, as {args.form}"
+    write = partial(WRITERS[args.form], adapter=made, base=args.model)
+    return Conversion(chosen.files, size + (1 << 20), [note], write, said, made.config)

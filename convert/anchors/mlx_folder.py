@@ -3,7 +3,6 @@ they are read."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -64,13 +63,17 @@ def _dequantized(
     packed, scales = tensors[name], tensors[f"{module}scales"]
     biases = tensors.get(f"{module}biases")
     bits, group_size, mode = _how(name, packed, scales, biases, shape)
-    parts = [tensor for tensor in (packed, scales, biases) if tensor is not None]
     dtype = scales.dtype if scales.dtype in FLOATS else dtype
 
     def compute(first: int, count: int) -> np.ndarray:
-        arrays = [read_bits(part.read(first, count), part.dtype) for part in parts]
-        to: Any = {"dtype": MLX_TYPES[dtype]}
-        return bits_of(mx.dequantize(*arrays, group_size=group_size, bits=bits, mode=mode, **to))
+        weight, scale, bias = (
+            None if part is None else read_bits(part.read(first, count), part.dtype)
+            for part in (packed, scales, biases)
+        )
+        assert weight is not None
+        assert scale is not None
+        to = MLX_TYPES[dtype]
+        return bits_of(mx.dequantize(weight, scale, bias, group_size, bits, mode, dtype=to))
 
     return ComputedTensor(packed.path, 0, dtype, shape, compute=compute)
 

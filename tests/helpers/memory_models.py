@@ -28,11 +28,16 @@ PROMPT, COUNT = [3, 1, 41, 5, 9, 26], 12
 
 
 def add_memory(
-    folder: Path, trained: Path, kind: str, layers: Sequence[int] | None = None, **options: Any
+    folder: Path,
+    trained: Path,
+    kind: str,
+    layers: Sequence[int] | None = None,
+    targets: tuple[str, ...] | None = None,
+    **options: Any,
 ) -> Path:
     """Puts a random memory into an anchor's folder, with the retriever of the model ``trained``."""
     anchor = anchor_of_config(read_config(folder))
-    config = memory_config(anchor, r=(4, 0, 3), branching=BRANCHING, kind=kind, layers=layers)
+    config = memory_config(anchor, (4, 0, 3), BRANCHING, kind, layers, targets)
     hmem = HmemConfig.from_file(trained / "hmem.json")
     hmem = replace(hmem, memory=config, anchor_hash=anchor_hash(folder), tokenizer_hash=None)
     hmem = replace(hmem, **text_hashes(folder))
