@@ -20,9 +20,11 @@ from mlx_hmem.folders import identity_of, whole_folder
 from mlx_hmem.model.find import MODEL_FILES, TEXTS, find_model, is_repo_name
 
 from .anchors import hugging_face, openlm
-from .anchors.weights import DTYPES, Conversion
+from .anchors.weights import Conversion
 from .gguf.header import is_gguf
 from .gguf.model import from_gguf
+from .gguf.out.model import to_gguf, write_file
+from .gguf.out.write import FILE_TYPES
 from .torch_files.pickles import open_files
 
 KINDS = ("openlm", "huggingface", "hmem-pytorch", "gguf")
@@ -69,6 +71,8 @@ def kind_of(source: Path) -> str:
 def conversion_of(args: argparse.Namespace, source: Path, kind: str) -> Conversion:
     from .memory.model import from_pytorch, to_pytorch
 
+    if args.to == "gguf":
+        return to_gguf(source, args.dtype)
     if args.to == "pytorch":
         if kind == "model":
             return to_pytorch(source, args.dtype)
@@ -130,19 +134,20 @@ def parser() -> ArgumentParser:
         description="Brings a checkpoint to MLX: one of OpenLM's (a .pt file, a shard of several, "
         "or their folder), a Hugging Face folder, a GGUF file of llama.cpp's (of a set any), or a "
         "model with memories in PyTorch's layout. With --to pytorch it takes a model directory "
-        "back. What SOURCE is, is seen from what lies there."
+        "back, with --to gguf its anchor as a GGUF file. What SOURCE is, is seen from what lies "
+        "there."
         "\n\nMakes the folder DESTINATION. Stopped, it goes on with the same command.",
         verbs=VERBS,
     )
     result.add_argument("source", nargs="?", metavar="SOURCE")
-    result.add_argument("destination", nargs="?", metavar="DESTINATION", help="the folder to make")
+    result.add_argument("destination", nargs="?", metavar="DESTINATION", help="what to make")
     result.add_argument("--hf-path", metavar="SOURCE", help="the same; a Hub id, too")
     result.add_argument("--mlx-path", metavar="DESTINATION", help="the same")
     result.add_argument(
         "-q", "--quantize", action="store_true", help="the anchor to 4 bits, in groups of 64"
     )
     result.add_argument("--from", dest="kind", choices=KINDS, help="what SOURCE is")
-    result.add_argument("--to", choices=("mlx", "pytorch"), default="mlx")
+    result.add_argument("--to", choices=("mlx", "pytorch", "gguf"), default="mlx")
     result.add_argument("--config", type=Path, help="OpenLM's config JSON, if not beside SOURCE")
     result.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a key of OpenLM's config"
@@ -150,7 +155,11 @@ def parser() -> ArgumentParser:
     result.add_argument(
         "--tokenizer", type=Path, help="the tokenizer's folder, for OpenLM and GGUF"
     )
-    result.add_argument("--dtype", choices=list(DTYPES), help="round all weights; default: as is")
+    result.add_argument(
+        "--dtype",
+        choices=list(FILE_TYPES),
+        help="round all weights; default: as is, to gguf float16; q8_0 is for gguf alone",
+    )
     result.add_argument("--overwrite", action="store_true", help="replace a model at DESTINATION")
     result.add_argument("--upload", metavar="USER/NAME", help="then upload it to the Hub")
     return result
@@ -159,19 +168,23 @@ def parser() -> ArgumentParser:
 def check_options(args: argparse.Namespace, source: Path, kind: str) -> None:
     """Refuses options that would do nothing."""
     openlm_only = {"--config": args.config, "--set": args.set, "--tokenizer": args.tokenizer}
-    if kind not in ("openlm", "hmem-pytorch") or args.to == "pytorch":
+    if kind not in ("openlm", "hmem-pytorch") or args.to != "mlx":
         for name, value in openlm_only.items():
             if value and not (kind == "gguf" and name == "--tokenizer"):
                 raise UserError("this option is for OpenLM checkpoints", name, "leave it out")
     if args.upload and not is_repo_name(args.upload):
         raise UserError("not the name of a repository", args.upload, "write it as user/name")
     for name, value in {"--upload": args.upload, "--quantize": args.quantize}.items():
-        if value and args.to == "pytorch":
+        if value and args.to != "mlx":
             raise UserError("this option is for models of MLX", name, "leave it out")
     if args.to == "pytorch" and kind == "gguf":
         raise UserError("a GGUF file becomes a model of MLX", source, "convert that to PyTorch")
     if args.to == "pytorch" and kind in ("openlm", "hmem-pytorch"):
         raise UserError("SOURCE is PyTorch's already", source, "leave --to pytorch out")
+    if args.to == "gguf" and kind not in ("model", "anchor", "huggingface"):
+        raise UserError("only a model's folder goes into a GGUF", source, "convert it to MLX first")
+    if args.to != "gguf" and args.dtype == "q8_0":
+        raise UserError("q8_0 is for --to gguf", args.dtype, "use float32, float16 or bfloat16")
     if args.tokenizer and not args.tokenizer.is_dir():
         raise UserError("no such folder", args.tokenizer, "give the folder of a tokenizer")
 
@@ -201,6 +214,9 @@ def main(words: Sequence[str]) -> None:
     check_options(args, source, kind)
     options = {"to": args.to, "dtype": args.dtype, "set": args.set, "kind": kind}
     conversion = conversion_of(args, source, kind)
+    if args.to == "gguf":
+        write_file(conversion, out, args.overwrite)
+        return
     carry_out(conversion, out, args.overwrite, args.quantize, options)
     if args.upload:
         from .upload import upload

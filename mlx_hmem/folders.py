@@ -133,7 +133,7 @@ def whole_folder(
         write_atomic(part / RECORD, json.dumps(identity, indent=2) + "\n")
         try:
             yield part
-            _check_sources(identity)
+            check_sources(identity)
         except BaseException:
             if anew:
                 _clear(part, path)
@@ -184,7 +184,7 @@ def _claimed(folder: Path, part: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _check_sources(identity: dict[str, Any]) -> None:
+def check_sources(identity: dict[str, Any]) -> None:
     """That what was read is what was there at the beginning."""
     for name, before in identity.get("sources", {}).items():
         if not os.path.exists(name) or _state(Path(name)) != before:

@@ -30,7 +30,7 @@ from mlx_hmem.retriever import Retriever
 
 from ..anchors.hugging_face import RULES, wanted_of, with_dtype
 from ..anchors.keys import SAME, Shapes, rule_of, target_of, to_torch
-from ..anchors.mlx_folder import plain_tensors
+from ..anchors.mlx_folder import QUANTIZED, plain_tensors
 from ..anchors.weights import (
     DTYPES,
     Conversion,
@@ -39,12 +39,13 @@ from ..anchors.weights import (
     companions,
     write_shards,
 )
+from ..gguf.out.model import write_file
+from ..gguf.out.write import write_gguf
 from ..torch_files.tensors import LazyTensor
 from .matrices import Change, merged, patches_of, widened
-from .out import WRITERS, adapter_of
+from .out import WRITERS, adapter_of, gguf_adapter
 
 VERSION = 1  # of what is written: another one does not go on with a stopped one
-QUANTIZED = ("quantization", "quantization_config")
 
 
 class Chosen(NamedTuple):
@@ -187,7 +188,7 @@ def _parser() -> ArgumentParser:
         "\n\nMakes the folder OUT. Stopped, it goes on with the same command.",
     )
     parser.add_argument("model", metavar="MODEL", help="a model directory, a Hub id, or demo")
-    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to make; for gguf a file")
     memory = parser.add_argument_group("which memory: one of")
     memory.add_argument("--text", help="the memory that this text is routed to")
     memory.add_argument("--path", help="that of a cluster path: 3,51, or NAME:3,51 of a bank")
@@ -195,7 +196,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--as",
         dest="form",
-        choices=("model", *WRITERS),
+        choices=("model", *WRITERS, "gguf"),
         default="model",
         help="an ordinary model (default), or the memory alone, of a LoRA kind, as an adapter",
     )
@@ -210,6 +211,9 @@ def main(words: Sequence[str]) -> None:
     args = _parser().parse_args(words)
     chosen = choose(args)
     conversion = fuse(chosen, args.dtype) if args.form == "model" else adapter(chosen, args)
+    if args.form == "gguf":
+        write_file(conversion, args.out, args.overwrite)
+        return
     identity = identity_of(
         conversion.sources, **chosen.identity, program="fuse", form=args.form, dtype=args.dtype
     )
@@ -229,5 +233,9 @@ def adapter(chosen: Chosen, args: argparse.Namespace) -> Conversion:
     size = sum(pair.a.nbytes + pair.b.nbytes for pair in made.pairs)
     said = f"LoRA of rank {made.rank} on {len(made.pairs)} matrices, {size / 1e6:,.1f} MB"
     note = f"{chosen.said}, kind {chosen.memory.config.kind}, as {args.form}"
-    write = partial(WRITERS[args.form], adapter=made, base=args.model)
+    if args.form == "gguf":
+        values, tensors = gguf_adapter(made)
+        write = partial(write_gguf, values=values, tensors=tensors)
+    else:
+        write = partial(WRITERS[args.form], adapter=made, base=args.model)
     return Conversion(chosen.files, size + (1 << 20), [note], write, said, made.config)

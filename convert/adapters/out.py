@@ -20,8 +20,11 @@ from mlx_hmem.files import save_safetensors, write_atomic
 from mlx_hmem.memory import FetchedMemory
 from mlx_hmem.memory.lora import ALPHA
 
-from ..anchors.hugging_face import PREFIXES, RULES
+from ..anchors.hugging_face import RULES
 from ..anchors.keys import SAME, rule_of
+from ..gguf.names import NAMES, to_theirs
+from ..gguf.out.values import architecture_of
+from ..gguf.out.write import Stored, computed
 from .matrices import Patch, patches_of
 
 FILE = {"peft": "adapter_model.safetensors", "mlx-lm": "adapters.safetensors"}
@@ -99,7 +102,7 @@ def _inside(pair: Pair) -> str:
 def write_peft(folder: Path, adapter: Adapter, base: str) -> None:
     """A folder that ``PeftModel.from_pretrained`` reads; ``base`` is what it names as its model."""
     name = adapter.config["model_type"]
-    rules, prefix = RULES.get(name, [SAME]), PREFIXES.get(name, ("",))[0]
+    rules, prefix = RULES.get(name, [SAME]), "transformer." if name == "gpt2" else ""
     arrays = {}
     for pair in adapter.pairs:
         rule, _, values = rule_of(f"{pair.module}.weight", rules)
@@ -146,6 +149,27 @@ def write_mlx_lm(folder: Path, adapter: Adapter, base: str) -> None:
     }
     save_safetensors(folder / FILE["mlx-lm"], arrays)
     write_atomic(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+
+
+def gguf_adapter(adapter: Adapter) -> tuple[dict[str, Any], list[Stored]]:
+    """Values and tensors of llama.cpp's LoRA file. Its scale is alpha ÷ r; of architectures whose
+    RoPE turns neighbours it has the rows of query and key, and so of B, interleaved."""
+    name = adapter.config["model_type"]
+    names = NAMES[name]
+    values = {
+        "general.architecture": architecture_of(name),
+        "general.type": "adapter",
+        "adapter.type": "lora",
+        "adapter.lora.alpha": float(ALPHA * adapter.rank),
+    }
+    tensors: list[Stored] = []
+    for pair in adapter.pairs:
+        rule, _, found = rule_of(f"{pair.module}.weight", names.rules)
+        theirs = rule.torch.format(**found)
+        b = to_theirs({theirs: computed(pair.b.T)}, names, adapter.config)[theirs]
+        for end, tensor in (("lora_a", computed(pair.a)), ("lora_b", b)):
+            tensors.append(Stored(f"{theirs}.{end}", tensor, tensor.dtype))
+    return values, tensors
 
 
 WRITERS: dict[str, Callable[..., None]] = {"peft": write_peft, "mlx-lm": write_mlx_lm}

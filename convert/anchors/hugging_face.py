@@ -55,7 +55,7 @@ DROPS = [
 # layers, which is put back before what it has.
 PREFIXES = ("module.", "model.", "language_model.", "transformer.")
 BODY = ("layers.", "embed_tokens.", "norm.")
-EMBEDDINGS = {"gpt2": "wte.weight"}
+EMBEDDING, EMBEDDINGS = "model.embed_tokens.weight", {"gpt2": "wte.weight"}
 HEAD = "lm_head.weight"
 
 
@@ -106,7 +106,7 @@ def from_torch(source: Path, dtype: str | None = None, tokenizer: Path | None = 
     tensors = {f"model.{n}" if n.startswith(BODY) else n: tensor for n, tensor in short.items()}
     tensors, config, rounding = dequantised(tensors, config, dtype)
     head = tensors.get(HEAD)
-    embedding = tensors.get(EMBEDDINGS.get(name, "model.embed_tokens.weight"))
+    embedding = tensors.get(EMBEDDINGS.get(name, EMBEDDING))
     equal = head is not None and embedding is not None and equal_bits(head, embedding)
     config, notes = hugging_face_config.for_mlx(config, head, equal)
     wanted = wanted_of(config)

@@ -22,6 +22,7 @@ from ..torch_files.tensors import (
 from .keys import Shapes
 from .weights import FLOATS
 
+QUANTIZED = ("quantization", "quantization_config")  # keys of config.json
 DEQUANTIZED = (
     "the anchor is quantised: its matrices are dequantised; mlx_hmem.convert quantize makes the "
     "result small again"

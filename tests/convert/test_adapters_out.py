@@ -11,6 +11,11 @@ from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model
 
 from convert.adapters.fuse import main
+from convert.anchors.keys import rule_of
+from convert.gguf.header import read_gguf
+from convert.gguf.names import NAMES, to_ours
+from convert.gguf.tensors import open_tensors
+from mlx_hmem.anchors.load import read_config
 from mlx_hmem.bank import Bank
 from mlx_hmem.files import load_safetensors
 from tests.helpers import anchor_checkpoints as checkpoints
@@ -116,3 +121,30 @@ def test_numbers_that_are_not_finite_become_no_adapter(tmp_path, model_folder, m
         add_memory(model, model_folder, "lora_vo", size=float("nan"))
     said = run(main, model, tmp_path / "out", *PATH_OPTION, "--as", "peft")
     assert_refused(said, "not finite", "verify")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("llama", "lora_qk"), ("qwen3", "lora"), ("phi3", "lora_ffn")]
+)
+def test_llama_cpp_gets_the_same_pairs_under_its_names(tmp_path, model_folder, name, kind):
+    """Of an architecture whose query and key it interleaves, the rows of B too."""
+    model = checkpoints.save_hugging_face(tmp_path / "model", name, mx.float32)
+    add_memory(model, model_folder, **(SOME if kind == "lora" else {"kind": kind}), dtype="float16")
+    header = read_gguf(write(model, tmp_path / "lora.gguf", "gguf"))
+    mlx = load_safetensors(write(model, tmp_path / "mlx", "mlx-lm") / "adapters.safetensors")
+    values = header.values
+    assert values["general.type"] == "adapter"
+    assert values["adapter.type"] == "lora"
+    config = json.loads((tmp_path / "mlx" / "adapter_config.json").read_text())["lora_parameters"]
+    assert values["adapter.lora.alpha"] / config["rank"] == config["scale"]
+    tensors = open_tensors(header)
+    assert len(tensors) == len(mlx)
+    b = {n.removesuffix(".lora_b"): t for n, t in tensors.items() if n.endswith(".lora_b")}
+    b = to_ours(b, NAMES[name], read_config(model))
+    for each, array in mlx.items():
+        module, _, end = each.rpartition(".")
+        rule, _, values = rule_of(f"{module}.weight", NAMES[name].rules)
+        weight = rule.torch.format(**values)
+        found = tensors[f"{weight}.lora_a"] if end == "lora_a" else b[weight]
+        assert found.dtype == "F16"
+        np.testing.assert_array_equal(found.numbers(), np.array(array).T)

@@ -1,0 +1,1 @@
+"""Anchors, and adapters of llama.cpp's kind, as GGUF files."""
