@@ -69,10 +69,11 @@ def choose(args: argparse.Namespace) -> Chosen:
     Raises UserError: none or several are named, the model has no such path, or its parts do not
     belong together.
     """
-    given = [name for name in ("text", "path", "generic") if getattr(args, name)]
+    given = [name for name in ("text", "path", "memory_name", "generic") if getattr(args, name)]
     if len(given) != 1:
-        named = " and ".join(f"--{name}" for name in given) or "none is named"
-        raise UserError("one memory is fused", named, "give --text, --path or --generic")
+        named = " and ".join(f"--{name.replace('_', '-')}" for name in given) or "none is named"
+        remedy = "give --text, --path, --memory-name or --generic"
+        raise UserError("one memory is fused", named, remedy)
     folder = model_folder(args.model)
     hmem = read_hmem(folder)
     assert hmem is not None  # model_folder saw it
@@ -80,13 +81,17 @@ def choose(args: argparse.Namespace) -> Chosen:
     with opened(folder) as open_banks:
         encoder = open_encoder(folder, hmem) if args.text else None
         parts = {
-            each.name: RoutedBank(Retriever(encoder, each.tree) if encoder else None, each.bank)
+            each.name: RoutedBank(
+                Retriever(encoder, each.tree) if encoder else None, each.bank, each.hmem.names or {}
+            )
             for each in open_banks
         }
         banks = Banks(parts, views_of(folder, open_banks)).under(None)
         name, path = "", ClusterPath()
         if encoder is not None:
             name, path = banks.nearest(banks.retriever().vector(args.text))
+        elif args.memory_name:
+            name, path = banks.named(args.memory_name)
         elif args.path:
             name, path = in_bank(barred_path(args.path))
         bank = banks.bank(name)
@@ -192,6 +197,7 @@ def _parser() -> ArgumentParser:
     memory = parser.add_argument_group("which memory: one of")
     memory.add_argument("--text", help="the memory that this text is routed to")
     memory.add_argument("--path", help="that of a cluster path: 3,51, or NAME:3,51 of a bank")
+    memory.add_argument("--memory-name", metavar="NAME", help="the memory of this name")
     memory.add_argument("--generic", action="store_true", help="the generic memory")
     parser.add_argument(
         "--as",

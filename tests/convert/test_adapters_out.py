@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
@@ -10,7 +11,9 @@ import pytest
 from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model
 
+from convert.adapters.command import main as adapters
 from convert.adapters.fuse import main
+from convert.adapters.out import CONFIG, FILE
 from convert.anchors.keys import rule_of
 from convert.gguf.header import read_gguf
 from convert.gguf.names import NAMES, to_ours
@@ -22,6 +25,7 @@ from tests.helpers import anchor_checkpoints as checkpoints
 from tests.helpers.memory_models import PATH, add_memory, attached_logits
 from tests.helpers.programs import assert_refused, process, run
 from tests.helpers.references import make_ids
+from tests.helpers.tiny_tokenizers import save_byte_level
 
 PATH_OPTION = ["--path", ",".join(map(str, PATH))]
 LORA = ["lora_ffn", "lora_qk", "lora_vo"]
@@ -148,3 +152,32 @@ def test_llama_cpp_gets_the_same_pairs_under_its_names(tmp_path, model_folder, n
         found = tensors[f"{weight}.lora_a"] if end == "lora_a" else b[weight]
         assert found.dtype == "F16"
         np.testing.assert_array_equal(found.numbers(), np.array(array).T)
+
+
+@pytest.mark.parametrize("form", ["peft", "mlx-lm"])
+def test_out_and_in_and_out_again_are_the_same_bits(tmp_path, model_folder, form):
+    model = checkpoints.save_hugging_face(tmp_path / "model", "llama", mx.float32)
+    add_memory(save_byte_level(model), model_folder, **(SOME | {"layers": None}))
+    first = write(model, tmp_path / "law", form)
+    anchor = tmp_path / "anchor"
+    shutil.copytree(model, anchor, ignore=shutil.ignore_patterns("hmem.json", "bank", "retriever"))
+    adapters([str(first), "--anchor", str(anchor), str(tmp_path / "back")])
+    words = (tmp_path / "back", tmp_path / "again", "--memory-name", "law", "--as", form)
+    main([str(word) for word in words])
+    one, two = (load_safetensors(f / FILE[form]) for f in (first, tmp_path / "again"))
+    assert one.keys() == two.keys()
+    assert all(mx.array_equal(array, two[each]) for each, array in one.items())
+    configs = (json.loads((f / CONFIG).read_text()) for f in (first, tmp_path / "again"))
+    one, two = ({k: v for k, v in config.items() if "model" not in k} for config in configs)
+    assert one == two
+    said = run(main, tmp_path / "back", tmp_path / "x", "--memory-name", "low")
+    assert_refused(said, "no memory of this name", "low", "law")
+    assert_refused(run(main, tmp_path / "back", tmp_path / "x", "--text", "a"), "by name: law")
+    ordinary = write_model(tmp_path / "back", tmp_path / "fused")
+    ids = make_ids()
+    assert np.abs(checkpoints.logits(ordinary, ids) - attached_logits(model, ids)).max() < 2e-5
+
+
+def write_model(model: Path, out: Path) -> Path:
+    main([str(model), str(out), "--memory-name", "law"])
+    return out

@@ -183,7 +183,7 @@ def test_a_bank_that_was_added_has_its_name(tmp_path, broken):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], ("one memory is fused", "none is named", "--text, --path or --generic")),
+        ([], ("one memory is fused", "none is named", "--memory-name or --generic")),
         (["--text", "a", "--path", "1,2,4"], ("one memory is fused", "--text and --path")),
         (["--path", "1"], ("a cluster path needs 3 levels", "(1,)")),
         (["--path", "9,2,4"], ("no such cluster on level 1", "9")),
