@@ -23,6 +23,7 @@ from mlx_hmem.generation.batch import batch_generate
 from mlx_hmem.generation.chat import main as chat_main
 from mlx_hmem.generation.command import main as generate_main
 from mlx_hmem.generation.conversation import Conversation
+from mlx_hmem.memory import split_block
 from tests.conftest import edit_json
 from tests.helpers.faults import stop_at
 from tests.helpers.places import ROOT, bytes_of
@@ -313,6 +314,25 @@ def save_peft(folder: Path, shapes=PAIR, **keys) -> Path:
     save_safetensors(folder / "adapter_model.safetensors", tensors)
     (folder / "adapter_config.json").write_text(json.dumps(PEFT | keys))
     return folder
+
+
+@pytest.mark.parametrize(
+    ("dtype", "alpha", "stored"),
+    [("bfloat16", 4, "bfloat16"), ("bfloat16", 8, "bfloat16"), ("bfloat16", 6, "float32"),
+     ("float16", 4, "float16"), ("float16", 2, "float32"), ("float32", 6, "float32")],
+)  # fmt: skip
+def test_the_bank_has_a_dtype_in_which_the_adapter_is_exact(anchor, tmp_path, dtype, alpha, stored):
+    folder = save_peft(tmp_path / "one", lora_alpha=alpha)  # of rank 2
+    mx.random.seed(0)
+    a, b = (mx.random.normal(shape).astype(getattr(mx, dtype)) for shape in PAIR.values())
+    tensors = dict(zip(PAIR, (a, b), strict=True))
+    save_safetensors(folder / "adapter_model.safetensors", tensors)
+    with load(adapters(folder, anchor=anchor, out=tmp_path / "out")).bank as opened:
+        assert opened.dtype == stored
+        groups = split_block(opened.blocks([(1, 0)])[0].astype(mx.float32), opened.config)
+        assert mx.array_equal(groups[0][0, 0], a.astype(mx.float32))
+        assert mx.array_equal(groups[1][0, 0], b.astype(mx.float32).T * (alpha / 4))
+        assert not opened.blocks([(1, 1)])[0].any()
 
 
 def renamed(old: str, new: str) -> dict:
