@@ -61,7 +61,10 @@ def test_a_model_of_the_hub_is_fetched(online, tmp_path):
         (["--hf-path", "a"], "one source and one destination"),
         (["a", "b", "--hf-path", "c"], "one source and one destination"),
         (["--hf-path", "none/of that", "--mlx-path", "b"], "the Hub does not give it"),
-        (["--hf-path", "none", "--mlx-path", "b"], "give a folder, user/name, user/name@REVISION or demo"),
+        (
+            ["--hf-path", "none", "--mlx-path", "b"],
+            "give a folder, user/name, user/name@REVISION or demo",
+        ),
         (["LAYOUT", "b", "--to", "pytorch", "-q"], "--quantize; leave it out"),
     ],
 )
