@@ -5,13 +5,13 @@ frozen one, in every second run), is killed, and started again with the same com
 Losses, the anchor and every block must then be, byte for byte, those of a run that nobody
 disturbed.
 
-``conversions`` of a 32 MB anchor in 64 shards (OpenLM's pickle, sharded safetensors, the way back
-to PyTorch, and one over an older model) and of the whole demo model with its memory (from PyTorch's
-layout, back to it, and quantised over an older model) are killed and started again with the same
-command: N times the four of the anchor together, N times each of the whole model's. After each kill
-the destination must be absent, what it was before, or, byte for byte, what a conversion makes that
-nobody disturbed; and what lies beside it must not load unless it is all there. Half of the moments
-are drawn from the whole time of a run, half from the time in which it writes.
+``conversions`` of a 32 MB anchor in 64 shards (OpenLM's pickle, sharded safetensors, GGUF, the way
+back to PyTorch, and one over an older model) and of the whole demo model with its memory (from
+PyTorch's layout, back to it, and quantised over an older model) are killed and started again with
+the same command: N times the five of the anchor together, N times each of the whole model's. After
+each kill the destination must be absent, what it was before, or, byte for byte, what a conversion
+makes that nobody disturbed; and what lies beside it must not load unless it is all there. Half of
+the moments are drawn from the whole time of a run, half from the time in which it writes.
 """
 
 import json
@@ -40,6 +40,7 @@ from mlx_hmem.errors import UserError
 from mlx_hmem.files import fingerprint, save_safetensors
 from mlx_hmem.folders import RECORD, REPLACED
 from mlx_hmem.model.load import DEMO, load
+from tests.helpers.gguf_models import to_q8, write_gguf
 from tests.helpers.places import bytes_of
 
 RECIPE = """
@@ -178,12 +179,14 @@ def cases(folder: Path, layers: int = 16) -> Iterator[Case]:
     # As transformers names it.
     config = dict(
         model_type="llama", hidden_size=192, num_hidden_layers=layers, intermediate_size=576,
-        num_attention_heads=6, rms_norm_eps=1e-5, vocab_size=1024, rope_theta=1e4,
+        num_attention_heads=6, num_key_value_heads=6, rms_norm_eps=1e-5, vocab_size=1024,
+        rope_theta=1e4, max_position_embeddings=2048,
         tie_word_embeddings=False,
     )  # fmt: skip
     other = llama.Model(llama.ModelArgs.from_dict(config))
     yield Case("openlm", checkpoint, [])
     yield Case("huggingface", save_model(folder / "llama", other, config), [])
+    yield Case("gguf", write_gguf(folder / "llama.gguf", folder / "llama", "llama", to_q8), [])
     yield Case("to pytorch", model, ["--to", "pytorch"])
     yield Case("overwrite", checkpoint, ["--overwrite"], older)
 
@@ -285,8 +288,8 @@ def run_case(
 
 def conversions(kills: int = 52) -> Result:
     rng, found = random.Random(0), dict[str, dict[str, int]]()
-    with tempfile.TemporaryDirectory() as name, tqdm(total=7, unit="case") as bar:
-        for make, count in ((cases, -(-kills // 4)), (whole_cases, kills)):
+    with tempfile.TemporaryDirectory() as name, tqdm(total=8, unit="case") as bar:
+        for make, count in ((cases, -(-kills // 5)), (whole_cases, kills)):
             for case in list(make(Path(name))):
                 found[case.name] = run_case(Path(name), case, rng, count)
                 bar.update()

@@ -22,7 +22,7 @@ from mlx_hmem.files import load_safetensors
 from tests.convert.test_convert_hugging_face import run_torch
 from tests.helpers import anchor_checkpoints as checkpoints
 from tests.helpers.faults import stop_at
-from tests.helpers.gguf_models import ARCHITECTURES, write_gguf
+from tests.helpers.gguf_models import ARCHITECTURES, to_q8, write_gguf
 from tests.helpers.places import bytes_of
 from tests.helpers.programs import refused
 
@@ -176,12 +176,8 @@ def test_numbers_of_two_bytes_keep_their_bits_and_need_no_package(
         assert mx.array_equal(found[name], rounded), name
 
 
-def q8(name: str, weight: np.ndarray) -> tuple[np.ndarray, Any]:
-    return gguf.quantize(weight, gguf.GGMLQuantizationType.Q8_0), gguf.GGMLQuantizationType.Q8_0
-
-
 def test_a_file_is_rounded_or_quantised_on_the_way(tmp_path, llama):
-    file = write_gguf(tmp_path / "m.gguf", llama, "llama", q8)
+    file = write_gguf(tmp_path / "m.gguf", llama, "llama", to_q8)
     wide = load_safetensors(converted(file) / "model.safetensors")
     half = checkpoints.convert(file, tmp_path / "half", "--dtype", "float16")
     assert all(
@@ -189,14 +185,14 @@ def test_a_file_is_rounded_or_quantised_on_the_way(tmp_path, llama):
         for name, array in load_safetensors(half / "model.safetensors").items()
     )
     wide_rows = model(tmp_path, "llama", hidden_size=64, head_dim=16)
-    file = write_gguf(tmp_path / "w.gguf", wide_rows, "llama", q8)
+    file = write_gguf(tmp_path / "w.gguf", wide_rows, "llama", to_q8)
     bits = checkpoints.convert(file, tmp_path / "bits", "-q")
     assert json.loads((bits / "config.json").read_text())["quantization"]["bits"] == 4
     load_anchor(bits)
 
 
 def test_without_the_package_a_line_says_how_to_get_it(tmp_path, llama, monkeypatch):
-    file = write_gguf(tmp_path / "m.gguf", llama, "llama", q8)
+    file = write_gguf(tmp_path / "m.gguf", llama, "llama", to_q8)
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     refused(r"Q8_0 needs the package gguf: .*pip install 'mlx-hmem\[gguf\]'", converted, file)
 
@@ -353,8 +349,25 @@ def test_what_nothing_asks_for_is_named(tmp_path, llama, capsys):
     assert "settings that are not used: llama.expert_weights_scale" in capsys.readouterr().err
 
 
+def test_a_tokenizer_of_ones_own_goes_before_that_of_the_file(tmp_path, llama):
+    more = [
+        lambda w: w.add_tokenizer_model("gpt2"),
+        lambda w: w.add_token_list([str(i) for i in range(64)]),
+        lambda w: w.add_eos_token_id(5),
+        lambda w: w.add_eot_token_id(6),
+    ]
+    file = write_gguf(tmp_path / "m.gguf", llama, "llama", more=more)
+    refused("names no pre-tokenizer that is known", converted, file)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "tokenizer.json").write_text("{}")
+    out = converted(file, "--tokenizer", str(tmp_path / "own"))
+    assert (out / "tokenizer.json").read_text() == "{}"
+    assert json.loads((out / "config.json").read_text())["eos_token_id"] == [5, 6]
+    refused("this option is for OpenLM", converted, file, "--set", "n_heads=1")
+
+
 def test_a_conversion_that_was_stopped_goes_on(tmp_path, llama, monkeypatch):
-    file = write_gguf(tmp_path / "m.gguf", llama, "llama", q8)
+    file = write_gguf(tmp_path / "m.gguf", llama, "llama", to_q8)
     monkeypatch.setattr(weights, "SHARD_BYTES", 20_000)
     whole, out = converted(file), tmp_path / "out"
     stop_at(monkeypatch, weights, "write_safetensors", 3)

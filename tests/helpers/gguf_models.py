@@ -21,6 +21,13 @@ PLUS_ONE = ("gemma3", "nemotron")
 Quantize = Callable[[str, np.ndarray], tuple[np.ndarray, Any]]
 
 
+def to_q8(name: str, weight: np.ndarray) -> tuple[np.ndarray, Any]:
+    import gguf
+
+    kind = gguf.GGMLQuantizationType.Q8_0
+    return gguf.quantize(weight, kind), kind
+
+
 def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
     """The order of llama.cpp's rows: of each head 0, half, 1, half + 1 …"""
     size = len(weight) // heads
