@@ -137,6 +137,8 @@ def fuse(chosen: Chosen, dtype: str | None = None) -> Conversion:
             chosen.said,
             "run it attached, with mlx_hmem.generate; kinds ffn and lora can be fused",
         )
+    if name == "openlm":
+        notes.append("mlx_hmem.generate --memory none runs it; --to pytorch makes it OpenLM's own")
     targets = _targets(name, tensors, changes, wanted, wanted_of(config), dtype)
     sources = [folder / "config.json", *files, *chosen.files]
     made = anchor_conversion(
