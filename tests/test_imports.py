@@ -53,11 +53,11 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
         "anchors": ("torch_files",),
         "gguf": ("anchors",),
         "memory": ("anchors",),
-        "adapters": ("memory",),
+        "adapters": ("gguf", "memory"),
         "quantize": (),
         "bundle": (),
         "upload": (),
-        "command": ("gguf", "memory", "adapters", "quantize", "bundle", "upload"),
+        "command": ("adapters", "quantize", "bundle", "upload"),
     },
 }
 FACES = {"__init__", "__main__"}

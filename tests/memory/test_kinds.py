@@ -72,7 +72,7 @@ def test_a_row_of_a_batch_equals_the_row_alone(name, kind):
     for row, memory in enumerate(memories):
         with slot.using(memory):
             alone = anchor(ids[row : row + 1])
-        assert mx.abs(together[row : row + 1] - alone).max().item() < 1e-5
+        assert mx.abs(together[row : row + 1] - alone).max().item() < 2e-5  # of logits of about 3
 
 
 # Experts know float32 only; what memory joins there is llama's.
