@@ -57,7 +57,7 @@ def kind_of(source: Path) -> str:
         if files := sorted(file.name for file in source.glob("*.gguf")):
             what = "a folder of GGUF files, of which one is converted"
             raise UserError(what, f"{', '.join(files)[:200]} in {source}", "give the path of one")
-    elif is_gguf(source):
+    elif is_gguf(source) or source.suffix == ".gguf":
         return "gguf"
     checkpoint = open_files(openlm.checkpoint_files(source))
     if openlm.is_openlm(checkpoint):
