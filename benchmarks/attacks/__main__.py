@@ -48,8 +48,10 @@ from pathlib import Path
 from mlx_hmem.errors import run_program
 from train.corpus.files import Faults
 from train.corpus.readers_files import own_files, read_own
-files = own_files(Path(sys.argv[1]))
-run_program(lambda: [text.encode() for _, text in read_own(files, Faults())])
+def main():
+    files = own_files(Path(sys.argv[1]))
+    return [text.encode() for _, text in read_own(files, Faults())]
+run_program(main)
 """
 NASTY = [
     b"<!--" * 20_000, b"<a" * 20_000, b"[" * 50_000, b'{"text": "\\ud800"}\n', b"\x1b[31m\x07",
