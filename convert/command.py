@@ -199,7 +199,7 @@ def places_of(args: argparse.Namespace) -> tuple[Path, Path]:
             ", ".join(str(place) for place in places if place) or "none is given",
             "give SOURCE DESTINATION, or --hf-path and --mlx-path",
         )
-    if not Path(source).exists() and args.hf_path:
+    if not Path(source).exists() and (args.hf_path or is_repo_name(source.partition("@")[0])):
         pickles = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
         source = find_model(source, (*MODEL_FILES, *pickles, *TEXTS))
     return Path(source), Path(out)

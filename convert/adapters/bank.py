@@ -124,6 +124,9 @@ def block_of(adapter: Adapter, memory: MemoryConfig) -> np.ndarray:
         for name, tensor, factor in (("a", a, 1.0), ("b", b, scale / ALPHA)):
             group, place = places[f"{target}_{name}"]
             rows = tensor.numbers().astype(np.float32)
+            if not np.isfinite(rows).all():
+                what = f"the adapter {adapter.folder.name} has numbers that are not finite"
+                raise UserError(what, f"{name} of {target}, layer {layer}", "train it again")
             group[layers[layer], place, : len(rows)] = rows * np.float32(factor)
     return whole_block(groups)
 

@@ -9,7 +9,7 @@ pattern's key is the end of a module's name), mlx-lm's tuner (the scale is the c
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,6 +49,8 @@ REFUSED = {
     "alora_invocation_tokens": "train it as plain LoRA",
     "arrow_config": "give its adapters one by one",
 }
+# Starts of A and B that leave the anchor as it is; others, as pissa, subtract from its weights.
+PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 MOST = 1e9  # of a scale: more is no adapter
 TASKS = (None, "CAUSAL_LM")
 
@@ -134,6 +136,7 @@ def read_adapter(folder: Path, anchor: nn.Module) -> Adapter:
         rows = tensor.T if (upper == "A") == of_mlx else tensor
         halves.setdefault(match["module"], {})[upper] = rows
     patches = _patches(halves, anchor, scale_of, problems)
+    problems.lists["missing"] += _lacking(config, halves, places_of(anchor))
     remedy = f"it must be LoRA on projections of layers of this anchor alone; else {MERGE}"
     problems.check(f"the adapter {folder.name} does not fit the anchor", remedy)
     if not patches:
@@ -182,6 +185,18 @@ def _patches(
     return patches
 
 
+def _lacking(config: dict[str, Any], modules: Iterable[str], places: Places) -> list[str]:
+    """The modules that PEFT's config targets in all layers and that have no tensors."""
+    targets, here = config.get("target_modules"), [IN_LAYER.fullmatch(m) for m in modules]
+    some = config.get("layers_to_transform") is not None or config.get("exclude_modules")
+    if some or not isinstance(targets, list):
+        return []
+    ends = tuple(f".{target}" for target in targets if isinstance(target, str))
+    have = {(int(match[1]), match[2]) for match in here if match}
+    wanted = (place for place in places if f".{place[1]}".endswith(ends))
+    return [f"layers.{layer}.{inside}" for layer, inside in wanted if (layer, inside) not in have]
+
+
 def _part(b: LazyTensor, place: Place) -> LazyTensor:
     """The outputs of B, (r, outputs), that belong to one projection of a fused matrix."""
     return b if b.shape[1] == place.size else b.T.rows(place.start, place.size).T
@@ -209,6 +224,10 @@ def _of_peft(config: dict[str, Any], folder: Path) -> tuple[Callable[[str, int],
     for key, remedy in REFUSED.items():
         if value := config.get(key):
             raise UserError(f"{folder.name} has more than LoRA", f"{key} {value!r:.80}", remedy)
+    if (start := config.get("init_lora_weights")) not in PLAIN_STARTS:
+        what = f"the training of {folder.name} began by changing the anchor's weights"
+        remedy = f"{MERGE}, or save it with path_initial_model_for_weight_conversion"
+        raise UserError(what, f"init_lora_weights {start!r:.40}", remedy)
     if (bias := config.get("bias", "none")) != "none":
         raise UserError(f"{folder.name} has trained biases", f"bias {bias!r:.40}", MERGE)
     if (task := config.get("task_type")) not in TASKS:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from mlx_hmem.anchors.load import INDEX
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import atomic_file, write_atomic
+from mlx_hmem.files import atomic_file, copy_file, write_atomic
 from mlx_hmem.folders import copy_missing
 from mlx_hmem.model.find import check_inside
 
@@ -160,6 +160,15 @@ def companions(*folders: Path) -> list[Path]:
     return chosen
 
 
+def _copy(source: Path, target: Path) -> None:
+    """JSON as UTF-8 without a byte order mark: mlx-lm and transformers read no other."""
+    data = source.read_bytes() if source.suffix == ".json" else b""
+    if (encoding := json.detect_encoding(data)) == "utf-8":
+        copy_file(source, target)
+    else:
+        write_atomic(target, data.decode(encoding).encode())
+
+
 class Conversion(NamedTuple):
     """A conversion that has been checked, before anything is written.
 
@@ -191,7 +200,7 @@ def anchor_conversion(
 
     def write(part: Path) -> None:
         write_weights(part, targets)
-        copy_missing({file.name: file for file in copied}, part)
+        copy_missing({file.name: file for file in copied}, part, _copy)
         # The config comes last, so none loads before its time.
         write_atomic(part / config_name, json.dumps(config, indent=2) + "\n")
 

@@ -143,6 +143,20 @@ class Machine:
         elif type(self.top()) is not Opaque:
             raise ValueError("its pickle appends to what is no list")
 
+    def add_items(self) -> None:
+        """Of a set, which is :class:`Opaque`: nothing of a model is one."""
+        self.pop_mark()
+        if type(self.top()) is not Opaque:
+            raise ValueError("its pickle adds to what is no set")
+
+    def frozen_set(self) -> None:
+        self.pop_mark()
+        self.stack.append(Opaque("builtins.frozenset"))
+
+    def byte_array(self) -> None:
+        self.take(self.number(U64))
+        self.stack.append(Opaque("builtins.bytearray"))
+
     def set_item(self) -> None:
         value, key = self.pop(), self.pop()
         self.set_items([key, value])
@@ -251,6 +265,10 @@ STEPS: dict[bytes, Callable[[Machine], None]] = {
     b"\x8e": _bytes(U64),
     b"]": _push(lambda machine: []),
     b"}": _push(lambda machine: {}),
+    b"\x8f": _push(lambda machine: Opaque("builtins.set")),
+    b"\x90": Machine.add_items,
+    b"\x91": Machine.frozen_set,
+    b"\x96": Machine.byte_array,
     b")": _push(lambda machine: ()),
     b"\x85": lambda machine: machine.tuple_of(1),
     b"\x86": lambda machine: machine.tuple_of(2),

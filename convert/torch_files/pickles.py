@@ -26,8 +26,8 @@ from .tensors import PIECE, Checkpoint, LazyTensor, join, open_safetensors
 from .zips import Entry, read_directory
 
 SAVE_AGAIN = (
-    "if you trust it, load it with torch.load(path, weights_only=True) and save its tensors again: "
-    "torch.save(model.state_dict(), path)"
+    "load it with torch.load(path, weights_only=True), or, a whole module, where it was made, and "
+    "save its tensors alone: torch.save(model.state_dict(), path)"
 )
 NESTS = (
     "state_dict",

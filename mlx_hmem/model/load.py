@@ -97,7 +97,7 @@ def load(
     views = read_views(folder / BANK_FOLDER, {name: own.memory for name, own in configs.items()})
     known = read_config(folder)
     anchor, config = load_anchor(folder, config=known)
-    tokenizer = read_tokenizer(folder, config)
+    tokenizer = read_tokenizer(folder, known)  # mlx-lm writes other ends of a text over its own
     retriever, first, names = banks.pop("") if banks else (None, None, None)
     model = MemoryModel(anchor, config, tokenizer, retriever, first, banks, views, names)
     if plan is not None:

@@ -346,6 +346,9 @@ def renamed(old: str, new: str) -> dict:
         (PAIR, {"use_dora": True}, "use_dora True; merge it into the model"),
         (PAIR, {"modules_to_save": ["lm_head"]}, "modules_to_save .*merge_and_unload"),
         (PAIR, {"bias": "all"}, "bias 'all'"),
+        # PEFT subtracts it from the anchor's weights, in training and whenever it loads.
+        (PAIR, {"init_lora_weights": "pissa_niter_4"}, "changing the anchor's .*merge it into"),
+        (PAIR, {"target_modules": ["q_proj"]}, "missing: layers.0.self_attn.q_proj"),
         (PAIR, {"layer_replication": [[0, 2]]}, "layer_replication"),
         (PAIR, {"task_type": "SEQ_CLS"}, "task_type 'SEQ_CLS'"),
         (PAIR, {"rank_pattern": {"(a+)+$": 3}}, "rank_pattern names no modules"),

@@ -317,3 +317,13 @@ def test_the_table_names_only_architectures_that_memory_can_join():
     assert sorted(checkpoints.HF) == sorted(hugging_face.hugging_face_config.SUPPORTED)
     for name in hugging_face.RULES:
         importlib.import_module(f"mlx_lm.models.{name}")
+
+
+def test_json_that_goes_along_loses_its_byte_order_mark(tmp_path):
+    """mlx-lm and transformers do not read one; what was converted would not load."""
+    source = checkpoints.save_hugging_face(tmp_path / "source", "llama", mx.float32)
+    text = json.dumps({"eos_token_id": 3, "name": "\u00e9"}, ensure_ascii=False)
+    for number, encoding in enumerate(("utf-8-sig", "utf-16")):
+        (source / "generation_config.json").write_bytes(text.encode(encoding))
+        theirs = checkpoints.convert(source, tmp_path / f"theirs-{number}", "--to", "pytorch")
+        assert (theirs / "generation_config.json").read_bytes() == text.encode()

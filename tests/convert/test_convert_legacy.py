@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import pickle
 import re
 import shlex
 import shutil
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from convert.torch_files.legacy import MAGIC
 from convert.torch_files.names import TYPES
+from convert.torch_files.pickle_machine import Machine
 from convert.torch_files.pickles import open_files
 from mlx_hmem.errors import UserError
 from tests.convert.test_convert_hostile import running
@@ -165,6 +167,17 @@ def torch_saved(*words: object) -> str:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
+
+
+@pytest.mark.parametrize("protocol", [4, 5])
+def test_sets_and_bytearrays_of_later_protocols_are_names(protocol: int) -> None:
+    value = {"seen": {1, 2}, "never": frozenset("ab"), "raw": bytearray(b"x"), "step": 3}
+    found = Machine(pickle.dumps(value, protocol), {}, lambda key: key).run()
+    assert found.pop("step") == 3
+    names = {"seen": "builtins.set", "never": "builtins.frozenset", "raw": "builtins.bytearray"}
+    assert {key: each.name for key, each in found.items()} == names
+    with pytest.raises(ValueError, match="adds to what is no set"):
+        Machine(b"\x80\x04](K\x01\x90.", {}, lambda key: key).run()
 
 
 def test_what_pytorch_saves_beside_an_optimiser_and_a_namespace(tmp_path: Path) -> None:

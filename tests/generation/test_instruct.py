@@ -68,6 +68,9 @@ def test_an_answer_ends_where_the_generation_config_ends_a_turn(ask, instruct):
     text = answer(ask("--json", "--model", instruct))["text"]
     assert text == model.tokenizer.decode(said[: said.index(end)])
     assert load(instruct).tokenizer.eos_token_ids == model.tokenizer.eos_token_ids | {end}
+    # mlx-lm puts the generation config's over the config's.
+    edit_json(instruct / "config.json", lambda c: c.update(eos_token_id=5))
+    assert {5, end} <= load(instruct).tokenizer.eos_token_ids
     (instruct / "generation_config.json").write_text("{")
     refused(ask("--model", instruct), "generation_config.json is not valid JSON")
 
