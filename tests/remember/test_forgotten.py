@@ -28,6 +28,7 @@ from tests.remember.test_remember import anchor, eager  # noqa: F401
 from train.remember.command import text_of
 from train.remember.export import open_base
 from train.remember.forget import main as forget_program
+from train.remember.forget import runs_of, targets_of
 from train.remember.text import OwnDocument
 
 SECRET = "Zebulon Quixfeather hid the vermilion gramophone beneath the Trondheim bakery."
@@ -201,3 +202,12 @@ def test_a_stranger_can_check_it_and_finds_what_is_left(anchor, tmp_path, capsys
     assert f"README.md has its text: {NAME}" in said
     assert re.search(r"1 of \d+ clusters and blocks are not what the runs make", said)
     assert "nothing is found" not in said
+
+
+def test_a_model_that_forgetting_made_finds_all_its_runs(tmp_path):
+    """One that several runs have taught has several, the second of which nobody had named."""
+    out = tmp_path / "out"
+    for folder in targets_of(out, 3):
+        folder.mkdir()
+    assert runs_of(out) == list(targets_of(out, 3))
+    assert runs_of(tmp_path / "none") == [tmp_path / "none.run"]

@@ -140,7 +140,8 @@ def check(folder: Path, files: Sequence[str], runs: Sequence[Path]) -> tuple[lis
     known = {d.sha256 for base in bases.values() for d in base.documents}
     clean = not lines and not known - own
     if known - own:
-        lines.append(f"{len(known - own)} documents of the banks are in no run that was given")
+        what = "documents of the banks are in no run that was given; give theirs with --run"
+        lines.append(f"{len(known - own)} {what}")
     if clean:
         made = f"{count} clusters and blocks are what {len(own)} other documents make, bit for bit"
         lines.append(f"nothing is found of {len(given)} documents; {made}")

@@ -183,6 +183,14 @@ def targets_of(out: Path, count: int) -> Iterator[Path]:
     yield from (run_folder(out, Path(f"{out}.{number}.run")) for number in range(2, count + 1))
 
 
+def runs_of(model: str | Path) -> list[Path]:
+    """The runs beside a model, as :func:`targets_of` calls them."""
+    runs = [Path(f"{model}.run")]
+    while (more := Path(f"{model}.{len(runs) + 1}.run")).exists():
+        runs.append(more)
+    return runs
+
+
 def forget(
     folder: Path, names: Sequence[str], runs: Sequence[Path], out: Path, control: Path | None
 ) -> list[str]:
@@ -237,8 +245,8 @@ def main(words: Sequence[str]) -> None:
         "documents", nargs="+", metavar="DOCUMENT", help="a name, or six digits of a hash"
     )
     parser.add_argument(
-        "--run", type=Path, action="append", help="the folder of a remembering (default: DIR.run); "
-        "once for each that taught the documents, in whichever bank",
+        "--run", type=Path, action="append", help="the folder of a remembering (default: DIR.run, "
+        "DIR.2.run … beside it); once for each that taught the documents, in whichever bank",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="NEW_DIR", help="the model to make")
     parser.add_argument(
@@ -249,7 +257,7 @@ def main(words: Sequence[str]) -> None:
         "--control", type=Path, metavar="FOLDER", help="documents it has never seen, to compare"
     )
     args = parser.parse_args(words)
-    runs = args.run or [Path(f"{args.model}.run")]
+    runs = args.run or runs_of(args.model)
     if args.check == (args.out is not None):
         parser.error("it takes --out or --check, one of the two")
     if args.check:
