@@ -240,6 +240,18 @@ def float_dtype(anchor: nn.Module) -> mx.Dtype:
     return mx.float32
 
 
+def check_rope(config: dict[str, Any], model: str | Path) -> None:
+    """Raises UserError where RoPE's base stands as transformers 5 writes it: mlx-lm would take a
+    default instead, without a word."""
+    unread = "rope_parameters" in config and config.get("rope_theta") is None
+    if unread and config["model_type"] != "qwen3":
+        raise UserError(
+            "config.json keeps RoPE's base where mlx-lm does not look",
+            f"rope_parameters in {model}",
+            "convert the model: mlx_hmem.convert --hf-path MODEL --mlx-path DESTINATION",
+        )
+
+
 def load_anchor(
     folder: Path, lazy: bool = False, config: dict[str, Any] | None = None
 ) -> tuple[nn.Module, dict[str, Any]]:
@@ -249,14 +261,7 @@ def load_anchor(
     for name in ("config.json", *BESIDE):
         if (folder / name).exists():
             check_mark(folder / name)
-    # transformers 5 writes it so; mlx-lm would take a default base instead, without a word.
-    unread = "rope_parameters" in config and config.get("rope_theta") is None
-    if unread and config["model_type"] != "qwen3":
-        raise UserError(
-            "config.json keeps RoPE's base where mlx-lm does not look",
-            f"rope_parameters in {folder}",
-            "convert the model: mlx_hmem.convert FOLDER DESTINATION",
-        )
+    check_rope(config, folder)
     weight_files(folder)
     try:
         check_types(config, folder / "config.json")

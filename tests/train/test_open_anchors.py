@@ -197,6 +197,10 @@ def test_an_unknown_anchor_and_a_tokenizer_with_more_ids_than_embeddings_are_ref
         refused(words, recipe_of, "qwen-2.5-0.5b.yaml", path)
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
     refused("", recipe_of, "qwen-2.5-0.5b.yaml", tmp_path)
+    # As transformers 5 writes it: said before hours of preparing text, not after.
+    rope = {"model_type": "llama", "rope_parameters": {"rope_theta": 1e4}}
+    (tmp_path / "config.json").write_text(json.dumps(rope))
+    refused(f"rope_parameters in {tmp_path}", recipe_of, "qwen-2.5-0.5b.yaml", tmp_path)
     source = save_model(tmp_path / "source", "qwen2", begins=False)
     values = json.loads((source / "config.json").read_text()) | {"vocab_size": 300}
     (source / "config.json").write_text(json.dumps(values))

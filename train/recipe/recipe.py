@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from mlx_hmem.anchors.attach import memory_config
-from mlx_hmem.anchors.load import anchor_of_config, read_config
+from mlx_hmem.anchors.load import anchor_of_config, check_rope, read_config
 from mlx_hmem.bank import Manifest, stored_levels
 from mlx_hmem.config import JsonConfig, MemoryConfig
 from mlx_hmem.errors import ArgumentParser, UserError
@@ -222,6 +222,7 @@ def _with_model(recipe: Recipe, path: str) -> Recipe:
             "leave tokenizer.path out: a model has its own tokenizer",
         )
     config = read_config(find_model(path, ["config.json"]))
+    check_rope(config, path)  # not after hours of preparing text
     _check_of_model(recipe, config)
     return dataclasses.replace(recipe, anchor=dataclasses.replace(recipe.anchor, config=config))
 
