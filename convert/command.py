@@ -6,7 +6,6 @@ What SOURCE is, is seen from what lies there. PyTorch's layout of memories: docs
 import argparse
 import json
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,12 @@ import mlx_hmem  # noqa: F401  (before mlx.core)
 
 # isort: split
 from mlx_hmem.anchors.load import read_config
-from mlx_hmem.errors import ArgumentParser, UserError, printable, run_verb
-from mlx_hmem.folders import identity_of, whole_folder
+from mlx_hmem.errors import ArgumentParser, UserError, run_verb
+from mlx_hmem.folders import identity_of
 from mlx_hmem.model.find import MODEL_FILES, TEXTS, find_model, is_repo_name
 
 from .anchors import hugging_face, openlm
-from .anchors.weights import Conversion
+from .anchors.weights import Conversion, carry_out
 from .gguf.header import is_gguf
 from .gguf.model import from_gguf
 from .gguf.out.model import to_gguf, write_file
@@ -104,27 +103,28 @@ def options_of(texts: Sequence[str]) -> dict[str, Any]:
     return result
 
 
-def carry_out(
+def make(
     conversion: Conversion, path: Path, replace: bool, quantized: bool, options: dict[str, Any]
 ) -> None:
-    """Makes the folder ``path`` and says what came of it; its anchor ``quantized`` or not."""
+    """Makes the folder ``path``, its anchor ``quantized`` or not."""
     identity = identity_of(conversion.sources, version=VERSION, quantized=quantized, **options)
-    need = conversion.need_bytes * (2 if quantized else 1)
-    with whole_folder(path, identity, replace=replace, need_bytes=need) as part:
-        for note in conversion.notes:
-            print(printable(note), file=sys.stderr)
-        if not quantized:
-            conversion.write(part)
-        else:
-            from .quantize.command import quantization_for
-            from .quantize.model import plan, write
+    if not quantized:
+        carry_out(conversion, path, identity, replace)
+        return
+    from .quantize.command import quantization_for
+    from .quantize.model import plan, write
 
-            conversion.write(part / WHOLE)
-            report = write(plan(part / WHOLE, quantization_for(0), {}), part)
-            shutil.rmtree(part / WHOLE)
-    print(f"{path}: {conversion.made}")
-    if quantized:
-        print(f"the anchor is quantised: {report.anchor.bits_per_weight:.1f} bits for each weight")
+    bits = list[float | None]()
+
+    def write_quantized(part: Path) -> None:
+        conversion.write(part / WHOLE)
+        bits.append(write(plan(part / WHOLE, quantization_for(0), {}), part).anchor.bits_per_weight)
+        shutil.rmtree(part / WHOLE)
+
+    need = 2 * conversion.need_bytes
+    smaller = conversion._replace(write=write_quantized, need_bytes=need)
+    carry_out(smaller, path, identity, replace)
+    print(f"the anchor is quantised: {bits[0]:.1f} bits for each weight")
 
 
 def parser() -> ArgumentParser:
@@ -217,7 +217,7 @@ def main(words: Sequence[str]) -> None:
     if args.to == "gguf":
         write_file(conversion, out, args.overwrite)
         return
-    carry_out(conversion, out, args.overwrite, args.quantize, options)
+    make(conversion, out, args.overwrite, args.quantize, options)
     if args.upload:
         from .upload import upload
 

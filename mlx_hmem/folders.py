@@ -129,7 +129,8 @@ def whole_folder(
         if anew or _record(part) != identity:
             _clear(part, path)
         _check_existing(path, replace, identity, remedy)
-        _check_room(part, need_bytes)
+        there = sum(file.stat().st_size for file in part.rglob("*") if file.is_file())
+        check_room(path.parent, need_bytes - there)
         write_atomic(part / RECORD, json.dumps(identity, indent=2) + "\n")
         try:
             yield part
@@ -206,14 +207,14 @@ def _clear(part: Path, path: Path) -> None:
     (part / RECORD).unlink(missing_ok=True)  # last: without it the folder is a stranger's
 
 
-def _check_room(part: Path, need_bytes: int) -> None:
-    there = sum(f.stat().st_size for f in part.rglob("*") if f.is_file())
-    free = shutil.disk_usage(part).free
-    if free < need_bytes - there:
+def check_room(folder: Path, need_bytes: int) -> None:
+    """Raises UserError unless so many bytes are free where ``folder`` lies."""
+    free = shutil.disk_usage(folder).free
+    if free < need_bytes:
         raise UserError(
             "no room on the disk",
-            f"{need_bytes - there:,} bytes are needed, {free:,} are free",
-            f"make room, or choose a destination elsewhere than {part.parent}",
+            f"{need_bytes:,} bytes are needed, {free:,} are free",
+            f"make room, or choose a destination elsewhere than {folder}",
         )
 
 

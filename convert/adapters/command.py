@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlx_hmem.bank.views import check_name
-from mlx_hmem.errors import ArgumentParser, UserError, printable
+from mlx_hmem.errors import ArgumentParser, UserError
 from mlx_hmem.evaluate.texts import read_texts
-from mlx_hmem.folders import identity_of, whole_folder
-from mlx_hmem.generation.options import say
+from mlx_hmem.folders import identity_of
 from mlx_hmem.model.find import MODEL_FILES, find_model
 
+from ..anchors.weights import carry_out
 from .bank import check_texts, from_adapters
 
 VERSION = 1  # of what is written: another one does not go on with a stopped one
@@ -67,12 +67,7 @@ def main(words: Sequence[str]) -> None:
         adapters={name: str(folder.resolve()) for name, folder in folders.items()},
         texts={name: [str(file.resolve()) for file in own] for name, own in files.items()},
     )
-    need = conversion.need_bytes
-    with whole_folder(out, identity, replace=args.overwrite, need_bytes=need) as part:
-        for note in conversion.notes:
-            say(printable(note))
-        conversion.write(part)
-    print(f"{out}: {conversion.made}")
+    carry_out(conversion, out, identity, args.overwrite)
 
 
 def _text_files(given: Sequence[str], folders: dict[str, Path]) -> dict[str, list[Path]]:

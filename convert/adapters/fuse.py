@@ -19,9 +19,8 @@ from mlx_hmem.bank.views import barred_path, in_bank, shown
 from mlx_hmem.bank_tools.command import opened
 from mlx_hmem.bank_tools.contents import model_folder, views_of
 from mlx_hmem.config import ClusterPath
-from mlx_hmem.errors import ArgumentParser, UserError, printable
-from mlx_hmem.folders import identity_of, whole_folder
-from mlx_hmem.generation.options import say
+from mlx_hmem.errors import ArgumentParser, UserError
+from mlx_hmem.folders import identity_of
 from mlx_hmem.memory import FetchedMemory
 from mlx_hmem.model.banks import Banks, RoutedBank
 from mlx_hmem.model.find import BANK_FOLDER
@@ -36,6 +35,7 @@ from ..anchors.weights import (
     Conversion,
     Target,
     anchor_conversion,
+    carry_out,
     companions,
     write_shards,
 )
@@ -225,12 +225,7 @@ def main(words: Sequence[str]) -> None:
     identity = identity_of(
         conversion.sources, **chosen.identity, program="fuse", form=args.form, dtype=args.dtype
     )
-    need = conversion.need_bytes
-    with whole_folder(args.out, identity, replace=args.overwrite, need_bytes=need) as part:
-        for note in conversion.notes:
-            say(printable(note))
-        conversion.write(part)
-    print(f"{args.out}: {conversion.made}")
+    carry_out(conversion, args.out, identity, args.overwrite)
 
 
 def adapter(chosen: Chosen, args: argparse.Namespace) -> Conversion:

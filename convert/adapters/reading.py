@@ -27,6 +27,7 @@ from ..anchors.keys import Problems
 from ..anchors.weights import FLOATS
 from ..torch_files.pickles import open_files
 from ..torch_files.tensors import LazyTensor
+from .matrices import module_names
 
 CONFIG = "adapter_config.json"
 # A LoRA tensor, with the name of the adapter that PEFT may put into it.
@@ -91,7 +92,7 @@ Places = dict[tuple[int, str], list[Place]]  # by layer, and module within it
 
 def places_of(anchor: nn.Module) -> Places:
     """The modules of an anchor's layers that a patch can join, with their projections."""
-    names = {id(module): name for name, module in anchor.named_modules()}
+    names = module_names(anchor)
     found: Places = {}
     for layer in anchor_layers(anchor):
         parts = [
@@ -135,8 +136,9 @@ def read_adapter(folder: Path, anchor: nn.Module) -> Adapter:
         upper = match["half"].upper()
         rows = tensor.T if (upper == "A") == of_mlx else tensor
         halves.setdefault(match["module"], {})[upper] = rows
-    patches = _patches(halves, anchor, scale_of, problems)
-    problems.lists["missing"] += _lacking(config, halves, places_of(anchor))
+    places = places_of(anchor)
+    patches = _patches(halves, places, anchor_sizes(anchor), scale_of, problems)
+    problems.lists["missing"] += _lacking(config, halves, places)
     remedy = f"it must be LoRA on projections of layers of this anchor alone; else {MERGE}"
     problems.check(f"the adapter {folder.name} does not fit the anchor", remedy)
     if not patches:
@@ -156,11 +158,11 @@ def _weights(folder: Path, of_mlx: bool) -> Path:
 
 def _patches(
     halves: Mapping[str, Mapping[str, LazyTensor]],
-    anchor: nn.Module,
+    places: Places,
+    sizes: Mapping[str, Any],
     scale_of: Callable[[str, int], float],
     problems: Problems,
 ) -> dict[tuple[int, str], Patch]:
-    places, sizes = places_of(anchor), anchor_sizes(anchor)
     patches: dict[tuple[int, str], Patch] = {}
     for module, pair in halves.items():
         match = IN_LAYER.fullmatch(module)

@@ -6,6 +6,7 @@ before it is written, and then in chunks of 32 MiB; only a transposed piece is r
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,9 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_hmem.anchors.load import INDEX
-from mlx_hmem.errors import UserError
+from mlx_hmem.errors import UserError, printable
 from mlx_hmem.files import atomic_file, copy_file, write_atomic
-from mlx_hmem.folders import copy_missing
+from mlx_hmem.folders import copy_missing, whole_folder
 from mlx_hmem.model.find import check_inside
 
 from ..torch_files.tensors import (
@@ -182,6 +183,17 @@ class Conversion(NamedTuple):
     write: Callable[[Path], None]
     made: str
     config: dict[str, Any]
+
+
+def carry_out(conversion: Conversion, path: Path, identity: dict[str, Any], replace: bool) -> None:
+    """Makes the folder ``path``, whole or not at all, and says what came of it; a stopped one of
+    the same ``identity`` (:func:`mlx_hmem.folders.identity_of`) goes on."""
+    need = conversion.need_bytes
+    with whole_folder(path, identity, replace=replace, need_bytes=need) as part:
+        for note in conversion.notes:
+            print(printable(note), file=sys.stderr, flush=True)
+        conversion.write(part)
+    print(f"{path}: {conversion.made}")
 
 
 def anchor_conversion(

@@ -16,7 +16,8 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import MAX_HEADER, RESTORE, Source, is_shape, open_regular
+from mlx_hmem.files import MAX_HEADER, is_shape
+from mlx_hmem.reading import RESTORE, Source, open_regular
 
 MAGIC = b"GGUF"
 ALIGNMENT = 32  # where general.alignment does not say

@@ -6,7 +6,7 @@ its converter changes besides is said by ``rotated`` and ``plus_one``, and undon
 :func:`to_ours` and :func:`to_theirs`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,23 +157,28 @@ def to_ours(
     tensors: Mapping[str, LazyTensor], names: Names, config: Mapping[str, Any]
 ) -> dict[str, LazyTensor]:
     """llama.cpp's tensors, under its names, with rows and gains as mlx-lm has them."""
-    result = dict(tensors)
-    for name, tensor in tensors.items():
-        if names.rotated and (heads := _heads(name, config)):
-            result[name] = halved(tensor, heads)
-        if names.plus_one and name.endswith("norm.weight"):
-            result[name] = shifted(tensor, -1)
-    return result
+    return _changed(tensors, names, config, halved, -1)
 
 
 def to_theirs(
     tensors: Mapping[str, LazyTensor], names: Names, config: Mapping[str, Any]
 ) -> dict[str, LazyTensor]:
     """The inverse of :func:`to_ours`: mlx-lm's tensors under llama.cpp's names."""
+    return _changed(tensors, names, config, interleaved, 1)
+
+
+def _changed(
+    tensors: Mapping[str, LazyTensor],
+    names: Names,
+    config: Mapping[str, Any],
+    turn: Callable[[LazyTensor, int], LazyTensor],
+    more: float,
+) -> dict[str, LazyTensor]:
+    """The tensors, those of query and key ``turn``ed, and gains of norms ``more`` than they are."""
     result = dict(tensors)
     for name, tensor in tensors.items():
         if names.rotated and (heads := _heads(name, config)):
-            result[name] = interleaved(tensor, heads)
+            result[name] = turn(tensor, heads)
         if names.plus_one and name.endswith("norm.weight"):
-            result[name] = shifted(tensor, 1)
+            result[name] = shifted(tensor, more)
     return result

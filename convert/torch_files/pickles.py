@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import RESTORE
-from mlx_hmem.reading import open_regular, read_exactly
+from mlx_hmem.reading import RESTORE, open_regular, read_exactly
 
 from .legacy import is_legacy, read_legacy
 from .names import MAX_SHARING, NAMES, SMALL, Storage, check_reference

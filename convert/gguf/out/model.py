@@ -1,6 +1,5 @@
 """An anchor as one GGUF file, which llama.cpp, LM Studio and transformers read."""
 
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 
 from mlx_hmem.anchors.load import anchor_of_config, read_config
 from mlx_hmem.errors import UserError, printable
+from mlx_hmem.folders import check_room
 
 from ...anchors import hugging_face_config
 from ...anchors.hugging_face import DROPS, EMBEDDING, EMBEDDINGS, HEAD, RULES, wanted_of
@@ -81,10 +81,7 @@ def write_file(conversion: Conversion, path: Path, replace: bool) -> None:
         remedy = "choose another" if replace else "choose another or add --overwrite"
         raise UserError("the destination exists", path, remedy)
     path.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(path.parent).free
-    if free < conversion.need_bytes:
-        what = f"{conversion.need_bytes:,} bytes are needed, {free:,} are free"
-        raise UserError("no room on the disk", what, f"make room in {path.parent}")
+    check_room(path.parent, conversion.need_bytes)
     for note in conversion.notes:
         print(printable(note), file=sys.stderr)
     conversion.write(path)

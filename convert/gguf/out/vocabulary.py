@@ -11,8 +11,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from mlx_hmem.config import read_json
 from mlx_hmem.errors import UserError, foreign, unheard
+from mlx_hmem.reading import read_json
 
 from ..pre_tokenizers import DIGIT, GPT2, PRE_TOKENIZERS
 from ..tokenizer import ADDED, BYTE, CONTROL, NAMED, NORMAL, SPACE, UNKNOWN, UNUSED
