@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.kills import cases, run_case
+from benchmarks.kills.cases import cases
+from benchmarks.kills.conversions import run_case
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import write_atomic
 from mlx_hmem.folders import RECORD, identity_of, locked, whole_folder

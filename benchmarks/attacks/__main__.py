@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from benchmarks.common.show import Result, benchmark
-from benchmarks.kills import RECIPE
+from benchmarks.kills.training import RECIPE
 from mlx_hmem.anchors.load import anchor_hash
 from mlx_hmem.files import load_safetensors, save_safetensors
 from mlx_hmem.model.load import DEMO

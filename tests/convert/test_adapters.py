@@ -10,13 +10,11 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
-from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from convert.adapters import bank
 from convert.command import main
 from mlx_hmem import load
-from mlx_hmem.anchors.load import load_anchor, named_parameters
+from mlx_hmem.anchors.load import named_parameters
 from mlx_hmem.bank_tools.command import main as bank_main
 from mlx_hmem.files import save_safetensors
 from mlx_hmem.generation.batch import batch_generate
@@ -26,6 +24,7 @@ from mlx_hmem.generation.conversation import Conversation
 from mlx_hmem.memory import split_block
 from tests.conftest import edit_json
 from tests.helpers.faults import stop_at
+from tests.helpers.mlx_adapters import save_adapter
 from tests.helpers.places import ROOT, bytes_of
 from tests.helpers.programs import refused
 from tests.helpers.tiny_anchors import LLAMA_LIKE, make_anchor
@@ -58,24 +57,6 @@ def anchor(model_folder, tmp_path_factory) -> Path:
     mx.random.seed(3)
     weights["model.embed_tokens.weight"] = mx.random.normal((400, 32)) * 0.1
     save_safetensors(folder / "model.safetensors", {n: w * 2 for n, w in weights.items()})
-    return folder
-
-
-def save_adapter(anchor: Path, folder: Path, seed: int, scale: float = 20.0, **config) -> Path:
-    """An adapter as mlx_lm.lora saves it, on the last two layers, with a random B."""
-    own, _ = load_anchor(anchor)
-    parameters = {"rank": 3, "scale": scale, "dropout": 0.0, **config}
-    linear_to_lora_layers(own, 2, parameters)
-    mx.random.seed(seed)
-    tensors = {
-        name: mx.random.normal(array.shape) * 0.06
-        for name, array in tree_flatten(own.parameters())
-        if name.endswith(("lora_a", "lora_b"))
-    }
-    folder.mkdir(parents=True)
-    save_safetensors(folder / "adapters.safetensors", tensors)
-    values = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": parameters}
-    (folder / "adapter_config.json").write_text(json.dumps(values))
     return folder
 
 

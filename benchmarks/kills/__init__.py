@@ -1,0 +1,1 @@
+"""What SIGKILL at random moments leaves."""

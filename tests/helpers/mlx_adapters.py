@@ -1,0 +1,29 @@
+"""LoRA adapters as mlx-lm saves them."""
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from mlx_hmem.anchors.load import load_anchor
+from mlx_hmem.files import save_safetensors
+
+
+def save_adapter(anchor: Path, folder: Path, seed: int, scale: float = 20.0, **config) -> Path:
+    """An adapter as mlx_lm.lora saves it, on the last two layers, with a random B."""
+    own, _ = load_anchor(anchor)
+    parameters = {"rank": 3, "scale": scale, "dropout": 0.0, **config}
+    linear_to_lora_layers(own, 2, parameters)
+    mx.random.seed(seed)
+    tensors = {
+        name: mx.random.normal(array.shape) * 0.06
+        for name, array in tree_flatten(own.parameters())
+        if name.endswith(("lora_a", "lora_b"))
+    }
+    folder.mkdir(parents=True)
+    save_safetensors(folder / "adapters.safetensors", tensors)
+    values = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": parameters}
+    (folder / "adapter_config.json").write_text(json.dumps(values))
+    return folder
