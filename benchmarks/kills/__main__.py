@@ -8,11 +8,11 @@ disturbed.
 ``conversions`` of a 32 MB anchor in 64 shards (OpenLM's pickle, sharded safetensors, GGUF, the ways
 to GGUF and back to PyTorch, and one over an older model), of adapters beside it (in, fused into it,
 out as a GGUF) and of the whole demo model with its memory (from PyTorch's layout, back to it, and
-quantised over an older model) are killed and started again with the same command: N times the nine
-of the anchor together, N times each of the whole model's. After each kill the destination must be
-absent, what it was before, or, byte for byte, what a conversion makes that nobody disturbed; and
-what lies beside it must not load unless it is all there. Half of the moments are drawn from the
-whole time of a run, half from the time in which it writes.
+quantised over an older model) are killed N times each and started again with the same command.
+After each kill the destination must be absent, what it was before, or, byte for byte, what a
+conversion makes that nobody disturbed; and what lies beside it must not load unless it is all
+there. Half of the moments are drawn from the whole time of a run, half from the time in which it
+writes.
 """
 
 from benchmarks.common.show import benchmark

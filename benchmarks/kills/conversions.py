@@ -115,11 +115,10 @@ def run_case(
     return found
 
 
-def conversions(kills: int = 52) -> Result:
+def conversions(kills: int = 20) -> Result:
     rng, found = random.Random(0), dict[str, dict[str, int]]()
     with tempfile.TemporaryDirectory() as name, tqdm(total=12, unit="case") as bar:
-        for make, count in ((cases, -(-kills // 9)), (whole_cases, kills)):
-            for case in list(make(Path(name))):
-                found[case.name] = run_case(Path(name), case, rng, count)
-                bar.update()
+        for case in [*cases(Path(name)), *whole_cases(Path(name))]:
+            found[case.name] = run_case(Path(name), case, rng, kills)
+            bar.update()
     return {"conversions": found}
