@@ -21,6 +21,7 @@ from convert.gguf.tensors import open_tensors
 from mlx_hmem.anchors.load import read_config
 from mlx_hmem.bank import Bank
 from mlx_hmem.files import load_safetensors
+from tests.convert import test_gguf_out as gguf_models
 from tests.helpers import anchor_checkpoints as checkpoints
 from tests.helpers.memory_models import PATH, add_memory, attached_logits
 from tests.helpers.programs import assert_refused, process, run
@@ -152,6 +153,29 @@ def test_llama_cpp_gets_the_same_pairs_under_its_names(tmp_path, model_folder, n
         found = tensors[f"{weight}.lora_a"] if end == "lora_a" else b[weight]
         assert found.dtype == "F16"
         np.testing.assert_array_equal(found.numbers(), np.array(array).T)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "gemma3_text", "phi3", "gpt2", "starcoder2"])
+def test_what_llama_cpp_asks_of_a_lora_file_holds(tmp_path, model_folder, name):
+    """Its loader's checks (llama-adapter.cpp), with its own package as the reader: the values, and
+    that each pair fits the matrix of its name in the anchor's own file."""
+    gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
+    model = gguf_models.save(tmp_path / "model", name)
+    anchor = gguf.GGUFReader(gguf_models.out(model, tmp_path / "anchor.gguf"))
+    add_memory(model, model_folder, "lora_vo")
+    lora = gguf.GGUFReader(write(model, tmp_path / "lora.gguf", "gguf"))
+    values, whole = ({n: f.contents() for n, f in r.fields.items()} for r in (lora, anchor))
+    assert (values["general.type"], values["adapter.type"]) == ("adapter", "lora")
+    assert values["general.architecture"] == whole["general.architecture"]
+    shapes = {tensor.name: list(tensor.shape) for tensor in anchor.tensors}
+    pairs = {tensor.name: list(tensor.shape) for tensor in lora.tensors}
+    matrices = {each.rpartition(".lora_")[0] for each in pairs}
+    assert len(pairs) == 2 * len(matrices) > 0
+    for matrix in matrices:
+        (inputs, outputs), rank = shapes[matrix], pairs[f"{matrix}.lora_b"][0]
+        assert pairs[f"{matrix}.lora_a"] == [inputs, rank]
+        assert pairs[f"{matrix}.lora_b"] == [rank, outputs]
+        assert values["adapter.lora.alpha"] / rank == 2  # what a bank adds: 2 · B A
 
 
 @pytest.mark.parametrize("form", ["peft", "mlx-lm"])
