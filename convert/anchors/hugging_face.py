@@ -20,6 +20,7 @@ from ..torch_files.tensors import open_safetensors
 from . import hugging_face_config
 from .dequantize import Rounding, dequantised, without_zero_biases
 from .keys import MOST_NAMES, SAME, Drop, Rule, strip, to_mlx, to_torch
+from .tokenizer import check_tokenizer
 from .weights import Conversion, Target, anchor_conversion, companions, equal_bits, write_shards
 
 EXPERTS = ("gate_proj", "up_proj", "down_proj")  # the matrices of an expert, as mlx-lm calls them
@@ -117,6 +118,7 @@ def from_torch(source: Path, dtype: str | None = None, tokenizer: Path | None = 
     notes += others_beside(source, files)
     sources = [source / "config.json", *files]
     copied = companions(*([tokenizer] if tokenizer else []), source)
+    notes += check_tokenizer(copied, config, source)
     config = with_dtype(config, dtype)
     write: Callable[[Path, Sequence[Target]], None] = write_shards
     if rounding is not None:

@@ -78,6 +78,7 @@ def for_mlx(
     added = {} if name in NO_ROPE else _rope(name, config)
     if name == "gemma3_text":
         added |= _gemma_pattern(config)
+        _check_gemma(config | added)
     if name == "gpt2" and "n_ctx" not in config:
         added["n_ctx"] = config.get("n_positions", 1024)
     if name == "qwen3_moe" and "num_experts" not in config:
@@ -170,3 +171,11 @@ def _gemma_pattern(config: Config) -> Config:
     if full != list(range(pattern - 1, len(types), pattern)):
         raise UserError("mlx-lm needs a regular pattern of layers", types, "use PyTorch")
     return {"sliding_window_pattern": pattern}
+
+
+def _check_gemma(config: Config) -> None:
+    """Where no layer sees all, mlx-lm looks for the cache of one and finds none."""
+    layers, pattern = config.get("num_hidden_layers", 26), config.get("sliding_window_pattern", 6)
+    if layers < pattern:
+        what, remedy = f"{layers} layers, a pattern of {pattern}", "use PyTorch, or a whole model"
+        raise UserError("mlx-lm runs no Gemma 3 without a layer that sees all", what, remedy)

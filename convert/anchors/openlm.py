@@ -32,6 +32,7 @@ from .openlm_config import (
     model_args,
     read_openlm_config,
 )
+from .tokenizer import check_tokenizer
 from .weights import Conversion, Target, anchor_conversion, companions, progress, write_shards
 
 RULES = [Rule(name, ours, "parts" if len(ours) > 1 else "same") for name, ours in NAMES.items()]
@@ -99,6 +100,7 @@ def from_torch(
     copied = companions(tokenizer or (source if source.is_dir() else source.parent))
     if not any(file.name.startswith("tokenizer") for file in copied):
         notes.append("no tokenizer beside the checkpoint: put tokenizer.json into the result")
+    notes += check_tokenizer(copied, args, source)
     sources = [*files, *([file] if file else [])]
     return anchor_conversion(sources, targets, args, notes, copied, write_shards)
 

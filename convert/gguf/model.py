@@ -9,6 +9,7 @@ from mlx_hmem.files import write_atomic
 from ..anchors import hugging_face_config
 from ..anchors.hugging_face import wanted_of
 from ..anchors.keys import Drop, to_mlx
+from ..anchors.tokenizer import check_tokenizer
 from ..anchors.weights import (
     Conversion,
     Target,
@@ -54,6 +55,7 @@ def from_gguf(source: Path, dtype: str | None = None, tokenizer: Path | None = N
     notes += [*more, *dropped, *made.notes]
     write = partial(_write, files=made.files)
     copied = companions(tokenizer) if tokenizer else []
+    notes += check_tokenizer(copied, config, source)
     conversion = anchor_conversion(header.files, targets, config, notes, copied, write)
     size = sum(len(text.encode()) for text in made.files.values())
     return conversion._replace(need_bytes=conversion.need_bytes + size)

@@ -7,7 +7,7 @@ a passage says is text: ``<|im_end|>`` in it is eight characters and more, not t
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from functools import cached_property, partial
 from pathlib import Path
@@ -35,7 +35,9 @@ def read_tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerWrapper:
     check_files(folder)
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         raise UserError("no tokenizer", folder, "add tokenizer.json or tokenizer.model")
-    ends = _ends(folder, config)
+    configs, file = {folder / "config.json": config}, folder / "generation_config.json"
+    configs |= {file: read_json(file)} if file.exists() else {}
+    ends = ends_of(configs, config.get("vocab_size"))
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # it warns that it does not know model_type openlm
     try:
@@ -74,22 +76,21 @@ def check_files(folder: Path) -> None:
         )
 
 
-def _ends(folder: Path, config: dict[str, Any]) -> list[int] | None:
-    """The ids that end a text: those of ``config.json``, and of ``generation_config.json``, where
-    many an instruct anchor has the end of a turn."""
-    file, found = folder / "generation_config.json", [config]
-    if file.exists():
-        found.append(read_json(file))
+def ends_of(configs: Mapping[Path, Any], most: int | None) -> list[int] | None:
+    """The ids that end a text, of all files that name some: of ``config.json``, and of
+    ``generation_config.json``, where many an instruct anchor has the end of a turn.
+
+    Raises UserError for an id that is none of ``most`` tokens.
+    """
     ids: list[int] = []
-    for each in found:
-        own = each.get("eos_token_id") if isinstance(each, dict) else None
-        ids += own if isinstance(own, list) else [] if own is None else [own]
-    most = config.get("vocab_size") or MAX_DIM
-    for one in ids:
-        if not is_whole(one, most - 1):  # a text would wait for it without end
-            what = f"eos_token_id is none of the anchor's {most} tokens"
-            where = " or ".join(name for name in BESIDE if (folder / name).exists())
-            raise UserError(what, repr(one)[:40], f"correct it in {where} of {folder}")
+    for file, config in configs.items():
+        found = config.get("eos_token_id") if isinstance(config, dict) else None
+        own = found if isinstance(found, list) else [] if found is None else [found]
+        for one in own:
+            if not is_whole(one, (most or MAX_DIM) - 1):  # a text would wait for it without end
+                what = f"eos_token_id is none of the anchor's {most or MAX_DIM} tokens"
+                raise UserError(what, repr(one)[:40], f"correct it in {file}")
+        ids += own
     return ids or None
 
 

@@ -22,7 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 HEADS = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8)
 SIZES = dict(hidden_size=32, num_hidden_layers=3, intermediate_size=64, vocab_size=64)
-COMMON = SIZES | HEADS | dict(max_position_embeddings=128, pad_token_id=0)
+ENDS = dict(bos_token_id=0, eos_token_id=0, pad_token_id=0)
+COMMON = SIZES | HEADS | ENDS | dict(max_position_embeddings=128)
 ROPE = {"rope_type": "default", "rope_theta": 5000.0}  # no library's default
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "low_freq_factor": 1.0,

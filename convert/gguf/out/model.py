@@ -15,6 +15,7 @@ from ...anchors import hugging_face_config
 from ...anchors.hugging_face import DROPS, EMBEDDING, EMBEDDINGS, HEAD, RULES, wanted_of
 from ...anchors.keys import SAME, Drop, rule_of, to_mlx
 from ...anchors.mlx_folder import QUANTIZED, plain_tensors
+from ...anchors.tokenizer import check_tokenizer
 from ...anchors.weights import Conversion, Target, companions, equal_bits
 from ...torch_files.tensors import ComputedTensor, LazyTensor
 from ..header import is_gguf
@@ -48,6 +49,8 @@ def to_gguf(source: Path, dtype: str | None = None) -> Conversion:
     }
     own = values_of(config, anchor_of_config(config))
     values |= {f"{architecture}.{key}": value for key, value in own.items()}
+    beside = companions(source)
+    more += check_tokenizer(beside, config, source)
     values |= vocabulary_of(source, config, config["vocab_size"])
     theirs = {_their_name(name, each): tensor for each, tensor in ours.items()}
     theirs = to_theirs(theirs, NAMES[name], config)
@@ -62,7 +65,7 @@ def to_gguf(source: Path, dtype: str | None = None) -> Conversion:
     if (source / "hmem.json").is_file():
         more.append("the memory is left out: mlx_hmem.convert fuse puts one into the anchor first")
     files = {tensor.path for tensor in tensors.values()}
-    sources = [source / "config.json", *sorted(files), *companions(source)]
+    sources = [source / "config.json", *sorted(files), *beside]
     size = sum(each.nbytes for each in made)
     said = f"{len(made)} tensors, {size / 1e6:,.1f} MB, {dtype or DTYPE}"
 

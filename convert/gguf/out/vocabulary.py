@@ -39,7 +39,7 @@ def vocabulary_of(folder: Path, config: Mapping[str, Any], vocab_size: int) -> d
     model: Any = values.get("model") or {}
     if model.get("type", "BPE") != "BPE":
         raise UserError("no such tokenizer goes into a GGUF", model.get("type"), LLAMA_CPP)
-    tokens, types = _tokens(values, model, vocab_size, file)
+    tokens, types = _tokens(values, model, vocab_size)
     places = {token: i for i, token in enumerate(tokens)}
     merges = [m.split(" ", 1) if isinstance(m, str) else list(m) for m in model.get("merges", [])]
     found: dict[str, Any] = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
@@ -59,15 +59,12 @@ def vocabulary_of(folder: Path, config: Mapping[str, Any], vocab_size: int) -> d
 
 
 def _tokens(
-    values: Mapping[str, Any], model: Mapping[str, Any], vocab_size: int, file: Path
+    values: Mapping[str, Any], model: Mapping[str, Any], vocab_size: int
 ) -> tuple[list[str], list[int]]:
     """All tokens in order of their ids, and their types."""
     added = {each["id"]: each for each in values.get("added_tokens") or ()}
     by_id = {number: token for token, number in model["vocab"].items()}
     by_id |= {number: each["content"] for number, each in added.items()}
-    if by_id and max(by_id) >= vocab_size:
-        what = f"{max(by_id)} of {vocab_size}"
-        raise UserError("the tokenizer has tokens that the model does not know", what, "restore it")
     unknown, tokens, types = model.get("unk_token"), [], []
     for number in range(vocab_size):
         token = by_id.get(number)
