@@ -42,8 +42,6 @@ VERSION = 1  # of what a conversion writes: another one does not go on with a st
 
 def kind_of(source: Path) -> str:
     """One of KINDS, or "model" (with hmem.json) or "anchor" (without) for our own directories."""
-    if not source.exists():
-        raise UserError("no such file or folder", source, "give the path of a checkpoint")
     if source.is_dir():
         if (source / "hmem.json").is_file():
             return "model"
@@ -114,17 +112,17 @@ def make(
     from .quantize.command import quantization_for
     from .quantize.model import plan, write
 
-    bits = list[float | None]()
-
-    def write_quantized(part: Path) -> None:
+    def write_quantized(part: Path) -> str:
         conversion.write(part / WHOLE)
-        bits.append(write(plan(part / WHOLE, quantization_for(0), {}), part).anchor.bits_per_weight)
+        anchor = write(plan(part / WHOLE, quantization_for(0), {}), part).anchor
         shutil.rmtree(part / WHOLE)
+        without_size = conversion.made.rpartition(", ")[0] or conversion.made
+        size = f"{anchor.bytes_after / 1e6:,.1f} MB"
+        return f"{without_size}, {anchor.bits_per_weight:.1f} bits for each weight, {size}"
 
     need = 2 * conversion.need_bytes
     smaller = conversion._replace(write=write_quantized, need_bytes=need)
     carry_out(smaller, path, identity, replace)
-    print(f"the anchor is quantised: {bits[0]:.1f} bits for each weight")
 
 
 def parser() -> ArgumentParser:
@@ -166,7 +164,10 @@ def parser() -> ArgumentParser:
 
 
 def check_options(args: argparse.Namespace, source: Path, kind: str) -> None:
-    """Refuses options that would do nothing."""
+    """Refuses options that would do nothing, or read something else than there is."""
+    if kind in ("huggingface", "hmem-pytorch") and not source.is_dir():
+        remedy = "leave --from out" if is_gguf(source) else "give the folder it lies in"
+        raise UserError(f"--from {kind} takes a folder", source, remedy)
     openlm_only = {"--config": args.config, "--set": args.set, "--tokenizer": args.tokenizer}
     if kind not in ("openlm", "hmem-pytorch") or args.to != "mlx":
         for name, value in openlm_only.items():
@@ -202,6 +203,8 @@ def places_of(args: argparse.Namespace) -> tuple[Path, Path]:
     if not Path(source).exists() and (args.hf_path or is_repo_name(source.partition("@")[0])):
         pickles = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
         source = find_model(source, (*MODEL_FILES, *pickles, *TEXTS))
+    if not Path(source).exists():
+        raise UserError("no such file or folder", source, "give the path of a checkpoint")
     return Path(source), Path(out)
 
 

@@ -94,6 +94,10 @@ def choose(args: argparse.Namespace) -> Chosen:
             name, path = banks.named(args.memory_name)
         elif args.path:
             name, path = in_bank(barred_path(args.path))
+            if not path:
+                raise UserError(
+                    "not a cluster path", repr(args.path), "write it as 3,51 or BANK:3,51"
+                )
         bank = banks.bank(name)
         memory = bank.generic() if args.generic else bank.fetch(bank.config.check_path(path))
         said = (

@@ -120,7 +120,7 @@ def write_safetensors(path: Path, targets: Sequence[Target], form: str, bar: tqd
 def progress(targets: Iterable[Target]) -> tqdm:
     """A bar over all bytes; it shows itself after 2 seconds."""
     total = sum(target.nbytes for target in targets)
-    return tqdm(total=total, unit="B", unit_scale=True, delay=2, desc="converting")
+    return tqdm(total=total, unit="B", unit_scale=True, delay=2, disable=None, desc="converting")
 
 
 def write_shards(folder: Path, targets: Sequence[Target], form: str = "mlx") -> None:
@@ -174,13 +174,14 @@ class Conversion(NamedTuple):
     """A conversion that has been checked, before anything is written.
 
     sources: files that it reads. notes: lines for the user. write: makes it in a folder, where it
-    skips what is there. made: what came of it, in words. config: that of its anchor.
+    skips what is there. made: what came of it, in words, unless ``write`` returns better ones.
+    config: that of its anchor.
     """
 
     sources: list[Path]
     need_bytes: int
     notes: list[str]
-    write: Callable[[Path], None]
+    write: Callable[[Path], str | None]
     made: str
     config: dict[str, Any]
 
@@ -192,8 +193,8 @@ def carry_out(conversion: Conversion, path: Path, identity: dict[str, Any], repl
     with whole_folder(path, identity, replace=replace, need_bytes=need) as part:
         for note in conversion.notes:
             print(printable(note), file=sys.stderr, flush=True)
-        conversion.write(part)
-    print(f"{path}: {conversion.made}")
+        made = conversion.write(part)
+    print(f"{path}: {made or conversion.made}")
 
 
 def anchor_conversion(
@@ -216,6 +217,11 @@ def anchor_conversion(
         # The config comes last, so none loads before its time.
         write_atomic(part / config_name, json.dumps(config, indent=2) + "\n")
 
+    if config.get("model_type") == "gemma3_text" and any(t.dtype == "F16" for t in targets):
+        notes = [
+            *notes,
+            "Gemma 3 computes worse in float16, whose range it leaves: choose bfloat16",
+        ]
     numbers = sum(math.prod(target.shape) for target in targets)
     made = f"{numbers:,} parameters in {len(targets)} tensors, {size / 1e6:,.1f} MB"
     return Conversion([*inputs, *copied], size + small + (1 << 20), notes, write, made, config)

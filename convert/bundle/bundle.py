@@ -109,7 +109,7 @@ class Bundle:
         """All files; first those that may turn out to be impossible."""
         write_atomic(part / "tokenizer.json", plain_tokenizer(self.model))
         functions = self.functions.all()
-        for function in tqdm(functions, desc="recording", unit="function", delay=2):
+        for function in tqdm(functions, desc="recording", unit="function", delay=2, disable=None):
             function.write(part)
         check_functions(self.functions, part)
         if not (part / ANCHOR).exists():

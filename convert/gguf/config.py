@@ -120,6 +120,7 @@ def config_of(header: Header) -> tuple[Config, list[str]]:
         what = f"{layers} layers, {len(tensors)} tensors in {header.files[0]}"
         raise UserError("the file has fewer tensors than layers", what, OTHER)
     config["vocab_size"] = tensors[EMBEDDING].shape[0]
+    settings.seen.add(f"{architecture}.vocab_size")
     config["tie_word_embeddings"] = HEAD not in tensors
     if name in BIASES:
         config["attention_bias"] = "blk.0.attn_q.bias" in tensors

@@ -14,6 +14,7 @@ from mlx_hmem.errors import UserError, needed
 
 from ..torch_files.tensors import ITEM_SIZES, ComputedTensor, LazyTensor
 from .header import Header, Tensor
+from .settings import OTHER
 
 LINE = 1 << 13  # numbers that the package takes 16 times at once: rows alone are too short for it
 THREADS = min(4, os.cpu_count() or 1)
@@ -38,9 +39,10 @@ def open_tensor(name: str, tensor: Tensor) -> LazyTensor:
     try:
         number = package.GGMLQuantizationType[kind]
         package.quants.dequantize(np.zeros((1, tensor.type.nbytes), np.uint8), number)
-    except (KeyError, NotImplementedError):
+    except (KeyError, NotImplementedError) as error:
         what = f"{name[:80]} has a type that is not dequantised"
-        raise UserError(what, kind, "pip install -U gguf, or use another file") from None
+        newer = "pip install -U gguf, or " if isinstance(error, KeyError) else ""
+        raise UserError(what, kind, f"{newer}{OTHER}") from None
     width = tensor.shape[-1] // tensor.type.block * tensor.type.nbytes
     raw = LazyTensor(tensor.path, tensor.start, "U8", (*tensor.shape[:-1], width))
     dequantize = partial(package.quants.dequantize, qtype=number)

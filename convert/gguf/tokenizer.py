@@ -202,7 +202,7 @@ def _pieces(vocabulary: Vocabulary) -> tuple[dict[str, int], list[str]]:
 def _merges(places: dict[str, int], by_rank: Sequence[str]) -> list[tuple[str, str]]:
     """All pairs of pieces that make a piece; of those that make the same the longest left first."""
     found = []
-    for piece in tqdm(by_rank, "merges", delay=2, unit="piece"):
+    for piece in tqdm(by_rank, "merges", delay=2, disable=None, unit="piece"):
         for cut in range(len(piece) - 1, 0, -1):
             left, right = piece[:cut], piece[cut:]
             if left in places and right in places:

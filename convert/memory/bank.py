@@ -134,7 +134,7 @@ def write_bank_as_tables(folder: Path, bank: Bank, dtype: str) -> None:
     """
     config = bank.config
     total = sum(num_blocks(config, number) for number in stored_r(config))
-    with tqdm(total=total, desc="memory tables", unit="block", delay=2) as bar:
+    with tqdm(total=total, desc="memory tables", unit="block", delay=2, disable=None) as bar:
         for number in stored_r(config):
             if (path := folder / tables_file(number)).exists():
                 bar.update(num_blocks(config, number))

@@ -99,7 +99,9 @@ def weight_bytes(folder: Path) -> int:
 def _save(anchor: nn.Module, target: Path) -> None:
     """Weights in files of at most 5 GB and their index, named as mlx-lm names them."""
     weights = named_parameters(anchor)
-    for array in tqdm(weights.values(), desc="quantising anchor", unit="array", delay=2):
+    for array in tqdm(
+        weights.values(), desc="quantising anchor", unit="array", delay=2, disable=None
+    ):
         mx.eval(array)
     shards = make_shards(weights)
     size, places = sum(array.nbytes for array in weights.values()), dict[str, str]()

@@ -49,7 +49,8 @@ def open_files(paths: Sequence[Path]) -> Checkpoint:
     """What a checkpoint of safetensors or of ``torch.save`` holds, in one file or several.
 
     The model is looked for under ``state_dict``, ``model``, ``model_state_dict``, ``module`` and
-    ``app``, one inside the other if need be; else the whole file is the model. Dictionaries and
+    ``app``, one inside the other if need be, or in the one dictionary of tensors that there is
+    under another name; else the whole file is the model. Dictionaries and
     lists inside it give names joined with dots. Raises :class:`UserError` for a file that is
     damaged, of another format, or that could run code.
     """
@@ -194,7 +195,11 @@ class _Sorter:
         if not isinstance(value, dict):
             return None
         within = (name for name in NESTS if isinstance(value.get(name), dict))
-        return next((name for name in within if self.holds_tensor(value[name])), None)
+        if found := next((name for name in within if self.holds_tensor(value[name])), None):
+            return found
+        # Under another name, if there is but one such and no tensor beside it.
+        flat = [key for key, each in value.items() if isinstance(each, dict) and _has_tensor(each)]
+        return flat[0] if len(flat) == 1 and not _has_tensor(value) else None
 
     def collect(self, value: Any, name: str, root: bool = False) -> None:
         if len(name) > MAX_NAME or len(self.tensors) > MAX_TENSORS:
@@ -236,6 +241,10 @@ class _Sorter:
                 within.append(iter(value.values() if isinstance(value, dict) else value))
             else:
                 yield value
+
+
+def _has_tensor(values: dict[Any, Any]) -> bool:
+    return any(type(value) is LazyTensor for value in values.values())
 
 
 def _word(key: Any) -> str:

@@ -40,6 +40,7 @@ from tests.helpers.places import ROOT
 from tests.helpers.programs import refused
 from tests.helpers.references import of_kind
 from tests.helpers.tiny_anchors import LLAMA_LIKE, make_anchor
+from tests.helpers.tiny_tokenizers import save_byte_level
 from tests.model.test_model import by_hand
 
 CASES = [(kind, "float32", None) for kind in KINDS]
@@ -72,6 +73,7 @@ def test_a_hugging_face_anchor_goes_there_and_back_with_its_memory(model_folder,
     source = Path(shutil.copytree(model_folder, tmp_path / "source"))
     save_safetensors(source / "model.safetensors", named_parameters(make_anchor("llama")))
     (source / "config.json").write_text(json.dumps(LLAMA_LIKE | {"model_type": "llama"}))
+    save_byte_level(source)
     edit_json(
         source / "hmem.json",
         lambda values: values.update(anchor_hash=anchor_hash(source), **text_hashes(source)),

@@ -153,6 +153,19 @@ def test_the_model_is_found_and_the_rest_told_apart(tmp_path: Path) -> None:
     assert list(open_files([write(tmp_path / "z.pt", [tensor(), tensor()])]).tensors) == ["0", "1"]
 
 
+def test_the_only_dictionary_of_tensors_is_the_model_under_whatever_name(tmp_path: Path) -> None:
+    state = {0: {"exp_avg": tensor()}}
+    net = {"w": tensor(), "inner": [tensor()]}
+    path = write(tmp_path / "x.pt", {"net": net, "epoch": 3, "optimizer": {"state": state}})
+    found = open_files([path])
+    assert list(found.tensors) == ["w", "inner.0"]
+    assert found.values == {"epoch": 3}
+    assert found.left_out == ("optimizer",)
+    for number, other in enumerate(({"ema": {"w": tensor()}}, {"w": tensor()})):
+        path = write(tmp_path / f"{number}.pt", {"net": net} | other)
+        assert "net.w" in open_files([path]).tensors
+
+
 def test_parameters_attributes_and_metadata_are_seen_through(tmp_path: Path) -> None:
     hooks = name("collections", "OrderedDict") + b")R"
     parameter = name("torch._utils", "_rebuild_parameter") + opcodes((tensor(), True, hooks)) + b"R"

@@ -1,5 +1,6 @@
 """``--hf-path``, ``--mlx-path`` and ``-q``: mlx-lm's words for what the other options do."""
 
+import ast
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from convert.command import main
 from convert.quantize import model as quantized_model
 from mlx_hmem import load
-from tests.helpers.places import bytes_of
+from tests.helpers.places import ROOT, bytes_of
 from tests.helpers.programs import refused
 
 
@@ -24,7 +25,7 @@ def words(source: Path | str, out: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.parametrize("part", ["anchor", "whole"])
-def test_they_do_what_the_other_options_do(wide_layout, tmp_path, part, monkeypatch):
+def test_they_do_what_the_other_options_do(wide_layout, tmp_path, part, monkeypatch, capsys):
     source = wide_layout / "anchor" if part == "anchor" else wide_layout
     plain, quantized = tmp_path / "plain", tmp_path / "quantized"
     main([str(source), str(plain)])
@@ -45,6 +46,10 @@ def test_they_do_what_the_other_options_do(wide_layout, tmp_path, part, monkeypa
     monkeypatch.setattr(quantized_model, "save_quantized_anchor", save)
     main([str(source), str(tmp_path / "b"), "-q"])  # in either form it goes on
     assert bytes_of(tmp_path / "b") == bytes_of(quantized)
+    size = sum(file.stat().st_size for file in (tmp_path / "b").glob("model*.safetensors"))
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.endswith(f"bits for each weight, {size / 1e6:,.1f} MB")
+    assert said.count("MB") == 1
     assert not (tmp_path / "b.part").exists()
     load(tmp_path / "b")
 
@@ -52,6 +57,14 @@ def test_they_do_what_the_other_options_do(wide_layout, tmp_path, part, monkeypa
 def test_a_model_of_the_hub_is_fetched(online, tmp_path):
     refused("this is a model of MLX already", lambda: main(words("user/tiny", tmp_path / "out")))
     assert "config.json" in online.downloads()
+
+
+def test_every_bar_is_for_a_terminal_alone():
+    """A log of a conversion has no line for each tenth of a second."""
+    for file in sorted((ROOT / "convert").rglob("*.py")):
+        for call in (n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Call)):
+            if getattr(call.func, "id", "") in ("tqdm", "trange"):
+                assert "disable" in [keyword.arg for keyword in call.keywords], file
 
 
 @pytest.mark.parametrize(
@@ -65,6 +78,8 @@ def test_a_model_of_the_hub_is_fetched(online, tmp_path):
             ["--hf-path", "none", "--mlx-path", "b"],
             "give a folder, user/name, user/name@REVISION or demo",
         ),
+        (["none", "b", "--from", "gguf"], "no such file or folder: none"),
+        ([__file__, "b", "--from", "huggingface"], "huggingface takes a folder.*it lies in"),
         (["LAYOUT", "b", "--to", "pytorch", "-q"], "--quantize; leave it out"),
     ],
 )

@@ -188,6 +188,7 @@ def test_a_bank_that_was_added_has_its_name(tmp_path, broken):
         (["--path", "1"], ("a cluster path needs 3 levels", "(1,)")),
         (["--path", "9,2,4"], ("no such cluster on level 1", "9")),
         (["--path", "1,x"], ("not a cluster path", "'1,x'")),
+        (["--path", "a"], ("not a cluster path", "'a'", "3,51")),  # the name of a bank alone
         (["--path", "0,5,11"], ("not a cluster path",)),
         (["--generic", "--dtype", "int8"], ("no such --dtype",)),
     ],

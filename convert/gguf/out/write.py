@@ -94,7 +94,7 @@ def write_gguf(
     data = b"".join(head)
     total = sum(each.nbytes for each in tensors)
     with (
-        tqdm(total=total, unit="B", unit_scale=True, delay=2, desc="writing") as bar,
+        tqdm(total=total, unit="B", unit_scale=True, delay=2, disable=None, desc="writing") as bar,
         atomic_file(path) as file,
     ):
         file.write(data + bytes(_aligned(len(data)) - len(data)))
