@@ -14,20 +14,18 @@ A weight is computed in float32, (number - zero point) * scale, and rounded once
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 
 from mlx_hmem.errors import UserError
 
-from ..torch_files.tensors import ComputedTensor, LazyTensor, bits_of
-from .weights import DTYPES, FLOATS, rounded
+from ..torch_files.tensors import ComputedTensor, LazyTensor
+from .packed import packed
+from .rounding import UNQUANTISED, Rounding, Tensors, check, computed, wrong
+from .weights import DTYPES, FLOATS
 
-PART = 1 << 21  # numbers that are unpacked at once
-AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # of eight numbers, where in their int32 each lies
 BLOCK = (128, 128)
 SCALES = ("weight_scale_inv", "weight_scale")
 # Of activations, which MLX does not quantise, and of keys and values.
@@ -36,10 +34,6 @@ UNUSED = ("input_scale", "input_scale_ub", "activation_scale", "output_scale", "
 CODES = np.arange(256, dtype=np.uint8)
 FORMATS = ("float-quantized", "naive-quantized", "int-quantized")  # of compressed-tensors
 KNOWN = "awq, gptq, fp8, fbgemm_fp8 and compressed-tensors of 8 bits"
-UNQUANTISED = (
-    "take the model that it was made of, or save what model.dequantize() of transformers gives, "
-    "where that runs"
-)
 
 
 def _e4m3() -> np.ndarray:
@@ -55,37 +49,6 @@ NUMBERS = {
     "F8_E5M2": (CODES.astype("<u2") << 8).view("<f2").astype("<f4"),  # the upper half of a float16
     "I8": CODES.view("i1").astype("<f4"),
 }
-Tensors = Mapping[str, LazyTensor]
-Rows = Callable[[int, int], np.ndarray]  # float32, (count, inputs), from first and count
-
-
-@dataclass
-class Rounding:
-    """What rounding changed so far of the matrices that were dequantised as ``dtype``."""
-
-    method: str
-    dtype: str
-    count: int = 0  # of all matrices
-    seen: set[str] = field(default_factory=set)
-    error: float = 0.0
-    where: str = ""
-
-    def keep(self, name: str, wide: mx.array, stored: mx.array) -> None:
-        self.seen.add(name)
-        error = float(np.array(mx.abs(stored.astype(mx.float32) - wide).max()))
-        if error > self.error:
-            self.error, self.where = error, name
-
-    def line(self) -> str:
-        """What was dequantised, and the largest difference between a weight and its product."""
-        dtype = next(name for name, own in DTYPES.items() if own == self.dtype)
-        line = f"dequantised {self.count} matrices ({self.method}) to {dtype}"
-        if len(self.seen) < self.count:
-            line += f", {len(self.seen)} of them now"
-        if not self.error:
-            return f"{line}; every weight is its product in float32"
-        most = f"{self.error:.3g}, in {self.where}"
-        return f"{line}; the most by which rounding changed a product in float32: {most}"
 
 
 def dequantised(
@@ -128,35 +91,6 @@ def without_zero_biases(tensors: Tensors, wanted: Mapping[str, Any]) -> dict[str
     return {name: tensor for name, tensor in tensors.items() if not is_empty(name, tensor)}
 
 
-def _computed(
-    name: str, path: LazyTensor, shape: tuple[int, int], rows: Rows, rounding: Rounding
-) -> ComputedTensor:
-    """The matrix ``name`` in the dtype of ``rounding``, whose numbers ``rows`` gives."""
-    rounding.count += 1
-
-    def compute(first: int, count: int) -> np.ndarray:
-        with np.errstate(all="ignore"):  # what is not finite is found where it is written
-            wide = mx.array(rows(first, count))
-        stored = rounded(wide, rounding.dtype, name)
-        rounding.keep(name, wide, stored)
-        return bits_of(stored)
-
-    return ComputedTensor(path.path, 0, rounding.dtype, shape, compute=compute)
-
-
-def _wrong(name: str, what: str) -> UserError:
-    return UserError(f"{name} cannot be dequantised", what, "fetch the model again, all of it")
-
-
-def _check(name: str, tensor: LazyTensor, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
-    if tensor.shape != shape or tensor.dtype not in dtypes:
-        found = f"{tensor.dtype} {tensor.shape}"
-        raise _wrong(name, f"it is {found}, its matrix makes it {' or '.join(dtypes)} {shape}")
-
-
-# 8 bits under scales
-
-
 def _scaled(tensors: Tensors, how: dict[str, Any], rounding: Rounding) -> dict[str, LazyTensor]:
     layout, sparse = how.get("format"), how.get("sparsity_config")
     dense = not sparse or (isinstance(sparse, dict) and sparse.get("format", "dense") == "dense")
@@ -172,19 +106,19 @@ def _scaled(tensors: Tensors, how: dict[str, Any], rounding: Rounding) -> dict[s
         base = name.removesuffix("weight")
         scale = next((s for s in (f"{base}{end}" for end in SCALES) if s in tensors), None)
         if scale is None:
-            raise _wrong(name, f"it has no scale: neither {' nor '.join(SCALES)}")
+            raise wrong(name, f"it has no scale: neither {' nor '.join(SCALES)}")
         zero = tensors.get(f"{base}weight_zero_point")
         sizes = _block_of(name, tensor, tensors[scale], tuple(block))
         if zero is not None:
-            _check(f"{base}weight_zero_point", zero, tensors[scale].shape, ("I8",))
+            check(f"{base}weight_zero_point", zero, tensors[scale].shape, ("I8",))
         rows = partial(_scaled_rows, tensor, tensors[scale], zero, sizes)
         shape = (tensor.shape[0], tensor.shape[1])
-        result[name] = _computed(name, tensor, shape, rows, rounding)
+        result[name] = computed(name, tensor, shape, rows, rounding)
         used |= {scale, f"{base}weight_zero_point"}
     for name, tensor in tensors.items():
         if name not in result and name not in used and not name.endswith(UNUSED):
             if name.endswith(SCALES):
-                raise _wrong(name, "there is no weight of 8 bits for this scale")
+                raise wrong(name, "there is no weight of 8 bits for this scale")
             result[name] = tensor
     return result
 
@@ -205,7 +139,7 @@ def _block_of(
         if len(shape) == 2 and shape[0] == rows and shape[1] and columns % shape[1] == 0:
             return 1, columns // shape[1]
     what = f"its scale is {scale.dtype} {shape}, the weight {weight.shape}"
-    raise _wrong(name, f"{what}: none for each tensor, row or block of {block}")
+    raise wrong(name, f"{what}: none for each tensor, row or block of {block}")
 
 
 def _scaled_rows(
@@ -226,95 +160,7 @@ def _scaled_rows(
     return wide
 
 
-# AWQ and GPTQ: several numbers in each int32
-
-
-def _packed(tensors: Tensors, how: dict[str, Any], rounding: Rounding) -> dict[str, LazyTensor]:
-    awq, bits = rounding.method == "awq", how.get("bits")
-    form = how.get("version", "gemm") if awq else how.get("checkpoint_format", "gptq")
-    if bits not in ((4,) if awq else (2, 4, 8)) or type(bits) is not int:
-        what = f"{rounding.method} is read of {'4' if awq else '2, 4 and 8'} bits"
-        raise UserError(what, f"bits {bits!r}"[:80], UNQUANTISED)
-    if form not in (("gemm", "GEMM") if awq else ("gptq", "gptq_v2")):
-        what = f"{rounding.method} is read as {'gemm' if awq else 'gptq and gptq_v2'} lays it out"
-        raise UserError(what, repr(form)[:80], UNQUANTISED)
-    result, made = dict[str, LazyTensor](), dict[str, LazyTensor]()
-    for name, tensor in tensors.items():
-        base, _, end = name.rpartition(".")
-        if end == "qweight":
-            parts = {key: tensors.get(f"{base}.{key}") for key in ("qzeros", "scales", "g_idx")}
-            matrix = _Matrix(base, tensor, parts, bits, awq, form == "gptq_v2", how)
-            weight = f"{base}.weight"
-            made[weight] = _computed(weight, tensor, matrix.shape, matrix.rows, rounding)
-        elif end not in ("qzeros", "scales", "g_idx"):
-            result[name] = tensor
-    return result | made
-
-
-class _Matrix:
-    """One matrix of AWQ or GPTQ, (outputs, inputs), checked for its parts."""
-
-    def __init__(
-        self, base: str, weight: LazyTensor, parts: Mapping[str, LazyTensor | None],
-        bits: int, awq: bool, as_it_is: bool, how: dict[str, Any],
-    ):  # fmt: skip
-        zeros, scales, groups = (parts[key] for key in ("qzeros", "scales", "g_idx"))
-        if zeros is None or scales is None:
-            raise _wrong(base, f"it has no {'scales' if scales is None else 'qzeros'}")
-        if len(weight.shape) != 2 or not all(weight.shape) or weight.dtype != "I32":
-            raise _wrong(base, f"its qweight is {weight.dtype} {weight.shape}")
-        self.weight, self.zeros, self.scales, self.awq = weight, zeros, scales, awq
-        self.pack, self.mask, self.more = 32 // bits, (1 << bits) - 1, int(not awq and not as_it_is)
-        places = AWQ_PLACES if awq else range(self.pack)
-        self.shifts = np.array([bits * place for place in places], "<u4")
-        inputs, outputs = weight.shape
-        if awq:
-            outputs *= self.pack
-        else:
-            inputs *= self.pack
-        self.shape, size = (outputs, inputs), how.get("group_size")
-        if type(size) is not int or size < -1 or size == 0:
-            raise UserError("group_size is no number of inputs", repr(size)[:80], "restore it")
-        size = inputs if size == -1 else size
-        count = -(-inputs // size)
-        _check(f"{base}.qzeros", zeros, (count, -(-outputs // self.pack)), ("I32",))
-        _check(f"{base}.scales", scales, (count, outputs), FLOATS)
-        self.group = np.arange(inputs) // size
-        if groups is not None:
-            _check(f"{base}.g_idx", groups, (inputs,), ("I32",))
-            self.group = groups.read().view("<i4")
-            if not 0 <= self.group.min() <= self.group.max() < count:
-                raise _wrong(f"{base}.g_idx", f"it names groups beyond the {count} that there are")
-
-    def rows(self, first: int, count: int) -> np.ndarray:
-        """Outputs ``first`` … ``first + count``, in float32."""
-        scales = self.scales.T.rows(first, count).numbers().astype("<f4")  # (count, groups)
-        zeros = ((self._columns(self.zeros, first, count) + self.more) & self.mask).astype("<f4")
-        if self.awq:
-            numbers = self._columns(self.weight, first, count)
-        else:
-            numbers = self.weight.T.rows(first, count).read()  # (count, inputs / pack)
-        result = np.empty((count, self.shape[1]), "<f4")
-        step = max(1, PART // max(1, self.shape[1]))
-        for at in range(0, count, step):
-            part, own = slice(at, at + step), numbers[at : at + step]
-            if not self.awq:
-                own = (own[:, :, None] >> self.shifts & self.mask).reshape(len(own), -1)
-            result[part] = own
-            result[part] -= zeros[part][:, self.group]
-            result[part] *= scales[part][:, self.group]
-        return result
-
-    def _columns(self, packed: LazyTensor, first: int, count: int) -> np.ndarray:
-        """Columns of what is packed along axis 1, as rows."""
-        start, end = first // self.pack, -(-(first + count) // self.pack)
-        words = packed.T.rows(start, end - start).read()
-        numbers = words[:, None, :] >> self.shifts[:, None] & self.mask
-        skipped = first - start * self.pack
-        return numbers.reshape(-1, words.shape[1])[skipped : skipped + count]
-
-
 READERS: dict[Any, Callable[..., dict[str, LazyTensor]]] = {
     "fp8": _scaled, "fbgemm_fp8": _scaled, "compressed-tensors": _scaled,
-    "awq": _packed, "gptq": _packed,
+    "awq": packed, "gptq": packed,
 }  # fmt: skip

@@ -18,8 +18,9 @@ from mlx_hmem.reading import read_json
 from ..torch_files.pickles import open_files, refuse_distributed
 from ..torch_files.tensors import open_safetensors
 from . import hugging_face_config
-from .dequantize import Rounding, dequantised, without_zero_biases
+from .dequantize import dequantised, without_zero_biases
 from .keys import MOST_NAMES, SAME, Drop, Rule, strip, to_mlx, to_torch
+from .rounding import Rounding
 from .tokenizer import check_tokenizer
 from .weights import Conversion, Target, anchor_conversion, companions, equal_bits, write_shards
 

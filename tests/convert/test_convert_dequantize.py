@@ -11,7 +11,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from convert.anchors import dequantize, weights
+from convert.anchors import packed as packed_rows
+from convert.anchors import weights
 from convert.anchors.dequantize import NUMBERS
 from convert.torch_files.tensors import BITS, ITEM_SIZES, open_safetensors, safetensors_header
 from mlx_hmem.files import load_safetensors
@@ -193,7 +194,7 @@ def read(path: Path) -> dict[str, tuple[str, np.ndarray]]:
 @pytest.mark.parametrize("method", METHODS)
 def test_every_matrix_is_the_product_that_a_loop_gives(tmp_path, method, monkeypatch, capsys):
     monkeypatch.setattr(weights, "CHUNK", 700)  # several chunks, whose rows begin anywhere
-    monkeypatch.setattr(dequantize, "PART", 100)
+    monkeypatch.setattr(packed_rows, "PART", 100)
     wanted = save(tmp_path / "source", "llama", method)
     out = checkpoints.convert(tmp_path / "source", tmp_path / "exact", "--dtype", "float32")
     said = capsys.readouterr().err
