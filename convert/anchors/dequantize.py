@@ -3,12 +3,13 @@
 What is read, with where its layout is written down:
 
 * 8 bits under scales, ``weight`` and ``weight_scale`` or ``weight_scale_inv``: floats (E4M3, E5M2)
-  and whole numbers, a scale for each tensor, row, or block (transformers: finegrained_fp8,
-  fbgemm_fp8; compressed-tensors);
+  and whole numbers, a scale (a float, or E8M0) for each tensor, row, or block (transformers:
+  finegrained_fp8, fbgemm_fp8; compressed-tensors);
 * AutoAWQ's gemm, 4 bits: ``qweight`` (inputs, outputs / 8), ``qzeros`` and ``scales`` (groups, …),
   the eight numbers of an int32 in an order of their own;
 * GPTQ, 2, 4 or 8 bits: ``qweight`` (inputs / pack, outputs), the lowest bits first; ``g_idx`` says
-  each input's group. Version 1 stores a zero point less by one, version 2 as it is.
+  each input's group. Version 1 stores a zero point less by one, version 2 as it is;
+* compressed-tensors' pack-quantized, 2, 4 or 8 bits: ``weight_packed`` (outputs, inputs / pack).
 
 A weight is computed in float32, (number - zero point) * scale, and rounded once to what is stored.
 """
@@ -22,18 +23,15 @@ import numpy as np
 from mlx_hmem.errors import UserError
 
 from ..torch_files.tensors import ComputedTensor, LazyTensor
-from .packed import packed
-from .rounding import UNQUANTISED, Rounding, Tensors, check, computed, wrong
+from .packed import pack_quantized, packed
+from .rounding import UNQUANTISED, UNUSED, Rounding, Tensors, check, computed, wrong
 from .weights import DTYPES, FLOATS
 
 BLOCK = (128, 128)
 SCALES = ("weight_scale_inv", "weight_scale")
-# Of activations, which MLX does not quantise, and of keys and values.
-UNUSED = ("input_scale", "input_scale_ub", "activation_scale", "output_scale", "input_zero_point",
-          "k_scale", "v_scale", "q_scale", "weight_shape")  # fmt: skip
 CODES = np.arange(256, dtype=np.uint8)
 FORMATS = ("float-quantized", "naive-quantized", "int-quantized")  # of compressed-tensors
-KNOWN = "awq, gptq, fp8, fbgemm_fp8 and compressed-tensors of 8 bits"
+KNOWN = "awq, gptq, fp8, fbgemm_fp8 and compressed-tensors of whole numbers or 8 bits"
 
 
 def _e4m3() -> np.ndarray:
@@ -49,6 +47,10 @@ NUMBERS = {
     "F8_E5M2": (CODES.astype("<u2") << 8).view("<f2").astype("<f4"),  # the upper half of a float16
     "I8": CODES.view("i1").astype("<f4"),
 }
+
+
+E8M0 = "F8_E8M0"  # scales that are powers of two, as of MX formats
+POWERS = np.append(np.ldexp(np.float32(1), CODES[:-1].astype(int) - 127), np.float32(np.nan))
 
 
 def dequantised(
@@ -94,8 +96,10 @@ def without_zero_biases(tensors: Tensors, wanted: Mapping[str, Any]) -> dict[str
 def _scaled(tensors: Tensors, how: dict[str, Any], rounding: Rounding) -> dict[str, LazyTensor]:
     layout, sparse = how.get("format"), how.get("sparsity_config")
     dense = not sparse or (isinstance(sparse, dict) and sparse.get("format", "dense") == "dense")
+    if rounding.method == "compressed-tensors" and layout == "pack-quantized" and dense:
+        return pack_quantized(tensors, how, rounding)
     if rounding.method == "compressed-tensors" and (layout not in FORMATS or not dense):
-        what = "compressed-tensors are read of 8 bits, without sparsity"
+        what = f"compressed-tensors are read as {', '.join(FORMATS)}, pack-quantized, not sparse"
         raise UserError(what, f"format {layout!r}"[:100], UNQUANTISED)
     block, result, used = how.get("weight_block_size") or BLOCK, dict[str, LazyTensor](), set[str]()
     if not isinstance(block, list | tuple) or not all(type(n) is int and n > 0 for n in block):
@@ -128,7 +132,12 @@ def _block_of(
 ) -> tuple[int, int]:
     """Over how many rows and columns one scale counts."""
     shape = scale.shape
-    if len(weight.shape) == 2 and all(weight.shape) and scale.dtype in FLOATS and len(block) == 2:
+    if (
+        len(weight.shape) == 2
+        and all(weight.shape)
+        and scale.dtype in (*FLOATS, E8M0)
+        and len(block) == 2
+    ):
         rows, columns = weight.shape
         if shape in ((), (1,), (1, 1)):
             return rows, columns
@@ -156,7 +165,8 @@ def _scaled_rows(
     wide = NUMBERS[weight.dtype][weight.read(first, count)]
     if zero is not None:
         wide -= spread(NUMBERS["I8"][zero.read()])
-    wide *= spread(scale.numbers().astype("<f4"))
+    powers = scale.dtype == E8M0
+    wide *= spread(POWERS[scale.read()] if powers else scale.numbers().astype("<f4"))
     return wide
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_hmem.anchors.load import anchor_of_config, named_parameters, named_weights, read_config
-from mlx_hmem.errors import UserError, printable
+from mlx_hmem.errors import UserError, foreign, printable
 from mlx_hmem.reading import read_json
 
 from ..torch_files.pickles import open_files, refuse_distributed
@@ -101,7 +101,10 @@ def from_torch(source: Path, dtype: str | None = None, tokenizer: Path | None = 
     Files of the folder ``tokenizer`` go before those of the source.
     """
     config = hugging_face_config.text_model(read_config(source), source / "config.json")
-    name = config["model_type"]
+    name, beside = config["model_type"], source / "quantize_config.json"  # of older AutoGPTQ
+    if beside.is_file() and not config.get("quantization_config"):
+        with foreign(f"{beside} holds no settings", "restore it"):
+            config["quantization_config"] = {"quant_method": "gptq"} | read_json(beside)
     files = weight_files(source)
     checkpoint = open_files(files)
     short = strip(checkpoint.tensors, PREFIXES)

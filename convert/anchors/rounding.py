@@ -15,6 +15,9 @@ UNQUANTISED = (
     "take the model that it was made of, or save what model.dequantize() of transformers gives, "
     "where that runs"
 )
+# Of activations, which MLX does not quantise, and of keys and values.
+UNUSED = ("input_scale", "input_scale_ub", "activation_scale", "output_scale", "input_zero_point",
+          "k_scale", "v_scale", "q_scale", "weight_shape")  # fmt: skip
 Tensors = Mapping[str, LazyTensor]
 Rows = Callable[[int, int], np.ndarray]  # float32, (count, inputs), from first and count
 

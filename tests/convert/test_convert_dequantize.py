@@ -137,6 +137,48 @@ def gptq(bits: int, version: int, act_order: bool = False, size: int = 16) -> An
     return make
 
 
+def compressed(bits: int, with_zeros: bool, order: bool, count: int) -> Any:
+    """``weight_packed`` of compressed-tensors, with ``count`` groups of inputs."""
+
+    def make(shape: tuple[int, int]) -> tuple[np.ndarray, Parts]:
+        group = np.arange(shape[1]) // (shape[1] // count)
+        group = RNG.permutation(group) if order else group
+        numbers, zeros, scales, wanted = grouped(shape, bits, group)
+        if not with_zeros:
+            for i in range(shape[0]):
+                for j in range(shape[1]):
+                    scale = np.float32(scales[group[j], i])
+                    wanted[i, j] = np.float32(numbers[i, j] - 2 ** (bits - 1)) * scale
+        places = range(32 // bits)
+        parts = {
+            "weight_packed": ("I32", packed(numbers, bits, places)),
+            "weight_scale": ("F16", scales.T.copy()),
+            "weight_shape": ("I64", np.array(shape, "i8")),
+        }
+        if with_zeros:
+            parts["weight_zero_point"] = ("I32", packed(zeros, bits, places).T.copy())
+        groups = group if order else np.full(shape[1], -1)
+        return wanted, parts | {"weight_g_idx": ("I32", groups.astype("i4"))}
+
+    return make
+
+
+def powers(shape: tuple[int, int]) -> tuple[np.ndarray, Parts]:
+    """E4M3 under E8M0, a power of two for each 16 inputs."""
+    numbers = RNG.integers(0, 0x7F, shape).astype("u1")
+    scale = RNG.integers(100, 130, (shape[0], shape[1] // 16)).astype("u1")
+    wanted = np.empty(shape, "f4")
+    for i in range(shape[0]):
+        for j in range(shape[1]):
+            wanted[i, j] = NUMBERS["F8_E4M3"][numbers[i, j]] * 2.0 ** (int(scale[i, j // 16]) - 127)
+    return wanted, {"weight": ("F8_E4M3", numbers), "weight_scale": ("F8_E8M0", scale)}
+
+
+def pack_quantized(bits: int) -> dict[str, Any]:
+    groups = {"group_0": {"weights": {"num_bits": bits, "type": "int"}}}
+    return CT | {"format": "pack-quantized", "config_groups": groups}
+
+
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16}
 CT = {"quant_method": "compressed-tensors"}
 METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -147,6 +189,12 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "compressed-tensors row": (fp8("F8_E4M3", "row", "weight_scale"),
                                CT | {"format": "float-quantized"}),
     "compressed-tensors int8": (int8, CT | {"format": "int-quantized"}),
+    "powers of two": (powers, CT | {"format": "float-quantized"}),
+    "packed 4": (compressed(4, False, False, 2), pack_quantized(4)),
+    "packed 4 with zero points, in order of activation": (
+        compressed(4, True, True, 2), pack_quantized(4)),
+    "packed 8": (compressed(8, True, False, 1), pack_quantized(8)),
+    "packed 2": (compressed(2, True, False, 4), pack_quantized(2)),
     "awq": (awq, {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm"}),
     "gptq": (gptq(4, 1), GPTQ),
     "gptq in order of activation": (gptq(4, 1, True), GPTQ),
@@ -307,18 +355,29 @@ WRONG: dict[str, tuple[str, Any, str]] = {
     "a method that is a list": (
         "gptq", lambda t, how: how.update(quant_method=["gptq"]), r"not read: \"\['gptq'\]"),
     "sparsity that is a text": (
-        "compressed-tensors int8", lambda t, how: how.update(sparsity_config="2:4"), "of 8 bits"),
+        "compressed-tensors int8", lambda t, how: how.update(sparsity_config="2:4"), "not sparse"),
     "a matrix of nothing": (
         "gptq", given(f"{Q}qweight", "I32", np.ones((0, 32), "i4")), r"its qweight is I32 \(0"),
     "a matrix of 8 bits of nothing": (
         "fp8 tensor", given(f"{Q}weight", "F8_E5M2", np.ones((0, 9), "u1")), "none for each tenso"),
     "no method": ("gptq", lambda t, how: how.pop("quant_method"), "not read: 'None'"),
     "packed tensors": (
-        "compressed-tensors int8", lambda t, how: how.update(format="pack-quantized"),
-        "of 8 bits, without sparsity: format 'pack-quantized'"),
+        "compressed-tensors int8", lambda t, how: how.update(format="nvfp4-pack-quantized"),
+        "pack-quantized, not sparse: format 'nvfp4-pack-quantized'"),
+    "packed bits that nobody names": (
+        "packed 4", lambda t, how: how.pop("config_groups"), "name no number of bits"),
+    "packed 3": ("packed 4", lambda t, how: how.update(pack_quantized(3)), "4 or 8: num_bits .3"),
+    "packed bits of a list": (
+        "packed 4", lambda t, how: how.update(config_groups={"a": []}), "no number of bits"),
+    "packed 8 in 4": ("packed 4", lambda t, how: how.update(pack_quantized(8)), "packed cannot"),
+    "no shape": ("packed 4", lambda t, how: t.pop(f"{Q}weight_shape"), "weight_shape cannot"),
+    "another shape": (
+        "packed 4", given(f"{Q}weight_shape", "I64", np.array([32, 99])), "2 scales for 99"),
+    "a packed matrix without scales": (
+        "packed 4", lambda t, how: t.pop(f"{Q}weight_scale"), "it has no weight_scale"),
     "sparse tensors": (
         "compressed-tensors int8",
-        lambda t, how: how.update(sparsity_config={"format": "sparse-24"}), "without sparsity"),
+        lambda t, how: how.update(sparsity_config={"format": "sparse-24"}), "not sparse"),
 }  # fmt: skip
 
 
@@ -353,3 +412,18 @@ def test_a_quantised_model_of_mlx_needs_no_conversion(tmp_path):
     refused(
         "a model of MLX: quantization; use it as it is", checkpoints.convert, source, source / "x"
     )
+
+
+def test_the_settings_of_autogptq_beside_a_config_that_has_none(tmp_path):
+    """Before transformers had a place for them, quantize_config.json was it."""
+    save(tmp_path / "source", "llama", "gptq")
+    wanted = checkpoints.convert(tmp_path / "source", tmp_path / "wanted")
+    values = json.loads((tmp_path / "source" / "config.json").read_text())
+    how = values.pop("quantization_config")
+    (tmp_path / "source" / "config.json").write_text(json.dumps(values))
+    how = {key: value for key, value in how.items() if key != "quant_method"}
+    (tmp_path / "source" / "quantize_config.json").write_text(json.dumps(how))
+    found = checkpoints.convert(tmp_path / "source", tmp_path / "found")
+    assert checkpoints.bits(found) == checkpoints.bits(wanted)
+    (tmp_path / "source" / "quantize_config.json").write_text("[1]")
+    refused("holds no settings", checkpoints.convert, tmp_path / "source", tmp_path / "out")
