@@ -6,7 +6,7 @@ the anchor needs, and in which shape, its own class says.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from mlx_hmem.errors import UserError, foreign, printable
 from mlx_hmem.reading import read_json
 
 from ..torch_files.pickles import open_files, refuse_distributed
-from ..torch_files.tensors import open_safetensors
+from ..torch_files.tensors import LazyTensor, open_safetensors
 from . import hugging_face_config
 from .dequantize import dequantised, without_zero_biases
 from .keys import MOST_NAMES, SAME, Drop, Rule, strip, to_mlx, to_torch
@@ -101,7 +101,7 @@ def from_torch(source: Path, dtype: str | None = None, tokenizer: Path | None = 
     Files of the folder ``tokenizer`` go before those of the source.
     """
     config = hugging_face_config.text_model(read_config(source), source / "config.json")
-    name, beside = config["model_type"], source / "quantize_config.json"  # of older AutoGPTQ
+    beside = source / "quantize_config.json"  # of older AutoGPTQ
     if beside.is_file() and not config.get("quantization_config"):
         with foreign(f"{beside} holds no settings", "restore it"):
             config["quantization_config"] = {"quant_method": "gptq"} | read_json(beside)
@@ -110,15 +110,8 @@ def from_torch(source: Path, dtype: str | None = None, tokenizer: Path | None = 
     short = strip(checkpoint.tensors, PREFIXES)
     tensors = {f"model.{n}" if n.startswith(BODY) else n: tensor for n, tensor in short.items()}
     tensors, config, rounding = dequantised(tensors, config, dtype)
-    head = tensors.get(HEAD)
-    embedding = tensors.get(EMBEDDINGS.get(name, EMBEDDING))
-    equal = head is not None and embedding is not None and equal_bits(head, embedding)
-    config, notes = hugging_face_config.for_mlx(config, head, equal)
-    wanted = wanted_of(config)
-    drops = DROPS + ([Drop(HEAD, "equal to the embedding, to which it is tied")] if equal else [])
-    tensors = without_zero_biases(tensors, wanted)
-    targets, dropped = to_mlx(tensors, RULES.get(name, [SAME]), drops, wanted, dtype)
-    notes += dropped + [f"left out {name}: no part of the model" for name in checkpoint.left_out]
+    targets, config, notes = as_mlx_lm(tensors, config, dtype)
+    notes += [f"left out {name}: no part of the model" for name in checkpoint.left_out]
     notes += others_beside(source, files)
     sources = [source / "config.json", *files]
     copied = companions(*([tokenizer] if tokenizer else []), source)
@@ -128,6 +121,22 @@ def from_torch(source: Path, dtype: str | None = None, tokenizer: Path | None = 
     if rounding is not None:
         write = partial(_write_dequantised, rounding)
     return anchor_conversion(sources, targets, config, notes, copied, write)
+
+
+def as_mlx_lm(
+    tensors: Mapping[str, LazyTensor], config: dict[str, Any], dtype: str | None = None
+) -> tuple[list[Target], dict[str, Any], list[str]]:
+    """Tensors and config as mlx-lm has them, whoever wrote them, and lines for the user."""
+    name, head = config["model_type"], tensors.get(HEAD)
+    embedding = tensors.get(EMBEDDINGS.get(name, EMBEDDING))
+    equal = head is not None and embedding is not None and equal_bits(head, embedding)
+    config, notes = hugging_face_config.for_mlx(config, head, equal)
+    wanted = wanted_of(config)
+    drops = DROPS + ([Drop(HEAD, "equal to the embedding, to which it is tied")] if equal else [])
+    rules = [SAME] if wanted.keys() <= tensors.keys() else RULES.get(name, [SAME])
+    tensors = without_zero_biases(tensors, wanted)
+    targets, dropped = to_mlx(tensors, rules, drops, wanted, dtype)
+    return targets, config, notes + dropped
 
 
 def _write_dequantised(rounding: Rounding, folder: Path, targets: Sequence[Target]) -> None:

@@ -11,12 +11,11 @@ from mlx_hmem.anchors.load import anchor_of_config, read_config
 from mlx_hmem.errors import UserError, printable
 from mlx_hmem.folders import check_room
 
-from ...anchors import hugging_face_config
-from ...anchors.hugging_face import DROPS, EMBEDDING, EMBEDDINGS, HEAD, RULES, wanted_of
-from ...anchors.keys import SAME, Drop, rule_of, to_mlx
+from ...anchors.hugging_face import as_mlx_lm, wanted_of
+from ...anchors.keys import rule_of
 from ...anchors.mlx_folder import QUANTIZED, plain_tensors
 from ...anchors.tokenizer import check_tokenizer
-from ...anchors.weights import Conversion, Target, companions, equal_bits
+from ...anchors.weights import Conversion, Target, companions
 from ...torch_files.tensors import ComputedTensor, LazyTensor
 from ..header import is_gguf
 from ..names import NAMES, to_theirs
@@ -39,7 +38,7 @@ def to_gguf(source: Path, dtype: str | None = None) -> Conversion:
     architecture = architecture_of(name)
     config = {key: value for key, value in config.items() if key not in QUANTIZED}
     tensors, notes = plain_tensors(source, wanted_of(config))
-    ours, config, more = _as_mlx_lm(name, config, tensors)
+    targets, config, more = as_mlx_lm(tensors, config)
     values: dict[str, Any] = {
         "general.architecture": architecture,
         "general.type": "model",
@@ -52,7 +51,7 @@ def to_gguf(source: Path, dtype: str | None = None) -> Conversion:
     beside = companions(source)
     more += check_tokenizer(beside, config, source)
     values |= vocabulary_of(source, config, config["vocab_size"])
-    theirs = {_their_name(name, each): tensor for each, tensor in ours.items()}
+    theirs = {_their_name(name, target.name): _whole(target) for target in targets}
     theirs = to_theirs(theirs, NAMES[name], config)
     theirs |= {each: computed(mx.array(array)) for each, array in rope_factors(config).items()}
     made = [stored(each, tensor, dtype or DTYPE) for each, tensor in theirs.items()]
@@ -89,20 +88,6 @@ def write_file(conversion: Conversion, path: Path, replace: bool) -> None:
         print(printable(note), file=sys.stderr)
     conversion.write(path)
     print(f"{path}: {conversion.made}")
-
-
-def _as_mlx_lm(
-    name: str, config: dict[str, Any], tensors: dict[str, LazyTensor]
-) -> tuple[dict[str, LazyTensor], dict[str, Any], list[str]]:
-    """Tensors and config as mlx-lm has them, whoever wrote the folder, and lines for the user."""
-    head, embedding = tensors.get(HEAD), tensors.get(EMBEDDINGS.get(name, EMBEDDING))
-    equal = head is not None and embedding is not None and equal_bits(head, embedding)
-    config, notes = hugging_face_config.for_mlx(config, head, equal)
-    wanted = wanted_of(config)
-    drops = DROPS + ([Drop(HEAD, "equal to the embedding, to which it is tied")] if equal else [])
-    rules = [SAME] if wanted.keys() <= tensors.keys() else RULES.get(name, [SAME])
-    targets, dropped = to_mlx(tensors, rules, drops, wanted)
-    return {target.name: _whole(target) for target in targets}, config, notes + dropped
 
 
 def _whole(target: Target) -> LazyTensor:
