@@ -7,8 +7,11 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
+from convert.command import main
 from mlx_hmem.anchors.load import load_anchor
 from mlx_hmem.files import save_safetensors
+
+ADAPTERS = ("sql", "law", "verse")
 
 
 def save_adapter(anchor: Path, folder: Path, seed: int, scale: float = 20.0, **config) -> Path:
@@ -27,3 +30,9 @@ def save_adapter(anchor: Path, folder: Path, seed: int, scale: float = 20.0, **c
     values = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": parameters}
     (folder / "adapter_config.json").write_text(json.dumps(values))
     return folder
+
+
+def adapters(*words, anchor: Path, out: Path, texts=()) -> Path:
+    options = ["--texts", *texts] if texts else []
+    main(["adapters", *map(str, words), "--anchor", str(anchor), str(out), *options])
+    return out
