@@ -290,7 +290,8 @@ BOMBS = {
     "a frame of 2^64 bytes": b"\x95" + b"\xff" * 8,
     "a memo of 2^32": b"Nr\xff\xff\xff\xff",
     "a long name": b"}" + opcodes("w" * 600) + tensor() + b"s",
-    "names that multiply": b"}" + opcodes("n" * 300) + b"}" + opcodes("m" * 300) + tensor() + b"ss",
+    "names that multiply": b"}" + opcodes("w") + tensor() + b"s" + opcodes("n" * 300) + b"}"
+    + opcodes("m" * 300) + tensor() + b"ss",
 }  # fmt: skip
 
 
