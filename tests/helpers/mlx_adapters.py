@@ -1,7 +1,9 @@
 """LoRA adapters as mlx-lm saves them."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -14,15 +16,16 @@ from mlx_hmem.files import save_safetensors
 ADAPTERS = ("sql", "law", "verse")
 
 
-def save_adapter(anchor: Path, folder: Path, seed: int, scale: float = 20.0, **config) -> Path:
+def save_adapter(anchor: Path, folder: Path, seed: int, scale: float = 20.0, **config: Any) -> Path:
     """An adapter as mlx_lm.lora saves it, on the last two layers, with a random B."""
     own, _ = load_anchor(anchor)
     parameters = {"rank": 3, "scale": scale, "dropout": 0.0, **config}
     linear_to_lora_layers(own, 2, parameters)
     mx.random.seed(seed)
+    leaves: Any = tree_flatten(own.parameters())
     tensors = {
         name: mx.random.normal(array.shape) * 0.06
-        for name, array in tree_flatten(own.parameters())
+        for name, array in leaves
         if name.endswith(("lora_a", "lora_b"))
     }
     folder.mkdir(parents=True)
@@ -32,7 +35,7 @@ def save_adapter(anchor: Path, folder: Path, seed: int, scale: float = 20.0, **c
     return folder
 
 
-def adapters(*words, anchor: Path, out: Path, texts=()) -> Path:
+def adapters(*words: object, anchor: Path, out: Path, texts: Sequence[str] = ()) -> Path:
     options = ["--texts", *texts] if texts else []
     main(["adapters", *map(str, words), "--anchor", str(anchor), str(out), *options])
     return out

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from tokenizers import (
     Regex,
@@ -18,7 +19,7 @@ from convert.gguf.pre_tokenizers import LLAMA3, QWEN2
 
 WORDS = "the atomic number of iron is 26, and helium's is 2; don't count 1234567 of them twice\n"
 END, BEGIN, TURN = "<|endoftext|>", "<|begin|>", "<|im_end|>"
-CUTS = {
+CUTS: dict[str, list[Any]] = {
     "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
     "smollm": [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
     "llama-bpe": [pre_tokenizers.Split(Regex(LLAMA3), "isolated"),

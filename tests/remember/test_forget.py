@@ -99,7 +99,7 @@ def test_a_forgotten_block_is_bit_equal_to_one_that_never_saw_the_document(
         whole, leaves_of(run, whole, settings, base.encoder, tokenizer), {gone.sha256}
     )
     save_array(never / "paths.npy", paths)
-    Trainer(load_anchor(learned)[0], settings).train(never, text, paths)
+    Trainer(load_anchor(learned)[0], settings, tokenizer).train(never, text, paths)
     found = blocks_of(Path(f"{tmp_path / 'model'}.run"))
     assert found == blocks_of(never)
     assert found.keys() == {str(n) for n in subtrees_of(paths)}

@@ -29,7 +29,7 @@ from train.remember.command import text_of
 from train.remember.export import open_base
 from train.remember.forget import main as forget_program
 from train.remember.run import documents_of
-from train.remember.text import OwnDocument, hold_out
+from train.remember.text import OwnDocument
 
 CONTEXT = 256
 ARGS = ModelArgs(
@@ -144,9 +144,7 @@ def test_restatements_are_further_text_of_their_document(learned):
     assert [w for w, added in zip(windows, text.added, strict=True) if not added] == (
         list(bare.windows.texts(tokenizer))
     )
-    # A held-out sentence still stands in its own passage, and tokens count the document's alone.
-    assert np.array_equal(text.owner[text.near], bare.owner[bare.near])
-    assert not text.added[text.near].any()
+    # Tokens count the document's alone.
     paths = np.load(run / "paths.npy")
     assert len(paths) == len(windows)
     for number, document in enumerate(read_documents(learned / "bank")):
@@ -169,18 +167,15 @@ def test_what_ends_a_text_is_words_within_a_document_and_a_passage(anchor):
     assert EOT_ID not in first[1:] + second
 
 
-def test_the_anchor_is_given_what_is_trained_on_and_no_held_out_sentence(anchor):
+def test_the_anchor_is_given_all_of_the_text(anchor):
     long = OwnDocument("1" * 64, "long", "A line without an end, " * 150 + "\n\n. \n")
     known = [OwnDocument("0" * 64, "a", sentences("bread", 3)), long]
-    kept, held = hold_out(known[0])
-    assert held
     writer = restate.Writer.open(open_base(anchor), 20, 0)
     parts, tokenizer = list(writer.parts(known)), writer.model.tokenizer
     assert {len(part.passages) for part in parts} == {1}  # of 20 rows
     first = [part.passages[0] for part in parts if part.sha256 == known[0].sha256]
     assert len(first) > 2
-    assert " ".join(first) == kept.strip()
-    assert not any(h.text in passage for h in held for passage in first)
+    assert " ".join(first) == known[0].text.strip()
     rest = [part.passages[0] for part in parts if part.sha256 == long.sha256]
     assert "".join("".join(rest).split()) == "".join(long.text.split())
     for passage in first + rest:

@@ -25,10 +25,10 @@ from tests.helpers.recipes import write_recipe
 from tests.helpers.stores import store_state
 from train.data.order import ShuffledOrder
 from train.data.tokenizer import train_tokenizer
-from train.data.windows import Windows
+from train.data.windows import Windows, choose
 from train.loop.log import Reporting, read_log
 from train.loop.loop import train
-from train.loop.validation import Validation, choose, held_out_windows
+from train.loop.validation import Validation, held_out_windows
 from train.recipe.recipe import CotrainSection, TrainerConfig, load_recipe
 from train.stages import STAGES, is_done, run_stages
 from train.step.anchor import AnchorTrainee

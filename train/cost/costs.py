@@ -119,10 +119,10 @@ def context_of(recipe: Recipe, stage: str) -> int:
     return recipe.windows.of_anchor if stage == "anchor" else recipe.windows.context
 
 
-def gathered_parameters(config: MemoryConfig, batch_size: int) -> int:
-    """Those of the blocks that a batch touches at most."""
+def gathered_parameters(config: MemoryConfig, batch_size: int, generic: bool = False) -> int:
+    """Those of the blocks that a batch touches at most, with ``generic`` memory beside them."""
     levels = enumerate(config.num_clusters, 1)
-    return sum(min(batch_size, n + 1) * math.prod(config.block_shape(i)) for i, n in levels)
+    return sum(min(batch_size, n + generic) * math.prod(config.block_shape(i)) for i, n in levels)
 
 
 def _stored_bytes(recipe: Recipe) -> int:
@@ -142,7 +142,7 @@ def peak_memory(recipe: Recipe, stage: str, training: TrainerConfig) -> int:
     frozen = has_memory(stage) and recipe.memories.cotrain is None
     weights, blocks, fetched = (0 if frozen else anchor.parameters), 0, 0
     if has_memory(stage):
-        blocks = gathered_parameters(config, training.batch_size)
+        blocks = gathered_parameters(config, training.batch_size, not frozen)
         fetched = part * config.fetched_parameters
         per_token += 2 * sum(config.r) * config.num_memory_layers / anchor.num_layers
     tokens, attention = part * context, part * anchor.num_heads * context**2

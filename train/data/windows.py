@@ -110,6 +110,13 @@ class Extract(NamedTuple):
                     yield document["text"]
 
 
+def choose(windows: Windows, numbers: np.ndarray) -> Windows:
+    """The windows of these numbers, which may be none."""
+    chosen = [windows[i] for i in numbers]
+    offsets = np.cumsum([0, *(len(window) for window in chosen)])
+    return Windows(np.concatenate([windows.tokens[:0], *chosen]), offsets, windows.begin)
+
+
 def cut_part(part: Extract, advance: Advance) -> Windows:
     """The windows of a part of the run's documents."""
     run, facts = part.run, taken_facts(part.run)

@@ -26,7 +26,7 @@ from mlx_hmem.memory import Rows, join_blocks
 from mlx_hmem.retriever import ClusterTree, load_encoder
 
 from ..data.tokenizer import begin_of, load_tokenizer
-from ..data.windows import Windows, cut_windows
+from ..data.windows import Windows, choose, cut_windows
 from ..recipe.recipe import Recipe, TrainerConfig
 from ..step.gradient import check_tokens
 from ..step.loss import chunk_size, token_losses
@@ -127,13 +127,6 @@ def held_out_windows(run: Path, training: TrainerConfig, context: int) -> Window
 
 def _md5(text: str) -> bytes:
     return hashlib.md5(text.encode()).digest()
-
-
-def choose(windows: Windows, numbers: np.ndarray) -> Windows:
-    """The windows of these numbers, which may be none."""
-    chosen = [windows[i] for i in numbers]
-    offsets = np.cumsum([0, *(len(window) for window in chosen)])
-    return Windows(np.concatenate([windows.tokens[:0], *chosen]), offsets, windows.begin)
 
 
 def validation_of_anchor(

@@ -96,7 +96,7 @@ def differences(run: Taught, bases: Mapping[str, Base]) -> tuple[int, int]:
     count = sum(tree.num_clusters)
     # Beside the run: what is kept of a bank is linked, not copied.
     with tempfile.TemporaryDirectory(prefix=".check-", dir=run.folder.parent) as work:
-        Trainer(load_anchor(first.folder)[0], settings).train(Path(work), text, paths)
+        Trainer(load_anchor(first.folder)[0], settings, tokenizer).train(Path(work), text, paths)
         blocks = trained_blocks(Path(work), subtrees_of(paths))
         for number, name in enumerate(run.banks):
             made = _made_again(run, bases[name], blocks, Path(work) / f"bank{number}")

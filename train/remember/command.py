@@ -5,8 +5,8 @@ the model has one, into new clusters behind those that are there. See docs/own_d
 """
 
 import hashlib
-import math
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from mlx_hmem.anchors.load import read_config
 from mlx_hmem.budget.resident import bytes_text, machine_bytes
 from mlx_hmem.errors import ArgumentParser, UserError, printable
+from mlx_hmem.model.load import load
 from mlx_hmem.retriever import ClusterTree
 
 from ..corpus.files import CorpusFile, Faults
@@ -22,7 +23,8 @@ from ..data.taken_tokenizer import TakenTokenizer
 from ..stages import alone
 from .blocks import Trainer, results_of, subtrees_of, trained_blocks
 from .export import Base, export, open_base
-from .plan import MEMORY_PER_BYTE, check_size, make_settings, plan_lines, text_bytes
+from .plan import MEMORY_PER_BYTE, PASSES, QUICK, check_size, make_settings, plan_lines, text_bytes
+from .proof import look
 from .restate import Writer, restate, restated
 from .run import (
     OwnText,
@@ -92,16 +94,16 @@ def prepare(
     run: Path,
     most_bytes: int | None,
     **wanted: Any,
-) -> Settings:
-    """Begins a run after its plan, or finds the one that was begun. ``given``: where the ``files``
-    lie. ``wanted``: settings that were asked for."""
+) -> Trainer:
+    """Begins a run after its plan, or finds the one that was begun; what trains it comes back.
+    ``given``: where the ``files`` lie. ``wanted``: settings that were asked for."""
     source = source_of(files, most_bytes)
     if (run / "settings.json").exists():
         found = Settings.load(run)
         wanted |= {"anchor_hash": base.anchor_hash, "first": base.first}
         check_same(found, run, source=source, **wanted)
         print(f"goes on with {run}")
-        return found
+        return Trainer(base.anchor[0], found, TakenTokenizer(base.folder))
     size = text_bytes(files)
     check_size(base, min(size, most_bytes or size), [run])
     reading, said = read_new(base, files, most_bytes)
@@ -111,45 +113,40 @@ def prepare(
     cost = None
     if settings.restate:
         cost = Writer.open(base, settings.restate, settings.seed).reckon(documents)
+    trainer = Trainer(base.anchor[0], settings, tokenizer)
+    with tempfile.TemporaryDirectory(prefix=".plan-", dir=run.parent) as work:
+        seconds = trainer.seconds(text, Path(work))
     said = f"{said}, from {given}"
-    lines = plan_lines(base, text, settings, said, cost)
+    lines = plan_lines(base, text, settings, said, seconds, cost)
     print("\n".join(map(printable, lines)), flush=True)
     begin_run(run, settings, documents, reading.known)
-    return settings
+    return trainer
 
 
-def remember(base: Base, run: Path, settings: Settings, out: Path) -> None:
+def remember(base: Base, run: Path, trainer: Trainer, out: Path) -> None:
     """Trains what is not trained yet, and writes the model directory."""
-    documents = documents_of(run)
+    settings, documents = trainer.settings, documents_of(run)
     if settings.restate:
         writer = Writer.open(base, settings.restate, settings.seed)
         print(restate(run, writer, documents))
     text, tokenizer = text_of(base, documents, restated(run))
     paths = leaves_of(run, text, settings, base.encoder, tokenizer)
-    Trainer(base.anchor[0], settings).train(run, text, paths)
+    trainer.train(run, text, paths)
     numbers = subtrees_of(paths)
     known = provenance(text, settings, paths)
     tree = ClusterTree.load(run / "tree.safetensors")
     export(base, settings, tree, trained_blocks(run, numbers), known, out)
     results = results_of(run, numbers)
-    if measured := [r for r in results if r["perplexity_before"] is not None]:
-        chosen = "" if settings.passes else "; they chose when to stop"
-        print(held_out_line(measured) + chosen)
-    steps = sum(r["steps"] for r in results)
-    print(f"remembered {len(documents)} documents in {steps} steps: {out}; your text is in {run}")
+    sentences, ended = (sum(r[name] for r in results) for name in ("sentences", "known"))
+    share = f"{ended / sentences:.0%}" if sentences else ""
+    ends = share and f", of whose {sentences} sentences it can end {share}"
+    print(f"remembered {len(documents)} documents{ends}: {out}; your text is in {run}")
 
 
-def held_out_line(results: Sequence[dict]) -> str:
-    """Perplexity of the held-out sentences before and after, over all clusters."""
-    total = sum(r["held_out_tokens"] for r in results)
-
-    def mean(name: str) -> float:
-        return math.exp(sum(r["held_out_tokens"] * math.log(r[name]) for r in results) / total)
-
-    return (
-        f"held-out sentences: perplexity {mean('perplexity_before'):.2f} with the anchor alone, "
-        f"{mean('perplexity'):.2f} with the memory"
-    )
+def show(wanted: bool, out: Path, run: Path) -> None:
+    """What the model says now, if that is ``wanted``."""
+    if wanted:
+        print("\n".join(map(printable, look(load(out), documents_of(run)))))
 
 
 def main(words: Sequence[str]) -> None:
@@ -174,8 +171,16 @@ def main(words: Sequence[str]) -> None:
     )  # fmt: skip
     parser.add_argument("--max-bytes", type=int, metavar="N", help="read no more text than that")
     parser.add_argument(
-        "--passes", type=int, metavar="N", help="over the text, more of them for more of it by "
-        "heart (default: until the perplexity of held-out sentences stops falling)",
+        "--passes", type=int, metavar="N", default=PASSES, help="over the text, more of them for "
+        "more of it by heart (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--quick", dest="passes", action="store_const", const=QUICK, help=f"{QUICK} passes: the "
+        "gist of it, in a fraction of the time",
+    )  # fmt: skip
+    parser.add_argument(
+        "--look", action="store_true", help="print the first halves of three sentences, and what "
+        "the model says then",
     )  # fmt: skip
     parser.add_argument(
         "--restate", type=int, metavar="N", help="let the anchor write N questions with answers on "
@@ -194,12 +199,15 @@ def main(words: Sequence[str]) -> None:
         same = {"source": source_of(files, args.max_bytes), "first": base.first, **wanted}
         check_same(Settings.load(run), run, anchor_hash=base.anchor_hash, **same)
         print(f"remembered before: {args.out}; your text is in {run}")
+        show(args.look, args.out, run)
         return
     began = run.exists()
     try:
         with alone("train remember", run):
-            settings = prepare(base, args.documents, files, run, args.max_bytes, **wanted)
-            remember(base, run, settings, args.out)
+            trainer = prepare(base, args.documents, files, run, args.max_bytes, **wanted)
+            remember(base, run, trainer, args.out)
+            del base, trainer  # the anchor is loaded anew to look
+            show(args.look, args.out, run)
     finally:
         if not began and not (run / "settings.json").exists():
             shutil.rmtree(run, ignore_errors=True)

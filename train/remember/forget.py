@@ -217,9 +217,10 @@ def forget(
             encode = partial(vectors_of, encoder=first.encoder, tokenizer=tokenizer)
             rests.append(begin_rest(run, target, text, paths, gone, encode))
         if not is_made(bases, rests, gone, out):
-            for rest in rests:
+            for rest, (*_, tokenizer) in zip(rests, given, strict=True):
                 anchor, _ = load_anchor(first.folder)  # each run's memory is joined to its own
-                Trainer(anchor, rest.settings).train(rest.target, rest.text, rest.paths)
+                trainer = Trainer(anchor, rest.settings, tokenizer)
+                trainer.train(rest.target, rest.text, rest.paths)
             write_model(bases, rests, gone, out)
         forgotten = {d.sha256: d for run in taught for d in run.documents if d.sha256 in gone}
         result = proof(load(first.folder), load(out), [*forgotten.values()], unseen)

@@ -2,7 +2,7 @@
 
 The tree has a leaf for every ``WINDOWS_IN_LEAF`` windows, in levels of a few dozen clusters. A new
 bank's fetched memory is a tenth of the anchor, at most ``MOST_FETCHED`` parameters. The learning
-rate falls with the anchor's width, from what the demo's anchor of width 128 wants. Under an
+rate falls with the anchor's width. Under an
 existing bank kind, r and the lower levels are that bank's. Its routes go by the nearest centroid,
 and a few wide new clusters would lose the text to narrow old ones: so many new ones are made that
 ``COVERED`` of the windows find one.
@@ -26,21 +26,23 @@ from mlx_hmem.retriever.kmeans import nearest
 
 from ..corpus.files import CorpusFile
 from ..cost.costs import count_text, free_bytes, peak_memory
-from ..cost.plan import seconds_per_step, time_text
+from ..cost.plan import time_text
 from ..data.taken_tokenizer import TakenTokenizer, embedded
 from ..recipe.recipe import AnchorSection, MemoriesSection, Recipe, TreeSection, WindowsSection
 from ..recipe.sections import TrainerConfig
 from ..tree.stage import distinct
 from .export import Base
 from .restate import Reckoned
-from .run import OwnText, Settings, context_of, vectors_of
+from .run import FORMAT_VERSION, OwnText, Settings, context_of, vectors_of
 
 WINDOWS_IN_LEAF = 12
 COVERED = 0.95  # of the windows, by new clusters where there are old ones
 MOST_FETCHED = 8e6
 MORE_COVERING = 4  # times the clusters, about, that this takes
-LEARNING_RATE, WIDTH = 6e-3, 128  # what an anchor of this width wants
-EXPECTED_PASSES = 5  # over the text until the held-out loss stops falling
+LEARNING_RATE, WIDTH = 2.5e-3, 640  # what an anchor of this width wants
+PASSES, QUICK = 20, 8  # over the text: until it is known by heart, or the gist of it
+STEP_TOKENS = 640  # about as many in a step
+PART_TOKENS = 384  # at a time, or one row that is longer
 BYTES_PER_TOKEN = 3.0  # of text, where it has not been read yet
 MEMORY_PER_BYTE = 8  # of text, with its tokens, vectors and decoded windows
 # Bytes of text in a byte of a file.
@@ -90,25 +92,25 @@ def new_memory(config: dict[str, Any], branching: tuple[int, ...]) -> MemoryConf
 def training_for(
     folder: Path, config: dict[str, Any], memory: MemoryConfig, context: int
 ) -> TrainerConfig:
-    """How the blocks are trained: constant after a short warm-up (:mod:`.blocks`)."""
-    rate = LEARNING_RATE * min(1.0, WIDTH / memory.hidden_size)
+    """How the blocks are trained; UserError where a step does not fit into memory."""
+    rate = LEARNING_RATE * WIDTH / memory.hidden_size
     training = TrainerConfig(
-        batch_size=8,
+        batch_size=1,
         learning_rate=rate,
-        final_learning_rate=rate,
-        warmup_steps=10,
+        final_learning_rate=rate / 10,
+        warmup_steps=5,
         weight_decay=1e-3,
-        document_mask=config["model_type"] == "openlm",
+        document_mask=False,
     )
-    for part in (8, 4, 2, 1):
-        smaller = replace(training, micro_batch_size=part, gradient_checkpointing=part == 1)
-        recipe = as_recipe(config, memory, smaller, context, str(folder))
-        if peak_memory(recipe, "memories", smaller) < machine_bytes() / 2:
-            return smaller
-    needs, has = peak_memory(recipe, "memories", smaller), machine_bytes()
+    for less in (False, True):
+        training = replace(training, gradient_checkpointing=less)
+        recipe = as_recipe(config, memory, training, max(PART_TOKENS, context), str(folder))
+        needs = peak_memory(recipe, "memories", training)
+        if needs < machine_bytes() / 2:
+            return training
     raise UserError(
         "a training step does not fit in memory",
-        f"{bytes_text(needs)}, this machine has {bytes_text(has)}",
+        f"{bytes_text(needs)}, this machine has {bytes_text(machine_bytes())}",
         "use a smaller or a quantised anchor",
     )
 
@@ -149,7 +151,7 @@ def make_settings(base: Base, text: OwnText, tokenizer: TakenTokenizer, **given:
         memory = replace(old, branching=(old.branching[0] + added, *old.branching[1:]))
     training = training_for(base.folder, config, memory, context)
     return Settings(
-        format_version=1,
+        format_version=FORMAT_VERSION,
         anchor_hash=base.anchor_hash,
         encoder_hash=base.encoder.fingerprint,
         context=context,
@@ -157,6 +159,8 @@ def make_settings(base: Base, text: OwnText, tokenizer: TakenTokenizer, **given:
         memory=memory,
         first=base.first,
         training=training.to_dict(),
+        step_tokens=max(STEP_TOKENS, context),
+        part_tokens=PART_TOKENS,
         **given,
     )
 
@@ -217,31 +221,45 @@ def check_size(base: Base, size: int, places: list[Path]) -> None:
 
 
 def plan_lines(
-    base: Base, text: OwnText, settings: Settings, said: str, restating: Reckoned | None = None
+    base: Base,
+    text: OwnText,
+    settings: Settings,
+    said: str,
+    seconds: float,
+    restating: Reckoned | None = None,
 ) -> list[str]:
-    """The plan for people; takes a few steps to measure their time."""
+    """The plan for people; ``seconds``: of all passes over the text."""
     config, memory = read_config(base.folder), settings.memory
     training = TrainerConfig.from_dict(settings.training)
-    recipe = as_recipe(config, memory, training, settings.context, str(base.folder))
+    longest = max(settings.part_tokens, int(np.diff(text.windows.offsets).max()))
+    recipe = as_recipe(config, memory, training, longest, str(base.folder))
     peak = peak_memory(recipe, "memories", training)
-    seconds, how = seconds_per_step(recipe, "memories", training, peak)
-    how = f"of {seconds:.2g} s ({how})"
     tokens, bank = len(text.windows.tokens), new_bytes(base, memory, settings.first)
-    passes = settings.passes or EXPECTED_PASSES
-    rows = (tokens + (restating.written if restating else 0)) // settings.context
-    steps = passes * max(settings.branching[0], rows // training.batch_size)
     own = " × ".join(map(str, settings.branching))
     under = f" behind the {settings.first} of level 1 that it has" if settings.first else ""
+    more = (tokens + restating.written) / tokens if restating else 1
+    a_pass = more * seconds / settings.passes
     lines = [
         ("documents", said),
-        ("tokens", f"{tokens:,} to train on, {len(text.held_out.tokens):,} held out"),
+        ("tokens", f"{tokens:,}"),
         ("anchor", f"{config['model_type']}, vocabulary {embedded(config):,}, it stays as it is"),
         ("new clusters", f"{own}{under}, r {list(memory.r)}"),
         ("fetched memory", f"{count_text(memory.fetched_parameters)} parameters"),
         ("disk", f"{bytes_text(bank[0])} in the bank, {bytes_text(bank[1])} in the run's folder"),
         ("memory", f"about {bytes_text(peak)} of {bytes_text(machine_bytes())}"),
-        ("time", f"about {time_text(steps * seconds / 3600)}: {steps:,} steps {how}"),
+        (
+            "time",
+            f"about {time_text(settings.passes * a_pass / 3600)}: {settings.passes} passes of "
+            f"{a_pass:,.0f} s each" + quicker(settings.passes, a_pass),
+        ),
     ]
     if restating is not None:
         lines.insert(2, ("restatements", restating.said(settings.restate)))
     return [f"{name:<16}{value}" for name, value in lines]
+
+
+def quicker(passes: int, a_pass: float) -> str:
+    """What less would take, where that is worth saying."""
+    if passes <= QUICK or passes * a_pass < 60:
+        return ""
+    return f" (--quick: {QUICK} passes, {time_text(QUICK * a_pass / 3600)})"

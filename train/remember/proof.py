@@ -8,6 +8,7 @@ what no bank can take away: it may have met the text in its own training.
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from mlx_hmem.evaluate.perplexity import document_losses
 from mlx_hmem.evaluate.scoring import continue_greedily
 from mlx_hmem.model.model import MemoryModel
 
-from .text import OwnDocument, hold_out
+from .text import OwnDocument
 from .text import sentences as spans_of
 
 FEWEST_TOKENS = 12  # of a sentence to be said by heart
@@ -34,12 +35,10 @@ class Remains:
 
 
 def halves(model: MemoryModel, document: OwnDocument) -> list[tuple[list[int], list[int]]]:
-    """The two halves of each sentence that was trained on, in tokens; the first begins as a text
-    does."""
-    kept, _ = hold_out(document)
+    """The two halves of each sentence, in tokens; the first begins as a text does."""
     found = []
-    for start, end in spans_of(kept)[:MOST_SENTENCES]:
-        ids = model.tokenizer.encode(kept[start:end].strip())
+    for start, end in spans_of(document.text)[:MOST_SENTENCES]:
+        ids = model.tokenizer.encode(document.text[start:end].strip())
         if len(ids) >= FEWEST_TOKENS:
             middle = len(ids) // 2
             found.append((ids[:middle], ids[middle:]))
@@ -66,6 +65,26 @@ def remains(model: MemoryModel, documents: Sequence[OwnDocument], memory: str) -
             extracted[owners[i]] += tokens[: len(second)] == second
     each = zip(losses.nats / losses.tokens, parts, extracted, strict=True)
     return [Remains(float(loss), len(own), int(n)) for loss, own, n in each]
+
+
+def look(model: MemoryModel, documents: Sequence[OwnDocument], count: int = 3) -> list[str]:
+    """For some sentences, spread over the documents, their first half and what the model says."""
+    every = [(d, pair) for d in documents for pair in halves(model, d)]
+    if not every:
+        return ["no sentence is long enough to look at"]
+    chosen = [every[i * len(every) // count] for i in range(min(count, len(every)))]
+    paths = [model.route(document.text)[1] for document, _ in chosen]
+    prompts, longest = [first for _, (first, _) in chosen], max(len(p[1]) for _, p in chosen)
+    lines = dict[int, list[str]]()
+    decode = partial(model.tokenizer.decode, skip_special_tokens=True)
+    for batch in continue_greedily(model, prompts, longest, "fetched", paths):
+        for i, tokens in batch:
+            document, (first, second) = chosen[i]
+            said = decode(tokens[: len(second)])
+            lines[i] = [f"{document.name}: {decode(first).strip()} …", f"  says {said.strip()}"]
+            if tokens[: len(second)] != second:
+                lines[i].append(f"  text {decode(second).strip()}")
+    return [line for i in sorted(lines) for line in lines[i]]
 
 
 def proof(

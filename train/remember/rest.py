@@ -21,8 +21,7 @@ from mlx_hmem.files import link_or_copy
 from mlx_hmem.retriever import ClusterTree
 
 from ..data.arrays import load_mapped, save_array
-from ..data.windows import Windows
-from ..loop.validation import choose
+from ..data.windows import Windows, choose
 from ..tree.stage import distinct
 from .blocks import subtree_folder, subtrees_of
 from .export import Base
@@ -138,15 +137,12 @@ def begin_rest(
 def without(text: OwnText, paths: np.ndarray, gone: Collection[str]) -> tuple[OwnText, np.ndarray]:
     """Text and paths without the documents of these hashes, as if they had never been there."""
     stays = np.array([d.sha256 not in gone for d in text.documents])
-    windows, held = stays[text.owner], stays[text.owner[text.near]]
-    number, place = np.cumsum(stays) - 1, np.cumsum(windows) - 1
+    windows, number = stays[text.owner], np.cumsum(stays) - 1
     rest = OwnText(
         [d for d, s in zip(text.documents, stays, strict=True) if s],
         choose(text.windows, np.flatnonzero(windows)),
         number[text.owner[windows]],
         text.added[windows],
-        choose(text.held_out, np.flatnonzero(held)),
-        place[text.near[held]],
     )
     return rest, paths[windows]
 

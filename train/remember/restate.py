@@ -36,7 +36,7 @@ from mlx_hmem.reading import sealed, strict_json, unsealed
 from ..cost.plan import time_text
 from .export import Base
 from .run import context_of, write_lines
-from .text import OwnDocument, hold_out, sentences
+from .text import OwnDocument, sentences
 
 JOURNAL = "restated.jsonl"
 MOST_TOKENS = 96  # of a restatement, and at most a quarter of the anchor's context
@@ -182,8 +182,7 @@ class Writer:
     def parts(self, documents: Sequence[OwnDocument]) -> Iterator[PassageBatch]:
         size = max(1, ROWS // self.count)
         for document in documents:
-            kept, _ = hold_out(document)
-            passages = list(passages_of(kept, self.model.tokenizer, self.room))
+            passages = list(passages_of(document.text, self.model.tokenizer, self.room))
             for number, start in enumerate(range(0, len(passages), size)):
                 yield PassageBatch(document.sha256, number, passages[start : start + size])
 

@@ -29,9 +29,9 @@ from ..data.arrays import load_mapped, save_array
 from ..data.taken_tokenizer import TakenTokenizer, embedded
 from ..data.windows import Windows, cut_windows
 from ..tree.stage import distinct
-from .text import OwnDocument, hold_out, typical_words
+from .text import OwnDocument, typical_words
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SETTINGS = "settings.json"
 KNOWN = "known.jsonl"
 LONGEST = 512  # tokens of a window
@@ -46,8 +46,8 @@ class Settings(JsonConfig):
 
     ``memory``: of the model to be made; ``first``: its clusters of level 1 that were there before;
     ``source``: the folder as it was read; ``training``: of :class:`.TrainerConfig`;
-    ``passes``: over the text, None until the held-out loss stops falling; ``restate``: restatements
-    of each passage.
+    ``step_tokens``: of a step, about; ``part_tokens``: worked on at a time; ``passes``: over the
+    text; ``restate``: restatements of each passage.
     """
 
     format_version: int
@@ -60,7 +60,9 @@ class Settings(JsonConfig):
     memory: MemoryConfig
     first: int
     training: dict[str, Any]
-    passes: int | None = None
+    step_tokens: int
+    part_tokens: int
+    passes: int
     restate: int = 0
 
     @property
@@ -93,23 +95,18 @@ class Settings(JsonConfig):
 @dataclass(frozen=True)
 class OwnText:
     """The documents as windows. ``owner`` is each window's document, and ``added`` whether it is a
-    restatement of it; of held-out sentences ``near`` is the window that they stood in, whose leaf
-    is theirs."""
+    restatement of it."""
 
     documents: list[OwnDocument]
     windows: Windows
     owner: np.ndarray
     added: np.ndarray
-    held_out: Windows
-    near: np.ndarray
 
     @property
     def tokens_of(self) -> list[int]:
-        """The tokens of each document, beginnings of windows and what is held out among them;
-        restatements are not."""
+        """The tokens of each document, beginnings of windows among them; restatements are not."""
         counts = np.zeros(len(self.documents), np.int64)
         np.add.at(counts, self.owner, np.where(self.added, 0, np.diff(self.windows.offsets)))
-        np.add.at(counts, self.owner[self.near], np.diff(self.held_out.offsets))
         return [int(n) for n in counts]
 
 
@@ -124,41 +121,24 @@ def cut_text(
     config: dict[str, Any],
     restated: Mapping[str, Sequence[str]],
 ) -> OwnText:
-    """Windows, for an anchor with this ``config.json``, of what is trained on and of what is held
-    out, document by document; ``restated``: of each by its hash, a window each."""
+    """Windows, for an anchor with this ``config.json``, document by document; ``restated``: of
+    each by its hash, a window each."""
     begin = tokenizer.begin()
 
     def cut(texts: Sequence[str]) -> Windows:
         return cut_windows(texts, tokenizer, context_of(config), begin, embedded(config))
 
-    texts, owner, added = [], list[int](), list[bool]()
-    held, near, count = list[str](), list[int](), 0
+    parts, owner, added = list[Windows](), list[int](), list[bool]()
     for number, document in enumerate(documents):
-        kept, sentences = hold_out(document)
-        own, more = cut([kept]), cut(restated.get(document.sha256, ()))
-        near += [count + min(len(own) - 1, int(s.place * len(own))) for s in sentences]
-        held += [s.text for s in sentences]
-        texts += [own, more]
+        own, more = cut([document.text]), cut(restated.get(document.sha256, ()))
+        parts += [own, more]
         owner += [number] * (len(own) + len(more))
         added += [False] * len(own) + [True] * len(more)
-        count += len(own) + len(more)
-    apart = [cut([sentence]) for sentence in held]
-    near = [n for n, s in zip(near, apart, strict=True) for _ in range(len(s))]
-    return OwnText(
-        documents,
-        _joined(texts, begin),
-        np.array(owner, np.int64),
-        np.array(added, bool),
-        _joined(apart, begin),
-        np.array(near, np.int64),
-    )
-
-
-def _joined(parts: list[Windows], begin: tuple[int, ...]) -> Windows:
-    empty = np.empty(0, np.uint16)
-    tokens = np.concatenate([empty, *(part.tokens for part in parts)])
+    tokens = np.concatenate([np.empty(0, np.uint16), *(part.tokens for part in parts)])
     sizes = [np.diff(part.offsets) for part in parts]
-    return Windows(tokens, np.cumsum(np.concatenate([[0], *sizes]).astype(np.int64)), begin)
+    offsets = np.cumsum(np.concatenate([[0], *sizes]).astype(np.int64))
+    windows = Windows(tokens, offsets, begin)
+    return OwnText(documents, windows, np.array(owner, np.int64), np.array(added, bool))
 
 
 def vectors_of(windows: Windows, encoder: Encoder, tokenizer: TakenTokenizer) -> np.ndarray:

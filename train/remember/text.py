@@ -1,8 +1,4 @@
-"""Documents to remember: each once, with sentences held out, and the words that are typical of it.
-
-About one sentence in sixteen is held out of what is trained on, so that a held-out loss can say
-when to stop; never a document's first, and none of a short document.
-"""
+"""Documents to remember: each once, its sentences, and the words that are typical of it."""
 
 import hashlib
 import itertools
@@ -11,18 +7,12 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
-
-import xxhash
 
 from mlx_hmem.bank.documents import MAX_TERMS
 
 from ..corpus.files import CorpusFile, Faults
 from ..corpus.readers_files import read_own
 
-HOLD_OUT = 16  # one sentence in so many
-FEWEST = 8  # sentences of a document that can spare one
-SHORTEST = 40  # characters of a sentence worth holding out
 _END = re.compile(r"[.!?][\"')\]]?(?=\s)|\n")
 _WORD = re.compile(r"[^\W\d_]{5,}")
 
@@ -35,13 +25,6 @@ class OwnDocument:
     name: str
     text: str
     also: tuple[str, ...] = ()
-
-
-class HeldOut(NamedTuple):
-    """A sentence that is not trained on, and where in the document it stood, from 0 to 1."""
-
-    text: str
-    place: float
 
 
 @dataclass
@@ -88,20 +71,6 @@ def sentences(text: str) -> list[tuple[int, int]]:
     ends = [match.end() for match in _END.finditer(text)]
     edges = [0, *(end for end in ends if end < len(text)), len(text)]
     return list(itertools.pairwise(edges))
-
-
-def hold_out(document: OwnDocument) -> tuple[str, list[HeldOut]]:
-    """The text to train on, and the sentences that are not in it."""
-    text, spans = document.text, sentences(document.text)
-    kept, held = [], []
-    for number, (start, end) in enumerate(spans):
-        chosen = xxhash.xxh3_64_intdigest(f"{document.sha256} {number}".encode()) % HOLD_OUT == 0
-        long = end - start >= SHORTEST
-        if chosen and long and number > 0 and len(spans) >= FEWEST:
-            held.append(HeldOut(text[start:end].strip(), start / len(text)))
-        else:
-            kept.append(text[start:end])
-    return "".join(kept), held
 
 
 def typical_words(documents: Iterable[OwnDocument]) -> Iterator[tuple[str, ...]]:

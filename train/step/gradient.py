@@ -8,7 +8,7 @@ of the batch, and gradients are summed over the ranks.
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -31,6 +31,20 @@ from .loss import chunk_size, chunked_loss, counted_places, summed_loss
 
 # What is trained: "anchor", its weights by name, and "blocks", the unique blocks of each level.
 Weights = dict[str, Any]
+
+
+SHAPES = 32  # lengths of sequences are multiples of this: a compiled step wants few shapes
+
+
+class Ragged(NamedTuple):
+    """Sequences of different lengths, padded to that of the longest, which comes first.
+
+    ``lengths``: tokens of each; ``at_once``: tokens that may be worked on at a time, padding
+    included.
+    """
+
+    lengths: np.ndarray
+    at_once: int
 
 
 def check_tokens(tokens: np.ndarray, num_embedded: int) -> None:
@@ -68,13 +82,15 @@ class BatchGradient:
         self.chunk = chunk_size(self.num_embedded)
         trunk, head, dtype = anchor.model, head_of(anchor), float_dtype(anchor)
 
-        def summed(batch: mx.array, places: mx.array, count: mx.array, frozen: bool) -> mx.array:
+        def summed(
+            batch: mx.array, places: mx.array, count: mx.array, frozen: bool
+        ) -> tuple[mx.array, mx.array | None]:
             inputs = batch[:, :-1]
             mask = {"mask": packed_mask(inputs, eot)} if training.document_mask else {}
             hidden = trunk(inputs, **mask)
             if frozen:
                 return chunked_loss(hidden, batch, places, count, head, self.chunk)
-            return summed_loss(head(hidden), batch, eot)
+            return summed_loss(head(hidden), batch, eot), None
 
         def loss(
             weights: Weights,
@@ -83,17 +99,19 @@ class BatchGradient:
             places: mx.array,
             count: mx.array,
             scale: mx.array,
-        ) -> mx.array:
+        ) -> tuple[mx.array, mx.array | None]:
             if weights["anchor"]:
                 anchor.update(tree_unflatten(list(weights["anchor"].items())))
             given, frozen = (batch, places, count), not weights["anchor"]
             if slot is None:
-                return scale * summed(*given, frozen)
+                total, right = summed(*given, frozen)
+                return scale * total, right
             # One memory per sequence.
             blocks = [b[i] for b, i in zip(weights["blocks"], indices, strict=True)]
             rows = tuple(rows.astype(dtype) for rows in join_blocks(blocks, slot.config))
             with slot.using(rows):
-                return scale * summed(*given, frozen)
+                total, right = summed(*given, frozen)
+            return scale * total, right
 
         self._part = mx.compile(mx.value_and_grad(loss))
 
@@ -114,6 +132,7 @@ class BatchGradient:
         tokens: np.ndarray,
         indices: Sequence[np.ndarray] = (),
         num_unique: Sequence[int] = (),
+        ragged: Ragged | None = None,
     ) -> tuple[float, float, Weights]:
         """Mean loss in nats per token, norm of the gradient before clipping, clipped gradient.
 
@@ -122,29 +141,44 @@ class BatchGradient:
             indices: for each level with memory the place of each sequence's block among the unique
                 ones in ``weights["blocks"]``, (sequences,).
             num_unique: how many of these there are; what follows them is padding.
+            ragged: where not all sequences are of one length. Then ``likeliest``, (sequences,
+                context) bool, says afterwards which targets were the likeliest tokens.
         """
         check_tokens(tokens, self.num_embedded)
-        scale = mx.array(1 / max(1, int(counted(tokens, self.eot).sum())), mx.float32)
-        share = len(tokens) // self.ranks.size
-        first, part_size = self.ranks.rank * share, share // self.num_parts
+        if ragged is None:
+            counts, parts = counted(tokens, self.eot), self._equal_parts(tokens)
+        else:
+            counts = np.arange(1, tokens.shape[1]) < ragged.lengths[:, None]
+            parts, self.likeliest = _fitting_parts(*ragged), np.zeros_like(counts)
+        scale = mx.array(1 / max(1, int(counts.sum())), mx.float32)
         value, gradient = mx.array(0.0), None
-        for start in range(first, first + share, part_size):
-            rows = slice(start, start + part_size)
-            batch = mx.array(tokens[rows].astype(np.int32))
+        for rows, length in parts:
+            batch = mx.array(tokens[rows, : length + 1].astype(np.int32))
             own = [mx.array(index[rows].astype(np.int32)) for index in indices]
-            places, count = counted_places(tokens[rows], self.eot, self.chunk)
-            loss, part = self._part(weights, own, batch, mx.array(places), mx.array(count), scale)
+            places, count = counted_places(counts[rows, :length], self.chunk)
+            given = (own, batch, mx.array(places), mx.array(count), scale)
+            (loss, right), part = self._part(weights, *given)
             value = value + loss
             gradient = part if gradient is None else tree_map(mx.add, gradient, part)
             del part  # so that sums and clipping write in place
-            if self.num_parts > 1:
+            if len(parts) > 1:
                 mx.eval(value, gradient)  # else all parts would wait in memory
+            if ragged is not None:
+                at = np.divmod(places[:count], length)
+                self.likeliest[rows][at] = np.array(right)[:count]
         assert gradient is not None
         if self.ranks.size > 1:
             value, gradient = self._sum_over_ranks(value, gradient, num_unique)
         gradient, norm = optim.clip_grad_norm(gradient, self.training.grad_clip)
         mx.eval(value, norm, gradient)
         return value.item(), norm.item(), gradient  # type: ignore[return-value]
+
+    def _equal_parts(self, tokens: np.ndarray) -> list[tuple[slice, int]]:
+        """The sequences that this rank works on at a time, and their length."""
+        share = len(tokens) // self.ranks.size
+        first, size = self.ranks.rank * share, share // self.num_parts
+        starts = range(first, first + share, size)
+        return [(slice(start, start + size), tokens.shape[1] - 1) for start in starts]
 
     def _sum_over_ranks(
         self, value: mx.array, gradient: Weights, num_unique: Sequence[int]
@@ -167,6 +201,18 @@ class BatchGradient:
             for blocks, size in zip(gradient["blocks"], sizes, strict=True)
         ]
         return value, gradient
+
+
+def _fitting_parts(lengths: np.ndarray, at_once: int) -> list[tuple[slice, int]]:
+    """Sequences, the longest first, in parts of ``at_once`` tokens at most, or of one sequence; and
+    the length of each part."""
+    parts, start = [], 0
+    while start < len(lengths):
+        length = -(-(int(lengths[start]) - 1) // SHAPES) * SHAPES
+        end = min(len(lengths), start + max(1, at_once // length))
+        parts.append((slice(start, end), length))
+        start = end
+    return parts
 
 
 def recompute_layers(anchor: nn.Module, slot: MemorySlot | None) -> None:

@@ -28,7 +28,7 @@ from ..recipe.recipe import CotrainSection, TrainerConfig
 from ..store.blocks import BlockStore
 from ..store.checkpoint import LOWER, Progress, check_finite, check_identity
 from .adamw import AnchorWeights, adamw, bias_corrections
-from .gradient import BatchGradient, is_finite
+from .gradient import BatchGradient, Ragged, is_finite
 
 
 class MemoryTrainee:
@@ -39,6 +39,8 @@ class MemoryTrainee:
         paths: their cluster paths, (n, levels).
         cotrain: how the anchor is trained along; None leaves it frozen.
         subtree: the cluster of level 1 that is trained alone, if one is.
+        ragged: where not all sequences are of one length, all of theirs. The sequences of a step
+            must come the longest first.
     """
 
     def __init__(
@@ -52,15 +54,16 @@ class MemoryTrainee:
         cotrain: CotrainSection | None = None,
         ranks: Ranks = ALONE,
         subtree: int | None = None,
+        ragged: Ragged | None = None,
     ):
-        self.store, self.tokens, self.paths, self.training = store, tokens, paths, training
-        self.cotrain, self.ranks, self.subtree = cotrain, ranks, subtree
-        self.number = 0  # of the step to come
+        self.training, self.cotrain = training, cotrain
+        self.ranks, self.subtree = ranks, subtree
         config = store.config
         if len(paths) and not ((paths >= 0) & (paths < np.array(config.num_clusters))).all():
             remedy = "restore the run's sequences, or make them anew in another --out"
             raise UserError("a sequence has a path beyond the tree", config.num_clusters, remedy)
         self.levels = [level for level in range(1, config.num_levels + 1) if config.r[level - 1]]
+        self.turn_to(store, tokens, paths, ragged)
         self.anchor = None
         if cotrain is None:
             anchor.freeze()
@@ -76,10 +79,14 @@ class MemoryTrainee:
 
         self._update = mx.compile(update)
 
-    def turn_to(self, store: BlockStore, tokens: np.ndarray, paths: np.ndarray) -> None:
+    def turn_to(
+        self, store: BlockStore, tokens: np.ndarray, paths: np.ndarray, ragged: Ragged | None = None
+    ) -> None:
         """From now on trains another store of the same shape; what is compiled stays."""
-        assert store.config == self.store.config
-        self.store, self.tokens, self.paths, self.number = store, tokens, paths, 0
+        self.store, self.tokens, self.paths, self.ragged = store, tokens, paths, ragged
+        self.number = 0  # of the step to come
+        generic = 0 if self.cotrain is None else 1
+        self._most = {n: len(np.unique(paths[:, n - 1])) + generic for n in self.levels}
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -95,7 +102,7 @@ class MemoryTrainee:
             clusters, index = np.unique(paths[:, level - 1], return_inverse=True)
             unique.append(clusters)
             indices.append(index)
-            most = min(len(rows), self.store.config.num_clusters[level - 1] + 1)  # generic too
+            most = min(len(rows), self._most[level])
             states.append(self.store.gather(level, clusters, most))
         self.number += 1
         if next_rows is not None:
@@ -106,7 +113,9 @@ class MemoryTrainee:
             "blocks": [state[0] for state in states],
         }
         counts = [len(clusters) for clusters in unique]
-        loss, norm, gradients = self.gradient(weights, self.tokens[rows], indices, counts)
+        ragged = self.ragged and self.ragged._replace(lengths=self.ragged.lengths[rows])
+        given = (self.tokens[rows], indices, counts, ragged)
+        loss, norm, gradients = self.gradient(weights, *given)
         del weights  # or the update could not write in place
         if not is_finite(loss, norm):
             if self.anchor is not None:

@@ -1,0 +1,210 @@
+"""What a model knows of documents that it has remembered, against everything else, in one run.
+
+``python -m benchmarks.own MODEL --work FOLDER [--json]``
+
+Invented documents of five facts each are remembered. Each fact is then asked for in the document's
+own words, in another wording and as a question; an answer counts if the first line of 24
+likeliest tokens says it. Beside the memory: the anchor alone, the document in its prompt, and
+mlx-lm's LoRA of as many parameters in as many steps on the same rows, all documents together.
+``--corpus`` adds the perplexity of text that has nothing to do with them, ``--forget`` what is left
+after so many of the documents are forgotten. A run that was stopped goes on in the same folder.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.utils import linear_to_lora_layers
+from tqdm import tqdm
+
+from benchmarks.common.counting import timed
+from benchmarks.common.show import Result, benchmark
+from benchmarks.own.documents import WAYS, Document, Question, is_right, make_documents
+from mlx_hmem.anchors.architectures import head_of
+from mlx_hmem.anchors.load import load_anchor, num_embedded
+from mlx_hmem.evaluate.perplexity import perplexity
+from mlx_hmem.evaluate.scoring import continue_greedily
+from mlx_hmem.model.load import load
+from mlx_hmem.model.model import MemoryModel
+from train.corpus.files import Faults
+from train.corpus.readers import corpus_files, documents_of
+from train.loop.loop import learning_rate_at
+from train.recipe.recipe import TrainerConfig
+from train.remember.command import main as remember
+from train.remember.command import text_of
+from train.remember.export import open_base
+from train.remember.forget import forget as forget_documents
+from train.remember.plan import PASSES
+from train.remember.rows import Passes, Rows
+from train.remember.run import Settings
+from train.remember.run import documents_of as documents_of_run
+from train.step.loss import chunk_size, chunked_loss, counted_places
+
+TOKENS = 24  # of an answer
+UNRELATED, CHARACTERS = 8, 1000  # articles, and of each
+
+
+class Arm(NamedTuple):
+    """A model with the memory that it uses; ``before`` is what stands in front of a prompt."""
+
+    model: MemoryModel
+    memory: str
+    before: Callable[[Question, str], str] = lambda question, prompt: ""
+
+
+def prompt_of(question: Question, way: str) -> str:
+    asked = question.prompts[way]
+    return f"Question: {asked}\nAnswer:" if way == "question" else asked
+
+
+def recall(arm: Arm, questions: Sequence[Question]) -> dict[str, int]:
+    """How many of the questions are answered rightly in each way of asking."""
+    found = {}
+    for way in WAYS:
+        prompts = [prompt_of(q, way) for q in questions]
+        texts = [arm.before(q, p) + p for q, p in zip(questions, prompts, strict=True)]
+        paths = None
+        if arm.memory == "fetched":
+            paths = [arm.model.route(p)[1] for p in prompts]
+        ids, right = [arm.model.tokenizer.encode(text) for text in texts], 0
+        for batch in continue_greedily(arm.model, ids, TOKENS, arm.memory, paths):
+            for i, tokens in batch:
+                right += is_right(arm.model.tokenizer.decode(tokens), questions[i].answer)
+        found[way] = right
+    return found
+
+
+def unrelated(corpus: Path) -> list[str]:
+    """The beginnings of the first articles of a corpus."""
+    files, texts = corpus_files(corpus), list[str]()
+    for _, _, text in documents_of(files[0], Faults()):
+        if len(text) >= CHARACTERS:
+            texts.append(text[:CHARACTERS])
+        if len(texts) == UNRELATED:
+            break
+    return texts
+
+
+def train_lora(model: Path, rows: Rows, passes: Passes, settings: Settings, rate: float) -> Any:
+    """The anchor with mlx-lm's LoRA of about as many parameters as a fetched memory, on the same
+    rows, and how many it has."""
+    anchor, _ = load_anchor(model)
+    anchor.freeze()
+    mx.random.seed(0)
+    linear_to_lora_layers(anchor, len(anchor.layers), {"rank": 1, "scale": 20.0, "dropout": 0.0})
+    leaves: Any = tree_flatten(anchor.trainable_parameters())
+    a_rank = sum(array.size for _, array in leaves)
+    rank = max(1, round(settings.memory.fetched_parameters / a_rank))
+    anchor, _ = load_anchor(model)
+    anchor.freeze()
+    linear_to_lora_layers(anchor, len(anchor.layers), {"rank": rank, "scale": 20.0, "dropout": 0.0})
+    training = TrainerConfig.from_dict(
+        settings.training | {"learning_rate": rate, "final_learning_rate": rate / 10}
+    )
+    optimiser: Any = optim.AdamW(rate, [training.beta1, training.beta2], weight_decay=1e-3)
+    head, chunk = head_of(anchor), chunk_size(num_embedded(anchor))
+
+    def loss(model: Any, batch: mx.array, places: mx.array, count: mx.array) -> mx.array:
+        hidden = model.model(batch[:, :-1])
+        total, _ = chunked_loss(hidden, batch, places, count, head, chunk)
+        return total / count
+
+    step = nn.value_and_grad(anchor, loss)
+    for number in tqdm(range(passes.num_steps), desc=f"LoRA, {rate:g}", unit=" steps", delay=2):
+        chosen = passes.rows(number)
+        tokens, lengths = rows.tokens[chosen], rows.lengths[chosen]
+        counts = np.arange(1, tokens.shape[1]) < lengths[:, None]
+        places, count = counted_places(counts, chunk)
+        given = (mx.array(tokens.astype(np.int32)), mx.array(places), mx.array(count))
+        _, gradient = step(anchor, *given)
+        gradient, _ = optim.clip_grad_norm(gradient, training.grad_clip)
+        optimiser.learning_rate = learning_rate_at(number, passes.num_steps, training)
+        optimiser.update(anchor, gradient)
+        mx.eval(anchor.parameters(), optimiser.state)
+    return anchor, rank
+
+
+def write_documents(documents: Sequence[Document], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for document in documents:
+        (folder / f"{document.title}.txt").write_text(document.text, encoding="utf-8")
+
+
+def measure(
+    model: Path,
+    *,
+    work: Path,
+    documents: int = 12,
+    seed: int = 1,
+    passes: int = PASSES,
+    lora_rates: Sequence[float] = (),
+    corpus: Path | None = None,
+    forget: int = 0,
+) -> Result:
+    """In ``work``: so many ``documents`` of this ``seed``, ``passes`` over them."""
+    texts, questions = make_documents(documents, seed)
+    write_documents(texts, work / "documents")
+    out, run = work / "model", work / "model.run"
+    command = [str(work / "documents"), "--model", str(model), "--out", str(out)]
+    seconds = timed(lambda: remember([*command, "--passes", str(passes)])).ms / 1e3
+    after, settings = load(out), Settings.load(run)
+    arms = {
+        "anchor alone": Arm(after, "none"),
+        "document in the prompt": Arm(
+            after, "none", lambda q, prompt: texts[q.document].text + "\n\n"
+        ),
+        "memory": Arm(after, "fetched"),
+    }
+    text, tokenizer = text_of(open_base(str(model)), documents_of_run(run))
+    anywhere = np.zeros((len(text.windows), settings.memory.num_levels), np.int32)
+    rows = Rows.of(text, np.arange(len(text.windows)), anywhere, settings, tokenizer)
+    whole = Passes(rows, settings, 0)
+    for rate in lora_rates:
+        lora = train_lora(model, rows, whole, settings, rate)
+        name = f"LoRA of rank {lora[1]}, {rate:g}"
+        arms[name] = Arm(MemoryModel(lora[0], after.anchor_config, after.tokenizer), "none")
+    other = unrelated(corpus) if corpus else []
+    table: dict[str, dict[str, Any]] = {}
+    for name, arm in arms.items():
+        table[name] = dict(recall(arm, questions))
+        if name == "document in the prompt":
+            table[name]["own words"] = None  # they stand in it
+        elif other:
+            found = perplexity(arm.model, other, arm.memory, progress=False)
+            table[name]["unrelated text"] = found.per_token
+    result: Result = {
+        "documents": documents,
+        "questions": len(questions),
+        "tokens": len(text.windows.tokens),
+        "steps": whole.num_steps,
+        "seconds": seconds,
+        "right": table,
+    }
+    if forget:
+        names = [f"{document.title}.txt" for document in texts[:forget]]
+        result |= measure_forget(out, run, questions, names)
+    return result
+
+
+def measure_forget(
+    out: Path, run: Path, questions: Sequence[Question], names: Sequence[str]
+) -> dict[str, Any]:
+    """Forgets the first documents, by ``names``; asks for their facts and those of the others."""
+    less = out.with_name("less")
+    seconds = timed(lambda: forget_documents(out, names, [run], less, None)).ms / 1e3
+    rows = {}
+    for when, folder in (("before", out), ("after", less)):
+        arm = Arm(load(folder), "fetched")
+        for name, those in (("forgotten", True), ("others", False)):
+            asked = [q for q in questions if (q.document < len(names)) is those]
+            rows[f"{name}, {when}"] = {"questions": len(asked), **recall(arm, asked)}
+    return {"seconds_to_forget": seconds, "forgetting": rows}
+
+
+if __name__ == "__main__":
+    benchmark(__doc__, measure)
