@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from mlx_hmem.anchors.attach import anchor_sizes, check_sizes
 from mlx_hmem.anchors.load import anchor_of_config, check_hashes, load_anchor, read_config
 from mlx_hmem.anchors.load import weight_files as anchor_files
+from mlx_hmem.bank.documents import read_documents, taught
 from mlx_hmem.bank.format import MANIFEST
 from mlx_hmem.bank.views import barred_path, in_bank, shown
 from mlx_hmem.bank_tools.command import opened
@@ -23,6 +24,7 @@ from mlx_hmem.errors import ArgumentParser, UserError
 from mlx_hmem.folders import identity_of
 from mlx_hmem.memory import FetchedMemory
 from mlx_hmem.model.banks import Banks, RoutedBank
+from mlx_hmem.model.fetch import NOTHING_NEAR
 from mlx_hmem.model.find import BANK_FOLDER
 from mlx_hmem.model.load import open_encoder, read_hmem
 from mlx_hmem.retriever import Retriever
@@ -80,16 +82,18 @@ def choose(args: argparse.Namespace) -> Chosen:
     check_hashes(folder, hmem)
     with opened(folder) as open_banks:
         encoder = open_encoder(folder, hmem) if args.text else None
-        parts = {
-            each.name: RoutedBank(
-                Retriever(encoder, each.tree) if encoder else None, each.bank, each.hmem.names or {}
-            )
-            for each in open_banks
-        }
+        parts = {}
+        for each in open_banks:
+            known = taught(read_documents(each.folder / BANK_FOLDER))
+            retriever = Retriever(encoder, each.tree, known) if encoder else None
+            parts[each.name] = RoutedBank(retriever, each.bank, each.hmem.names or {})
         banks = Banks(parts, views_of(folder, open_banks)).under(None)
         name, path = "", ClusterPath()
         if encoder is not None:
-            name, path = banks.nearest(banks.retriever().vector(args.text))
+            name, found = banks.route(args.text)
+            if found is None:
+                raise UserError(NOTHING_NEAR, args.text, "give another --text, or --path")
+            path = found
         elif args.memory_name:
             name, path = banks.named(args.memory_name)
         elif args.path:

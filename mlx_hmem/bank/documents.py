@@ -8,9 +8,9 @@ import json
 import re
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from mlx_hmem.config import ClusterPath, JsonConfig, MemoryConfig
 from mlx_hmem.errors import UserError, printable
@@ -28,7 +28,8 @@ class Document(JsonConfig):
 
     ``sha256``: 64 hex digits, of its UTF-8 text; ``name``: file or title; ``tokens``: of the
     anchor's tokenizer; ``clusters``: paths of the leaves that its windows trained; ``terms``: up to
-    eight typical words.
+    eight typical words; ``words``: of each of the ``clusters``, all words of the windows there,
+    each once, apart by spaces: a text with enough of them is routed there.
     """
 
     sha256: str
@@ -36,6 +37,7 @@ class Document(JsonConfig):
     tokens: int
     clusters: tuple[ClusterPath, ...]
     terms: tuple[str, ...] = ()
+    words: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.sha256, str) or not re.fullmatch("[0-9a-f]{64}", self.sha256):
@@ -52,11 +54,28 @@ class Document(JsonConfig):
         ):
             raise UserError(f"terms are not up to {MAX_TERMS} words", repr(self.terms)[:80], REMEDY)
         object.__setattr__(self, "terms", tuple(self.terms))
+        words = self.words
+        if words is not None and (
+            not isinstance(words, tuple)
+            or len(words) != len(self.clusters)
+            or not all(isinstance(each, str) for each in words)
+        ):
+            raise UserError("words are not those of each cluster", repr(words)[:80], REMEDY)
 
     @property
     def keys(self) -> frozenset[tuple[int, int]]:
         """(level, cluster) of every block that the document has trained."""
         return frozenset(key for path in self.clusters for key in enumerate(path, 1))
+
+    @property
+    def taught(self) -> dict[ClusterPath, str]:
+        """The words of each leaf, where they are known."""
+        return dict(zip(self.clusters, self.words or (), strict=False))
+
+    def of_leaves(self, leaves: Mapping[ClusterPath, str | None]) -> Self:
+        """The same document in other leaves, each with its words, None where they are unknown."""
+        words = None if None in leaves.values() else tuple(map(str, leaves.values()))
+        return replace(self, clusters=tuple(leaves), words=words)
 
 
 def _paths(values: Any) -> tuple[ClusterPath, ...]:
@@ -95,9 +114,14 @@ def read_documents(folder: str | Path, config: MemoryConfig | None = None) -> li
     return list(found.values())
 
 
+def taught(documents: Iterable[Document]) -> list[tuple[ClusterPath, str]]:
+    """Of each document and each leaf whose words are known, the path and the words."""
+    return [each for document in documents for each in document.taught.items()]
+
+
 def write_documents(folder: str | Path, documents: Iterable[Document]) -> None:
     """Writes the file whole or not at all."""
-    lines = [json.dumps(asdict(document), ensure_ascii=False) + "\n" for document in documents]
+    lines = [json.dumps(document.to_dict(), ensure_ascii=False) + "\n" for document in documents]
     write_atomic(Path(folder) / DOCUMENTS, "".join(lines))
 
 

@@ -122,9 +122,9 @@ def _documents_below(opened: OpenBank, path: ClusterPath) -> Iterator[Document]:
     for document in read_documents(opened.folder / BANK_FOLDER, opened.bank.config):
         leaves = [leaf for leaf in document.clusters if leaf[: len(path)] == path]
         if leaves:
-            moved = tuple(_moved(opened, path, leaf) for leaf in leaves)
+            moved = {_moved(opened, path, leaf): document.taught.get(leaf) for leaf in leaves}
             share = round(document.tokens * len(leaves) / len(document.clusters))
-            yield replace(document, clusters=moved, tokens=share)
+            yield replace(document.of_leaves(moved), tokens=share)
 
 
 def _moved(opened: OpenBank, path: ClusterPath, cluster: ClusterPath) -> ClusterPath:
@@ -220,6 +220,7 @@ def _all_documents(first: OpenBank, second: OpenBank) -> list[Document]:
     for opened in (first, second):
         for document in read_documents(opened.folder / BANK_FOLDER, opened.bank.config):
             before = found.get(document.sha256, document)
-            clusters = tuple(dict.fromkeys((*before.clusters, *document.clusters)))
-            found[document.sha256] = replace(before, clusters=clusters)
+            clusters = dict.fromkeys((*before.clusters, *document.clusters))
+            known = document.taught | before.taught
+            found[document.sha256] = before.of_leaves({path: known.get(path) for path in clusters})
     return list(found.values())

@@ -179,7 +179,8 @@ class BatchModel:
 
 
 class Completion(NamedTuple):
-    """What continues one prompt. ``tokens`` are without the one that ended it, if one did."""
+    """What continues one prompt. ``tokens`` are without the one that ended it, if one did; ``path``
+    is None without fetched memory, also where nothing is near."""
 
     text: str
     tokens: list[int]
@@ -236,8 +237,9 @@ def batch_generate(
         users = [model] * len(ids) if views is None else [by_view[view] for view in views]
         if memory == "fetched":
             routes = _routes(users, texts, names)
+        missing = "none" if memory == "fetched" else "generic"
         caches = [
-            anchor.make_cache(path or "generic", bank=bank, under=user)
+            anchor.make_cache(path or missing, bank=bank, under=user)
             for (bank, path), user in zip(routes, users, strict=True)
         ]
     ends = model.tokenizer.eos_token_ids
@@ -266,14 +268,11 @@ def _routes(
 
 def _routed(
     users: Sequence[MemoryModel], texts: Sequence[str]
-) -> Iterator[tuple[str, ClusterPath]]:
-    """The bank and the cluster path of each text, for its user."""
+) -> Iterator[tuple[str, ClusterPath | None]]:
+    """The bank and the cluster path of each text, for its user; None where nothing is near."""
     banks = [user.require_banks() for user in users]
-    retriever = banks[0].retriever()
-    if all(len(each.parts) == 1 for each in banks):
-        return (("", path) for path in retriever.route_many(texts))
-    vectors = retriever.vectors(texts)
-    return (each.nearest(vector) for each, vector in zip(banks, vectors, strict=True))
+    rows = zip(banks, texts, banks[0].retriever().vectors(texts), strict=True)
+    return (each.near(text) or each.nearest(vector) for each, text, vector in rows)
 
 
 def _checked(

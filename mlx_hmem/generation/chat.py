@@ -22,6 +22,7 @@ from mlx_hmem.generation.options import (
     say,
     stops_of,
 )
+from mlx_hmem.model.fetch import NOTHING_NEAR
 
 DESCRIPTION = """\
 A conversation whose memory follows the topic. Each line is answered; /help names the commands, q
@@ -131,7 +132,7 @@ def _answer(conversation: Conversation, text: str) -> None:
         pieces.close()
         print(flush=True)
         say("stopped")
-    if conversation.route != before and conversation.fetch is not None:
+    if (fetch := conversation.fetch) is not None and (conversation.route != before or fetch.why):
         say(_route(conversation))
 
 
@@ -163,7 +164,7 @@ def _history_command(conversation: Conversation, state: str) -> None:
 
 
 def _route_command(conversation: Conversation, text: str) -> None:
-    say(str(conversation.path_of(text)) if text else _route(conversation))
+    say(str(conversation.path_of(text) or NOTHING_NEAR) if text else _route(conversation))
 
 
 def _reset_command(conversation: Conversation, rest: str) -> None:

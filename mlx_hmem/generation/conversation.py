@@ -1,9 +1,10 @@
 """A conversation with a :class:`MemoryModel`, whose memory follows the topic.
 
-Each turn is routed by itself and by the words before it; a level changes only when the topic has
-clearly left its cluster, and only the levels that changed are replaced. The history's keys and
-values stay as they were computed, under the memory of their time: computed anew under the present
-one they cost a pass over the history and predict no better (docs/chat.md).
+Each turn is routed by itself and by the words before it. Among clusters that no known document has
+taught a level changes only when the topic has clearly left its cluster, and only the levels that
+changed are replaced. The history's keys and values stay as they were computed, under the memory of
+their time: computed anew under the present one they cost a pass over the history and predict no
+better (docs/chat.md).
 """
 
 import time
@@ -22,7 +23,7 @@ from mlx_hmem.generation.ending import check_stops, ids_said, until
 from mlx_hmem.generation.prefetch import Prefetch
 from mlx_hmem.generation.session import SessionStats
 from mlx_hmem.generation.template import chat_ids, check_system
-from mlx_hmem.model.fetch import Fetch, check_mode, check_named
+from mlx_hmem.model.fetch import NOTHING_NEAR, Fetch, check_mode, check_named
 from mlx_hmem.model.model import MemoryModel
 from mlx_hmem.model.stream import check_length, check_options, num_held, prompt_ids
 from mlx_hmem.retriever.steady import likely_paths, steady_route
@@ -180,9 +181,10 @@ class Conversation:
         check_chosen(self.model, name)
         self.memory_name = name
 
-    def path_of(self, text: str) -> ClusterPath:
-        """What ``text`` would be routed to by itself, as the first of a conversation."""
-        return self.model.require_retriever().route(text)
+    def path_of(self, text: str) -> ClusterPath | None:
+        """What ``text`` would be routed to by itself, as the first of a conversation; None where
+        nothing is near."""
+        return self.model.require_banks().route(text)[1]
 
     def stop_prefetch(self) -> None:
         """Ends what is being read ahead."""
@@ -230,12 +232,10 @@ class Conversation:
             bank, path = self.model.require_banks().named(self.memory_name)
         elif self.memory == "fetched":
             vector = self._vector(turn.text)
-            banks = self.model.require_banks()
-            bank = banks.nearest(vector, self.blocked)[0] if len(banks.parts) > 1 else ""
-            present = self._present if bank == self._bank else None
-            tree = banks.retriever(bank).tree
-            path = self._present = steady_route(tree, vector, present, self.margin)
-            self._bank = bank
+            bank, path = self._routed(turn.text, vector)
+            if path is None:
+                spent = (time.perf_counter() - start) * 1e3
+                return vector, Fetch("none", why=NOTHING_NEAR, route_ms=spent)
         routed = time.perf_counter()
         before, self._before = self._before, None
         fetch = self.model.fetch_path(
@@ -245,11 +245,28 @@ class Conversation:
         fetch.name = "" if path is None else self.memory_name or ""
         return vector, fetch
 
-    def _vector(self, text: str) -> np.ndarray:
-        """The turn and the last words of the conversation, the turn's among them, as one vector."""
+    def _routed(self, text: str, vector: np.ndarray) -> tuple[str, ClusterPath | None]:
+        """The bank and the path of the turn: that of the document that turn and window are about,
+        else the one that the tree's other clusters give, with steadiness."""
+        banks = self.model.require_banks()
+        near = banks.near(text, self._window(text) if self.turns else None)
+        bank, path = near or banks.nearest(vector, self.blocked)
+        present = self._present if bank == self._bank else None
+        if near is None and path is not None and present is not None:
+            rest = banks.retriever(bank).rest
+            if rest is not None and rest.counts[0][present[0]]:
+                path = steady_route(rest, vector, present, self.margin)
+        self._bank, self._present = bank, path
+        return bank, path
+
+    def _window(self, text: str) -> str:
+        """The last words of the conversation, the turn's among them."""
         said = " ".join(part for turn in self.turns for part in (turn.text, turn.answer))
-        window = " ".join(f"{said} {text}".split()[-WINDOW:])
-        own, around = self.model.require_retriever().encoder.encode([text, window])
+        return " ".join(f"{said} {text}".split()[-WINDOW:])
+
+    def _vector(self, text: str) -> np.ndarray:
+        """Turn and window as one vector."""
+        own, around = self.model.require_retriever().encoder.encode([text, self._window(text)])
         if not self.turns:
             return own
         vector = WEIGHT * own + (1 - WEIGHT) * around

@@ -1,8 +1,10 @@
 """The memory banks of a model: the first, and those added beside it, each with its own tree.
 
-All share the anchor and the encoder. A text is routed in every tree; the bank answers whose deepest
-centroid on the route points most nearly where the text does (cosine). Who asks under a view sees
-no more of them than that view allows, and the readers keep to it.
+All share the anchor and the encoder. The bank answers in which a document covers the most of a
+text, if one covers enough of it. Otherwise the text is routed in every tree, but for the clusters
+of such documents, and the bank answers whose deepest centroid on the route points most nearly where
+the text does (cosine); where there are no other clusters, nothing is near. Who asks under a view
+sees no more of the banks than that view allows, and the readers keep to it.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -11,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mlx_hmem.bank import Bank
+from mlx_hmem.bank.documents import Document
 from mlx_hmem.bank.views import Barred, Views, check_barred, of_bank, view_called
 from mlx_hmem.config import ClusterPath, not_routed
 from mlx_hmem.errors import UserError
@@ -19,11 +22,12 @@ from mlx_hmem.retriever import ClusterTree, Retriever
 
 class RoutedBank(NamedTuple):
     """A bank with the retriever that finds its clusters, None where paths are given by hand or by
-    their ``names``."""
+    their ``names``, and the documents that are known to have taught it."""
 
     retriever: Retriever | None
     bank: Bank
     names: Mapping[str, ClusterPath] = {}
+    documents: Sequence[Document] = ()
 
 
 class Banks:
@@ -86,6 +90,10 @@ class Banks:
             raise UserError("no such bank to fetch from", name, f"known: {known}")
         return self.parts[name].bank
 
+    def taught_by(self, name: str, path: ClusterPath) -> list[str]:
+        """The names of the documents that have taught all blocks of a path in the bank ``name``."""
+        return [d.name for d in self.parts[name].documents if path in d.clusters]
+
     def blocked_in(self, blocked: Collection[Barred], name: str) -> list[ClusterPath]:
         """Those of ``blocked`` that lie in this bank; all of level 1 where it is named alone."""
         if not any(isinstance(path, tuple | list) and _is_named(path) for path in blocked):
@@ -96,26 +104,40 @@ class Banks:
             return [(cluster,) for cluster in range(configs[name].num_clusters[0])]
         return paths
 
+    def route(self, text: str, blocked: Collection[Barred] = ()) -> tuple[str, ClusterPath | None]:
+        """The bank that answers a text, and the cluster path in it, None where nothing is near."""
+        return self.near(text) or self.nearest(self.retriever().vector(text), blocked)
+
+    def near(self, text: str, around: str | None = None) -> tuple[str, ClusterPath] | None:
+        """As :meth:`route`, where a document is near the text; see :meth:`Retriever.near`."""
+        each = ((name, self.retriever(name).near(text, around)) for name in self.parts)
+        found = {name: near for name, near in each if near is not None}
+        if not found:
+            return None
+        name = max(found, key=lambda name: found[name].covered)
+        return name, found[name].path
+
     def nearest(
         self, vector: np.ndarray, blocked: Collection[Barred] = ()
-    ) -> tuple[str, ClusterPath]:
-        """The bank that answers a text with this vector (dim,), and the cluster path in it.
+    ) -> tuple[str, ClusterPath | None]:
+        """As :meth:`route`, of a text with this vector (dim,) that no document is near.
 
         Each bank is judged by its deepest cluster on the route that may be fetched; the first
         answers where two are equal, or where none may be fetched from.
         """
-        found: list[tuple[float, str, ClusterPath]] = []
-        for name, (_, bank, _) in self.parts.items():
-            retriever = self.retriever(name)
-            path = retriever.tree.route(vector)
+        found: list[tuple[float, str, ClusterPath | None]] = [(-3.0, "", None)]
+        for name, part in self.parts.items():
+            bank, retriever = part.bank, self.retriever(name)
+            if retriever.rest is None:
+                continue
+            path = retriever.rest.route(vector)
             if len(self.parts) == 1:
                 return name, path
             paths = self.blocked_in(blocked, name)
             keys = bank.keys_of(path, bank.config.check_blocked(paths))
             nearness = _cosine(retriever.tree, keys[-1], vector) if keys else -2.0
             found.append((nearness, name, path))
-        _, name, path = max(found, key=lambda each: each[0])
-        return name, path
+        return max(found, key=lambda each: each[0])[1:]
 
 
 def _cosine(tree: ClusterTree, key: tuple[int, int], vector: np.ndarray) -> float:

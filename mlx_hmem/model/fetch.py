@@ -12,10 +12,12 @@ from mlx_hmem.bank.read.arriving import ReplacingMemory, RowsByLayer
 from mlx_hmem.bank.read.reader import Damaged
 from mlx_hmem.bank.views import Barred
 from mlx_hmem.config import ClusterPath
-from mlx_hmem.errors import UserError
+from mlx_hmem.errors import UserError, printable
 from mlx_hmem.memory import Rows
 
 MODES = ("fetched", "generic", "none")
+NOTHING_NEAR = "nothing near"  # no document says what is asked, and there is no other memory
+MOST_NAMED = 3  # documents, for people
 Memory = Rows | RowsByLayer
 
 
@@ -24,7 +26,8 @@ class Fetch:
     """What was fetched for one prompt, from where and how long it took: without waiting, until the
     reading had begun. ``bank`` names the one it was fetched from, "" the first; ``name`` is
     that of the memory where it was chosen so. ``damage`` says of each block that was left out, in
-    one line, why."""
+    one line, why. ``why``: there is no memory where one was asked for, ``NOTHING_NEAR``;
+    ``documents``: the names of those that have taught the blocks, as far as they are known."""
 
     mode: str
     path: ClusterPath | None = None
@@ -38,6 +41,8 @@ class Fetch:
     damage: list[str] = field(default_factory=list)
     bank: str = ""
     name: str = ""
+    why: str = ""
+    documents: list[str] = field(default_factory=list)
 
     @property
     def arrived_ms(self) -> float:
@@ -52,7 +57,12 @@ class Fetch:
         path = f" of bank {self.bank},{path}" if self.bank else path
         path = f" {self.name}{path}" if self.name else path
         sources = ", ".join(f"level {b['level']} {b['source']}" for b in self.blocks)
-        return f"memory: {self.mode}{path}{f' ({sources})' if sources else ''}"
+        why = f": {self.why}" if self.why else ""
+        taught = ", ".join(map(printable, self.documents[:MOST_NAMED]))
+        taught = f", taught by {taught}" if taught else ""
+        if (more := len(self.documents) - MOST_NAMED) > 0:
+            taught += f" and {more} more"
+        return f"memory: {self.mode}{why}{path}{f' ({sources})' if sources else ''}{taught}"
 
     def to_dict(self) -> dict[str, Any]:
         """All but the memory itself, as JSON values; ``fetch_ms`` is ``arrived_ms``."""
@@ -60,6 +70,8 @@ class Fetch:
             "mode": self.mode,
             **({"bank": self.bank} if self.bank else {}),
             **({"name": self.name} if self.name else {}),
+            **({"why": self.why} if self.why else {}),
+            **({"documents": self.documents} if self.documents else {}),
             "path": None if self.path is None else list(self.path),
             "blocks": self.blocks,
             "bytes_read": self.bytes_read,

@@ -17,8 +17,8 @@ MODEL_FILES = (
     "config.json", "generation_config.json", "hf_quant_config.json", "hmem.json",
     "model*.safetensors", "model.safetensors.index.json", "tokenizer.json", "tokenizer.model",
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "vocab.txt", "merges.txt", "chat_template*", "bank/*.json", "banks/*.json", "retriever/*",
-    "banks/*/retriever/*",
+    "vocab.txt", "merges.txt", "chat_template*", "bank/*.json", "bank/*.jsonl", "banks/*.json",
+    "banks/*.jsonl", "retriever/*", "banks/*/retriever/*",
 )  # fmt: skip
 TEXTS = ("README.md", "LICENSE*", "NOTICE*")  # for who makes another model of one
 CODE = ("*.py",)  # never fetched, whatever is wanted

@@ -7,6 +7,7 @@ from typing import Any
 
 from mlx_hmem.anchors.load import anchor_hash, check_hashes, load_anchor, read_config
 from mlx_hmem.bank import Bank
+from mlx_hmem.bank.documents import read_documents, taught
 from mlx_hmem.bank.views import check_name, read_views
 from mlx_hmem.budget.needs import read_needs
 from mlx_hmem.budget.plan import check_context, make_plan, plan_scoring
@@ -89,17 +90,19 @@ def load(
             inside = (place / BANK_FOLDER).relative_to(folder).as_posix()
             options["obtain"] = partial(obtain, inside)
         bank, retriever = open_bank(place, own, cache_bytes=share, **options), None
+        trained = read_documents(place / BANK_FOLDER, own.memory)
         if own.retriever is not None:
             encoder = encoder or open_encoder(folder, configs[""])
-            retriever = Retriever(encoder, open_tree(place, own))
-        banks[name] = RoutedBank(retriever, bank, own.names or {})
+            retriever = Retriever(encoder, open_tree(place, own), taught(trained))
+        banks[name] = RoutedBank(retriever, bank, own.names or {}, trained)
         options = {}
     views = read_views(folder / BANK_FOLDER, {name: own.memory for name, own in configs.items()})
     known = read_config(folder)
     anchor, config = load_anchor(folder, config=known)
     tokenizer = read_tokenizer(folder, known)  # mlx-lm writes other ends of a text over its own
-    retriever, first, names = banks.pop("") if banks else (None, None, None)
-    model = MemoryModel(anchor, config, tokenizer, retriever, first, banks, views, names)
+    retriever, first, names, documents = banks.pop("") if banks else (None, None, None, ())
+    parts = (retriever, first, banks, views, names, documents)
+    model = MemoryModel(anchor, config, tokenizer, *parts)
     if plan is not None:
         trim()
         model.keep_to(plan, base)

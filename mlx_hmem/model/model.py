@@ -16,6 +16,7 @@ from mlx_hmem.anchors.attach import attach_memory
 from mlx_hmem.anchors.fused import FusedMemory, is_fused
 from mlx_hmem.anchors.load import float_dtype
 from mlx_hmem.bank import Bank
+from mlx_hmem.bank.documents import Document
 from mlx_hmem.bank.read.reader import Damaged
 from mlx_hmem.bank.views import Barred, Views
 from mlx_hmem.budget.plan import BudgetPlan
@@ -24,7 +25,7 @@ from mlx_hmem.config import ClusterPath
 from mlx_hmem.errors import UserError
 from mlx_hmem.memory import FetchedMemory, Rows, stack_rows
 from mlx_hmem.model.banks import Banks, RoutedBank
-from mlx_hmem.model.fetch import Fetch, Memory, begin, check_mode, check_named
+from mlx_hmem.model.fetch import NOTHING_NEAR, Fetch, Memory, begin, check_mode, check_named
 from mlx_hmem.model.stream import AnchorWithMemory, first_or, num_held, prompt_ids, stream_text
 from mlx_hmem.retriever import Retriever
 
@@ -52,13 +53,14 @@ class MemoryModel:
         beside: Mapping[str, RoutedBank] | None = None,
         views: Views | None = None,
         names: Mapping[str, ClusterPath] | None = None,
+        documents: Sequence[Document] = (),
     ):
         self.anchor, self.anchor_config, self.tokenizer = anchor, anchor_config, tokenizer
         self.retriever, self.bank = retriever, bank
         self.context: int | None = anchor_config.get("max_position_embeddings")
         self.banks: Banks | None = None
         if bank is not None:
-            parts = {"": RoutedBank(retriever, bank, names or {}), **(beside or {})}
+            parts = {"": RoutedBank(retriever, bank, names or {}, documents), **(beside or {})}
             self.banks = Banks(parts, views or {})
         self._slot = attach_memory(anchor, bank.config) if bank is not None else None
         self._dtype = float_dtype(anchor)
@@ -192,6 +194,9 @@ class MemoryModel:
         ``("NAME", 3)`` and ``("NAME",)`` those of a bank that was added, and all of it.
         With ``damaged`` "skip" a block that cannot be read at a second try either is left out, and
         ``Fetch.damage`` says so; a stream that has begun to use it begins again.
+
+        Where the memory is of documents whose words are known, and none of them is near the text,
+        there is no memory, and ``Fetch.why`` says so (docs/own_documents.md).
         """
         check_named(memory, memory_name)
         if check_mode(memory) == "none":
@@ -201,7 +206,10 @@ class MemoryModel:
         if memory_name is not None:
             name, path = self.require_banks().named(memory_name)
         elif memory == "fetched":
-            name, path = self.route(text, blocked)
+            name, path = self.require_banks().route(text, blocked)
+            if path is None:
+                spent = (time.perf_counter() - start) * 1e3
+                return Fetch("none", why=NOTHING_NEAR, route_ms=spent)
         routed = time.perf_counter()
         fetch = self.fetch_path(path, blocked, wait, damaged, bank=name)
         fetch.route_ms, fetch.name = (routed - start) * 1e3, memory_name or ""
@@ -212,12 +220,10 @@ class MemoryModel:
         return self.require_banks().named(name)[1]
 
     def route(self, text: str, blocked: Collection[Barred] = ()) -> tuple[str, ClusterPath]:
-        """The bank that answers ``text``, "" the first, and the cluster path in it."""
-        banks = self.require_banks()
-        retriever = banks.retriever()
-        if len(banks.parts) == 1:
-            return "", retriever.route(text)
-        return banks.nearest(retriever.vector(text), blocked)
+        """The bank that answers ``text``, "" the first, and the cluster path in it: the nearest
+        one also where :meth:`fetch` finds nothing near."""
+        name, path = self.require_banks().route(text, blocked)
+        return name, self.require_retriever().route(text) if path is None else path
 
     def fetch_path(
         self,
@@ -239,6 +245,7 @@ class MemoryModel:
         barred = source.config.check_blocked(banks.blocked_in(blocked, bank))
         fetch = Fetch("generic" if path is None else "fetched", path, bank=bank)
         fetch.blocked, fetch.damaged = blocked, damaged
+        fetch.documents = [] if path is None else banks.taught_by(bank, path)
         if path is not None and not wait:
             try:
                 fetch.rows, fetch.blocks = begin(source, path, barred, before, self._dtype)

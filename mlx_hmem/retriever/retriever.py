@@ -1,6 +1,11 @@
-"""The retriever: from a text to its cluster path, by an encoder and a cluster tree."""
+"""The retriever: from a text to its cluster path, by an encoder and a cluster tree.
 
-from collections.abc import Sequence
+Of clusters that documents have taught, and of which it is known with what words, the words decide
+(:mod:`.words`): a question lies far from the windows that answer it, and near to others.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -9,12 +14,28 @@ from mlx_hmem.errors import UserError
 from mlx_hmem.retriever.encoder import Encoder
 from mlx_hmem.retriever.texts import check_texts
 from mlx_hmem.retriever.tree import ClusterTree
+from mlx_hmem.retriever.words import NEAR, WordIndex
+
+
+class Near(NamedTuple):
+    """The leaf of the document that covers the most of a text, and how much that is."""
+
+    covered: float
+    path: ClusterPath
 
 
 class Retriever:
-    """Routes texts. The tree must have been fitted to vectors of this very encoder."""
+    """Routes texts. The tree must have been fitted to vectors of this very encoder.
 
-    def __init__(self, encoder: Encoder, tree: ClusterTree):
+    Attributes: ``rest``, the tree without the clusters of level 1 whose words are known; None where
+    it has no others.
+    """
+
+    def __init__(
+        self, encoder: Encoder, tree: ClusterTree, taught: Sequence[tuple[ClusterPath, str]] = ()
+    ):
+        """``taught``: of each document and each leaf that it has taught the path, and its words
+        there, apart by spaces."""
         # None: fitted in this process and never saved; its maker knows the encoder.
         if tree.encoder_hash is not None and tree.encoder_hash != encoder.fingerprint:
             raise UserError(
@@ -30,10 +51,29 @@ class Retriever:
             )
         self.encoder = encoder
         self.tree = tree
+        self._leaves = [path for path, _ in taught]
+        bags = [words.split() for _, words in taught]
+        self._words = WordIndex(encoder.tokenizer, bags) if taught else None
+        self.rest = tree.without({path[0] for path in self._leaves})
+
+    def near(self, text: str, around: str | None = None) -> Near | None:
+        """What is known of ``text`` by its words; None where no document covers enough of it.
+
+        ``around``: with the words that were said before, which count as much as the text's own.
+        """
+        if self._words is None:
+            return None
+        covered = self._words.covered(text)
+        if around is not None:
+            covered = (covered + self._words.covered(around)) / 2
+        best = int(covered.argmax())
+        return Near(float(covered[best]), self._leaves[best]) if covered[best] >= NEAR else None
 
     def route(self, text: str) -> ClusterPath:
-        """The cluster path of ``text``: the global cluster index on each level."""
-        return self.tree.route(self.vector(text))
+        """The cluster path of ``text``: the global cluster index on each level. Where nothing is
+        near it, that of the rest of the tree, or else of all of it."""
+        near = self.near(text)
+        return near.path if near is not None else (self.rest or self.tree).route(self.vector(text))
 
     def vector(self, text: str) -> np.ndarray:
         """What ``text`` is routed by, (dim,); :class:`UserError` where it is empty."""
@@ -55,5 +95,8 @@ class Retriever:
         """
         if not texts:
             return []
-        paths = self.tree.route_batch(self.vectors(texts, progress))
-        return [tuple(path) for path in paths.tolist()]
+        paths = (self.rest or self.tree).route_batch(self.vectors(texts, progress))
+        by_words: Mapping[int, ClusterPath] = {
+            n: near.path for n, text in enumerate(texts) if (near := self.near(text)) is not None
+        }
+        return [by_words.get(n, tuple(path)) for n, path in enumerate(paths.tolist())]

@@ -76,8 +76,8 @@ class StaticEncoder:
         tensors = _read_tensors(folder / "encoder.safetensors", config["rank"], self.dim)
         self.vectors = tensors["vectors"].astype(np.float32) * tensors["scales"][:, None]
         self.projection, self.bias = tensors["projection"], tensors["bias"]
-        tokenizer = load_tokenizer(folder / "tokenizer.json", VOCAB_SIZE)
-        self.pieces = WordPieces(tokenizer, config["max_length"])
+        self.tokenizer = load_tokenizer(folder / "tokenizer.json", VOCAB_SIZE)
+        self.pieces = WordPieces(self.tokenizer, config["max_length"])
         self.fingerprint = fingerprint(folder / "encoder.safetensors", folder / "tokenizer.json")
 
     def encode(self, texts: Sequence[str], progress: bool = False) -> np.ndarray:

@@ -166,6 +166,18 @@ class ClusterTree:
         k = self.branching[level]
         return cluster * k + np.flatnonzero(self.counts[level][cluster * k : (cluster + 1) * k])
 
+    def without(self, clusters: Collection[int]) -> "ClusterTree | None":
+        """The same tree, from which no route leads into these clusters of level 1; None where no
+        other has examples."""
+        if not clusters:
+            return self
+        counts = [level.copy() for level in self.counts]
+        for level in counts:
+            level.reshape(self.branching[0], -1)[list(clusters)] = 0
+        if not counts[0].any():
+            return None
+        return ClusterTree(self.branching, self.centroids, counts, self.seed, self.encoder_hash)
+
     def leaves(self) -> list[ClusterPath]:
         """The cluster path of every leaf that has examples."""
         leaves = np.flatnonzero(self.counts[-1])

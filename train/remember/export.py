@@ -20,17 +20,19 @@ from mlx_hmem.bank.format import MANIFEST, Key, Manifest
 from mlx_hmem.bank.views import read_views, write_views
 from mlx_hmem.bank.writer import Given, rewrite_bank
 from mlx_hmem.bank_tools.folders import TREE, link_model
-from mlx_hmem.config import FORMAT_VERSION, HmemConfig, RetrieverConfig
+from mlx_hmem.config import FORMAT_VERSION, ClusterPath, HmemConfig, RetrieverConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import fingerprint, write_atomic
 from mlx_hmem.folders import whole_folder
 from mlx_hmem.model.find import BANK_FILES, BANK_FOLDER, BESIDE, MODEL_FILES, find_model
 from mlx_hmem.model.load import added_banks, open_encoder, open_tree, read_hmem
 from mlx_hmem.retriever import ClusterTree, Encoder, load_encoder
+from mlx_hmem.retriever.words import words_of
 
+from ..data.taken_tokenizer import TakenTokenizer
 from ..export import place_encoder
 from ..step.start import sound_anchor
-from .run import Settings
+from .run import OwnText, Settings, whole_paths
 
 CARD = """# A model with remembered documents
 
@@ -101,6 +103,27 @@ def joined_tree(base: ClusterTree | None, own: ClusterTree) -> ClusterTree:
     centroids = [np.concatenate([np.asarray(a), np.asarray(b)]) for a, b in pairs]
     counts = [np.concatenate(pair) for pair in zip(base.counts, own.counts, strict=True)]
     return ClusterTree(branching, centroids, counts, base.seed)
+
+
+def with_words(
+    documents: list[Document],
+    text: OwnText,
+    paths: np.ndarray,
+    settings: Settings,
+    encoder: Encoder,
+    tokenizer: TakenTokenizer,
+) -> list[Document]:
+    """The documents with the words of their windows in each leaf, by which a question finds it;
+    ``paths`` are those of :func:`.run.leaves_of`."""
+    found: list[dict[ClusterPath, set[str]]] = [{} for _ in documents]
+    places = zip(text.owner, whole_paths(settings, paths).tolist(), strict=True)
+    for (owner, path), window in zip(places, text.windows.texts(tokenizer), strict=True):
+        words = words_of(encoder.tokenizer, window)
+        found[owner].setdefault(tuple(path), set()).update(words)
+    return [
+        document.of_leaves({path: " ".join(sorted(own[path])) for path in document.clusters})
+        for document, own in zip(documents, found, strict=True)
+    ]
 
 
 def export(
