@@ -22,7 +22,7 @@ from ..corpus.readers_files import own_files
 from ..data.taken_tokenizer import TakenTokenizer
 from ..stages import alone
 from .blocks import Trainer, results_of, subtrees_of, trained_blocks
-from .export import Base, export, open_base
+from .export import Base, export, open_base, with_words
 from .plan import MEMORY_PER_BYTE, PASSES, QUICK, check_size, make_settings, plan_lines, text_bytes
 from .proof import look
 from .restate import Writer, restate, restated
@@ -134,6 +134,7 @@ def remember(base: Base, run: Path, trainer: Trainer, out: Path) -> None:
     trainer.train(run, text, paths)
     numbers = subtrees_of(paths)
     known = provenance(text, settings, paths)
+    known = with_words(known, text, paths, settings, base.encoder, tokenizer)
     tree = ClusterTree.load(run / "tree.safetensors")
     export(base, settings, tree, trained_blocks(run, numbers), known, out)
     results = results_of(run, numbers)
