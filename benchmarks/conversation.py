@@ -36,7 +36,8 @@ from benchmarks.common.show import Result, benchmark
 from mlx_hmem.config import ClusterPath
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.texts import read_texts
-from mlx_hmem.generation.conversation import MARGIN, WEIGHT, WINDOW, Conversation
+from mlx_hmem.generation.conversation import Conversation
+from mlx_hmem.generation.topic import MARGIN, WEIGHT, WINDOW
 from mlx_hmem.model.load import DEMO, load
 from mlx_hmem.model.model import MemoryModel
 from mlx_hmem.retriever import ClusterTree, Retriever, load_encoder

@@ -136,6 +136,19 @@ def read_sealed(path: Path, remedy: str) -> dict[str, Any]:
         raise UserError(f"{path} is damaged", error, remedy) from None
 
 
+def read_sealed_lines(path: Path, remedy: str) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines, each :func:`unsealed`; UserError with the number of the
+    line if one is damaged."""
+    with open_regular(path) as opened:
+        lines, found = opened.read().splitlines(), list[dict[str, Any]]()
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(unsealed(strict_json(line)))
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}, is damaged", error, remedy) from None
+    return found
+
+
 def _checksum(values: dict[str, Any]) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(values, sort_keys=True).encode())
 

@@ -17,11 +17,13 @@ from mlx_hmem.generation.options import (
     add_options,
     memory_options,
     open_model,
+    passages_of_run,
     read_input,
     sampling_options,
     say,
     stops_of,
 )
+from mlx_hmem.generation.passages import passages_line
 from mlx_hmem.model.fetch import NOTHING_NEAR
 
 DESCRIPTION = """\
@@ -58,6 +60,7 @@ def main(words: Sequence[str]) -> None:
     options = memory_options(args) | sampling_options(args)
     model = open_model(args)
     options |= {"max_tokens": args.max_tokens, "system": args.system_prompt, "stop": stops_of(args)}
+    options |= {"passages": passages_of_run(args, model), "with_passages": args.with_passages or 0}
     chat(Conversation(model, notify=say, **options))
 
 
@@ -134,6 +137,8 @@ def _answer(conversation: Conversation, text: str) -> None:
         say("stopped")
     if (fetch := conversation.fetch) is not None and (conversation.route != before or fetch.why):
         say(_route(conversation))
+    if conversation.with_passages:
+        say(passages_line(conversation.turns[-1].passages if conversation.turns else ()))
 
 
 def _route(conversation: Conversation) -> str:

@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -17,11 +18,13 @@ from mlx_hmem.generation.options import (
     add_options,
     memory_options,
     open_model,
+    passages_of_run,
     read_input,
     sampling_options,
     say,
     stops_of,
 )
+from mlx_hmem.generation.passages import beside, passages_line
 from mlx_hmem.generation.template import chat_ids, check_system
 from mlx_hmem.model.fetch import Fetch
 from mlx_hmem.model.model import MemoryModel
@@ -54,9 +57,13 @@ def main(words: Sequence[str]) -> None:
     if prompt == "-":
         prompt = read_input("--prompt -").rstrip("\n")
     model = open_model(args)
+    known = passages_of_run(args, model)
     start = time.perf_counter()
-    ids = ids_of(model, prompt, args.system_prompt, args.raw)
     text = prompt if args.route_text is None else args.route_text
+    ids_in = partial(ids_of, model, system=args.system_prompt, raw=args.raw)
+    passages = [] if known is None else known.nearest(text, args.with_passages)
+    prompt, passages = beside(passages, prompt, ids_in, model.context, args.max_tokens)
+    ids = ids_in(prompt)
     fetch = model.fetch(text, wait=False, **memory_options(args))
     stream = model.stream_ids(ids, fetch, args.max_tokens, **sampling_options(args))
     pieces, ttft_ms, piece = [], 0.0, None
@@ -70,6 +77,7 @@ def main(words: Sequence[str]) -> None:
         "text": "".join(pieces),
         "num_tokens": piece.generation_tokens,
         "memory": fetch.to_dict(),
+        **({} if known is None else {"passages": [each._asdict() for each in passages]}),
         "ttft_ms": round(ttft_ms, 3),
         "tokens_per_s": round(piece.generation_tps, 1),
         "peak_memory_bytes": mx.get_peak_memory(),
@@ -80,6 +88,8 @@ def main(words: Sequence[str]) -> None:
     else:
         print()
         say(summary(fetch, result))
+        if known is not None:
+            say(passages_line(passages))
     if note := said_of(result["text"], piece, args.max_tokens):
         say(note)
     if fetch.damage:

@@ -1,10 +1,8 @@
 """A conversation with a :class:`MemoryModel`, whose memory follows the topic.
 
-Each turn is routed by itself and by the words before it. Among clusters that no known document has
-taught a level changes only when the topic has clearly left its cluster, and only the levels that
-changed are replaced. The history's keys and values stay as they were computed, under the memory of
-their time: computed anew under the present one they cost a pass over the history and predict no
-better (docs/chat.md).
+Only the levels of a memory that changed with the topic are replaced. The history's keys and values
+stay as they were computed, under the memory of their time: computed anew under the present one they
+cost a pass over the history and predict no better (docs/chat.md).
 """
 
 import time
@@ -20,29 +18,30 @@ from mlx_hmem.bank.read.reader import Damaged
 from mlx_hmem.bank.views import Barred
 from mlx_hmem.config import ClusterPath
 from mlx_hmem.generation.ending import check_stops, ids_said, until
+from mlx_hmem.generation.passages import Passage, Passages, beside
 from mlx_hmem.generation.prefetch import Prefetch
 from mlx_hmem.generation.session import SessionStats
 from mlx_hmem.generation.template import chat_ids, check_system
+from mlx_hmem.generation.topic import MARGIN, WINDOW, Topic
 from mlx_hmem.model.fetch import NOTHING_NEAR, Fetch, check_mode, check_named
 from mlx_hmem.model.model import MemoryModel
 from mlx_hmem.model.stream import check_length, check_options, num_held, prompt_ids
-from mlx_hmem.retriever.steady import likely_paths, steady_route
+from mlx_hmem.retriever.steady import likely_paths
 
-# Measured on conversations made of articles (docs/chat.md).
-WINDOW = 32  # words
-WEIGHT = 0.7  # of the turn itself; the rest is the window's
-MARGIN = 0.1  # L2 beyond a cluster's boundary
-LIKELY = 8  # paths that are prefetched
+LIKELY = 8  # paths that are prefetched (docs/chat.md)
 
 MAX_TOKENS = 256  # as mlx-lm's chat
 
 
 @dataclass
 class Turn:
-    """What was said, and what was answered; the ids are those that the anchor has seen."""
+    """What was said, with which passages before it, and what was answered; ``shown`` and the ids
+    are what the anchor has seen."""
 
     text: str
+    shown: str
     ids: list[int]
+    passages: Sequence[Passage] = ()
     answer: str = ""
     answer_ids: tuple[int, ...] = ()
 
@@ -86,14 +85,17 @@ class Conversation:
         damaged: Damaged = "skip",
         margin: float = MARGIN,
         prefetch: bool = True,
+        passages: Passages | None = None,
+        with_passages: int = 1,
         notify: Callable[[str], None] = lambda line: None,
         **options: Any,
     ):
         """``history``: None for that of the tokenizer, see above. ``system``: how a model with a
         chat template is to behave. ``stop``: texts before which an answer ends. ``damaged``:
         whether an answer goes on without a block that cannot be read, or ends in a UserError.
-        ``prefetch``: read blocks that may be asked for next between the turns. ``notify`` is told,
-        in a line, what else one should know. ``blocked`` and ``options`` are those of
+        ``prefetch``: read blocks that may be asked for next between the turns. ``passages``: up to
+        ``with_passages`` of them that are near go before each turn. ``notify`` is told, in a line,
+        what else one should know. ``blocked`` and ``options`` are those of
         :meth:`MemoryModel.stream`."""
         check_options(max_tokens, **options)
         check_system(model.tokenizer, system)
@@ -110,6 +112,7 @@ class Conversation:
         self.history = model.tokenizer.has_chat_template if history is None else history
         self.max_tokens, self.damaged, self.margin = max_tokens, damaged, margin
         self._notify, self._options = notify, options
+        self._passages, self.with_passages = passages, with_passages if passages else 0
         self._prefetch = Prefetch(model.bank) if prefetch and model.bank is not None else None
         self.stats = SessionStats()
         self._latest = 0  # the number of the answer begun last
@@ -121,8 +124,7 @@ class Conversation:
         self.turns: list[Turn] = []
         self.fetch: Fetch | None = None
         self._before: Fetch | None = None  # a fetch whose answer has ended
-        self._present: ClusterPath | None = None  # what the latest fetched memory was routed to,
-        self._bank = ""  # and in which bank
+        self._topic = Topic(self.model, self.blocked, self.margin)
         self._cache: list[Any] | None = None  # of the anchor, for the ids in _cached
         self._cached: list[int] = []
         self._latest += 1
@@ -144,7 +146,7 @@ class Conversation:
         """
         self.stop_prefetch()
         start = time.perf_counter()
-        turn = Turn(text, prompt_ids(self.model.tokenizer, text, self.model.context))
+        turn = self._turn(text)
         ids = self._fit(turn)
         vector, self.fetch = self._remember(turn)
         fetch, self._latest = self.fetch, self._latest + 1
@@ -191,6 +193,22 @@ class Conversation:
         if self._prefetch is not None:
             self._prefetch.stop()
 
+    def _turn(self, text: str) -> Turn:
+        """A new turn, behind the passages that are near it and leave room for an answer."""
+        tokenizer, context = self.model.tokenizer, self.model.context
+        ids = prompt_ids(tokenizer, text, context)
+        if self._passages is None:
+            return Turn(text, text, ids)
+        found = self._passages.nearest(text, self.with_passages, self._window(text))
+
+        def ids_of(shown: str) -> list[int]:
+            if tokenizer.has_chat_template:
+                return check_length(chat_ids(tokenizer, self.system, [], shown), context)
+            return prompt_ids(tokenizer, shown, context)
+
+        shown, found = beside(found, text, ids_of, context, self.max_tokens)
+        return Turn(text, shown, prompt_ids(tokenizer, shown, context), passages=found)
+
     def _fit(self, turn: Turn) -> list[int]:
         """The ids of history and turn; the oldest turns go until there is room for an answer."""
         context = self.model.context
@@ -213,8 +231,8 @@ class Conversation:
     def _ids(self, turn: Turn) -> list[int]:
         tokenizer, turns = self.model.tokenizer, self.turns if self.history else []
         if tokenizer.has_chat_template:
-            before = [(each.text, each.answer) for each in turns]
-            return chat_ids(tokenizer, self.system, before, turn.text)
+            before = [(each.shown, each.answer) for each in turns]
+            return chat_ids(tokenizer, self.system, before, turn.shown)
         ids: list[int] = []
         for each in [*turns, turn]:
             # An id that both ends a text and begins one stands between two of them once.
@@ -231,8 +249,7 @@ class Conversation:
         if self.memory == "fetched" and self.memory_name is not None:
             bank, path = self.model.require_banks().named(self.memory_name)
         elif self.memory == "fetched":
-            vector = self._vector(turn.text)
-            bank, path = self._routed(turn.text, vector)
+            vector, bank, path = self._topic.route(turn.text, self._window(turn.text))
             if path is None:
                 spent = (time.perf_counter() - start) * 1e3
                 return vector, Fetch("none", why=NOTHING_NEAR, route_ms=spent)
@@ -245,32 +262,10 @@ class Conversation:
         fetch.name = "" if path is None else self.memory_name or ""
         return vector, fetch
 
-    def _routed(self, text: str, vector: np.ndarray) -> tuple[str, ClusterPath | None]:
-        """The bank and the path of the turn: that of the document that turn and window are about,
-        else the one that the tree's other clusters give, with steadiness."""
-        banks = self.model.require_banks()
-        near = banks.near(text, self._window(text) if self.turns else None)
-        bank, path = near or banks.nearest(vector, self.blocked)
-        present = self._present if bank == self._bank else None
-        if near is None and path is not None and present is not None:
-            rest = banks.retriever(bank).rest
-            if rest is not None and rest.counts[0][present[0]]:
-                path = steady_route(rest, vector, present, self.margin)
-        self._bank, self._present = bank, path
-        return bank, path
-
-    def _window(self, text: str) -> str:
-        """The last words of the conversation, the turn's among them."""
+    def _window(self, text: str) -> str | None:
+        """The last words of the conversation, the turn's among them; None for the first turn."""
         said = " ".join(part for turn in self.turns for part in (turn.text, turn.answer))
-        return " ".join(f"{said} {text}".split()[-WINDOW:])
-
-    def _vector(self, text: str) -> np.ndarray:
-        """Turn and window as one vector."""
-        own, around = self.model.require_retriever().encoder.encode([text, self._window(text)])
-        if not self.turns:
-            return own
-        vector = WEIGHT * own + (1 - WEIGHT) * around
-        return vector / max(float(np.linalg.norm(vector)), 1e-12)
+        return " ".join(f"{said} {text}".split()[-WINDOW:]) if self.turns else None
 
     def _stream(
         self, ids: list[int], fetch: Fetch, cache: list[Any]

@@ -8,6 +8,7 @@ from typing import Any
 from mlx_hmem.bank.views import barred_path
 from mlx_hmem.budget.resident import SIZE_HELP, parse_bytes
 from mlx_hmem.errors import UserError
+from mlx_hmem.generation.passages import Passages
 from mlx_hmem.model.load import load
 from mlx_hmem.model.model import MemoryModel
 
@@ -73,6 +74,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--memory-name",
         metavar="NAME",
         help="the memory of this name, instead of the one that the text chooses",
+    )
+    memory.add_argument(
+        "--with-passages",
+        type=int,
+        metavar="N",
+        help="put up to N passages of remembered documents that are near before the prompt",
+    )
+    memory.add_argument(
+        "--run",
+        type=Path,
+        metavar="FOLDER",
+        help="where the text of these lies (default: MODEL.run, as remember made it)",
     )
     memory.add_argument(
         "--block",
@@ -161,6 +174,19 @@ def memory_options(args: argparse.Namespace) -> dict[str, Any]:
         "blocked": [barred_path(text) for text in args.block],
         "damaged": "stop" if args.strict_memory else "skip",
     }
+
+
+def passages_of_run(args: argparse.Namespace, model: MemoryModel) -> Passages | None:
+    """The passages that may stand beside the prompt, None where none are asked for."""
+    if args.with_passages is None:
+        if args.run is not None:
+            raise UserError("--run alone has no use", args.run, "give --with-passages N with it")
+        return None
+    if args.with_passages < 1:
+        what = "--with-passages is not 1 or more"
+        raise UserError(what, args.with_passages, "give the number of passages")
+    run = Path(f"{Path(args.model)}.run") if args.run is None else args.run
+    return Passages(run, model, [barred_path(text) for text in args.block])
 
 
 def stops_of(args: argparse.Namespace) -> list[str]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from mlx_hmem.bank import Bank
 from mlx_hmem.bank.documents import Document
+from mlx_hmem.bank.format import Key
 from mlx_hmem.bank.views import Barred, Views, check_barred, of_bank, view_called
 from mlx_hmem.config import ClusterPath, not_routed
 from mlx_hmem.errors import UserError
@@ -90,8 +91,12 @@ class Banks:
             raise UserError("no such bank to fetch from", name, f"known: {known}")
         return self.parts[name].bank
 
-    def taught_by(self, name: str, path: ClusterPath) -> list[str]:
-        """The names of the documents that have taught all blocks of a path in the bank ``name``."""
+    def taught_by(self, name: str, path: ClusterPath, barred: frozenset[Key]) -> list[str]:
+        """The names of the documents that have taught all blocks of a path in the bank ``name``;
+        none where one of these is ``barred`` or may not be fetched."""
+        bank = self.bank(name)
+        if any(key in barred or bank.bars(*key) for key in enumerate(path, 1)):
+            return []
         return [d.name for d in self.parts[name].documents if path in d.clusters]
 
     def blocked_in(self, blocked: Collection[Barred], name: str) -> list[ClusterPath]:

@@ -245,7 +245,7 @@ class MemoryModel:
         barred = source.config.check_blocked(banks.blocked_in(blocked, bank))
         fetch = Fetch("generic" if path is None else "fetched", path, bank=bank)
         fetch.blocked, fetch.damaged = blocked, damaged
-        fetch.documents = [] if path is None else banks.taught_by(bank, path)
+        fetch.documents = [] if path is None else banks.taught_by(bank, path, barred)
         if path is not None and not wait:
             try:
                 fetch.rows, fetch.blocks = begin(source, path, barred, before, self._dtype)
