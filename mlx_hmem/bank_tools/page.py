@@ -115,7 +115,7 @@ def _bank(contents: Contents, effects: Effects | None) -> dict[str, Any]:
         "blockBytes": [bank.block_bytes(n) if r else 0 for n, r in enumerate(config.r, 1)],
         "stored": [stored_as(bank, n) for n in range(1, config.num_levels + 1)],
         "levels": levels,
-        "documents": [vars(document) for document in contents.documents],
+        "documents": [vars(document) | {"words": None} for document in contents.documents],
     }
 
 

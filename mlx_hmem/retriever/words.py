@@ -2,11 +2,11 @@
 
 An encoder knows what a text is like, and a question about one of many that are alike it sends to
 any of them: what tells them apart is a name. So each word of the question weighs as much as it is
-rare among the texts (the idf of BM25), times the pieces that the encoder's tokenizer cuts it into,
-for a name that nobody else has is cut into many. How much of a question a text *covers* is the
-weight of the words that it has, in the weight of all and a little more that no text has: a question
-of common words alone says too little. A word that no text has weighs most: a question
-about a name that was never said is covered little, however much it is like the others.
+rare among the texts (the idf of BM25), times the square of the pieces that the encoder's tokenizer
+cuts it into, for names are cut into many. How much of a question a text *covers* is the weight of
+the words that it has, in the weight of all and a little more that no text has: a question of common
+words alone says too little. A word that no text has weighs most. So a question about a name that
+was never said is covered little, however much it is like the others.
 """
 
 import math
@@ -16,8 +16,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 # Covered at least so much, a question is about the text; measured in docs/log.md.
-NEAR = 0.325
-UNSAID = 1.5  # pieces that no text has, added to each question
+NEAR = 0.25
+UNSAID = 3.0  # words of one piece that no text has, added to each question
 FEWEST = 8  # texts that words are weighed for: of a few no word would be rare
 
 
@@ -48,12 +48,12 @@ class WordIndex:
         for word in words_of(self.tokenizer, question):
             texts = self._texts.get(word)
             rarity = self._rarity(0 if texts is None else len(texts))
-            weight = rarity * len(self.tokenizer.model.tokenize(word))
+            weight = rarity * len(self.tokenizer.model.tokenize(word)) ** 2
             total += weight
             if texts is not None:
                 sums[texts] += weight
         return sums / total
 
     def _rarity(self, count: int) -> float:
-        """What a piece of a word weighs that so many of the texts have."""
+        """What a word of one piece weighs that so many of the texts have."""
         return math.log(1 + (max(self._size, FEWEST) - count + 0.5) / (count + 0.5))
