@@ -32,11 +32,13 @@ NEVER = 60  # questions about what was never said
 
 class Asked(NamedTuple):
     """Documents; questions by the way of asking, each with the number of its document; questions on
-    a document after one that names it, which say "it"; questions about nothing."""
+    a document after one that names it, which say "it", with the last words; what is asked
+    ``before`` one about nothing; questions about nothing."""
 
     texts: list[str]
     questions: dict[str, list[tuple[int, str]]]
     follow: list[tuple[int, str, str]]
+    before: str
     never: list[str]
 
 
@@ -56,7 +58,9 @@ def invented(count: int, seed: int) -> Asked:
         q.prompts["question"] for q in about if not any(name in said for name in names[q.document])
     ]
     order = np.random.default_rng(seed).permutation(len(others))[:NEVER]
-    return Asked([d.text for d in documents], ways, follow, [others[i] for i in order])
+    before = f"{questions[0].prompts['question']} {questions[0].answer}"
+    texts = [document.text for document in documents]
+    return Asked(texts, ways, follow, before, [others[i] for i in order])
 
 
 def of_people(path: Path, count: int, seed: int) -> Asked:
@@ -70,7 +74,7 @@ def of_people(path: Path, count: int, seed: int) -> Asked:
     questions = [(n, asked) for n, text in enumerate(own) for asked in found[text]]
     never = [asked for text in rest for asked in found[text]][:NEVER]
     own = [text.removeprefix("Context: ") for text in own]
-    return Asked(own, {"question": questions}, [], never)
+    return Asked(own, {"question": questions}, [], questions[0][1], never)
 
 
 def retriever_of(
@@ -114,7 +118,10 @@ def measured(asked: Asked, encoder: Encoder, old: ClusterTree, general: list[str
             [near is not None and near.path == leaf for near, leaf in found]
         )
     for name, texts in (("never said", asked.never), ("general", general[:NEVER])):
+        windows = [f"{asked.before} {text}" for text in texts]
+        later = [retriever.near(*pair) for pair in zip(texts, windows, strict=True)]
         result[f"{name}, of {len(texts)}"] = sum(retriever.near(t) is not None for t in texts)
+        result[f"{name}, after a question"] = sum(near is not None for near in later)
     return result | passages(asked, encoder)
 
 

@@ -71,9 +71,7 @@ class Passages:
     def nearest(self, text: str, count: int, around: str | None = None) -> list[Passage]:
         """Up to ``count`` passages that cover enough of a question, the nearest first; ``around``:
         as of :meth:`mlx_hmem.retriever.Retriever.near`."""
-        covered = self._words.covered(text)
-        if around is not None:
-            covered = (covered + self._words.covered(around)) / 2
+        covered = self._words.covered(text, around)
         order = (-covered).argsort(kind="stable")[:count]
         return [self._passages[number] for number in order if covered[number] >= NEAR]
 

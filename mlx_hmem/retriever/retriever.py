@@ -59,13 +59,11 @@ class Retriever:
     def near(self, text: str, around: str | None = None) -> Near | None:
         """What is known of ``text`` by its words; None where no document covers enough of it.
 
-        ``around``: with the words that were said before, which count as much as the text's own.
+        ``around``: the last words of a conversation, the text's among them.
         """
         if self._words is None:
             return None
-        covered = self._words.covered(text)
-        if around is not None:
-            covered = (covered + self._words.covered(around)) / 2
+        covered = self._words.covered(text, around)
         best = int(covered.argmax())
         return Near(float(covered[best]), self._leaves[best]) if covered[best] >= NEAR else None
 

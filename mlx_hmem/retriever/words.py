@@ -2,11 +2,12 @@
 
 An encoder knows what a text is like, and a question about one of many that are alike it sends to
 any of them: what tells them apart is a name. So each word of the question weighs as much as it is
-rare among the texts (the idf of BM25), times the square of the pieces that the encoder's tokenizer
-cuts it into, for names are cut into many. How much of a question a text *covers* is the weight of
-the words that it has, in the weight of all and a little more that no text has: a question of common
-words alone says too little. A word that no text has weighs most. So a question about a name that
-was never said is covered little, however much it is like the others.
+rare, among the texts (the idf of BM25) and in general, which the encoder's tokenizer knows: its
+vocabulary begins with the commonest words, and names are cut into many pieces. How much of a
+question a text *covers* is the weight of the words that it has, in the weight of all and a little
+more that no text has: a question of common words alone says too little. A word that no text has
+weighs most. So a question about a name that was never said is covered little, however much it is
+like the others.
 """
 
 import math
@@ -15,10 +16,12 @@ from collections.abc import Collection, Sequence
 import numpy as np
 from tokenizers import Tokenizer
 
-# Covered at least so much, a question is about the text; measured in docs/log.md.
-NEAR = 0.25
-UNSAID = 3.0  # words of one piece that no text has, added to each question
-FEWEST = 8  # texts that words are weighed for: of a few no word would be rare
+# Covered at least so much, a question is about the text. Measured in docs/log.md, as what follows.
+NEAR = 0.2
+UNSAID = 2.0  # rare words of one piece that no text has, added to each question
+FEWEST = 20  # texts that words are weighed for: of a few no word would be rare
+OWN = 0.8  # weight of a question among the last words of a conversation
+COMMONEST = 1996  # the first word of BERT's vocabulary: before it are signs and single letters
 
 
 def words_of(tokenizer: Tokenizer, text: str) -> list[str]:
@@ -42,18 +45,27 @@ class WordIndex:
     def __len__(self) -> int:
         return self._size
 
-    def covered(self, question: str) -> np.ndarray:
-        """How much of the question each text covers, (texts,) float64 from 0 to 1."""
-        total, sums = UNSAID * self._rarity(0), np.zeros(self._size)
+    def covered(self, question: str, around: str | None = None) -> np.ndarray:
+        """How much of the question each text covers, (texts,) float64 from 0 to 1; ``around``: the
+        last words of a conversation, the question's among them, which count a little."""
+        if around is not None:
+            return OWN * self.covered(question) + (1 - OWN) * self.covered(around)
+        total, sums = UNSAID * self._among_texts(0), np.zeros(self._size)
         for word in words_of(self.tokenizer, question):
             texts = self._texts.get(word)
-            rarity = self._rarity(0 if texts is None else len(texts))
-            weight = rarity * len(self.tokenizer.model.tokenize(word)) ** 2
+            weight = self._among_texts(0 if texts is None else len(texts)) * self._general(word)
             total += weight
             if texts is not None:
                 sums[texts] += weight
         return sums / total
 
-    def _rarity(self, count: int) -> float:
-        """What a word of one piece weighs that so many of the texts have."""
+    def _among_texts(self, count: int) -> float:
+        """How rare a word is that so many of the texts have."""
         return math.log(1 + (max(self._size, FEWEST) - count + 0.5) / (count + 0.5))
+
+    def _general(self, word: str) -> float:
+        """How rare a word is in general: that of its pieces, summed and squared; about 1 for the
+        rarest of one piece."""
+        most = math.log(self.tokenizer.get_vocab_size() - COMMONEST + 1)
+        ranks = (token.id - COMMONEST for token in self.tokenizer.model.tokenize(word))
+        return sum(0.5 if rank < 0 else math.log(2 + rank) / most for rank in ranks) ** 2

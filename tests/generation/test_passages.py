@@ -98,7 +98,7 @@ def test_a_chat_shows_the_passage_in_the_turn_and_says_which(taught):
 def test_passages_leave_room_for_the_answer(taught):
     model = load(taught)
     passages = Passages(Path(f"{taught}.run"), model).nearest("ferry Barbaconor mill Kelrawick", 3)
-    assert [p.document for p in passages] == ["ferry.txt", "mill.txt"]
+    assert [p.document for p in passages] == ["mill.txt", "ferry.txt"]
 
     def ids_of(text: str) -> list[int]:
         return prompt_ids(model.tokenizer, text, context)
