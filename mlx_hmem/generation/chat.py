@@ -138,7 +138,7 @@ def _answer(conversation: Conversation, text: str) -> None:
     if (fetch := conversation.fetch) is not None and (conversation.route != before or fetch.why):
         say(_route(conversation))
     if conversation.with_passages:
-        say(passages_line(conversation.turns[-1].passages if conversation.turns else ()))
+        say(passages_line(*conversation.passages))
 
 
 def _route(conversation: Conversation) -> str:

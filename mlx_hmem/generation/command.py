@@ -61,8 +61,8 @@ def main(words: Sequence[str]) -> None:
     start = time.perf_counter()
     text = prompt if args.route_text is None else args.route_text
     ids_in = partial(ids_of, model, system=args.system_prompt, raw=args.raw)
-    passages = [] if known is None else known.nearest(text, args.with_passages)
-    prompt, passages = beside(passages, prompt, ids_in, model.context, args.max_tokens)
+    near = [] if known is None else known.nearest(text, args.with_passages)
+    prompt, passages = beside(near, prompt, ids_in, model.context, args.max_tokens)
     ids = ids_in(prompt)
     fetch = model.fetch(text, wait=False, **memory_options(args))
     stream = model.stream_ids(ids, fetch, args.max_tokens, **sampling_options(args))
@@ -89,7 +89,7 @@ def main(words: Sequence[str]) -> None:
         print()
         say(summary(fetch, result))
         if known is not None:
-            say(passages_line(passages))
+            say(passages_line(passages, len(near)))
     if note := said_of(result["text"], piece, args.max_tokens):
         say(note)
     if fetch.damage:

@@ -35,13 +35,12 @@ MAX_TOKENS = 256  # as mlx-lm's chat
 
 @dataclass
 class Turn:
-    """What was said, with which passages before it, and what was answered; ``shown`` and the ids
-    are what the anchor has seen."""
+    """What was said, and what was answered; ``shown``, with passages, and the ids are what the
+    anchor has seen."""
 
     text: str
     shown: str
     ids: list[int]
-    passages: Sequence[Passage] = ()
     answer: str = ""
     answer_ids: tuple[int, ...] = ()
 
@@ -68,6 +67,7 @@ class Conversation:
         history: whether an answer sees the turns before; may be set between turns.
         turns: what was said and answered, as far as it is in the context.
         fetch: the :class:`Fetch` of the latest answer, None before the first.
+        passages: before the latest turn, and how many were near it.
         stats: of the session so far.
     """
 
@@ -130,6 +130,7 @@ class Conversation:
         self._latest += 1
         self._dropped = False
         self._damage: list[str] = []
+        self.passages: tuple[Sequence[Passage], int] = (), 0
 
     @property
     def route(self) -> ClusterPath | None:
@@ -206,8 +207,9 @@ class Conversation:
                 return check_length(chat_ids(tokenizer, self.system, [], shown), context)
             return prompt_ids(tokenizer, shown, context)
 
-        shown, found = beside(found, text, ids_of, context, self.max_tokens)
-        return Turn(text, shown, prompt_ids(tokenizer, shown, context), passages=found)
+        shown, passages = beside(found, text, ids_of, context, self.max_tokens)
+        self.passages = passages, len(found)
+        return Turn(text, shown, prompt_ids(tokenizer, shown, context))
 
     def _fit(self, turn: Turn) -> list[int]:
         """The ids of history and turn; the oldest turns go until there is room for an answer."""

@@ -107,6 +107,8 @@ def beside(
     return text, []
 
 
-def passages_line(passages: Sequence[Passage]) -> str:
-    """Of which documents they are, for people."""
-    return f"passages: {', '.join(printable(p.document) for p in passages) or 'none'}"
+def passages_line(passages: Sequence[Passage], near: int) -> str:
+    """Of which documents they are, of so many that were near, for people."""
+    names = ", ".join(printable(passage.document) for passage in passages) or "none"
+    left = near - len(passages)
+    return f"passages: {names}{f', no room for {left} more' if left else ''}"

@@ -91,7 +91,7 @@ def test_a_chat_shows_the_passage_in_the_turn_and_says_which(taught):
     list(talk.say(ASKED))
     list(plain.say(f"{TEXTS['ferry.txt']}\n\n{ASKED}"))
     assert talk.turns[0].text == ASKED
-    assert [p.document for p in talk.turns[0].passages] == ["ferry.txt"]
+    assert talk.passages == ([("ferry.txt", TEXTS["ferry.txt"])], 1)
     assert talk._cached == plain._cached  # the anchor has seen the same
 
 
