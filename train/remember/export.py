@@ -70,7 +70,7 @@ class Base:
 
 def open_base(path_or_repo: str) -> Base:
     """A folder or Hub id, with its memory if it has one; UserError where the parts do not fit."""
-    folder = find_model(path_or_repo, (*MODEL_FILES, *BANK_FILES, f"{BANK_FOLDER}/*.jsonl"))
+    folder = find_model(path_or_repo, (*MODEL_FILES, *BANK_FILES))
     read_config(folder)
     hmem = read_hmem(folder)
     if hmem is None:
