@@ -28,6 +28,7 @@ from benchmarks.common.show import benchmark, draw, shown
 from benchmarks.fetch import topics
 from benchmarks.fetch.path import byte_counts, fetch_times, first_of_process
 from benchmarks.fetch.raw_reads import COLD_WAYS, PLAIN, RawReader, Way, fastest_ways
+from benchmarks.own.documents import is_right, make_documents
 from mlx_hmem.anchors.openlm import PRESETS, ModelArgs
 from mlx_hmem.bank import Bank
 from mlx_hmem.config import MemoryConfig
@@ -259,3 +260,29 @@ def test_losses_of_repeated_and_new_tokens_make_the_models_perplexity():
     assert first["all"]["tokens"] == losses.tokens.sum()
     assert second["repeated"]["per_cent"] == 0
     assert second["new"]["per_cent"] > 0
+
+
+def test_invented_documents_say_what_is_asked_and_no_two_have_one_name():
+    documents, questions = make_documents(60, 3)
+    assert documents == make_documents(60, 3)[0]
+    assert len({document.title for document in documents}) == 60
+    assert len(questions) == 5 * 60
+    for question in questions:
+        text, own = documents[question.document].text, question.prompts["own words"]
+        assert text.startswith(f"{own} {question.answer}")
+        name = max(documents[question.document].title.split(), key=len)
+        assert all(name in question.prompts[way] for way in ("another wording", "question"))
+
+
+@pytest.mark.parametrize(
+    ("said", "right"),
+    [
+        (" A badger.\nQuestion", True),
+        ("\n\nthe Badger", True),
+        ("badgers", False),
+        (" I know\n a badger", False),
+        ("\n", False),
+    ],
+)
+def test_an_answer_counts_if_its_first_line_says_it(said, right):
+    assert is_right(said, "badger") is right

@@ -3,13 +3,15 @@
 ``python -m benchmarks.own MODEL --work FOLDER [--json]``
 
 Invented documents of five facts each are remembered. Each fact is then asked for in the document's
-own words, in another wording and as a question; an answer counts if the first line of 24
-likeliest tokens says it. Beside the memory: the anchor alone, the document in its prompt, and
-mlx-lm's LoRA of as many parameters in as many steps on the same rows, all documents together.
+own words, in another wording and as a question; an answer counts if the first line of 24 likeliest
+tokens says it. Beside the memory: the anchor alone, the document in its prompt, the passage that
+``--with-passages 1`` puts there, passage and memory, and mlx-lm's LoRA of as many parameters in as
+many steps on the same rows, all documents together.
 ``--corpus`` adds the perplexity of text that has nothing to do with them, ``--forget`` what is left
 after so many of the documents are forgotten. A run that was stopped goes on in the same folder.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,8 +29,10 @@ from benchmarks.common.show import Result, benchmark
 from benchmarks.own.documents import WAYS, Document, Question, is_right, make_documents
 from mlx_hmem.anchors.architectures import head_of
 from mlx_hmem.anchors.load import load_anchor, num_embedded
-from mlx_hmem.evaluate.perplexity import perplexity
+from mlx_hmem.evaluate.perplexity import document_losses
 from mlx_hmem.evaluate.scoring import continue_greedily
+from mlx_hmem.folders import whole_folder
+from mlx_hmem.generation.passages import Passages
 from mlx_hmem.model.load import load
 from mlx_hmem.model.model import MemoryModel
 from train.corpus.files import Faults
@@ -64,19 +68,35 @@ def prompt_of(question: Question, way: str) -> str:
 
 def recall(arm: Arm, questions: Sequence[Question]) -> dict[str, int]:
     """How many of the questions are answered rightly in each way of asking."""
-    found = {}
+    model, found = arm.model, dict.fromkeys(WAYS, 0)
     for way in WAYS:
         prompts = [prompt_of(q, way) for q in questions]
         texts = [arm.before(q, p) + p for q, p in zip(questions, prompts, strict=True)]
-        paths = None
-        if arm.memory == "fetched":
-            paths = [arm.model.route(p)[1] for p in prompts]
-        ids, right = [arm.model.tokenizer.encode(text) for text in texts], 0
-        for batch in continue_greedily(arm.model, ids, TOKENS, arm.memory, paths):
-            for i, tokens in batch:
-                right += is_right(arm.model.tokenizer.decode(tokens), questions[i].answer)
-        found[way] = right
+        paths = [near(arm, p) for p in prompts]
+        for with_memory in (False, True):
+            own = [i for i, path in enumerate(paths) if (path is not None) is with_memory]
+            ids = [model.tokenizer.encode(texts[i]) for i in own]
+            given = ("fetched", [paths[i] for i in own]) if with_memory else ("none", None)
+            for batch in continue_greedily(model, ids, TOKENS, *given) if own else ():
+                for place, tokens in batch:
+                    answer = questions[own[place]].answer
+                    found[way] += is_right(model.tokenizer.decode(tokens), answer)
     return found
+
+
+def near(arm: Arm, text: str) -> Any:
+    """The path of the memory that a text fetches; None for none."""
+    return arm.model.require_banks().route(text)[1] if arm.memory == "fetched" else None
+
+
+def perplexity_of(arm: Arm, texts: Sequence[str]) -> float:
+    """Over all texts, each with the memory that it fetches."""
+    nats = tokens = 0.0
+    for text in texts:
+        memory = "none" if near(arm, text) is None else "fetched"
+        losses = document_losses(arm.model, [text], memory, progress=False)
+        nats, tokens = nats + losses.nats.sum(), tokens + losses.tokens.sum()
+    return math.exp(nats / tokens)
 
 
 def unrelated(corpus: Path) -> list[str]:
@@ -117,8 +137,8 @@ def train_lora(model: Path, rows: Rows, passes: Passes, settings: Settings, rate
     step = nn.value_and_grad(anchor, loss)
     for number in tqdm(range(passes.num_steps), desc=f"LoRA, {rate:g}", unit=" steps", delay=2):
         chosen = passes.rows(number)
-        tokens, lengths = rows.tokens[chosen], rows.lengths[chosen]
-        counts = np.arange(1, tokens.shape[1]) < lengths[:, None]
+        tokens, at = rows.tokens[chosen], np.arange(1, rows.tokens.shape[1])
+        counts = (at >= rows.given[chosen, None]) & (at < rows.lengths[chosen, None])
         places, count = counted_places(counts, chunk)
         given = (mx.array(tokens.astype(np.int32)), mx.array(places), mx.array(count))
         _, gradient = step(anchor, *given)
@@ -130,9 +150,11 @@ def train_lora(model: Path, rows: Rows, passes: Passes, settings: Settings, rate
 
 
 def write_documents(documents: Sequence[Document], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for document in documents:
-        (folder / f"{document.title}.txt").write_text(document.text, encoding="utf-8")
+    if folder.exists():  # written again they would be other files to a run that goes on
+        return
+    with whole_folder(folder) as part:
+        for document in documents:
+            (part / f"{document.title}.txt").write_text(document.text, encoding="utf-8")
 
 
 def measure(
@@ -153,12 +175,19 @@ def measure(
     command = [str(work / "documents"), "--model", str(model), "--out", str(out)]
     seconds = timed(lambda: remember([*command, "--passes", str(passes)])).ms / 1e3
     after, settings = load(out), Settings.load(run)
+    nearest = Passages(run, after).nearest
+
+    def passage(question: Question, prompt: str) -> str:
+        return "".join(f"{p.text}\n\n" for p in nearest(prompt, 1))
+
     arms = {
         "anchor alone": Arm(after, "none"),
         "document in the prompt": Arm(
             after, "none", lambda q, prompt: texts[q.document].text + "\n\n"
         ),
+        "nearest passage in the prompt": Arm(after, "none", passage),
         "memory": Arm(after, "fetched"),
+        "memory and passage": Arm(after, "fetched", passage),
     }
     text, tokenizer = text_of(open_base(str(model)), documents_of_run(run))
     anywhere = np.zeros((len(text.windows), settings.memory.num_levels), np.int32)
@@ -172,11 +201,10 @@ def measure(
     table: dict[str, dict[str, Any]] = {}
     for name, arm in arms.items():
         table[name] = dict(recall(arm, questions))
-        if name == "document in the prompt":
+        if "prompt" in name:
             table[name]["own words"] = None  # they stand in it
         elif other:
-            found = perplexity(arm.model, other, arm.memory, progress=False)
-            table[name]["unrelated text"] = found.per_token
+            table[name]["unrelated text"] = perplexity_of(arm, other)
     result: Result = {
         "documents": documents,
         "questions": len(questions),

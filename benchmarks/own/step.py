@@ -33,7 +33,7 @@ def in_mlx(model: Path, steps: int) -> dict[str, Any]:
     memory = new_memory(read_config(model), (2,))
     anchor, _ = load_anchor(model)
     tokens = np.random.default_rng(0).integers(10, memory.hidden_size, (4, 161)).astype(np.uint32)
-    ragged, paths = Ragged(LENGTHS, PART_TOKENS), np.zeros((4, 1), np.int32)
+    ragged, paths = Ragged(np.ones(4), LENGTHS, PART_TOKENS), np.zeros((4, 1), np.int32)
     training, times = TrainerConfig(batch_size=1, document_mask=False), list[float]()
     with tempfile.TemporaryDirectory() as folder, BlockStore(Path(folder), memory, 0) as store:
         trainee = MemoryTrainee(anchor, store, tokens, paths, 1, training, ragged=ragged)

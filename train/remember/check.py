@@ -23,6 +23,7 @@ from mlx_hmem.model.find import BANK_FOLDER
 from mlx_hmem.reading import open_regular
 
 from ..corpus.files import Faults
+from ..corpus.own import OwnDocument, read_folder, sentences
 from ..corpus.readers_files import own_files
 from .blocks import Trainer, subtrees_of, trained_blocks
 from .command import text_of
@@ -30,7 +31,6 @@ from .export import Base, open_bases
 from .rest import Taught, tree_of
 from .restate import restated
 from .run import vectors_of
-from .text import OwnDocument, read_folder, sentences
 
 PIECE = 1 << 25  # bytes of a file at a time
 NEAR = 0.95  # cosine from which on a stored vector is that of a window

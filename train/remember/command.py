@@ -18,6 +18,7 @@ from mlx_hmem.model.load import load
 from mlx_hmem.retriever import ClusterTree
 
 from ..corpus.files import CorpusFile, Faults
+from ..corpus.own import OwnDocument, Reading, read_folder
 from ..corpus.readers_files import own_files
 from ..data.taken_tokenizer import TakenTokenizer
 from ..stages import alone
@@ -36,7 +37,6 @@ from .run import (
     leaves_of,
     provenance,
 )
-from .text import OwnDocument, Reading, read_folder
 
 
 def source_of(files: list[CorpusFile], most_bytes: int | None) -> str:

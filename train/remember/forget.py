@@ -33,6 +33,7 @@ from mlx_hmem.model.load import load
 from mlx_hmem.retriever import ClusterTree
 
 from ..corpus.files import Faults
+from ..corpus.own import OwnDocument, read_folder
 from ..corpus.readers_files import own_files
 from ..stages import alone
 from .blocks import Trainer, subtrees_of, trained_blocks
@@ -43,7 +44,6 @@ from .proof import proof, report_lines
 from .rest import RESTORE, Rest, Taught, begin_rest, documents_left, made
 from .restate import restated
 from .run import SETTINGS, vectors_of
-from .text import OwnDocument, read_folder
 
 DONE = "forgotten.json"
 

@@ -17,8 +17,8 @@ from mlx_hmem.evaluate.perplexity import document_losses
 from mlx_hmem.evaluate.scoring import continue_greedily
 from mlx_hmem.model.model import MemoryModel
 
-from .text import OwnDocument
-from .text import sentences as spans_of
+from ..corpus.own import OwnDocument
+from ..corpus.own import sentences as spans_of
 
 FEWEST_TOKENS = 12  # of a sentence to be said by heart
 MOST_SENTENCES = 64  # of a document

@@ -20,6 +20,7 @@ from mlx_hmem.errors import UserError
 from mlx_hmem.files import link_or_copy
 from mlx_hmem.retriever import ClusterTree
 
+from ..corpus.own import OwnDocument
 from ..data.arrays import load_mapped, save_array
 from ..data.windows import Windows, choose
 from ..tree.stage import distinct
@@ -27,7 +28,6 @@ from .blocks import subtree_folder, subtrees_of
 from .export import Base
 from .restate import restated_of
 from .run import SETTINGS, OwnText, Settings, begin_run, documents_of, known_names, provenance
-from .text import OwnDocument
 
 RESTORE = "restore the folder as the remembering left it, or give its own with --run"
 

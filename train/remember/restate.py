@@ -33,10 +33,10 @@ from mlx_hmem.model.model import MemoryModel
 from mlx_hmem.model.tokenizer import read_tokenizer
 from mlx_hmem.reading import sealed, strict_json, unsealed
 
+from ..corpus.own import OwnDocument, sentences
 from ..cost.plan import time_text
 from .export import Base
 from .run import context_of, write_lines
-from .text import OwnDocument, sentences
 
 JOURNAL = "restated.jsonl"
 MOST_TOKENS = 96  # of a restatement, and at most a quarter of the anchor's context

@@ -14,16 +14,16 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
+from ..corpus.own import OwnDocument, sentences
 from ..data.taken_tokenizer import TakenTokenizer
 from ..data.windows import choose
 from ..step.gradient import SHAPES, Ragged
 from .run import OwnText, Settings, whole_paths
-from .text import OwnDocument, sentences
 
 FEWEST_TOKENS = 6  # of the second half of a sentence, for it to be worth ending
 SHORTEST = 16  # characters of a sentence that is a row by itself
 WORD = 4  # letters of a word that a question may name
-SHARE = 0.12  # of the sentences' rows, in a pass
+SHARE = 0.08  # of the sentences' rows, in a pass
 ASKED = (
     "What about the {words} of {title}?",
     "What is said of {title} and {words}?",
@@ -41,13 +41,14 @@ def title_of(document: OwnDocument) -> str:
     return re.sub(r"[-_\s]+", " ", name).strip()
 
 
-def told_apart(title: str, text: str) -> Iterator[str]:
-    """Each sentence of ``text`` behind the title, and as answers to questions."""
+def told_apart(title: str, text: str) -> Iterator[tuple[str, str]]:
+    """Each sentence of ``text`` behind the title, and as the answer to questions: what is given,
+    and what follows."""
     for start, end in sentences(text):
         sentence = text[start:end].strip()
         if len(sentence) < SHORTEST:
             continue
-        yield f"{title}: {sentence}"
+        yield f"{title}:", f" {sentence}"
         words = [w for w in re.findall(r"\w+", sentence) if len(w) >= WORD and w not in title]
         if not words:
             continue
@@ -55,14 +56,16 @@ def told_apart(title: str, text: str) -> Iterator[str]:
         for asked in ASKED:
             places = rng.choice(len(words), min(len(words), int(rng.integers(1, 4))), replace=False)
             named = " ".join(words[i] for i in sorted(places))
-            yield f"Question: {asked.format(title=title, words=named)}\nAnswer: {sentence}"
+            yield f"Question: {asked.format(title=title, words=named)}\nAnswer:", f" {sentence}"
 
 
 class Rows(NamedTuple):
-    """``tokens``: padded on the right, (n, longest + 1); ``lengths``: of each; ``paths``: in the
-    model, (n, levels). The first ``windows`` of them are those of the text."""
+    """``tokens``: padded on the right, (n, longest + 1); ``given``: how many of each are given, and
+    ``lengths``: how many there are; ``paths``: in the model, (n, levels). The first ``windows`` of
+    them are those of the text."""
 
     tokens: np.ndarray
+    given: np.ndarray
     lengths: np.ndarray
     paths: np.ndarray
     windows: int
@@ -80,22 +83,25 @@ class Rows(NamedTuple):
         in the tree of these documents."""
         windows, begin = choose(text.windows, own), text.windows.begin
         rows, places = [windows[i] for i in range(len(windows))], list(own)
+        given = [1] * len(rows)
         for number, said in zip(own, windows.texts(tokenizer), strict=True):
             if not text.added[number]:
                 title = title_of(text.documents[text.owner[number]])
-                for apart in told_apart(title, said):
-                    ids = [*begin, *tokenizer.encode(apart)]
-                    rows.append(np.array(ids[: settings.context], windows.tokens.dtype))
+                for before, after in told_apart(title, said):
+                    ids = [*begin, *tokenizer.encode(before + after)][: settings.context]
+                    rows.append(np.array(ids, windows.tokens.dtype))
+                    given.append(len(begin) + len(tokenizer.encode(before)))
                     places.append(number)
         lengths = np.array([len(row) for row in rows])
         width = -(-(int(lengths.max()) - 1) // SHAPES) * SHAPES + 1
         tokens = np.full((len(rows), width), begin[0], windows.tokens.dtype)
         for target, row in zip(tokens, rows, strict=True):
             target[: len(row)] = row
-        return cls(tokens, lengths, whole_paths(settings, paths[places]), len(windows))
+        paths = whole_paths(settings, paths[places])
+        return cls(tokens, np.array(given), lengths, paths, len(windows))
 
     def ragged(self, at_once: int) -> Ragged:
-        return Ragged(self.lengths, at_once)
+        return Ragged(self.given, self.lengths, at_once)
 
 
 class Passes:

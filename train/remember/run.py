@@ -11,10 +11,10 @@ clusters here are counted from the first new one.
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import numpy as np
 
@@ -22,22 +22,21 @@ from mlx_hmem.bank.documents import Document
 from mlx_hmem.config import JsonConfig, MemoryConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import atomic_file, write_atomic
-from mlx_hmem.reading import check_version, open_regular, read_sealed, sealed, strict_json, unsealed
+from mlx_hmem.reading import check_version, read_sealed, read_sealed_lines, sealed
 from mlx_hmem.retriever import ClusterTree, Encoder
 
+from ..corpus.own import OwnDocument, typical_words
 from ..data.arrays import load_mapped, save_array
 from ..data.taken_tokenizer import TakenTokenizer, embedded
 from ..data.windows import Windows, cut_windows
 from ..tree.stage import distinct
-from .text import OwnDocument, typical_words
 
 FORMAT_VERSION = 2
 SETTINGS = "settings.json"
 KNOWN = "known.jsonl"
 LONGEST = 512  # tokens of a window
+RESTORE = "restore the folder as the remembering left it"
 OTHER_RUN = "give another --out or --run, or go on with what it was begun with"
-
-Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -200,37 +199,25 @@ def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
             file.write((json.dumps(sealed(line), ensure_ascii=False) + "\n").encode())
 
 
-def read_lines(path: Path, make: Callable[[dict[str, Any]], Made]) -> list[Made]:
-    """What :func:`make` makes of each line that :func:`write_lines` wrote; UserError unless it is
-    that, by its checksum, and can be made."""
-    with open_regular(path) as opened:
-        lines, found = opened.read().splitlines(), list[Made]()
-    for number, line in enumerate(lines, 1):
-        try:
-            found.append(make(unsealed(strict_json(line))))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            remedy = "restore the folder as the remembering left it"
-            raise UserError(f"{path}, line {number}, is damaged", error, remedy) from None
-    return found
-
-
 def documents_of(folder: Path) -> list[OwnDocument]:
     """What :func:`begin_run` wrote; UserError unless each text is the one that was read."""
-
-    def document(values: dict[str, Any]) -> OwnDocument:
-        made = OwnDocument(**values | {"also": tuple(values.get("also", ()))})
-        if hashlib.sha256(made.text.encode()).hexdigest() != made.sha256:
-            raise ValueError("another text than its hash says")
-        return made
-
-    return read_lines(folder / "documents.jsonl", document)
+    found, path = list[OwnDocument](), folder / "documents.jsonl"
+    for number, line in enumerate(read_sealed_lines(path, RESTORE), 1):
+        try:
+            made = OwnDocument(**line | {"also": tuple(line.get("also", ()))})
+            if hashlib.sha256(made.text.encode()).hexdigest() != made.sha256:
+                raise ValueError("another text than its hash says")
+        except (AttributeError, TypeError, ValueError) as error:
+            raise UserError(f"{path}, line {number}, is damaged", error, RESTORE) from None
+        found.append(made)
+    return found
 
 
 def known_names(folder: Path) -> dict[str, tuple[str, ...]]:
     """By what names a run has read documents that it has not taught, by their hashes."""
-    if not (folder / KNOWN).exists():
-        return {}
-    return dict(read_lines(folder / KNOWN, lambda line: (line["sha256"], tuple(line["names"]))))
+    path = folder / KNOWN
+    lines = read_sealed_lines(path, RESTORE) if path.exists() else []
+    return {line["sha256"]: tuple(line["names"]) for line in lines}
 
 
 def check_same(found: Settings, folder: Path, **wanted: Any) -> None:

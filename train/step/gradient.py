@@ -39,10 +39,11 @@ SHAPES = 32  # lengths of sequences are multiples of this: a compiled step wants
 class Ragged(NamedTuple):
     """Sequences of different lengths, padded to that of the longest, which comes first.
 
-    ``lengths``: tokens of each; ``at_once``: tokens that may be worked on at a time, padding
-    included.
+    ``lengths``: tokens of each, of which the first ``given`` are no targets; ``at_once``: tokens
+    that may be worked on at a time, padding included.
     """
 
+    given: np.ndarray
     lengths: np.ndarray
     at_once: int
 
@@ -148,8 +149,10 @@ class BatchGradient:
         if ragged is None:
             counts, parts = counted(tokens, self.eot), self._equal_parts(tokens)
         else:
-            counts = np.arange(1, tokens.shape[1]) < ragged.lengths[:, None]
-            parts, self.likeliest = _fitting_parts(*ragged), np.zeros_like(counts)
+            places = np.arange(1, tokens.shape[1])
+            counts = (places >= ragged.given[:, None]) & (places < ragged.lengths[:, None])
+            parts = _fitting_parts(ragged.lengths, ragged.at_once)
+            self.likeliest = np.zeros_like(counts)
         scale = mx.array(1 / max(1, int(counts.sum())), mx.float32)
         value, gradient = mx.array(0.0), None
         for rows, length in parts:

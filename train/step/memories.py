@@ -113,7 +113,9 @@ class MemoryTrainee:
             "blocks": [state[0] for state in states],
         }
         counts = [len(clusters) for clusters in unique]
-        ragged = self.ragged and self.ragged._replace(lengths=self.ragged.lengths[rows])
+        ragged = self.ragged
+        if ragged is not None:
+            ragged = Ragged(ragged.given[rows], ragged.lengths[rows], ragged.at_once)
         given = (self.tokens[rows], indices, counts, ragged)
         loss, norm, gradients = self.gradient(weights, *given)
         del weights  # or the update could not write in place

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 
 from mlx_hmem.bank.documents import MAX_TERMS
 
-from ..corpus.files import CorpusFile, Faults
-from ..corpus.readers_files import read_own
+from .files import CorpusFile, Faults
+from .readers_files import read_own
 
 _END = re.compile(r"[.!?][\"')\]]?(?=\s)|\n")
 _WORD = re.compile(r"[^\W\d_]{5,}")
