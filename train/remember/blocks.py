@@ -34,6 +34,8 @@ from ..store.checkpoint import Progress
 from .rows import Passes, Rows, Sentences
 from .run import OwnText, Settings
 
+MEASURED = 64  # windows that the time is taken with
+
 
 @dataclass(frozen=True)
 class Subtree:
@@ -73,20 +75,22 @@ class Trainer:
 
     def train(self, run: Path, text: OwnText, paths: np.ndarray) -> None:
         """Trains every subtree that is not finished; ``paths`` are those of :func:`leaves_of`."""
-        given = (text, paths, self.settings, self.tokenizer)
-        subtrees = [subtree_of(*given, number) for number in subtrees_of(paths)]
-        total = sum(subtree.passes.total for subtree in subtrees)
+        sizes, settings = np.diff(text.windows.offsets), self.settings
+        total = settings.passes * int(sizes.sum())
         with tqdm(total=total, desc="remembering", unit=" tokens", unit_scale=True) as bar:
-            for subtree in subtrees:
-                if (subtree_folder(run, subtree.number) / "done.json").exists():
-                    bar.update(subtree.passes.total)
-                else:
+            for number in subtrees_of(paths):
+                if (subtree_folder(run, number) / "done.json").exists():
+                    bar.update(settings.passes * int(sizes[paths[:, 0] == number].sum()))
+                else:  # the rows of one at a time: they are many times as large as the text
+                    subtree = subtree_of(text, paths, settings, self.tokenizer, number)
                     self._train_one(run, subtree, bar)
 
     def seconds(self, text: OwnText, folder: Path) -> float:
-        """About how long all passes take, as if the text were one cluster: from a step, its blocks
-        in ``folder``, after one that compiles."""
-        anywhere = np.zeros((len(text.windows), self.settings.memory.num_levels), np.int32)
+        """About how long all passes take, from a step on some windows as if they were one cluster,
+        its blocks in ``folder``, after one that compiles."""
+        anywhere = np.ones((len(text.windows), self.settings.memory.num_levels), np.int32)
+        anywhere[:MEASURED] = 0
+        share = text.windows.offsets[min(MEASURED, len(text.windows))] / len(text.windows.tokens)
         subtree = subtree_of(text, anywhere, self.settings, self.tokenizer, 0)
         rows = subtree.passes.rows(0)
         with BlockStore(folder, self.settings.memory, self.settings.seed) as store:
@@ -95,7 +99,8 @@ class Trainer:
             began = time.perf_counter()
             trainee.step(rows, 0.0)
             took = time.perf_counter() - began
-        return took * subtree.passes.total / int(subtree.rows.lengths[rows].sum())
+        a_token = took / int(subtree.rows.lengths[rows].sum())
+        return float(a_token * subtree.passes.total / share)
 
     def _trainee(self, subtree: Subtree, store: BlockStore) -> MemoryTrainee:
         """The one trainee, whose step is compiled once, on this subtree."""
@@ -106,7 +111,8 @@ class Trainer:
             self.trainee = MemoryTrainee(
                 self.anchor, store, tokens, paths, begin, training, ragged=ragged
             )
-        self.trainee.turn_to(store, tokens, paths, ragged)
+        else:
+            self.trainee.turn_to(store, tokens, paths, ragged)
         return self.trainee
 
     def _train_one(self, run: Path, subtree: Subtree, bar: Any) -> None:
@@ -130,7 +136,9 @@ class Trainer:
         progress = store.progress() or Progress({"subtree": subtree.number, "known": 0})
         known, loss = progress.identity["known"], float("nan")
         likeliest = np.zeros(rows.tokens[:, 1:].shape, bool)
-        bar.update(sum(passes.tokens(n) for n in range(progress.step // passes.a_pass)))
+        # The bar counts the text alone, whose length is known before any rows are made.
+        texts = np.where(np.arange(len(rows.lengths)) < rows.windows, rows.lengths, 0)
+        bar.update(progress.step // passes.a_pass * int(texts.sum()))
         for step in range(progress.step, passes.num_steps):
             chosen = passes.rows(step)
             rate = learning_rate_at(step, passes.num_steps, self.training)
@@ -141,7 +149,7 @@ class Trainer:
                 store.commit(Progress({"subtree": subtree.number, "known": known}, step + 1))
             shown = f", ends {known} of {len(sentences.halves)} sentences" if known else ""
             bar.set_postfix_str(f"loss {loss:.2f}{shown}", refresh=False)
-            bar.update(int(rows.lengths[chosen].sum()))
+            bar.update(int(texts[chosen].sum()))
         return {
             "steps": passes.num_steps,
             "windows": rows.windows,

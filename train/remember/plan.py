@@ -137,7 +137,7 @@ def make_settings(base: Base, text: OwnText, tokenizer: TakenTokenizer, **given:
         memory=memory,
         first=base.first,
         training=training.to_dict(),
-        step_tokens=max(STEP_TOKENS, context),
+        step_tokens=STEP_TOKENS,
         part_tokens=PART_TOKENS,
         **given,
     )

@@ -113,7 +113,8 @@ class Passes:
         self._apart = round(SHARE * (len(rows.lengths) - rows.windows))
         self._key = (settings.seed, key)
         tokens = [self.tokens(number) for number in range(settings.passes)]
-        self.a_pass = max(1, min(tokens) // settings.step_tokens)
+        # A step as long as the longest row at least is never empty.
+        self.a_pass = max(1, min(tokens) // max(settings.step_tokens, int(rows.lengths.max())))
         self.num_steps, self.total = self.a_pass * settings.passes, sum(tokens)
 
     def tokens(self, number: int) -> int:
