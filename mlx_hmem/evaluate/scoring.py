@@ -158,7 +158,8 @@ def _score(
         first += len(plan.prefixes)
     cache = None
     if any(prefixes):
-        cache = _read(model, prefixes, memory, paths and [paths[i] for i in owners])
+        some = paths and [paths[i] for i in owners]
+        cache = _read(model.with_memory(len(prefixes), memory, some), prefixes)
         if sources != list(range(len(prefixes))):
             for layer in cache:
                 layer.filter(mx.array(sources))  # repeats rows, too
@@ -170,7 +171,7 @@ def _score(
         for _, suffix, answer in rows
     ]
     row_paths = paths and [paths[owners[source]] for source in sources]
-    logits = model(mx.array(ids), paths=row_paths, memory=memory, cache=cache)
+    logits = model.with_memory(len(rows), memory, row_paths)(mx.array(ids), cache=cache)
     nats, greedy = _compare(logits.astype(mx.float32), mx.array(targets))
     if not mx.isfinite(nats).all().item():
         raise not_finite()
@@ -190,22 +191,20 @@ def _compare(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
     return nats, greedy
 
 
-def _read(
-    model: MemoryModel, rows: Sequence[list[int]], memory: str, paths: Sequence[ClusterPath] | None
-) -> list[Any]:
+def _read(anchor: Any, rows: Sequence[list[int]]) -> list[Any]:
     """A prompt cache that has read ``rows``, padded on the left; empty ones are nothing but that.
 
     The logits are never computed.
     """
     longest = max(map(len, rows))
     padding = [longest - len(row) for row in rows]
-    empty: Any = make_prompt_cache(model.anchor)
+    empty: Any = make_prompt_cache(anchor)
     cache = [layer.merge([layer] * len(rows)) for layer in empty]
     if longest:
         for layer in cache:
             layer.prepare(left_padding=padding)
         ids = mx.array([[0] * pad + row for pad, row in zip(padding, rows, strict=True)])
-        model(ids, paths=paths, memory=memory, cache=cache)
+        anchor(ids, cache=cache)
         mx.eval([layer.state for layer in cache])
     return cache
 
@@ -243,13 +242,14 @@ def _continue(
     enough: Callable[[list[int]], bool],
 ) -> list[list[int]]:
     ends = sorted(model.tokenizer.eos_token_ids)
-    cache = _read(model, [row[:-1] for row in rows], memory, paths)
+    anchor = model.with_memory(len(rows), memory, paths)
+    cache = _read(anchor, [row[:-1] for row in rows])
     last = mx.array([row[-1:] for row in rows])
     ended = mx.zeros((len(rows), 1), mx.bool_)
     steps: list[mx.array] = []
     finite = mx.array(True)
     while len(steps) < max_tokens and not ended.all().item():
-        logits = model(last, paths=paths, memory=memory, cache=cache)
+        logits = anchor(last, cache=cache)
         last = mx.argmax(logits[:, -1:], axis=-1)
         finite = finite & mx.isfinite(mx.max(logits[:, -1], axis=-1)).all()
         steps.append(last)

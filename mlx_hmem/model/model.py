@@ -113,13 +113,20 @@ class MemoryModel:
         ``paths`` holds one cluster path for the whole batch or one per row; needed with
         ``memory="fetched"`` only.
         """
+        return self.with_memory(ids.shape[0], memory, paths)(ids, cache=cache)
+
+    def with_memory(
+        self, batch: int, memory: str = "fetched", paths: Sequence[ClusterPath] | None = None
+    ) -> AnchorWithMemory:
+        """The anchor bound to the memory of a batch of so many rows, which is fetched once; as
+        :meth:`__call__`."""
         if check_mode(memory) == "none":
             rows = None
         elif memory == "generic":
             rows = self.rows_of([self.require_bank().generic()])
         else:
-            rows = self._rows_of_paths(ids.shape[0], paths)
-        return self.with_rows(rows)(ids, cache=cache)
+            rows = self._rows_of_paths(batch, paths)
+        return self.with_rows(rows)
 
     def stream(
         self,
