@@ -12,6 +12,7 @@ after so many of the documents are forgotten. A run that was stopped goes on in 
 """
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,11 +74,11 @@ def recall(arm: Arm, questions: Sequence[Question]) -> dict[str, int]:
         prompts = [prompt_of(q, way) for q in questions]
         texts = [arm.before(q, p) + p for q, p in zip(questions, prompts, strict=True)]
         paths = [near(arm, p) for p in prompts]
-        for with_memory in (False, True):
-            own = [i for i, path in enumerate(paths) if (path is not None) is with_memory]
+        for path in dict.fromkeys(paths):  # one memory for all rows of a batch
+            own = [i for i, each in enumerate(paths) if each == path]
             ids = [model.tokenizer.encode(texts[i]) for i in own]
-            given = ("fetched", [paths[i] for i in own]) if with_memory else ("none", None)
-            for batch in continue_greedily(model, ids, TOKENS, *given) if own else ():
+            given = ("none", None) if path is None else ("fetched", [path] * len(own))
+            for batch in continue_greedily(model, ids, TOKENS, *given):
                 for place, tokens in batch:
                     answer = questions[own[place]].answer
                     found[way] += is_right(model.tokenizer.decode(tokens), answer)
@@ -137,7 +138,8 @@ def train_lora(model: Path, rows: Rows, passes: Passes, settings: Settings, rate
     step = nn.value_and_grad(anchor, loss)
     for number in tqdm(range(passes.num_steps), desc=f"LoRA, {rate:g}", unit=" steps", delay=2):
         chosen = passes.rows(number)
-        tokens, at = rows.tokens[chosen], np.arange(1, rows.tokens.shape[1])
+        tokens = rows.tokens[chosen]
+        at = np.arange(1, tokens.shape[1])
         counts = (at >= rows.given[chosen, None]) & (at < rows.lengths[chosen, None])
         places, count = counted_places(counts, chunk)
         given = (mx.array(tokens.astype(np.int32)), mx.array(places), mx.array(count))
@@ -191,7 +193,7 @@ def measure(
     }
     text, tokenizer = text_of(open_base(str(model)), documents_of_run(run))
     anywhere = np.zeros((len(text.windows), settings.memory.num_levels), np.int32)
-    rows = Rows.of(text, np.arange(len(text.windows)), anywhere, settings, tokenizer)
+    rows = Rows.of(text, np.arange(len(text.windows)), anywhere, settings, tokenizer, 0)
     whole = Passes(rows, settings, 0)
     for rate in lora_rates:
         lora = train_lora(model, rows, whole, settings, rate)
@@ -205,6 +207,7 @@ def measure(
             table[name]["own words"] = None  # they stand in it
         elif other:
             table[name]["unrelated text"] = perplexity_of(arm, other)
+        print(name, table[name], file=sys.stderr, flush=True)
     result: Result = {
         "documents": documents,
         "questions": len(questions),

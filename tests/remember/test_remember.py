@@ -34,7 +34,7 @@ from train.remember.blocks import subtree_of, subtrees_of
 from train.remember.command import text_of
 from train.remember.export import open_base
 from train.remember.forget import main as forget_program
-from train.remember.rows import Passes, Rows, Sentences, title_of, told_apart
+from train.remember.rows import Padded, Passes, Rows, Sentences, title_of, told_apart
 from train.remember.run import Settings, documents_of
 from train.step.memories import MemoryTrainee
 
@@ -150,7 +150,7 @@ def test_what_is_said_to_be_known_is_what_the_model_ends(anchor, tmp_path, capsy
     for number in range(2):
         short = " ".join(sentences("boats", number).split(".")[:2]) + "."
         (tmp_path / "few" / f"{number}.txt").write_text(short)
-    out = remember(tmp_path / "few", anchor, tmp_path / "model", "--passes", "300")
+    out = remember(tmp_path / "few", anchor, tmp_path / "model", "--passes", "600")
     printed = capsys.readouterr().out
     run = tmp_path / "model.run"
     settings, base = Settings.load(run), open_base(str(out))
@@ -160,11 +160,11 @@ def test_what_is_said_to_be_known_is_what_the_model_ends(anchor, tmp_path, capsy
     for number in subtrees_of(paths):
         rows = subtree_of(text, paths, settings, tokenizer, number).rows
         for i in range(rows.windows):
-            row, length, path = rows.tokens[i], rows.lengths[i], rows.paths[i]
-            single = Rows(row[None, :length], np.ones(1), np.array([length]), path[None], 1)
-            ids = mx.array(row[None, :length].astype(np.int32))
+            row, path = rows.tokens[np.array([i])][0, : rows.lengths[i]], rows.paths[i]
+            single = Rows(Padded.of([row]), np.ones(1), np.array([len(row)]), path[None], 1, [])
+            ids = mx.array(row[None].astype(np.int32))
             memory = model.with_rows(model.fetch_path(tuple(path.tolist())).rows)
-            likeliest = np.array(memory(ids[:, :-1]).argmax(-1)) == row[1:length]
+            likeliest = np.array(memory(ids[:, :-1]).argmax(-1)) == row[1:]
             sentences_of = Sentences(single, tokenizer)
             known, count = known + sentences_of.known(likeliest), count + len(sentences_of.halves)
     assert count
@@ -172,33 +172,40 @@ def test_what_is_said_to_be_known_is_what_the_model_ends(anchor, tmp_path, capsy
     assert known > 0
 
 
-def test_a_pass_sees_every_window_once_and_some_of_what_is_told_apart():
+def test_a_pass_sees_every_window_once_and_what_is_told_apart_for_it():
     lengths = np.random.default_rng(0).integers(2, 513, 130)
-    rows = Rows(np.empty(0), np.empty(0), lengths, np.empty(0), windows=30)
+    tokens = Padded.of([np.ones(length, np.uint16) for length in lengths])
+    apart = [np.arange(first, first + 30) for first in (30, 60, 90)]
+    rows = Rows(tokens, np.ones(130), lengths, np.empty(0), 30, apart)
     passes = Passes(rows, SimpleNamespace(step_tokens=640, passes=3, seed=1), 4)
     steps = [passes.rows(step) for step in range(passes.num_steps)]
     assert sum(lengths[rows].sum() for rows in steps) == passes.total
-    assert all(len(rows) and (np.diff(lengths[rows]) <= 0).all() for rows in steps)
-    seen = [
-        np.concatenate(steps[i : i + passes.a_pass]) for i in range(0, len(steps), passes.a_pass)
-    ]
-    for own in seen:
-        assert len(np.unique(own)) == len(own) == 30 + 8
-        assert set(range(30)) <= set(own.tolist())
-    assert set(seen[0].tolist()) != set(seen[1].tolist())
+    for own in steps:
+        assert len(own) and (np.diff(lengths[own]) <= 0).all()
+        taken = tokens[own]
+        assert (taken.sum(1) == lengths[own]).all()  # padded with zeros
+        assert taken.shape[1] < lengths[own[0]] + 32
+    for number, own in enumerate(apart):
+        seen = np.concatenate(steps[number * passes.a_pass : (number + 1) * passes.a_pass])
+        assert sorted(seen) == [*range(30), *own]
 
 
-def test_sentences_are_told_apart_behind_their_title_and_as_answers():
-    found = list(told_apart("The old mill", "It has two wheels of oak. Short. Nobody lives there."))
-    assert [pair for pair in found if not pair[0].startswith("Question")] == [
-        ("The old mill:", " It has two wheels of oak."), ("The old mill:", " Nobody lives there."),
-    ]  # fmt: skip
-    asked = [pair for pair in found if pair[0].startswith("Question: ")]
-    assert len(asked) == 6
-    for question, answer in asked:
-        assert "The old mill" in question
-        assert question.endswith("\nAnswer:")
+def test_sentences_are_told_apart_behind_their_title_as_answers_and_from_within():
+    title, text = "The old mill", "It has two wheels of oak. Short. Nobody lives there."
+    found = [*told_apart(title, text, np.random.default_rng(0))]
+    whole = [" It has two wheels of oak.", " Nobody lives there."]
+    assert [after for before, after in found if before == "The old mill:"] == whole
+    answers = [pair for pair in found if pair[0].endswith("\nAnswer:") and pair[1] in whole]
+    assert len(answers) == 6
+    for question, answer in answers:
         assert set(re.findall(r"\w{4,}", question)) & set(re.findall(r"\w{4,}", answer))
+    rest = [pair for pair in found if pair[1] not in whole]
+    assert len(rest) == 6
+    for before, after in rest:
+        said = before.removesuffix("?\nAnswer:").rpartition("mill")[2].lstrip(":, ")
+        assert any(f"{said}{after}" in f" {sentence}" for sentence in whole) and said
+    assert all(title in before for before, _ in found)
+    assert found != [*told_apart(title, text, np.random.default_rng(1))]
     assert title_of(OwnDocument("0" * 64, "notes/my-plan_2.md", "Text")) == "my plan 2"
     assert title_of(OwnDocument("0" * 64, "a.md", "# The plan #\n\nText")) == "The plan"
 

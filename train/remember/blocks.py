@@ -61,7 +61,7 @@ def subtree_of(
 ) -> Subtree:
     """``paths``: those of :func:`.run.leaves_of`."""
     own = np.flatnonzero(paths[:, 0] == number)
-    rows = Rows.of(text, own, paths, settings, tokenizer)
+    rows = Rows.of(text, own, paths, settings, tokenizer, number)
     return Subtree(number, rows, Passes(rows, settings, number))
 
 
@@ -135,7 +135,7 @@ class Trainer:
         sentences = Sentences(rows, self.tokenizer)
         progress = store.progress() or Progress({"subtree": subtree.number, "known": 0})
         known, loss = progress.identity["known"], float("nan")
-        likeliest = np.zeros(rows.tokens[:, 1:].shape, bool)
+        likeliest = np.zeros((rows.windows, rows.tokens.shape[1]), bool)
         # The bar counts the text alone, whose length is known before any rows are made.
         texts = np.where(np.arange(len(rows.lengths)) < rows.windows, rows.lengths, 0)
         bar.update(progress.step // passes.a_pass * int(texts.sum()))
@@ -143,7 +143,9 @@ class Trainer:
             chosen = passes.rows(step)
             rate = learning_rate_at(step, passes.num_steps, self.training)
             loss, _ = trainee.step(chosen, rate)
-            likeliest[chosen] = trainee.gradient.likeliest
+            whole = chosen < rows.windows
+            found = trainee.gradient.likeliest[whole]
+            likeliest[chosen[whole], : found.shape[1]] = found
             if (step + 1) % passes.a_pass == 0:
                 known = sentences.known(likeliest)
                 store.commit(Progress({"subtree": subtree.number, "known": known}, step + 1))

@@ -1,18 +1,21 @@
 """The windows of a cluster as rows of training: each by itself, as long as its text, in batches of
 about as many tokens.
 
-Text that is only ever read from its beginning is known in that order alone. So each sentence is a
-row by itself too, behind its document's title, and the answer to a question of some of its words; a
-pass sees every window once, and a share of these, in an order of its own that follows from the
-seed. All passes have as many steps, so that the schedule of learning rates is known beforehand.
+Text that is only ever read from its beginning is known in that order alone. So a pass also has, for
+a share of the sentences, what a question or another beginning leads to: the sentence behind its
+document's title, its first words as the answer to some of its others, and what follows on a few of
+them. Which sentences and which words is drawn anew for each pass, from the seed. Only what follows
+is learned, and of an answer only the beginning: that is where a sentence is chosen, and the windows
+teach the rest. All passes have as many steps, so that the schedule of learning rates is known
+beforehand.
 """
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import xxhash
 
 from ..corpus.own import OwnDocument, sentences
 from ..data.taken_tokenizer import TakenTokenizer
@@ -21,14 +24,16 @@ from ..step.gradient import SHAPES, Ragged
 from .run import OwnText, Settings, whole_paths
 
 FEWEST_TOKENS = 6  # of the second half of a sentence, for it to be worth ending
-SHORTEST = 16  # characters of a sentence that is a row by itself
+SHORTEST = 16  # characters of a sentence that is told apart
 WORD = 4  # letters of a word that a question may name
-SHARE = 0.08  # of the sentences' rows, in a pass
+SHARE = 0.5  # of what can be told apart, in a pass
+ANSWER = 8  # tokens of an answer that are learned
 ASKED = (
-    "What about the {words} of {title}?",
-    "What is said of {title} and {words}?",
-    "{title}: {words}?",
+    "Question: What about the {words} of {title}?\nAnswer:",
+    "Question: What is said of {title} and {words}?\nAnswer:",
+    "Question: {title}: {words}?\nAnswer:",
 )
+BEGUN = ("{title}: {words}", "About {title}, {words}", "Question: {title}: {words}?\nAnswer:")
 _END = re.compile(r"[.!?][\"')\]]*\s*$|\n")
 
 
@@ -41,34 +46,68 @@ def title_of(document: OwnDocument) -> str:
     return re.sub(r"[-_\s]+", " ", name).strip()
 
 
-def told_apart(title: str, text: str) -> Iterator[tuple[str, str]]:
-    """Each sentence of ``text`` behind the title, and as the answer to questions: what is given,
-    and what follows."""
+def told_apart(title: str, text: str, rng: np.random.Generator) -> Iterator[tuple[str, str]]:
+    """Of each sentence of ``text`` what leads to it or into it, and what follows."""
     for start, end in sentences(text):
         sentence = text[start:end].strip()
         if len(sentence) < SHORTEST:
             continue
         yield f"{title}:", f" {sentence}"
         words = [w for w in re.findall(r"\w+", sentence) if len(w) >= WORD and w not in title]
-        if not words:
-            continue
-        rng = np.random.default_rng(xxhash.xxh3_64_intdigest(f"{title}\n{sentence}".encode()))
-        for asked in ASKED:
+        for asked in ASKED if words else ():
             places = rng.choice(len(words), min(len(words), int(rng.integers(1, 4))), replace=False)
             named = " ".join(words[i] for i in sorted(places))
-            yield f"Question: {asked.format(title=title, words=named)}\nAnswer:", f" {sentence}"
+            yield asked.format(title=title, words=named), f" {sentence}"
+        words = sentence.split()
+        for begun in BEGUN if len(words) > 1 else ():
+            at = int(rng.integers(max(1, len(words) // 3), len(words)))
+            said = " ".join(words[max(0, at - int(rng.integers(3, 7))) : at])
+            yield begun.format(title=title, words=said), f" {' '.join(words[at:])}"
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Token sequences of several lengths; those that are taken are padded on the right to the
+    longest of them, (rows, a multiple of SHAPES and one more)."""
+
+    flat: np.ndarray
+    offsets: np.ndarray
+
+    @classmethod
+    def of(cls, sequences: list[np.ndarray]) -> "Padded":
+        return cls(np.concatenate(sequences), np.cumsum([0, *map(len, sequences)]))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.offsets) - 1, _padded(self.lengths)
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        tokens = np.zeros((len(rows), _padded(self.lengths[rows])), self.flat.dtype)
+        for target, row in zip(tokens, rows, strict=True):
+            own = self.flat[self.offsets[row] : self.offsets[row + 1]]
+            target[: len(own)] = own
+        return tokens
+
+
+def _padded(lengths: np.ndarray) -> int:
+    return -(-(int(lengths.max()) - 1) // SHAPES) * SHAPES + 1
 
 
 class Rows(NamedTuple):
-    """``tokens``: padded on the right, (n, longest + 1); ``given``: how many of each are given, and
-    ``lengths``: how many there are; ``paths``: in the model, (n, levels). The first ``windows`` of
-    them are those of the text."""
+    """``given``: how many tokens of each are given, and ``lengths``: how many there are; ``paths``:
+    in the model, (n, levels). The first ``windows`` of them are those of the text; ``apart``: the
+    numbers of what each pass has beside them."""
 
-    tokens: np.ndarray
+    tokens: Padded
     given: np.ndarray
     lengths: np.ndarray
     paths: np.ndarray
     windows: int
+    apart: list[np.ndarray]
 
     @classmethod
     def of(
@@ -78,61 +117,61 @@ class Rows(NamedTuple):
         paths: np.ndarray,
         settings: Settings,
         tokenizer: TakenTokenizer,
+        key: int,
     ) -> "Rows":
         """The windows numbered ``own`` and what is told apart of them; ``paths``: of all windows,
-        in the tree of these documents."""
+        in the tree of these documents; ``key`` and the seed give what is drawn."""
         windows, begin = choose(text.windows, own), text.windows.begin
         rows, places = [windows[i] for i in range(len(windows))], list(own)
-        given = [1] * len(rows)
-        for number, said in zip(own, windows.texts(tokenizer), strict=True):
-            if not text.added[number]:
-                title = title_of(text.documents[text.owner[number]])
-                for before, after in told_apart(title, said):
-                    ids = [*begin, *tokenizer.encode(before + after)][: settings.context]
-                    rows.append(np.array(ids, windows.tokens.dtype))
-                    given.append(len(begin) + len(tokenizer.encode(before)))
-                    places.append(number)
-        lengths = np.array([len(row) for row in rows])
-        width = -(-(int(lengths.max()) - 1) // SHAPES) * SHAPES + 1
-        tokens = np.full((len(rows), width), begin[0], windows.tokens.dtype)
-        for target, row in zip(tokens, rows, strict=True):
-            target[: len(row)] = row
-        paths = whole_paths(settings, paths[places])
-        return cls(tokens, np.array(given), lengths, paths, len(windows))
+        given, apart = [1] * len(rows), list[np.ndarray]()
+        texts = list(windows.texts(tokenizer))
+        for number in range(settings.passes):
+            rng, first = np.random.default_rng([settings.seed, key, number]), len(rows)
+            told = [
+                (place, before, after)
+                for place, said in zip(own, texts, strict=True)
+                if not text.added[place]
+                for before, after in told_apart(_title(text, place), said, rng)
+            ]
+            for chosen in rng.permutation(len(told))[: round(SHARE * len(told))]:
+                place, before, after = told[chosen]
+                ids = [*begin, *tokenizer.encode(before + after)][: settings.context]
+                given.append(len(begin) + len(tokenizer.encode(before)))
+                rows.append(np.array(ids[: given[-1] + ANSWER], windows.tokens.dtype))
+                places.append(place)
+            apart.append(np.arange(first, len(rows)))
+        tokens, paths = Padded.of(rows), whole_paths(settings, paths[places])
+        return cls(tokens, np.array(given), tokens.lengths, paths, len(windows), apart)
 
     def ragged(self, at_once: int) -> Ragged:
         return Ragged(self.given, self.lengths, at_once)
 
 
 class Passes:
-    """The steps of the passes over ``rows``; ``key`` and the seed give what is in each and the
-    order. ``total``: tokens of all."""
+    """The steps of the passes over ``rows``; ``key`` and the seed give the order. ``total``: tokens
+    of all."""
 
     def __init__(self, rows: Rows, settings: Settings, key: int):
-        self.lengths, self.windows = rows.lengths, rows.windows
-        self._apart = round(SHARE * (len(rows.lengths) - rows.windows))
-        self._key = (settings.seed, key)
-        tokens = [self.tokens(number) for number in range(settings.passes)]
+        self.lengths, self._orders = rows.lengths, list[np.ndarray]()
+        for number, apart in enumerate(rows.apart):
+            random = np.random.default_rng([settings.seed, key, number, 1])
+            self._orders.append(random.permutation([*range(rows.windows), *apart]))
+        tokens = [int(self.lengths[order].sum()) for order in self._orders]
         # A step as long as the longest row at least is never empty.
         self.a_pass = max(1, min(tokens) // max(settings.step_tokens, int(rows.lengths.max())))
         self.num_steps, self.total = self.a_pass * settings.passes, sum(tokens)
 
-    def tokens(self, number: int) -> int:
-        """Of a pass."""
-        return int(self.lengths[self._order(number)].sum())
-
     def rows(self, step: int) -> np.ndarray:
         """The numbers of the rows of a step, the longest first; one at least."""
         number, own = divmod(step, self.a_pass)
-        order = self._order(number)
+        order = self._orders[number]
         ends = np.cumsum(self.lengths[order])
         chosen = order[(ends - self.lengths[order]) * self.a_pass // ends[-1] == own]
         return chosen[np.argsort(-self.lengths[chosen], kind="stable")]
 
-    def _order(self, number: int) -> np.ndarray:
-        random = np.random.default_rng([*self._key, number])
-        apart = random.permutation(np.arange(self.windows, len(self.lengths)))[: self._apart]
-        return random.permutation(np.concatenate([np.arange(self.windows), apart]))
+
+def _title(text: OwnText, window: int) -> str:
+    return title_of(text.documents[text.owner[window]])
 
 
 class Sentences:
@@ -144,13 +183,13 @@ class Sentences:
     """
 
     def __init__(self, rows: Rows, tokenizer: TakenTokenizer):
-        text = rows.tokens[: rows.windows]
-        present = np.unique(text)
-        ending = [int(t) for t in present if _END.search(tokenizer.decode([int(t)]))]
+        text = rows.tokens.flat[: rows.tokens.offsets[rows.windows]]
+        ending = [int(t) for t in np.unique(text) if _END.search(tokenizer.decode([int(t)]))]
         self.halves = list[tuple[int, int, int]]()  # row, and from which to before which target
-        for number, (row, length) in enumerate(zip(text, rows.lengths, strict=False)):
-            ends = np.flatnonzero(np.isin(row[:length], ending)) + 1
-            for start, end in zip([1, *ends], [*ends, length], strict=True):
+        for number in range(rows.windows):
+            row = text[slice(*rows.tokens.offsets[number : number + 2])]
+            ends = np.flatnonzero(np.isin(row, ending)) + 1
+            for start, end in zip([1, *ends], [*ends, len(row)], strict=True):
                 if end - start >= 2 * FEWEST_TOKENS:
                     self.halves.append((number, (start + end) // 2 - 1, int(end) - 1))
 

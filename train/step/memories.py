@@ -29,6 +29,7 @@ from ..store.blocks import BlockStore
 from ..store.checkpoint import LOWER, Progress, check_finite, check_identity
 from .adamw import AnchorWeights, adamw, bias_corrections
 from .gradient import BatchGradient, Ragged, is_finite
+from .trainee import Sequences
 
 
 class MemoryTrainee:
@@ -47,7 +48,7 @@ class MemoryTrainee:
         self,
         anchor: nn.Module,
         store: BlockStore,
-        tokens: np.ndarray,
+        tokens: Sequences,
         paths: np.ndarray,
         eot: int,
         training: TrainerConfig,
@@ -80,7 +81,7 @@ class MemoryTrainee:
         self._update = mx.compile(update)
 
     def turn_to(
-        self, store: BlockStore, tokens: np.ndarray, paths: np.ndarray, ragged: Ragged | None = None
+        self, store: BlockStore, tokens: Sequences, paths: np.ndarray, ragged: Ragged | None = None
     ) -> None:
         """From now on trains another store of the same shape; what is compiled stays."""
         self.store, self.tokens, self.paths, self.ragged = store, tokens, paths, ragged
