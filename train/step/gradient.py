@@ -33,7 +33,7 @@ from .loss import chunk_size, chunked_loss, counted_places, summed_loss
 Weights = dict[str, Any]
 
 
-SHAPES = 32  # lengths of sequences are multiples of this: a compiled step wants few shapes
+SHAPES = 8  # lengths of sequences are multiples of this: a compiled step wants few shapes
 
 
 class Ragged(NamedTuple):
@@ -107,7 +107,7 @@ class BatchGradient:
             if slot is None:
                 total, right = summed(*given, frozen)
                 return scale * total, right
-            # One memory per sequence.
+            # One memory per sequence, or one for all of them.
             blocks = [b[i] for b, i in zip(weights["blocks"], indices, strict=True)]
             rows = tuple(rows.astype(dtype) for rows in join_blocks(blocks, slot.config))
             with slot.using(rows):
@@ -157,7 +157,7 @@ class BatchGradient:
         value, gradient = mx.array(0.0), None
         for rows, length in parts:
             batch = mx.array(tokens[rows, : length + 1].astype(np.int32))
-            own = [mx.array(index[rows].astype(np.int32)) for index in indices]
+            own = _together([index[rows] for index in indices])
             places, count = counted_places(counts[rows, :length], self.chunk)
             given = (own, batch, mx.array(places), mx.array(count), scale)
             (loss, right), part = self._part(weights, *given)
@@ -204,6 +204,14 @@ class BatchGradient:
             for blocks, size in zip(gradient["blocks"], sizes, strict=True)
         ]
         return value, gradient
+
+
+def _together(indices: list[np.ndarray]) -> list[mx.array]:
+    """The places of the blocks of some sequences, (sequences,) for each level; or a single place for
+    each where all have the same: then a memory is read once and its gradient is no sum."""
+    if all((index == index[0]).all() for index in indices):
+        indices = [index[0] for index in indices]
+    return [mx.array(np.asarray(index, np.int32)) for index in indices]
 
 
 def _fitting_parts(lengths: np.ndarray, at_once: int) -> list[tuple[slice, int]]:

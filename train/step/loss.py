@@ -16,7 +16,7 @@ import numpy as np
 
 from ..padding import counted
 
-CHUNK_BYTES = 1 << 27  # of logits in float32
+CHUNK_BYTES = 1 << 26  # of logits in float32
 LEAST = -60.0  # nats below the likeliest: less adds nothing to a sum of a vocabulary
 CHUNKS_AT_ONCE = 12  # MLX makes room for ten operations ahead (measured, CPU)
 Head = Callable[[mx.array], mx.array]  # hidden states (n, hidden) -> logits (n, vocabulary)
