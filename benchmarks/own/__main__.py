@@ -40,8 +40,7 @@ from train.corpus.readers import corpus_files, documents_of
 from train.loop.loop import learning_rate_at
 from train.recipe.recipe import TrainerConfig
 from train.remember.command import main as remember
-from train.remember.command import text_of
-from train.remember.export import open_base
+from train.remember.export import open_base, text_of
 from train.remember.forget import forget as forget_documents
 from train.remember.plan import PASSES
 from train.remember.rows import Passes, Rows

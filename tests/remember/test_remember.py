@@ -31,8 +31,7 @@ from train.corpus.readers_files import own_files, read_own
 from train.data.arrays import load_mapped
 from train.remember import plan as remember_plan
 from train.remember.blocks import subtree_of, subtrees_of
-from train.remember.command import text_of
-from train.remember.export import open_base
+from train.remember.export import open_base, text_of
 from train.remember.forget import main as forget_program
 from train.remember.rows import Passes, Rows, Sentences, title_of, told_apart
 from train.remember.run import Settings, documents_of
@@ -277,7 +276,7 @@ def test_what_unpacks_to_more_than_fits_is_refused(anchor, tmp_path, monkeypatch
     (tmp_path / "folder").mkdir()
     lines = (json.dumps({"id": i, "text": f"{i} " + "a" * 5000}) + "\n" for i in range(500))
     (tmp_path / "folder" / "a.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode()))
-    monkeypatch.setattr("train.remember.command.machine_bytes", lambda: 8_000_000)
+    monkeypatch.setattr("train.remember.sync.folder.machine_bytes", lambda: 8_000_000)
     words = (
         "unpack to more text than this machine can hold: more than 1MB; give --max-bytes 1000000"
     )
@@ -320,13 +319,13 @@ def test_one_short_document_can_be_remembered(anchor, tmp_path):
 def test_the_command_of_a_finished_run_says_so_and_that_of_another_is_refused(
     anchor, learned, documents, tmp_path, capsys
 ):
+    """Its passes need not be said again."""
     before = bytes_of(learned)
-    remember(documents, anchor, learned, "--passes", "3")
-    assert f"remembered before: {learned}; your text is in {learned}.run" in capsys.readouterr().out
-    refused("changed: passes; give another --out", remember, documents, anchor, learned)
-    other = write_documents(tmp_path / "other", 1)
-    refused("changed: source", remember, other, anchor, learned, "--passes", "3")
-    elsewhere = ("--passes", "3", "--run", str(tmp_path / "run"))
+    remember(documents, anchor, learned)
+    assert f"up to date: {learned}; your text is in {learned}.run" in capsys.readouterr().out
+    changed = ("--passes", "4")
+    refused("changed: passes; give another --out", remember, documents, anchor, learned, *changed)
+    elsewhere = ("--run", str(tmp_path / "run"))
     refused("the destination exists", remember, documents, anchor, learned, *elsewhere)
     assert bytes_of(learned) == before
 

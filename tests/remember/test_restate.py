@@ -26,8 +26,7 @@ from tests.remember.test_remember import eager  # noqa: F401
 from train.corpus.own import OwnDocument
 from train.data.tokenizer import EOT, EOT_ID, train_tokenizer
 from train.remember import proof, restate
-from train.remember.command import text_of
-from train.remember.export import open_base
+from train.remember.export import open_base, text_of
 from train.remember.forget import main as forget_program
 from train.remember.run import documents_of
 

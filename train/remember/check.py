@@ -26,8 +26,7 @@ from ..corpus.files import Faults
 from ..corpus.own import OwnDocument, read_folder, sentences
 from ..corpus.readers_files import own_files
 from .blocks import Trainer, subtrees_of, trained_blocks
-from .command import text_of
-from .export import Base, open_bases
+from .export import Base, open_bases, text_of
 from .rest import Taught, tree_of
 from .restate import restated
 from .run import vectors_of

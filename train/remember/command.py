@@ -1,153 +1,171 @@
-"""``mlx_hmem.remember DOCUMENTS --model MODEL --out NEW_DIR``: a model learns your documents.
+"""``mlx_hmem.remember DOCUMENTS --model MODEL --out DIR``: a model learns your documents, and is
+brought up to date with them when they have changed.
 
 The anchor stays as it is; the text goes into blocks of memory: into a bank of its own, or, where
 the model has one, into new clusters behind those that are there. See docs/own_documents.md.
 """
 
-import hashlib
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlx_hmem.anchors.load import read_config
-from mlx_hmem.budget.resident import bytes_text, machine_bytes
 from mlx_hmem.errors import ArgumentParser, UserError, printable
+from mlx_hmem.folders import RECORD
 from mlx_hmem.model.load import load
-from mlx_hmem.retriever import ClusterTree
 
-from ..corpus.files import CorpusFile, Faults
-from ..corpus.own import OwnDocument, Reading, read_folder
-from ..corpus.readers_files import own_files
 from ..data.taken_tokenizer import TakenTokenizer
 from ..stages import alone
-from .blocks import Trainer, results_of, subtrees_of, trained_blocks
-from .export import Base, export, open_base, with_words
-from .plan import MEMORY_PER_BYTE, PASSES, QUICK, check_size, make_settings, plan_lines, text_bytes
+from .blocks import Trainer
+from .export import export, open_base, text_of
+from .plan import PASSES, QUICK, check_size, make_settings, plan_lines, text_bytes
 from .proof import look
-from .restate import Writer, restate, restated
-from .run import (
-    OwnText,
-    Settings,
-    begin_run,
-    check_same,
-    cut_text,
-    documents_of,
-    leaves_of,
-    provenance,
-)
+from .restate import Writer
+from .run import SETTINGS, Settings, begin_run, check_same, documents_of, leaves_of, run_folder
+from .sync.folder import files_of, read_new, source_of
+from .sync.learn import Learned, learn
+from .sync.swap import ANEW, NEXT, clear, put_in_place, settle
+from .sync.update import Update, check_base
+from .sync.watch import watch
 
 
-def source_of(files: list[CorpusFile], most_bytes: int | None) -> str:
-    """What names the folder as it is now: names, sizes and times of its files."""
-    seen = [(file.name, *file.state) for file in files]
-    return hashlib.sha256(repr((seen, most_bytes)).encode()).hexdigest()
+class Remembering:
+    """What a command line asks for, and the folder as it is now. ``asked``: settings that were
+    given."""
 
+    def __init__(self, args: Any):
+        self.out, self.run = args.out, run_folder(args.out, args.run)
+        self.own_run = args.run is None
+        self.files, self.most_bytes = files_of(args.documents), args.max_bytes
+        self.given = ", ".join(map(str, args.documents))
+        self.source = source_of(self.files, self.most_bytes)
+        self.asked = {
+            name: value
+            for name in ("passes", "restate")
+            if (value := getattr(args, name)) is not None
+        }
+        self.dry_run, self.new_tree, self.look = args.dry_run, args.new_tree, args.look
+        self.base = open_base(args.model)
 
-def run_folder(out: Path, run: Path | None) -> Path:
-    """Where the private part of a model is kept: beside the model unless it is said."""
-    run = Path(f"{out}.run") if run is None else run
-    if run.absolute().is_relative_to(out.absolute()):
-        raise UserError(
-            "the run's folder lies in the model directory", run, "it holds your text: keep it apart"
-        )
-    return run
+    @property
+    def whole(self) -> bool:
+        """Whether the model is there, and no step of writing it is left."""
+        return self.out.exists() and not (self.out / RECORD).exists()
 
+    def go(self) -> None:
+        """Makes the model or brings it up to date, and says what it did."""
+        began = self.run.exists()
+        try:
+            with alone("train remember", self.run):
+                settle(self.out, self.run)
+                self._go()
+        finally:
+            if not began and not (self.run / SETTINGS).exists():
+                shutil.rmtree(self.run, ignore_errors=True)
 
-def text_of(
-    base: Base, documents: list[OwnDocument], restated: Mapping[str, Sequence[str]] | None = None
-) -> tuple[OwnText, TakenTokenizer]:
-    """The documents in the model's tokens, with what was restated of each, and its tokenizer."""
-    tokenizer = TakenTokenizer(base.folder)
-    return cut_text(documents, tokenizer, read_config(base.folder), restated or {}), tokenizer
+    def _go(self) -> None:
+        if not (self.run / SETTINGS).exists():
+            if self.out.exists():
+                raise UserError("the destination exists", self.out, "choose another")
+            return self._make(self.run)
+        found = Settings.load(self.run)
+        if not self.new_tree:
+            check_same(found, self.run, **self.asked)
+        check_base(found, self.base, self.out, None)
+        same = found.source == self.source
+        if self.new_tree:
+            return self._make(self.run / ANEW)
+        if same and not self.whole:
+            return self._make(self.run)
+        if same:
+            return self._say("up to date")
+        if not self.out.exists() and not self.own_run:  # it may be another model's
+            check_same(found, self.run, source=self.source)
+        if not self.out.exists() and not (self.run / "paths.npy").exists():  # nothing to keep
+            if not self.dry_run:
+                clear(self.run)
+            return self._make(self.run)
+        return self._update()
 
+    def _make(self, run: Path) -> None:
+        """Remembers the folder from its beginning in ``run``."""
+        trainer = self._begin(run)
+        if trainer is None:
+            return
+        leaves = partial(leaves_of, run, trainer.settings, self.base.encoder)
+        learned = learn(self.base, run, trainer, leaves)
+        del trainer
+        said = learned.said()
+        if run == self.run:
+            self._export(learned, self.out)
+        else:
+            put_in_place(self.out, self.run, run, partial(self._export, learned))
+        self._say(said)
 
-def read_new(base: Base, files: list[CorpusFile], most_bytes: int | None) -> tuple[Reading, str]:
-    """The documents to remember, and in words what was found; UserError if there is none."""
-    faults, known = Faults(), {document.sha256 for document in base.documents}
-    most = most_bytes or machine_bytes() // MEMORY_PER_BYTE
-    reading = read_folder(files, known, faults, most)
-    faults.print()
-    if reading.more_left and most_bytes is None:
-        what = "the files unpack to more text than this machine can hold"
-        remedy = f"give --max-bytes {most} or less, or a folder with less text"
-        raise UserError(what, f"more than {bytes_text(most)}", remedy)
-    counts = {
-        "duplicates": reading.duplicates,
-        "known already": sum(map(len, reading.known.values())),
-        "passed over": sum(faults.counts.values()),
-    }
-    notes = [f"{count} {what}" for what, count in counts.items() if count]
-    if reading.more_left:
-        notes.append(f"the rest left out by --max-bytes {most_bytes}")
-    if not reading.documents:
-        raise UserError("there is nothing to remember", ", ".join(notes) or "0", "give more text")
-    said = f"{len(reading.documents):,}" + (f" ({', '.join(notes)})" if notes else "")
-    return reading, said
+    def _begin(self, run: Path) -> Trainer | None:
+        """Begins a run after its plan, or finds the one that was begun; what trains it comes back,
+        or None where only the plan is wanted."""
+        base = self.base
+        if (run / SETTINGS).exists() and Settings.load(run).source == self.source:
+            print(f"goes on with {run}")
+            found = Settings.load(run)
+            check_same(found, run, **self.asked)
+            check_base(found, base, self.out, None)
+            tokenizer = TakenTokenizer(base.folder)
+            return None if self.dry_run else Trainer(base.anchor[0], found, tokenizer)
+        size = text_bytes(self.files)
+        check_size(base, min(size, self.most_bytes or size), [self.run])
+        reading, said = read_new(base, self.files, self.most_bytes)
+        text, tokenizer = text_of(base, reading.documents)
+        wanted = {"passes": PASSES, "restate": 0} | self.asked
+        settings = make_settings(base, text, tokenizer, source=self.source, seed=0, **wanted)
+        cost = None
+        if settings.restate:
+            cost = Writer.open(base, settings.restate, settings.seed).reckon(reading.documents)
+        trainer = Trainer(base.anchor[0], settings, tokenizer)
+        with tempfile.TemporaryDirectory(prefix=".plan-", dir=self.run.parent) as work:
+            seconds = trainer.seconds(text, Path(work))
+        lines = plan_lines(base, text, settings, f"{said}, from {self.given}", seconds, cost)
+        print("\n".join(map(printable, lines)), flush=True)
+        if self.dry_run:
+            return None
+        for other in {run, self.run / NEXT, self.run / ANEW} - {self.run}:
+            shutil.rmtree(other, ignore_errors=True)
+        begin_run(run, settings, reading.documents, reading.known)
+        return trainer
 
+    def _export(self, learned: Learned, folder: Path) -> None:
+        tree, documents = learned.tree, learned.documents
+        export(self.base, learned.settings, tree, learned.blocks, documents, folder)
 
-def prepare(
-    base: Base,
-    given: Path,
-    files: list[CorpusFile],
-    run: Path,
-    most_bytes: int | None,
-    **wanted: Any,
-) -> Trainer:
-    """Begins a run after its plan, or finds the one that was begun; what trains it comes back.
-    ``given``: where the ``files`` lie. ``wanted``: settings that were asked for."""
-    source = source_of(files, most_bytes)
-    if (run / "settings.json").exists():
-        found = Settings.load(run)
-        wanted |= {"anchor_hash": base.anchor_hash, "first": base.first}
-        check_same(found, run, source=source, **wanted)
-        print(f"goes on with {run}")
-        return Trainer(base.anchor[0], found, TakenTokenizer(base.folder))
-    size = text_bytes(files)
-    check_size(base, min(size, most_bytes or size), [run])
-    reading, said = read_new(base, files, most_bytes)
-    documents = reading.documents
-    text, tokenizer = text_of(base, documents)
-    settings = make_settings(base, text, tokenizer, source=source, seed=0, **wanted)
-    cost = None
-    if settings.restate:
-        cost = Writer.open(base, settings.restate, settings.seed).reckon(documents)
-    trainer = Trainer(base.anchor[0], settings, tokenizer)
-    with tempfile.TemporaryDirectory(prefix=".plan-", dir=run.parent) as work:
-        seconds = trainer.seconds(text, Path(work))
-    said = f"{said}, from {given}"
-    lines = plan_lines(base, text, settings, said, seconds, cost)
-    print("\n".join(map(printable, lines)), flush=True)
-    begin_run(run, settings, documents, reading.known)
-    return trainer
+    def _update(self) -> None:
+        """Remembers what has changed, and forgets what is gone."""
+        update = Update(self.base, self.out, self.run)
+        if update.is_begun(self.source) and not self.dry_run:
+            print(f"goes on with {update.next}")
+        else:
+            reading, said = read_new(self.base, self.files, self.most_bytes)
+            if self.whole and update.is_known(reading):
+                if not self.dry_run:
+                    update.note(self.source)
+                return self._say("up to date")
+            lines = update.plan(reading, f"{said}, from {self.given}")
+            print("\n".join(map(printable, lines)), flush=True)
+            if self.dry_run:
+                return None
+            shutil.rmtree(self.run / ANEW, ignore_errors=True)
+            update.begin(reading, self.source)
+        self._say(update.make())
+        return None
 
-
-def remember(base: Base, run: Path, trainer: Trainer, out: Path) -> None:
-    """Trains what is not trained yet, and writes the model directory."""
-    settings, documents = trainer.settings, documents_of(run)
-    if settings.restate:
-        writer = Writer.open(base, settings.restate, settings.seed)
-        print(restate(run, writer, documents))
-    text, tokenizer = text_of(base, documents, restated(run))
-    paths = leaves_of(run, text, settings, base.encoder, tokenizer)
-    trainer.train(run, text, paths)
-    numbers = subtrees_of(paths)
-    known = provenance(text, settings, paths)
-    known = with_words(known, text, paths, settings, base.encoder, tokenizer)
-    tree = ClusterTree.load(run / "tree.safetensors")
-    export(base, settings, tree, trained_blocks(run, numbers), known, out)
-    results = results_of(run, numbers)
-    sentences, ended = (sum(r[name] for r in results) for name in ("sentences", "known"))
-    share = f"{ended / sentences:.0%}" if sentences else ""
-    ends = share and f", of whose {sentences} sentences it can end {share}"
-    print(f"remembered {len(documents)} documents{ends}: {out}; your text is in {run}")
-
-
-def show(wanted: bool, out: Path, run: Path) -> None:
-    """What the model says now, if that is ``wanted``."""
-    if wanted:
-        print("\n".join(map(printable, look(load(out), documents_of(run)))))
+    def _say(self, what: str) -> None:
+        """The last lines: ``what`` has become of the model, and what it says if that is wanted."""
+        print(f"{what}: {self.out}; your text is in {self.run}")
+        if self.look and not self.dry_run:
+            del self.base  # the anchor is loaded anew
+            print("\n".join(map(printable, look(load(self.out), documents_of(self.run)))))
 
 
 def main(words: Sequence[str]) -> None:
@@ -155,25 +173,36 @@ def main(words: Sequence[str]) -> None:
         prog="mlx_hmem.remember",
         description="Teaches a model your documents: text, Markdown, HTML, PDF and JSON lines. The "
         "model that you give stays as it is."
-        "\n\nPrints a plan, then makes NEW_DIR, a model directory that knows them. Stopped, it "
-        "goes on with the same command.",
+        "\n\nPrints a plan, then makes DIR, a model directory that knows them. Where DIR exists "
+        "it is brought up to date: what is new or has changed is learned, what is gone is "
+        "forgotten. Stopped, it goes on with the same command.",
     )
     parser.add_argument(
-        "documents", type=Path, metavar="DOCUMENTS",
-        help="a file, or a folder of them, whose hidden files are passed over",
+        "documents", type=Path, nargs="+", metavar="DOCUMENTS",
+        help="a file, or a folder of them, whose hidden files are passed over; or several",
     )  # fmt: skip
     parser.add_argument("--model", required=True, help="a model directory, a Hub id, or demo")
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="NEW_DIR", help="the model directory to make"
-    )
+        "--out", type=Path, required=True, metavar="DIR",
+        help="the model directory to make, or to bring up to date",
+    )  # fmt: skip
     parser.add_argument(
         "--run", type=Path, help="what is needed to forget again, your text among it, which does "
-        "not belong into a model that you pass on (default: NEW_DIR.run)",
+        "not belong into a model that you pass on (default: DIR.run)",
+    )  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, and change nothing")
+    parser.add_argument(
+        "--watch", type=float, nargs="?", const=10.0, metavar="SECONDS", help="do it again "
+        "whenever the documents have changed and rested for so long (default: %(const)g)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--new-tree", action="store_true", help="remember all anew in clusters that fit the text "
+        "as it is now, where DIR exists",
     )  # fmt: skip
     parser.add_argument("--max-bytes", type=int, metavar="N", help="read no more text than that")
     parser.add_argument(
-        "--passes", type=int, metavar="N", default=PASSES, help="over the text, more of them for "
-        "more of it by heart (default: %(default)s)",
+        "--passes", type=int, metavar="N", help="over the text, more of them for more of it by "
+        f"heart (default: {PASSES}, or those of DIR)",
     )  # fmt: skip
     parser.add_argument(
         "--quick", dest="passes", action="store_const", const=QUICK, help=f"{QUICK} passes: the "
@@ -191,24 +220,9 @@ def main(words: Sequence[str]) -> None:
     for name in ("max_bytes", "passes", "restate"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is not 1 or more", value, "give a number")
-    run, files = run_folder(args.out, args.run), own_files(args.documents)
-    base = open_base(args.model)
-    wanted = {"passes": args.passes, "restate": args.restate or 0}
-    if args.out.exists():
-        if args.run is not None or not (run / "settings.json").exists():
-            raise UserError("the destination exists", args.out, "choose another")
-        same = {"source": source_of(files, args.max_bytes), "first": base.first, **wanted}
-        check_same(Settings.load(run), run, anchor_hash=base.anchor_hash, **same)
-        print(f"remembered before: {args.out}; your text is in {run}")
-        show(args.look, args.out, run)
+    if args.watch is None:
+        Remembering(args).go()
         return
-    began = run.exists()
-    try:
-        with alone("train remember", run):
-            trainer = prepare(base, args.documents, files, run, args.max_bytes, **wanted)
-            remember(base, run, trainer, args.out)
-            del base, trainer  # the anchor is loaded anew to look
-            show(args.look, args.out, run)
-    finally:
-        if not began and not (run / "settings.json").exists():
-            shutil.rmtree(run, ignore_errors=True)
+    if args.dry_run or args.new_tree:
+        parser.error("--watch goes with neither --dry-run nor --new-tree")
+    watch(args.documents, args.watch, lambda: Remembering(args).go())

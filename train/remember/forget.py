@@ -11,7 +11,7 @@ to delete them: they hold the document.
 
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -38,12 +38,11 @@ from ..corpus.readers_files import own_files
 from ..stages import alone
 from .blocks import Trainer, subtrees_of, trained_blocks
 from .check import check
-from .command import run_folder, text_of
-from .export import Base, open_bases, write_card
+from .export import Base, open_bases, text_of, write_card
 from .proof import proof, report_lines
 from .rest import RESTORE, Rest, Taught, begin_rest, documents_left, made
 from .restate import restated
-from .run import SETTINGS, vectors_of
+from .run import SETTINGS, run_folder, vectors_of
 
 DONE = "forgotten.json"
 
@@ -106,7 +105,9 @@ def joined(tree: ClusterTree, rests: Sequence[Rest]) -> ClusterTree:
     return ClusterTree(tree.branching, centroids, counts, tree.seed)
 
 
-def write_bank(base: Base, rests: Sequence[Rest], gone: Collection[str], target: Path) -> None:
+def write_bank(
+    base: Base, rests: Sequence[Rest], documents: Sequence[Document], target: Path
+) -> Manifest:
     """The bank ``base`` in ``target`` with its tree and what ties them, as the runs are now."""
     old, hmem = base.manifest, base.hmem
     assert old is not None
@@ -127,9 +128,9 @@ def write_bank(base: Base, rests: Sequence[Rest], gone: Collection[str], target:
     hashes = (old.anchor_hash, retriever.tree_hash)
     planned = Manifest.planned(old.memory, old.dtype, old.quantization, *hashes)
     manifest = rewrite_bank(target / BANK_FOLDER, planned, block, base.folder / BANK_FOLDER)
-    write_documents(target / BANK_FOLDER, documents_left(base, gone))
+    write_documents(target / BANK_FOLDER, documents)
     write_atomic(target / "hmem.json", replace(hmem, retriever=retriever).to_json())
-    check_changed(base, manifest, [d for d in base.documents if d.sha256 in gone])
+    return manifest
 
 
 def of_banks(rests: Sequence[Rest]) -> dict[str, list[Rest]]:
@@ -139,15 +140,22 @@ def of_banks(rests: Sequence[Rest]) -> dict[str, list[Rest]]:
 
 
 def write_model(
-    bases: Mapping[str, Base], rests: Sequence[Rest], gone: Collection[str], out: Path
+    bases: Mapping[str, Base],
+    rests: Sequence[Rest],
+    documents_of: Callable[[Base], list[Document]],
+    out: Path,
+    gone: Collection[str] = (),
 ) -> None:
-    """The model whose banks the runs have made, whole or not at all."""
+    """The model whose banks the runs have made, whole or not at all. ``documents_of``: what each
+    bank knows now; ``gone``: of which documents no block may be as it was."""
     changed = of_banks(rests)
     parts = [(place_of(name) / each).as_posix() for name in changed for each in MEMORY]
     with whole_folder(out) as part:
         link_model(bases[""].folder, part, but=[*parts, "README.md"])
         for name, own in changed.items():
-            write_bank(bases[name], own, gone, part / place_of(name))
+            base = bases[name]
+            manifest = write_bank(base, own, documents_of(base), part / place_of(name))
+            check_changed(base, manifest, [d for d in base.documents if d.sha256 in gone])
         write_card(bases[""], part)
 
 
@@ -221,7 +229,7 @@ def forget(
                 anchor, _ = load_anchor(first.folder)  # each run's memory is joined to its own
                 trainer = Trainer(anchor, rest.settings, tokenizer)
                 trainer.train(rest.target, rest.text, rest.paths)
-            write_model(bases, rests, gone, out)
+            write_model(bases, rests, partial(documents_left, gone=gone), out, gone)
         forgotten = {d.sha256: d for run in taught for d in run.documents if d.sha256 in gone}
         result = proof(load(first.folder), load(out), [*forgotten.values()], unseen)
         anew = {n + rest.settings.first for rest in rests for n in rest.touched}
