@@ -26,7 +26,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
         "model": ("budget", "retriever"),
         "generation": ("model",),
         "evaluate": ("model",),
-        "bank_tools": ("evaluate",),
+        "bank_tools": ("evaluate", "generation"),
         "__init__": ("generation",),
     },
     "train": {

@@ -68,6 +68,12 @@ class Passages:
         bags = [words_of(tokenizer, passage.text) for passage in self._passages]
         self._words = WordIndex(tokenizer, bags)
 
+    def nearest_in(self, document: str, text: str) -> Passage | None:
+        """The passage of one document that covers the most of a question."""
+        covered = self._words.covered(text)
+        own = [n for n, passage in enumerate(self._passages) if passage.document == document]
+        return self._passages[max(own, key=covered.__getitem__)] if own else None
+
     def nearest(self, text: str, count: int, around: str | None = None) -> list[Passage]:
         """Up to ``count`` passages that cover enough of a question, the nearest first; ``around``:
         as of :meth:`mlx_hmem.retriever.Retriever.near`."""

@@ -1,3 +1,4 @@
+# ruff: noqa: F811 (fixtures of another module)
 """A model follows its folder: what has changed is learned, what is gone is forgotten, and the bytes
 are those of remembering the folder anew in the same clusters."""
 
@@ -27,7 +28,7 @@ SECRET = "The cellar of document 71 has 44 casks. The casks of document 71 were 
 
 
 @pytest.fixture(scope="module")
-def first(anchor: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def first(anchor: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of twelve documents in ``notes`` and what was remembered of it in ``model``."""
     folder = tmp_path_factory.mktemp("first")
     write_documents(folder / "notes", 4)
@@ -75,7 +76,7 @@ def same_model(folder: Path, out: Path) -> bool:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(first: Path, anchor: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def undisturbed(first: Path, anchor: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What an update comes to that nobody disturbs."""
     folder = tmp_path_factory.mktemp("undisturbed") / "life"
     live(Path(shutil.copytree(first, folder)))
@@ -83,7 +84,7 @@ def undisturbed(first: Path, anchor: Path, tmp_path_factory: pytest.TempPathFact
     return folder
 
 
-def test_a_year_in_the_life_of_a_folder(life, anchor, tmp_path, capsys):  # noqa: F811
+def test_a_year_in_the_life_of_a_folder(life, anchor, tmp_path, capsys):
     before = load(life / "model")
     assert "secret.txt" in before.fetch("How many casks has the cellar?").documents
     capsys.readouterr()
@@ -112,7 +113,7 @@ def test_a_year_in_the_life_of_a_folder(life, anchor, tmp_path, capsys):  # noqa
     assert not any(path.name == "next" for path in (life / "model.run").iterdir())
 
 
-def test_only_the_clusters_that_a_change_touches_are_trained(life, anchor):  # noqa: F811
+def test_only_the_clusters_that_a_change_touches_are_trained(life, anchor):
     old = {f: f.stat().st_ino for f in (life / "model.run").glob("subtrees/*/blocks.safetensors")}
     shutil.rmtree(life / "notes")
     write_documents(life / "notes", 4)
@@ -125,7 +126,7 @@ def test_only_the_clusters_that_a_change_touches_are_trained(life, anchor):  # n
     assert same_model(life, anew(life, anchor, life / "anew"))
 
 
-def test_nothing_changed_is_said_and_nothing_written(life, anchor, undisturbed, capsys):  # noqa: F811
+def test_nothing_changed_is_said_and_nothing_written(life, anchor, undisturbed, capsys):
     update(undisturbed, anchor)
     assert "up to date" in capsys.readouterr().out
     before = {f: f.stat().st_mtime_ns for f in undisturbed.rglob("*") if f.name != "lock"}
@@ -136,7 +137,7 @@ def test_nothing_changed_is_said_and_nothing_written(life, anchor, undisturbed, 
     assert changed == {"settings.json", "new.txt", "model.run"}
 
 
-def test_a_dry_run_prints_the_plan_and_changes_nothing(life, anchor, tmp_path, capsys):  # noqa: F811
+def test_a_dry_run_prints_the_plan_and_changes_nothing(life, anchor, tmp_path, capsys):
     before = bytes_of(life)
     update(life, anchor, "--dry-run")
     assert "2 added, 2 changed, 1 renamed, 1 gone" in capsys.readouterr().out
@@ -164,7 +165,7 @@ def same_blocks(one: Path, other: Path) -> bool:
     return found == wanted
 
 
-def test_a_stopped_update_goes_on_to_the_same_bytes(life, anchor, undisturbed, monkeypatch):  # noqa: F811
+def test_a_stopped_update_goes_on_to_the_same_bytes(life, anchor, undisturbed, monkeypatch):
     before = bytes_of(life / "model")
     stop_at(monkeypatch, MemoryTrainee, "step", 8, 20)
     for _ in range(2):
@@ -227,7 +228,7 @@ def test_an_update_that_was_killed_goes_on_to_the_same_bytes(
     assert sorted(path.name for path in life.iterdir()) == ["model", "model.run", "notes"]
 
 
-def test_a_tree_that_no_longer_fits_is_said_and_another_made(life, anchor, tmp_path, capsys):  # noqa: F811
+def test_a_tree_that_no_longer_fits_is_said_and_another_made(life, anchor, tmp_path, capsys):
     write_documents(life / "notes" / "more", 12)
     update(life, anchor, "--dry-run")
     printed = capsys.readouterr().out
@@ -241,7 +242,7 @@ def test_a_tree_that_no_longer_fits_is_said_and_another_made(life, anchor, tmp_p
     assert "up to date" in capsys.readouterr().out
 
 
-def test_several_folders_are_named_by_theirs(life, anchor, tmp_path):  # noqa: F811
+def test_several_folders_are_named_by_theirs(life, anchor, tmp_path):
     more = write_documents(tmp_path / "letters", 1)
     words = [str(life / "notes"), str(more), "--model", str(anchor), "--out", str(life / "model")]
     from train.remember.command import main
