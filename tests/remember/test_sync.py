@@ -19,6 +19,7 @@ from tests.helpers.own_documents import remember, sentences, write_documents
 from tests.helpers.places import ROOT, bytes_of
 from tests.helpers.programs import refused
 from tests.remember.test_remember import anchor, eager  # noqa: F401
+from train.remember.forget import main as forget_program
 from train.remember.sync import folder as folder_module
 from train.step.memories import MemoryTrainee
 
@@ -285,3 +286,13 @@ def test_bad_folders_and_models_are_one_line_and_the_model_stays(
     refused("no such file or folder", update, life, anchor)
     (life / "elsewhere").rename(life / "notes")
     assert bytes_of(life) == before
+
+
+def test_who_forgets_finds_run_and_model_of_one_time(life, anchor, tmp_path):
+    """An update was killed when the model was there, and its run was still the old one."""
+    arguments = [str(life / "notes"), "--model", str(anchor), "--out", str(life / "model")]
+    program = KILLED.format(arguments=arguments, where=KILLS["exchanged"])
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True).returncode
+    forget_program([str(life / "model"), "new.txt", "--out", str(tmp_path / "less")])
+    assert "new.txt" not in {d.name for d in read_documents(tmp_path / "less" / "bank")}
+    assert not (life / "model.run" / "next").exists()

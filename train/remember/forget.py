@@ -21,7 +21,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_hmem.anchors.load import load_anchor
-from mlx_hmem.bank.documents import Document, find_document, write_documents
+from mlx_hmem.bank.documents import Document, write_documents
 from mlx_hmem.bank.format import GENERIC, Key, Manifest
 from mlx_hmem.bank.writer import Given, rewrite_bank
 from mlx_hmem.bank_tools.folders import MEMORY, TREE, link_model
@@ -39,10 +39,13 @@ from ..stages import alone
 from .blocks import Trainer, subtrees_of, trained_blocks
 from .check import check
 from .export import Base, open_bases, text_of, write_card
+from .forgetting.choice import chosen_documents, other_names
+from .forgetting.page import check_page, write_page
 from .proof import proof, report_lines
 from .rest import RESTORE, Rest, Taught, begin_rest, documents_left, made
 from .restate import restated
 from .run import SETTINGS, run_folder, vectors_of
+from .sync.swap import make_up
 
 DONE = "forgotten.json"
 
@@ -50,34 +53,6 @@ DONE = "forgotten.json"
 def place_of(name: str) -> Path:
     """Where a bank lies in its model's folder."""
     return Path(BESIDE) / name if name else Path()
-
-
-def chosen_documents(
-    bases: Mapping[str, Base], taught: Sequence[Taught], names: Sequence[str]
-) -> list[Document]:
-    """The documents of any of the banks that are meant by names or hashes. A copy that was read
-    beside a document, or later, is known by the run alone, and means that document.
-
-    Raises UserError: there is no such document, or in a bank one that no run has taught.
-    """
-    own = {d.sha256: d for run in taught for d in run.documents}
-    known = {d.sha256: d for base in bases.values() for d in base.documents}
-    also = {sha256: list(own[sha256].also) for sha256 in known.keys() & own.keys()}
-    for sha256, names in (each for run in taught for each in run.known.items()):
-        also.setdefault(sha256, []).extend(names)
-    chosen = [find_document([*known.values()], name, also) for name in names]
-    for document in chosen:
-        for name, base in bases.items():
-            runs = [r for r in taught if name in r.banks]
-            there = any(d.sha256 == document.sha256 for d in base.documents)
-            if there and not any(d.sha256 == document.sha256 for r in runs for d in r.documents):
-                where = f"bank {name}" if name else "the model's own bank"
-                raise UserError(
-                    f"no run that was given has taught {document.name}",
-                    where,
-                    "give the folder of the run that did with --run, beside the others",
-                )
-    return chosen
 
 
 def check_changed(base: Base, new: Manifest, documents: Collection[Document]) -> None:
@@ -200,9 +175,17 @@ def runs_of(model: str | Path) -> list[Path]:
 
 
 def forget(
-    folder: Path, names: Sequence[str], runs: Sequence[Path], out: Path, control: Path | None
+    folder: Path,
+    names: Sequence[str],
+    runs: Sequence[Path],
+    out: Path,
+    control: Path | None,
+    page: Path | None = None,
 ) -> list[str]:
-    """Makes the model ``out`` and its runs without these documents; the report, line by line."""
+    """Makes the model ``out`` and its runs without these documents; the report, line by line, which
+    is also written as a ``page``."""
+    for each in runs:
+        make_up(folder, each)
     bases = open_bases(str(folder))
     first = bases[""]
     taught = [Taught.open(run, bases) for run in runs]
@@ -215,6 +198,8 @@ def forget(
         text, tokenizer = text_of(first, run.documents, restated(run.folder))
         given.append((run, text, run.paths(text, bases), tokenizer))
     targets = list(targets_of(out, len(taught)))
+    if page is not None:
+        check_page(page, [out, *targets])
     if out.exists() and not (targets[0] / SETTINGS).exists():
         raise UserError("the destination exists", out, "choose another")
     with ExitStack() as held:
@@ -231,11 +216,17 @@ def forget(
                 trainer.train(rest.target, rest.text, rest.paths)
             write_model(bases, rests, partial(documents_left, gone=gone), out, gone)
         forgotten = {d.sha256: d for run in taught for d in run.documents if d.sha256 in gone}
+        forgotten = {d.sha256: forgotten[d.sha256] for d in chosen if d.sha256 in forgotten}
         result = proof(load(first.folder), load(out), [*forgotten.values()], unseen)
         anew = {n + rest.settings.first for rest in rests for n in rest.touched}
         result["retrained_clusters_of_level_1"] = sorted(anew)
         write_atomic(targets[0] / DONE, json.dumps(result, indent=2) + "\n")
-    lines = [f"forgot {', '.join(d.name for d in chosen)}: {out}", *report_lines(result)]
+    also = other_names(taught)
+    if page is not None:
+        documents = {d: also.get(d.sha256, []) for d in chosen if d.sha256 in forgotten}
+        write_page(page, documents, result, first.folder, out)
+    called = (" = ".join([d.name, *also.get(d.sha256, [])]) for d in chosen)
+    lines = [f"forgot {', '.join(called)}: {out}", *report_lines(result)]
     lines.append(f"figures in {targets[0] / DONE}")
     olds = ", ".join(map(str, (first.folder, *(run.folder for run in taught))))
     return [*lines, f"{olds} still hold the documents: delete them"]
@@ -251,8 +242,9 @@ def main(words: Sequence[str]) -> None:
     )
     parser.add_argument("model", type=Path, metavar="DIR", help="made by mlx_hmem.remember")
     parser.add_argument(
-        "documents", nargs="+", metavar="DOCUMENT", help="a name, or six digits of a hash"
-    )
+        "documents", nargs="+", metavar="DOCUMENT", help="a name, a folder as letters/, a pattern "
+        "as 'letters/*.txt', or six digits of a hash",
+    )  # fmt: skip
     parser.add_argument(
         "--run", type=Path, action="append", help="the folder of a remembering (default: DIR.run, "
         "DIR.2.run … beside it); once for each that taught the documents, in whichever bank",
@@ -265,6 +257,10 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument(
         "--control", type=Path, metavar="FOLDER", help="documents it has never seen, to compare"
     )
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write the report as a page to hand on; it names "
+        "what was forgotten",
+    )  # fmt: skip
     args = parser.parse_args(words)
     runs = args.run or runs_of(args.model)
     if args.check == (args.out is not None):
@@ -273,5 +269,5 @@ def main(words: Sequence[str]) -> None:
         lines, clean = check(args.model, args.documents, runs)
         print("\n".join(map(printable, lines)))
         raise SystemExit(not clean)
-    lines = forget(args.model, args.documents, runs, args.out, args.control)
+    lines = forget(args.model, args.documents, runs, args.out, args.control, args.html)
     print("\n".join(map(printable, lines)))

@@ -21,6 +21,7 @@ from mlx_hmem.folders import folder_locked
 from mlx_hmem.model.find import BANK_FOLDER
 from mlx_hmem.reading import open_regular, read_sealed, sealed
 
+from ...stages import alone
 from ..restate import JOURNAL
 from ..run import KNOWN, RESTORE, SETTINGS
 
@@ -68,6 +69,13 @@ def put_in_place(out: Path, run: Path, next_run: Path, make: Callable[[Path], No
             os.rename(made, real)
         sync_folder(real.parent)
     settle(out, run)
+
+
+def make_up(out: Path, run: Path) -> None:
+    """As :func:`settle`, for who comes to read both."""
+    if any((run / name / MADE).exists() for name in (NEXT, ANEW)):
+        with alone("train remember", run):
+            settle(out, run)
 
 
 def settle(out: Path, run: Path) -> None:
