@@ -20,6 +20,7 @@ EXTRAS = {
     "lmdb": "train",
     "yaml": "train",
     "pypdf": "remember",
+    "pathspec": "remember",
     "pyarrow": "corpora",
     "zstandard": "corpora",
     "matplotlib": "plot",

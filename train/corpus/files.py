@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 from mlx_hmem.errors import printable
 from mlx_hmem.reading import open_regular
 
+from .ignored import Ignored
+
 MAX_LINE = 1 << 26  # bytes; a longer line, or text file, is no document
 MAX_NAMED = 20  # faults printed; the report file holds more
 MAX_KEPT, MAX_SHOWN = 1000, 300  # faults, and characters of each name: a stranger's id is one
@@ -76,7 +78,7 @@ def listing(folder: Path, ends: Iterable[str], all_kinds: bool = False) -> list[
     """The regular files in ``folder`` and below whose names end so, by path; nothing that is
     hidden. Or the one file that ``folder`` is. What is left out for another reason, as a link that
     leads out of the folder, is named on standard error; with ``all_kinds`` also how many files of
-    which other endings there are."""
+    which other endings there are, and what is :mod:`.ignored` is left out."""
     ends, found, faults, others = tuple(ends), list[CorpusFile](), Faults(), Counter[str]()
     if folder.is_file():
         return [CorpusFile(folder, folder.name)] if folder.name.lower().endswith(ends) else []
@@ -84,9 +86,13 @@ def listing(folder: Path, ends: Iterable[str], all_kinds: bool = False) -> list[
     def unread(error: OSError) -> None:
         faults.add(str(error.filename), "a folder that cannot be read")
 
+    rules = Ignored(folder)
     for root, folders, files in os.walk(folder, onerror=unread):
         folders[:] = [name for name in folders if not name.startswith(".")]
         files = [name for name in files if not name.startswith(".")]
+        if all_kinds:
+            folders[:] = rules.left(Path(root), folders, folders=True)
+            files = rules.left(Path(root), files, folders=False)
         others.update(Path(n).suffix.lower() for n in files if not n.lower().endswith(ends))
         files = [name for name in files if name.lower().endswith(ends)]
         for path in (Path(root, name) for name in folders + files):
@@ -99,6 +105,8 @@ def listing(folder: Path, ends: Iterable[str], all_kinds: bool = False) -> list[
     for end, count in often if all_kinds else ():
         what = f"*{end}" if end else "without an ending"
         faults.add(f"{count} file{'s' * (count > 1)} {what}", "a kind that is not read")
+    if rules.count:
+        faults.add(f"{rules.count} files or folders", "ignored")
     faults.print()
     return sorted(found, key=lambda file: file.name)
 
