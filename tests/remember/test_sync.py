@@ -21,6 +21,7 @@ from tests.helpers.programs import refused
 from tests.remember.test_remember import anchor, eager  # noqa: F401
 from train.remember.forget import main as forget_program
 from train.remember.sync import folder as folder_module
+from train.stages import alone
 from train.step.memories import MemoryTrainee
 
 PASSES = ("--passes", "4")
@@ -284,6 +285,9 @@ def test_bad_folders_and_models_are_one_line_and_the_model_stays(
     monkeypatch.setattr(folder_module, "read_folder", vanishing)
     refused("a file changed while it was read", update, life, anchor)
     refused("no such file or folder", update, life, anchor)
+    (life / "notes").mkdir()  # a disk that is not there: not all is gone
+    refused("a folder without text", update, life, anchor)
+    (life / "notes").rmdir()
     (life / "elsewhere").rename(life / "notes")
     assert bytes_of(life) == before
 
@@ -296,3 +300,21 @@ def test_who_forgets_finds_run_and_model_of_one_time(life, anchor, tmp_path):
     forget_program([str(life / "model"), "new.txt", "--out", str(tmp_path / "less")])
     assert "new.txt" not in {d.name for d in read_documents(tmp_path / "less" / "bank")}
     assert not (life / "model.run" / "next").exists()
+
+
+def test_what_is_gone_is_found_by_no_stranger(undisturbed, tmp_path, capsys):
+    for name, text in {"secret.txt": SECRET, "1.txt": sentences("bread", 1)}.items():
+        (tmp_path / name).write_text(text)
+    capsys.readouterr()
+    words = [str(undisturbed / "model"), str(tmp_path), "--check"]
+    with pytest.raises(SystemExit) as end:
+        forget_program(words)
+    assert "nothing is found of 2 documents" in capsys.readouterr().out
+    assert end.value.code == 0
+
+
+def test_two_updates_at_once_are_one_too_many(life, anchor):
+    before = bytes_of(life)
+    with alone("train remember", life / "model.run"):
+        refused("running in another process", update, life, anchor)
+    assert bytes_of(life) == before
