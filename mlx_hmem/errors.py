@@ -21,6 +21,7 @@ EXTRAS = {
     "yaml": "train",
     "pypdf": "remember",
     "pathspec": "remember",
+    "striprtf": "remember",
     "pyarrow": "corpora",
     "zstandard": "corpora",
     "matplotlib": "plot",

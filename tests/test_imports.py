@@ -19,6 +19,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
     "mlx_hmem": {
         **dict.fromkeys(GROUND, GROUND),
         "memory": GROUND,
+        "documents": GROUND,
         "retriever": GROUND,
         "anchors": ("memory",),
         "bank": ("memory",),

@@ -44,7 +44,7 @@ def names_of(model: Path) -> set[str]:
 
 def test_a_folder_is_forgotten_and_what_stood_in_two(learned, tmp_path, capsys):
     forget(learned, "letters/", "--out", tmp_path / "less")
-    assert names_of(tmp_path / "less") == {"other.txt", unicodedata.normalize("NFD", NAME)}
+    assert names_of(tmp_path / "less") == {"other.txt", NAME}
     said = capsys.readouterr().out
     assert re.search(r"archive/two.txt = letters/two.txt", said)
     refused("knows no such document: letters/", forget, tmp_path / "less", "letters/", "--out", "x")

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from mlx_hmem.bank.documents import read_documents
+from mlx_hmem.documents.pages import page_text
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate import perplexity
 from mlx_hmem.files import load_safetensors, save_safetensors
@@ -26,7 +27,6 @@ from tests.helpers.places import bytes_of
 from tests.helpers.programs import refused
 from train.corpus.files import Faults
 from train.corpus.own import OwnDocument
-from train.corpus.pages import page_text
 from train.corpus.readers_files import own_files, read_own
 from train.data.arrays import load_mapped
 from train.remember import plan as remember_plan
@@ -213,7 +213,7 @@ def test_a_run_of_other_documents_is_refused(anchor, learned, documents, tmp_pat
     ("name", "data", "says"),
     [
         (".hidden.txt", b"text", "a folder without text"),
-        ("picture.png", b"text", "a folder without text"),
+        ("picture.png", b"\x89PNG\r\n\x1a\n\0", "a folder without text"),
         ("empty.txt", b"", "nothing to remember: 1 passed over"),
         ("broken.pdf", b"%PDF-1.4 nothing", "nothing to remember: 1 passed over"),
         ("page.html", b"<script>let a = 1</script>", "nothing to remember: 1 passed over"),
@@ -358,11 +358,11 @@ def test_each_kind_of_file_is_read(tmp_path):
     writer.write(tmp_path / "scan.pdf")
     (tmp_path / "e.pdf").write_bytes(_pdf("A page of the manual"))
     faults = Faults()
-    found = dict(read_own(own_files(tmp_path), faults))
+    found = dict(read_own(own_files(tmp_path, faults), faults))
     assert found == {
         "a.txt": "plain\ntext",
         "b.MD": "# Title\n\nmarked",
-        "c.html": "Page\n\nOne bold word&\nline",
+        "c.html": "# Page\n\nOne bold word&\nline",
         "T": "record",
         "e.pdf": "A page of the manual",
     }
@@ -382,12 +382,12 @@ def test_what_a_file_calls_text_is_text_or_passed_over(tmp_path, monkeypatch):
     halves = b"1 beginbfchar <41> <D800> endbfchar 1 beginbfchar <42> <D83DDE00> endbfchar"
     (tmp_path / "f.pdf").write_bytes(_pdf("A harBour", halves))
     faults = Faults()
-    found = dict(read_own(own_files(tmp_path), faults))
+    found = dict(read_own(own_files(tmp_path, faults), faults))
     assert found.pop("\\udcff.jsonl:1", "A record.") == "A record."
     assert found == {"e.html": "old 港harbour", "f.pdf": "\ufffd har😀our"}
     assert [name.split(":")[0] for name in faults.named] == ["a.html", "b.html", "c.html", "d.html"]
-    monkeypatch.setattr("train.corpus.readers_files.SECONDS", -100)
-    assert dict(read_own(own_files(tmp_path / "f.pdf"), faults)) == {}
+    monkeypatch.setattr("mlx_hmem.documents.pdf.SECONDS", -100)
+    assert dict(read_own(own_files(tmp_path / "f.pdf", faults), faults)) == {}
     assert faults.named[-1] == "f.pdf: an unreadable PDF (it takes too long)"
 
 

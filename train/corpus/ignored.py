@@ -1,7 +1,7 @@
 """What of a folder is not to be read: what ``.hmemignore`` files in it name, in Git's syntax.
 
 One in a folder further down counts for what lies below it, before those above, and ``!`` takes back
-what another has ruled out. What programs keep for themselves is left out as a rule.
+what another, or a rule of ours, has ruled out.
 """
 
 import os
@@ -11,26 +11,22 @@ from mlx_hmem.errors import UserError, needed
 from mlx_hmem.reading import open_regular
 
 IGNORE = ".hmemignore"
-AS_A_RULE = ("node_modules", "__pycache__", "site-packages")  # folders
 
 
 class Ignored:
-    """The rules of the ``folder``, which grow as it is walked from the top; ``count``: of files and
-    folders that they have ruled out."""
+    """The rules of the ``folder``, which grow as it is walked from the top."""
 
     def __init__(self, folder: Path):
-        self._folder, self.count = folder, 0
+        self._folder = folder
         self._specs = dict[Path, object]()
 
-    def left(self, root: Path, names: list[str], folders: bool) -> list[str]:
-        """Those of the names in ``root`` that may be read; ``folders``: whether they are such."""
-        if root not in self._specs and os.path.lexists(root / IGNORE):
+    def enter(self, root: Path) -> None:
+        """Reads the rules of a folder."""
+        if os.path.lexists(root / IGNORE):
             self._specs[root] = _read(root / IGNORE)
-        left = [name for name in names if not self._has(root / name, folders)]
-        self.count += len(names) - len(left)
-        return left
 
-    def _has(self, path: Path, is_folder: bool) -> bool:
+    def out(self, path: Path, is_folder: bool) -> bool | None:
+        """Whether a file or folder is ruled out; None where no rule is about it."""
         for above in path.parents:  # the nearest first
             if spec := self._specs.get(above):
                 own = path.relative_to(above).as_posix() + "/" * is_folder
@@ -38,7 +34,7 @@ class Ignored:
                     return bool(found)
             if above == self._folder:
                 break
-        return is_folder and path.name in AS_A_RULE
+        return None
 
 
 def _read(path: Path) -> object:

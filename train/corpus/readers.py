@@ -21,14 +21,17 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
+from mlx_hmem.documents.encodings import decoded
 from mlx_hmem.errors import UserError, needed, printable
 from mlx_hmem.reading import open_regular
 
 from .files import MAX_LINE, CorpusFile, Document, Faults, file_bytes, listing
 
+Declared = Callable[[bytes], str]
 ZSTD_PIECE = 1 << 12  # bytes of a zstd file at a time: they may stand for 30,000 times as many
 PARQUET_ROWS = 256
-PACKAGES = {".zst": "zstandard", ".parquet": "pyarrow.parquet", ".pdf": "pypdf"}
+PACKAGES = {".zst": "zstandard", ".parquet": "pyarrow.parquet", ".pdf": "pypdf",
+            ".rtf": "striprtf.striprtf"}  # fmt: skip
 FOLDER_HELP = (
     "folder of *.jsonl, *.jsonl.gz, *.jsonl.zst or *.parquet files with id, title and text; where "
     "the folder itself has none, those in its subfolders are read; where these have none either, "
@@ -60,7 +63,7 @@ def _good_ones(
     source: CorpusFile,
     faults: Faults,
     records: Iterable[Any],
-    parse: Callable[[Any], Document | None],
+    parse: Callable[[Any, int], Document | None],
     kind: str,
     broken: tuple[type[Exception], ...],
 ) -> Iterator[Document]:
@@ -70,7 +73,7 @@ def _good_ones(
     try:
         for number, record in enumerate(records, 1):
             try:
-                if (document := parse(record)) is not None:
+                if (document := parse(record, number)) is not None:
                     yield document
             except ValueError as error:
                 faults.add(f"{source.name}:{number}", str(error))
@@ -83,7 +86,7 @@ def _good_ones(
         faults.add(source.name, "an empty file")
 
 
-def _document(record: dict[str, Any]) -> Document:
+def _document(record: dict[str, Any], number: int) -> Document:
     """The document of a record; a ``ValueError`` names the fault."""
     for key in ("id", "text"):
         if key not in record:
@@ -94,7 +97,8 @@ def _document(record: dict[str, Any]) -> Document:
     return str(record["id"]), title if isinstance(title, str) else "", record["text"]
 
 
-def _parse(line: bytes) -> Document | None:
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """The object in a line of JSON, if the line is not empty."""
     if len(line) == MAX_LINE and not line.endswith(b"\n"):
         raise ValueError(f"a line over {MAX_LINE} bytes")
     if not line.strip():
@@ -109,10 +113,10 @@ def _parse(line: bytes) -> Document | None:
         raise ValueError("not JSON") from None
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
-    return _document(record)
+    return record
 
 
-def _lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
+def lines_of(pieces: Iterable[bytes]) -> Iterator[bytes]:
     """The lines that pieces of a file make, of one longer than ``MAX_LINE`` its beginning."""
     line = bytearray()
     for piece in pieces:
@@ -128,7 +132,18 @@ def _lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
         yield bytes(line)
 
 
-def _read_lines(source: CorpusFile, faults: Faults) -> Iterator[Document]:
+def read_lines(
+    source: CorpusFile,
+    faults: Faults,
+    document: Callable[[dict[str, Any], int], Document] = _document,
+) -> Iterator[Document]:
+    """The documents of JSON lines, packed or not; ``document`` makes one of an object and the
+    number of its line."""
+
+    def parse(line: bytes, number: int) -> Document | None:
+        record = _parsed(line)
+        return None if record is None else document(record, number)
+
     kind, broken = "file", tuple[type[Exception], ...]()
     with open_regular(source.path) as stored:
         file: Any = io.BufferedReader(stored)
@@ -140,33 +155,29 @@ def _read_lines(source: CorpusFile, faults: Faults) -> Iterator[Document]:
             zstandard: Any = package_for(source.path)
             pieces = _from_zstd(stored, zstandard)
             kind, broken = "zstd", (EOFError, zstandard.ZstdError)
-        yield from _good_ones(source, faults, _lines(pieces), _parse, kind, broken)
+        yield from _good_ones(source, faults, lines_of(pieces), parse, kind, broken)
 
 
-def one_document(text_of: Callable[[Path], str]) -> "Reader":
+def one_document(text_of: Callable[[CorpusFile, Faults], str]) -> "Reader":
     """Reads files that are one document each: the path is its id, the name without suffix its
     title. ``text_of`` raises a ``ValueError`` where there is no text."""
 
     def read(source: CorpusFile, faults: Faults) -> Iterator[Document]:
-        try:
-            text = text_of(source.path)
-            source.name.encode()  # names are bytes on Linux
-        except ValueError as error:
-            reason = "not UTF-8" if isinstance(error, UnicodeError) else str(error)
-            faults.add(printable(source.name), reason)
-        else:
-            # Maps and encodings of a file's own may give halves of characters.
-            text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-            yield source.name, source.path.stem, text
+        source.name.encode()  # names are bytes on Linux: a ValueError
+        yield source.name, source.path.stem, text_of(source, faults)
 
     return read
 
 
-def _text(path: Path) -> str:
-    data = file_bytes(path)
+def read_text(source: CorpusFile, faults: Faults, declared: Declared = lambda data: "") -> str:
+    """The text of a file; ``declared``: what it says of its encoding itself."""
+    data = file_bytes(source.path)
     if not data.strip():
         raise ValueError("an empty file")
-    return data.decode("utf-8-sig")
+    text, encoding = decoded(data, declared(data))
+    if encoding != "utf-8":
+        faults.encodings[encoding] += 1
+    return text
 
 
 def _parquet_rows(file: BinaryIO, parquet: Any) -> Iterator[dict[str, Any]]:
@@ -199,22 +210,26 @@ def _read_parquet(source: CorpusFile, faults: Faults) -> Iterator[Document]:
 
 
 Reader = Callable[[CorpusFile, Faults], Iterator[Document]]
-RECORDS: dict[str, Reader] = dict.fromkeys((".jsonl", ".jsonl.gz", ".jsonl.zst"), _read_lines)
+RECORDS: dict[str, Reader] = dict.fromkeys((".jsonl", ".jsonl.gz", ".jsonl.zst"), read_lines)
 RECORDS[".parquet"] = _read_parquet
-TEXTS = dict.fromkeys((".txt", ".md"), one_document(_text))
+TEXTS = dict.fromkeys((".txt", ".md"), one_document(read_text))
 
 
 def documents_of(
     file: CorpusFile, faults: Faults, readers: Mapping[str, Reader] = RECORDS | TEXTS
 ) -> Iterator[Document]:
     """(id, title, text) of each good document, in order; the others go to ``faults``, as does a
-    file that is gone or may not be read."""
+    file that is gone, may not be read, or is not what its name says. A name that no reader's ends
+    is read by that of "", the last."""
     name = file.name.lower()
     try:
         yield from next(read for end, read in readers.items() if name.endswith(end))(file, faults)
-    except (OSError, UserError) as error:
-        reason = error.what if isinstance(error, UserError) else error.strerror
-        faults.add(printable(file.name), f"it cannot be read ({reason})")
+    except (OSError, ValueError) as error:
+        reason = "not UTF-8" if isinstance(error, UnicodeError) else str(error)
+        if isinstance(error, OSError | UserError):
+            what = error.what if isinstance(error, UserError) else error.strerror
+            reason = f"it cannot be read ({what})"
+        faults.add(printable(file.name), reason)
 
 
 def read_documents(files: Iterable[CorpusFile], faults: Faults) -> Iterator[Document]:
@@ -239,7 +254,9 @@ def corpus_files(source: Path | None) -> list[CorpusFile]:
             "--corpus",
             "give the folder of *.jsonl or *.jsonl.gz files, or set corpus.documents to 0",
         )
-    found = listing(source, RECORDS | TEXTS)
+    faults = Faults()
+    found = listing(source, faults, RECORDS | TEXTS)
+    faults.print()
     records = [file for file in found if file.name.lower().endswith(tuple(RECORDS))]
     files = [file for file in records if "/" not in file.name] or records or found
     if not files:

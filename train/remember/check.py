@@ -124,7 +124,9 @@ def check(folder: Path, files: Sequence[str], runs: Sequence[Path]) -> tuple[lis
     """What was found, line by line, and whether it is nothing."""
     bases, faults = open_bases(str(folder)), Faults()
     taught = [Taught.open(run, bases) for run in runs]
-    given = [d for f in files for d in read_folder(own_files(Path(f)), (), faults).documents]
+    given = [
+        d for f in files for d in read_folder(own_files(Path(f), faults), (), faults).documents
+    ]
     faults.print()
     text, tokenizer = text_of(bases[""], given)
     vectors = vectors_of(text.windows, bases[""].encoder, tokenizer)

@@ -7,20 +7,23 @@ the model has one, into new clusters behind those that are there. See docs/own_d
 
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mlx_hmem.documents.tables import Records
 from mlx_hmem.errors import ArgumentParser, UserError, printable
 from mlx_hmem.folders import RECORD
 from mlx_hmem.model.load import load
 
+from ..corpus.files import Faults
+from ..corpus.own import Reading
 from ..data.taken_tokenizer import TakenTokenizer
 from ..stages import alone
 from .blocks import Trainer
 from .export import export, open_base, text_of
-from .plan import PASSES, QUICK, check_size, make_settings, plan_lines, text_bytes
+from .plan import PASSES, QUICK, check_size, found_lines, make_settings, plan_lines, text_bytes
 from .proof import look
 from .restate import Writer
 from .run import SETTINGS, Settings, begin_run, check_same, documents_of, leaves_of, run_folder
@@ -38,9 +41,11 @@ class Remembering:
     def __init__(self, args: Any):
         self.out, self.run = args.out, run_folder(args.out, args.run)
         self.own_run = args.run is None
-        self.files, self.most_bytes = files_of(args.documents), args.max_bytes
+        self.faults, self.every = Faults(), args.passed_over
+        self.files, self.most_bytes = files_of(args.documents, self.faults), args.max_bytes
+        self.records = Records(args.text_key)
         self.given = ", ".join(map(str, args.documents))
-        self.source = source_of(self.files, self.most_bytes)
+        self.source = source_of(self.files, self.most_bytes, self.records)
         self.asked = {
             name: value
             for name in ("passes", "restate")
@@ -117,7 +122,7 @@ class Remembering:
             return None if self.dry_run else Trainer(base.anchor[0], found, tokenizer)
         size = text_bytes(self.files)
         check_size(base, min(size, self.most_bytes or size), [self.run])
-        reading, said = read_new(base, self.files, self.most_bytes)
+        reading, said = self._read()
         text, tokenizer = text_of(base, reading.documents)
         wanted = {"passes": PASSES, "restate": 0} | self.asked
         settings = make_settings(base, text, tokenizer, source=self.source, seed=0, **wanted)
@@ -128,13 +133,25 @@ class Remembering:
         with tempfile.TemporaryDirectory(prefix=".plan-", dir=self.run.parent) as work:
             seconds = trainer.seconds(text, Path(work))
         lines = plan_lines(base, text, settings, f"{said}, from {self.given}", seconds, cost)
-        print("\n".join(map(printable, lines)), flush=True)
+        self._print_plan(lines)
         if self.dry_run:
             return None
         for other in {run, self.run / NEXT, self.run / ANEW} - {self.run}:
             shutil.rmtree(other, ignore_errors=True)
         begin_run(run, settings, reading.documents, reading.known)
         return trainer
+
+    def _read(self) -> tuple[Reading, str]:
+        """The documents, and in words what was found; what was passed over is named."""
+        try:
+            return read_new(self.base, self.files, self.most_bytes, self.records, self.faults)
+        finally:
+            self.faults.print(self.every)
+
+    def _print_plan(self, lines: Iterable[str]) -> None:
+        first, *others = lines
+        said = (first, *found_lines(self.faults), *others)
+        print("\n".join(map(printable, said)), flush=True)
 
     def _export(self, learned: Learned, folder: Path) -> None:
         tree, documents = learned.tree, learned.documents
@@ -146,13 +163,12 @@ class Remembering:
         if update.is_begun(self.source) and not self.dry_run:
             print(f"goes on with {update.next}")
         else:
-            reading, said = read_new(self.base, self.files, self.most_bytes)
+            reading, said = self._read()
             if self.whole and update.is_known(reading):
                 if not self.dry_run:
                     update.note(self.source)
                 return self._say("up to date")
-            lines = update.plan(reading, f"{said}, from {self.given}")
-            print("\n".join(map(printable, lines)), flush=True)
+            self._print_plan(update.plan(reading, f"{said}, from {self.given}"))
             if self.dry_run:
                 return None
             shutil.rmtree(self.run / ANEW, ignore_errors=True)
@@ -171,8 +187,8 @@ class Remembering:
 def main(words: Sequence[str]) -> None:
     parser = ArgumentParser(
         prog="mlx_hmem.remember",
-        description="Teaches a model your documents: text, Markdown, HTML, PDF and JSON lines. The "
-        "model that you give stays as it is."
+        description="Teaches a model your documents: text of any kind, web pages, PDF, Word, "
+        "books, tables, mail, JSON. The model that you give stays as it is."
         "\n\nPrints a plan, then makes DIR, a model directory that knows them. Where DIR exists "
         "it is brought up to date: what is new or has changed is learned, what is gone is "
         "forgotten. Stopped, it goes on with the same command.",
@@ -198,6 +214,14 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument(
         "--new-tree", action="store_true", help="remember all anew in clusters that fit the text "
         "as it is now, where DIR exists",
+    )  # fmt: skip
+    parser.add_argument(
+        "--text-key", default="text", metavar="KEY", help="where a JSON object has its text "
+        "(default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--passed-over", action="store_true", help="name every file that is not read, also those "
+        "of kinds that hold no text",
     )  # fmt: skip
     parser.add_argument("--max-bytes", type=int, metavar="N", help="read no more text than that")
     parser.add_argument(

@@ -153,7 +153,7 @@ def controls(folder: Path | None, known: Collection[str]) -> list[OwnDocument]:
     if folder is None:
         return []
     faults = Faults()
-    found = read_folder(own_files(folder), known, faults).documents
+    found = read_folder(own_files(folder, faults), known, faults).documents
     faults.print()
     if not found:
         raise UserError("no control document is left", folder, "give documents never remembered")

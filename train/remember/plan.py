@@ -20,7 +20,7 @@ from mlx_hmem.budget.resident import bytes_text, machine_bytes
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
 
-from ..corpus.files import CorpusFile
+from ..corpus.files import CorpusFile, Faults
 from ..cost.costs import count_text, free_bytes, peak_memory
 from ..cost.plan import time_text
 from ..data.taken_tokenizer import TakenTokenizer, embedded
@@ -41,7 +41,8 @@ PART_TOKENS = 384  # at a time, or one row that is longer
 BYTES_PER_TOKEN = 3.0  # of text, where it has not been read yet
 MEMORY_PER_BYTE = 8  # of text, with its tokens, vectors and decoded windows
 # Bytes of text in a byte of a file.
-TEXT_IN_FILE = {".gz": 3.0, ".zst": 3.0, ".pdf": 0.1}
+TEXT_IN_FILE = {".gz": 3.0, ".zst": 3.0, ".pdf": 0.1, ".docx": 0.5, ".odt": 0.5, ".epub": 0.5,
+                ".mbox": 0.3, ".eml": 0.3}  # fmt: skip
 
 
 def branching_for(windows: int, deeper: tuple[int, ...] | None) -> tuple[int, ...]:
@@ -235,6 +236,14 @@ def plan_lines(
     if restating is not None:
         lines.insert(2, ("restatements", restating.said(settings.restate)))
     return [f"{name:<16}{value}" for name, value in lines]
+
+
+def found_lines(faults: Faults) -> list[str]:
+    """What the plan says of the files: encodings that are not UTF-8, and what was left out."""
+    often = faults.encodings.most_common()
+    encodings = ", ".join(f"{count} {name}" for name, count in often)
+    lines = (("encodings", encodings and f"{encodings}, else UTF-8"), ("left out", faults.said()))
+    return [f"{name:<16}{said}" for name, said in lines if said]
 
 
 def pieces_a_word(base: Base, text: OwnText) -> float:

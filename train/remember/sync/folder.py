@@ -6,45 +6,50 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlx_hmem.budget.resident import bytes_text, machine_bytes
+from mlx_hmem.documents.tables import Records
 from mlx_hmem.errors import UserError
 
 from ...corpus.files import CorpusFile, Faults
 from ...corpus.own import Reading, read_folder
-from ...corpus.readers_files import own_files
+from ...corpus.readers_files import DEFAULT, own_files
 from ..export import Base
 from ..plan import MEMORY_PER_BYTE
 
 
-def files_of(sources: Sequence[Path]) -> list[CorpusFile]:
-    """The files of a file or folder, or of several; then their names begin with that of theirs."""
+def files_of(sources: Sequence[Path], faults: Faults) -> list[CorpusFile]:
+    """The files of a file or folder, or of several; then their names begin with that of theirs.
+    What is left out goes to ``faults``."""
     if len(sources) == 1:
-        return own_files(sources[0])
+        return own_files(sources[0], faults)
     found, names = list[CorpusFile](), Counter(source.resolve().name for source in sources)
     for source in sources:
         name = source.resolve().name
         if names[name] > 1:
             raise UserError("two folders have the same name", name, "rename one of them")
-        own = own_files(source)
+        own = own_files(source, faults)
         if source.is_dir():
             own = [file._replace(name=f"{name}/{file.name}") for file in own]
         found += own
     return found
 
 
-def source_of(files: list[CorpusFile], most_bytes: int | None) -> str:
-    """What names the folder as it is now: names, sizes and times of its files."""
+def source_of(files: list[CorpusFile], most_bytes: int | None, records: Records) -> str:
+    """What names the folder as it is now: names, sizes and times of its files, and how they are
+    read."""
     seen = [(file.name, *file.state) for file in files]
-    return hashlib.sha256(repr((seen, most_bytes)).encode()).hexdigest()
+    own = () if records == DEFAULT else (records,)
+    return hashlib.sha256(repr((seen, most_bytes, *own)).encode()).hexdigest()
 
 
-def read_new(base: Base, files: list[CorpusFile], most_bytes: int | None) -> tuple[Reading, str]:
+def read_new(
+    base: Base, files: list[CorpusFile], most_bytes: int | None, records: Records, faults: Faults
+) -> tuple[Reading, str]:
     """The documents to remember, and in words what was found; UserError if there is none, or if a
     file has changed while they were read."""
-    faults, known = Faults(), {document.sha256 for document in base.documents}
+    known = {document.sha256 for document in base.documents}
     most = most_bytes or machine_bytes() // MEMORY_PER_BYTE
     states = [file.state for file in files]
-    reading = read_folder(files, known, faults, most)
-    faults.print()
+    reading = read_folder(files, known, faults, most, records)
     for file, state in zip(files, states, strict=True):
         if file.state != state:
             remedy = "run the same command again when it is left alone"
@@ -56,7 +61,7 @@ def read_new(base: Base, files: list[CorpusFile], most_bytes: int | None) -> tup
     counts = {
         "duplicates": reading.duplicates,
         "known already": sum(map(len, reading.known.values())),
-        "passed over": sum(faults.counts.values()),
+        "passed over": sum((faults.counts + faults.kinds).values()),
     }
     notes = [f"{count} {what}" for what, count in counts.items() if count]
     if reading.more_left:

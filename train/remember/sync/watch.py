@@ -9,6 +9,8 @@ from pathlib import Path
 
 from mlx_hmem.errors import UserError
 
+from ...corpus.files import Faults
+from ...corpus.readers_files import DEFAULT
 from .folder import files_of, source_of
 
 LOOK_EVERY = 2.0  # seconds
@@ -18,7 +20,7 @@ def state_of(sources: Sequence[Path]) -> str:
     """What names the folders as they are now; a fault is a state too."""
     with contextlib.redirect_stderr(io.StringIO()):  # what is passed over is said when it is read
         try:
-            return source_of(files_of(sources), None)
+            return source_of(files_of(sources, Faults()), None, DEFAULT)
         except UserError as error:
             return str(error)
 
