@@ -27,7 +27,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
         "model": ("budget", "retriever"),
         "generation": ("model",),
         "evaluate": ("model",),
-        "bank_tools": ("evaluate", "generation"),
+        "bank_tools": ("documents", "evaluate", "generation"),
         "__init__": ("generation",),
     },
     "train": {

@@ -14,6 +14,9 @@ from typing import Any
 
 import pytest
 
+from mlx_hmem.bank_tools.effects import read_named_texts
+from mlx_hmem.documents.files import Faults
+from mlx_hmem.documents.readers import own_files, read_own
 from tests.documents.test_kinds import BOMB, mail
 from tests.helpers.document_files import book, open_document, paragraph, pdf, word, write_zip
 from tests.helpers.places import ROOT
@@ -23,8 +26,8 @@ import json, os, resource, sys
 opened = []
 sys.addaudithook(lambda event, given: event == "open" and opened.append(str(given[0])))
 from pathlib import Path
-from train.corpus.files import Faults
-from train.corpus.readers_files import own_files, read_own
+from mlx_hmem.documents.files import Faults
+from mlx_hmem.documents.readers import own_files, read_own
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 faults = Faults()
 texts = dict(read_own(own_files(Path(sys.argv[1]), faults), faults))
@@ -154,3 +157,15 @@ def test_what_is_read_is_text_and_all_else_is_named(tmp_path):
     assert "/dev/zero" not in opened
     assert SECRET not in done.stdout
     assert more < 400_000  # kilobytes
+
+
+def test_inspect_reads_what_remember_reads(tmp_path):
+    """Each had a list of its own."""
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a").write_text("Of no kind.")
+    (tmp_path / "b.csv").write_text("name\nPiet\n")
+    (tmp_path / ".hidden.txt").write_text("hidden")
+    write_zip(tmp_path / "c.docx", word(paragraph("In Word.")))
+    read = [("b.csv", "name: Piet."), ("c.docx", "In Word."), ("notes/a", "Of no kind.")]
+    faults = Faults()
+    assert read_named_texts(tmp_path) == read == list(read_own(own_files(tmp_path, faults), faults))

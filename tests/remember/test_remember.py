@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 
 from mlx_hmem.bank.documents import read_documents
+from mlx_hmem.documents.files import Faults
 from mlx_hmem.documents.pages import page_text
+from mlx_hmem.documents.readers import own_files, read_own
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate import perplexity
 from mlx_hmem.files import load_safetensors, save_safetensors
@@ -25,9 +27,7 @@ from tests.helpers.faults import stop_at
 from tests.helpers.own_documents import TOPICS, remember, sentences, write_documents
 from tests.helpers.places import bytes_of
 from tests.helpers.programs import refused
-from train.corpus.files import Faults
 from train.corpus.own import OwnDocument
-from train.corpus.readers_files import own_files, read_own
 from train.data.arrays import load_mapped
 from train.remember import plan as remember_plan
 from train.remember.blocks import subtree_of, subtrees_of

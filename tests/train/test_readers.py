@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from mlx_hmem.documents.files import CorpusFile, Faults
 from mlx_hmem.documents.pages import page_text
 from tests.helpers.programs import refused
 from tests.helpers.samples import sample_documents
 from train.corpus.cleaning import clean
-from train.corpus.files import CorpusFile, Faults
 from train.corpus.readers import corpus_files, read_documents
 from train.corpus.stage import run_corpus
 from train.recipe.recipe import CorpusSection, Recipe

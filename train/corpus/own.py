@@ -9,10 +9,9 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from mlx_hmem.bank.documents import MAX_TERMS
+from mlx_hmem.documents.files import CorpusFile, Faults
+from mlx_hmem.documents.readers import DEFAULT, read_own
 from mlx_hmem.documents.tables import Records
-
-from .files import CorpusFile, Faults
-from .readers_files import DEFAULT, read_own
 
 _END = re.compile(r"[.!?][\"')\]]?(?=\s)|\n")
 _WORD = re.compile(r"[^\W\d_]{5,}")

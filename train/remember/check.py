@@ -19,12 +19,12 @@ from tqdm import tqdm
 from mlx_hmem.anchors.load import load_anchor
 from mlx_hmem.bank.format import GENERIC, Key
 from mlx_hmem.bank.writer import Given, rewrite_bank
+from mlx_hmem.documents.files import Faults
+from mlx_hmem.documents.readers import own_files
 from mlx_hmem.model.find import BANK_FOLDER
 from mlx_hmem.reading import open_regular
 
-from ..corpus.files import Faults
 from ..corpus.own import OwnDocument, read_folder, sentences
-from ..corpus.readers_files import own_files
 from .blocks import Trainer, subtrees_of, trained_blocks
 from .export import Base, open_bases, text_of
 from .rest import Taught, tree_of

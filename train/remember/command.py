@@ -12,12 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mlx_hmem.documents.files import Faults
 from mlx_hmem.documents.tables import Records
 from mlx_hmem.errors import ArgumentParser, UserError, printable
 from mlx_hmem.folders import RECORD
 from mlx_hmem.model.load import load
 
-from ..corpus.files import Faults
 from ..corpus.own import Reading
 from ..data.taken_tokenizer import TakenTokenizer
 from ..stages import alone

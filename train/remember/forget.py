@@ -25,6 +25,8 @@ from mlx_hmem.bank.documents import Document, write_documents
 from mlx_hmem.bank.format import GENERIC, Key, Manifest
 from mlx_hmem.bank.writer import Given, rewrite_bank
 from mlx_hmem.bank_tools.folders import MEMORY, TREE, link_model
+from mlx_hmem.documents.files import Faults
+from mlx_hmem.documents.readers import own_files
 from mlx_hmem.errors import ArgumentParser, UserError, printable
 from mlx_hmem.files import fingerprint, write_atomic
 from mlx_hmem.folders import RECORD, whole_folder
@@ -32,9 +34,7 @@ from mlx_hmem.model.find import BANK_FOLDER, BESIDE
 from mlx_hmem.model.load import load
 from mlx_hmem.retriever import ClusterTree
 
-from ..corpus.files import Faults
 from ..corpus.own import OwnDocument, read_folder
-from ..corpus.readers_files import own_files
 from ..stages import alone
 from .blocks import Trainer, subtrees_of, trained_blocks
 from .check import check

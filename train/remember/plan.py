@@ -18,9 +18,9 @@ from mlx_hmem.anchors.load import anchor_of_config, named_parameters, read_confi
 from mlx_hmem.bank.format import PAGE, Manifest
 from mlx_hmem.budget.resident import bytes_text, machine_bytes
 from mlx_hmem.config import MemoryConfig
+from mlx_hmem.documents.files import CorpusFile, Faults
 from mlx_hmem.errors import UserError
 
-from ..corpus.files import CorpusFile, Faults
 from ..cost.costs import count_text, free_bytes, peak_memory
 from ..cost.plan import time_text
 from ..data.taken_tokenizer import TakenTokenizer, embedded

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlx_hmem.budget.resident import bytes_text, machine_bytes
+from mlx_hmem.documents.files import CorpusFile, Faults
+from mlx_hmem.documents.readers import DEFAULT, own_files
 from mlx_hmem.documents.tables import Records
 from mlx_hmem.errors import UserError
 
-from ...corpus.files import CorpusFile, Faults
 from ...corpus.own import Reading, read_folder
-from ...corpus.readers_files import DEFAULT, own_files
 from ..export import Base
 from ..plan import MEMORY_PER_BYTE
 

@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from mlx_hmem.documents.files import Faults
+from mlx_hmem.documents.readers import DEFAULT
 from mlx_hmem.errors import UserError
 
-from ...corpus.files import Faults
-from ...corpus.readers_files import DEFAULT
 from .folder import files_of, source_of
 
 LOOK_EVERY = 2.0  # seconds

@@ -14,6 +14,18 @@ from tqdm import tqdm
 
 from mlx_hmem.documents.characters import composed, tidy
 from mlx_hmem.documents.encodings import looks_like_text
+from mlx_hmem.documents.files import MAX_LINE, CorpusFile, Document, Faults, file_bytes, listing
+from mlx_hmem.documents.lines import (
+    JSON_LINES,
+    TEXTS,
+    Reader,
+    documents_in,
+    lines_of,
+    one_document,
+    package_for,
+    read_lines,
+    read_text,
+)
 from mlx_hmem.documents.mail import mail_text, messages_of
 from mlx_hmem.documents.office import OFFICE, office_text
 from mlx_hmem.documents.pages import declared_encoding, page_text
@@ -21,19 +33,6 @@ from mlx_hmem.documents.pdf import pdf_text
 from mlx_hmem.documents.tables import Records, array_items, array_text, notebook_text, table_text
 from mlx_hmem.errors import UserError, printable
 from mlx_hmem.reading import open_regular
-
-from .files import MAX_LINE, CorpusFile, Document, Faults, file_bytes, listing
-from .readers import (
-    RECORDS,
-    TEXTS,
-    Reader,
-    documents_of,
-    lines_of,
-    one_document,
-    package_for,
-    read_lines,
-    read_text,
-)
 
 DEFAULT = Records()
 MAX_PDF = 1 << 30
@@ -107,7 +106,7 @@ def readers_of(records: Records) -> Mapping[str, Reader]:
     """The reader of each kind of file, by the end of its name."""
     lines = functools.partial(read_lines, document=records.document)
     return {
-        **{end: lines for end in RECORDS if end.startswith(".jsonl")},
+        **dict.fromkeys(JSON_LINES, lines),
         **TEXTS,
         ".markdown": TEXTS[".md"],
         **dict.fromkeys((".html", ".htm", ".xhtml", ".xml"), one_document(_page)),
@@ -165,7 +164,7 @@ def read_own(
     readers = readers_of(records)
     for file in tqdm(files, desc="reading", unit="file", delay=2):
         plain = not file.name.lower().endswith(tuple(end for end in readers if end))
-        for identity, title, text in documents_of(file, faults, readers):
+        for identity, title, text in documents_in(file, faults, readers):
             text = tidy(text, indented=plain)
             if text:
                 own = composed(title) or f"{printable(file.name)}:{identity}"

@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mlx_hmem.documents.ignored import Ignored
 from mlx_hmem.errors import printable
 from mlx_hmem.reading import open_regular
-
-from .ignored import Ignored
 
 MAX_LINE = 1 << 26  # bytes; a longer line, or text file, is no document
 MAX_NAMED = 20  # faults printed; the report file holds more

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from mlx_hmem.documents.files import Faults
+from mlx_hmem.documents.ignored import IGNORE
+from mlx_hmem.documents.readers import own_files
 from tests.helpers.programs import refused
-from train.corpus.files import Faults
-from train.corpus.ignored import IGNORE
-from train.corpus.readers_files import own_files
 
 
 @pytest.fixture
