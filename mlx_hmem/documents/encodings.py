@@ -74,9 +74,10 @@ def _strictly(data: bytes, name: str) -> str:
 
 def _wide(data: bytes) -> str:
     """The name of UTF-16 without its mark: of text with ASCII in it every other byte is null."""
-    even, odd = data[::2].count(0), data[1::2].count(0)
+    even, odd = data[::2], data[1::2]
     for name, nulls, others in (("utf-16-le", odd, even), ("utf-16-be", even, odd)):
-        if nulls > len(data) / 8 and not others:
+        many = len(even) == len(odd) and nulls.count(0) > 0.6 * len(nulls)
+        if many and others.translate(None, _NO_TEXT) == others:
             return name
     return ""
 

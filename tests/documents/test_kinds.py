@@ -182,7 +182,7 @@ def test_mail_is_its_subject_who_wrote_and_its_text():
         b"Content-Type: multipart/mixed; boundary=%d\n\n--%d\n" % (i, i) for i in range(3000)
     )
     for wrong, says in (
-        (b"", "without a sender"), (b"\xff\0\n\n", "without a sender"), (deep, "damaged mail"),
+        (b"", "without a sender"), (b"No mail.\n\nx", "without a sender"), (deep, "damaged mail"),
         (b"From: a\nContent-Type: text/plain; charset=utf-7\n\nx", "not utf-7"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=says):

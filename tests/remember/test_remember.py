@@ -293,6 +293,29 @@ def test_max_bytes_bounds_what_is_read(anchor, documents, tmp_path, capsys):
     assert "left out by --max-bytes" in capsys.readouterr().out
 
 
+def test_the_plan_says_what_was_taken_what_was_left_and_what_the_encoder_cannot_read(
+    anchor, tmp_path, capsys
+):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.txt").write_text("รหัสผ่านของท่าเรือเก่าคือนกนางนวล อย่าบอกใคร " * 3)
+    (folder / "b.txt").write_bytes("Die Straße heißt Möwenweg.".encode("cp1252"))
+    (folder / "c.jsonl").write_text('{"body": "A harbour."}\n{"text": "A ship."}\n')
+    for name in ("d.png", "e.PNG", ".hidden"):
+        (folder / name).write_bytes(b"\x89PNG\0")
+    out = tmp_path / "model"
+    options = ("--passes", "1", "--text-key", "body", "--dry-run", "--passed-over")
+    remember(folder, anchor, out, *options)
+    assert not out.exists()
+    said, names = capsys.readouterr()
+    assert "documents       3 (4 passed over)" in said
+    assert "encodings       1 windows-1252, else UTF-8" in said
+    assert "left out        2 *.png, 1 hidden, 1 no `body`" in said
+    assert re.search(r"language +.* pieces a word, \d+% of them unknown to the encoder", said)
+    for line in ("c.jsonl:2: no `body`", "d.png: *.png", "e.PNG: *.png", ".hidden: hidden"):
+        assert f"passed over {line}\n" in names
+
+
 def test_duplicates_are_dropped_and_counted(anchor, tmp_path, capsys):
     folder = write_documents(tmp_path / "folder", 1)
     shutil.copyfile(folder / "boats" / "0.txt", folder / "again.txt")
