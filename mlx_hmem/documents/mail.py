@@ -4,20 +4,40 @@ import email
 import re
 from collections.abc import Iterable, Iterator
 from email.message import EmailMessage, MIMEPart
-from email.policy import default
+from email.policy import EmailPolicy
+from typing import Any
 
 from mlx_hmem.documents.encodings import decoded
 from mlx_hmem.documents.pages import declared_encoding, page_text
 
 _BEGIN = re.compile(rb"From .*\d\d:\d\d")
 HEADERS = ("From", "To", "Date")
+# Headers take time with their length's square, and lines with the parts that they lie in.
+MAX_HEADER, MAX_HEADERS = 1000, 1 << 18  # characters of one that are looked at, and of all
+MAX_LINES, MAX_PARTS = 1 << 21, 100
+
+
+class _Bounded(EmailPolicy):
+    """Reads the beginnings of headers; a ValueError says that they are too many."""
+
+    def __init__(self) -> None:
+        super().__init__(message_factory=EmailMessage)
+        object.__setattr__(self, "left", [MAX_HEADERS])
+
+    def header_fetch_parse(self, name: str, value: str) -> Any:
+        self.left[0] -= min(len(value), MAX_HEADER)  # type: ignore[attr-defined]
+        if self.left[0] < 0:  # type: ignore[attr-defined]
+            raise ValueError("too many headers")
+        return super().header_fetch_parse(name, value[:MAX_HEADER])
 
 
 def mail_text(data: bytes) -> str:
     """Of an ``.eml``: its subject as heading, a line for each of ``HEADERS``, and its text, else
     that of its page; attachments are not read. ValueError where it is none."""
     try:
-        message = email.message_from_bytes(data, policy=default)
+        if data.count(b"\n") > MAX_LINES or data.lower().count(b"boundary=") > MAX_PARTS:
+            raise ValueError("too many lines or parts")
+        message = email.message_from_bytes(data, policy=_Bounded())
         assert isinstance(message, EmailMessage)
         subject = str(message["Subject"] or "")
         lines = [f"{name}: {message[name]}" for name in HEADERS if message[name]]

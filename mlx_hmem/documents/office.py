@@ -18,6 +18,7 @@ from mlx_hmem.documents.encodings import decoded
 from mlx_hmem.documents.pages import declared_encoding, page_text
 
 MAX_UNPACKED = 1 << 26  # bytes of all parts together
+MAX_DEPTH = 1000
 MAX_NAMES = 1 << 22  # bytes of an archive's table of contents
 # Of Open XML and OpenDocument: what was deleted, remarks, and what stands there once more.
 LEFT_OUT = ("tracked-changes", "annotation", "del", "Fallback")
@@ -60,18 +61,30 @@ def parse(data: bytes, start: Callable[[str, dict[str, str]], None],
           said: Callable[[str], None] = lambda text: None) -> None:  # fmt: skip
     """Goes through XML; names of elements and attributes are without their namespaces."""
 
+    depth = 0
+
     def own(name: str) -> str:
         return name.rpartition(" ")[2]
+
+    def opened(name: str, attributes: dict[str, str]) -> None:
+        nonlocal depth
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ValueError("XML that is nested too deeply")
+        start(own(name), {own(key): value for key, value in attributes.items()})
+
+    def closed(name: str) -> None:
+        nonlocal depth
+        depth -= 1
+        end(own(name))
 
     def refuse(*given: object) -> None:
         raise ValueError("XML that declares entities")
 
     parser = expat.ParserCreate(namespace_separator=" ")
     parser.EntityDeclHandler = refuse
-    parser.StartElementHandler = lambda name, attributes: start(
-        own(name), {own(key): value for key, value in attributes.items()}
-    )
-    parser.EndElementHandler = lambda name: end(own(name))
+    parser.StartElementHandler = opened
+    parser.EndElementHandler = closed
     parser.CharacterDataHandler = said
     parser.buffer_text = True
     parser.Parse(data, True)

@@ -36,6 +36,7 @@ from mlx_hmem.reading import open_regular
 
 DEFAULT = Records()
 MAX_PDF = 1 << 30
+MAX_JSON = 1 << 24  # characters, which may stand for thirty times as many bytes
 SNIFFED = 1 << 13  # bytes of a file of another name that must look like text
 # Text that nobody wrote to be read: drawings, what is made from other text, keys.
 NO_DOCUMENTS = (".svg", ".ps", ".eps", ".map", ".min.js", ".min.css", ".lock", "-lock.json", ".pem",
@@ -91,6 +92,8 @@ def _read_mailbox(source: CorpusFile, faults: Faults) -> Iterator[Document]:
 def _read_array(source: CorpusFile, faults: Faults, records: Records) -> Iterator[Document]:
     """The documents of a JSON array; what else a ``.json`` file holds is one."""
     text = read_text(source, faults)
+    if len(text) > MAX_JSON and text.lstrip().startswith("["):
+        raise ValueError(f"an array over {MAX_JSON} characters; make JSON lines of it")
     items = array_items(text)
     if not items or not any(map(records.has_text, items)):
         yield source.name, source.path.stem, array_text(items) if items else text

@@ -106,6 +106,8 @@ def _turns(given: Any) -> Iterator[tuple[str, str]]:
 
 def array_items(text: str) -> list[Any]:
     """The items of a ``.json`` file that is an array; none of anything else."""
+    if not text.lstrip("\ufeff \t\r\n").startswith("["):
+        return []
     try:
         found = json.loads(text)
         json.dumps(found, ensure_ascii=False).encode()  # lone surrogates fail here
