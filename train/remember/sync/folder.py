@@ -1,40 +1,12 @@
-"""The folders to remember: their files, what names them as they are now, and their documents."""
-
-import hashlib
-from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
+"""The documents of the folders to remember."""
 
 from mlx_hmem.budget.resident import bytes_text, machine_bytes
 from mlx_hmem.errors import UserError
 
 from ...corpus.files import CorpusFile, Faults
 from ...corpus.own import Reading, read_folder
-from ...corpus.readers_files import own_files
 from ..export import Base
 from ..plan import MEMORY_PER_BYTE
-
-
-def files_of(sources: Sequence[Path]) -> list[CorpusFile]:
-    """The files of a file or folder, or of several; then their names begin with that of theirs."""
-    if len(sources) == 1:
-        return own_files(sources[0])
-    found, names = list[CorpusFile](), Counter(source.resolve().name for source in sources)
-    for source in sources:
-        name = source.resolve().name
-        if names[name] > 1:
-            raise UserError("two folders have the same name", name, "rename one of them")
-        own = own_files(source)
-        if source.is_dir():
-            own = [file._replace(name=f"{name}/{file.name}") for file in own]
-        found += own
-    return found
-
-
-def source_of(files: list[CorpusFile], most_bytes: int | None) -> str:
-    """What names the folder as it is now: names, sizes and times of its files."""
-    seen = [(file.name, *file.state) for file in files]
-    return hashlib.sha256(repr((seen, most_bytes)).encode()).hexdigest()
 
 
 def read_new(base: Base, files: list[CorpusFile], most_bytes: int | None) -> tuple[Reading, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mlx_hmem.errors import UserError
 
-from .folder import files_of, source_of
+from .listed import files_of, source_of
 
 LOOK_EVERY = 2.0  # seconds
 
