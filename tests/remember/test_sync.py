@@ -154,7 +154,7 @@ def test_a_dry_run_prints_the_plan_and_changes_nothing(life, anchor, tmp_path, c
     update(life, anchor, "--dry-run")
     assert "2 added, 2 changed, 1 renamed, 1 gone" in capsys.readouterr().out
     assert bytes_of(life) == before
-    remember(life / "notes", anchor, tmp_path / "new", "--dry-run")
+    remember(life / "notes", anchor, tmp_path / "not" / "new", "--dry-run")
     assert "documents       13, from" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["life"]
 

@@ -54,6 +54,8 @@ class Remembering:
     def go(self) -> None:
         """Makes the model or brings it up to date, and says what it did."""
         began = self.run.exists()
+        if self.dry_run and not began:
+            return self._go()
         try:
             with alone("train remember", self.run):
                 settle(self.out, self.run)
@@ -61,6 +63,7 @@ class Remembering:
         finally:
             if not began and not (self.run / SETTINGS).exists():
                 shutil.rmtree(self.run, ignore_errors=True)
+        return None
 
     def _go(self) -> None:
         if not (self.run / SETTINGS).exists():
@@ -122,7 +125,8 @@ class Remembering:
         if settings.restate:
             cost = Writer.open(base, settings.restate, settings.seed).reckon(reading.documents)
         trainer = Trainer(base.anchor[0], settings, tokenizer)
-        with tempfile.TemporaryDirectory(prefix=".plan-", dir=self.run.parent) as work:
+        beside = self.run.parent if self.run.exists() else None
+        with tempfile.TemporaryDirectory(prefix=".plan-", dir=beside) as work:
             seconds = trainer.seconds(text, Path(work))
         lines = plan_lines(base, text, settings, f"{said}, from {self.given}", seconds, cost)
         print("\n".join(map(printable, lines)), flush=True)
