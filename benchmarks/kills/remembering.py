@@ -17,6 +17,7 @@ from mlx_hmem.errors import UserError
 from mlx_hmem.folders import RECORD, REPLACED
 from mlx_hmem.model.load import DEMO, load
 from tests.helpers.places import bytes_of
+from train.remember.sync.listed import CHECKED
 
 from .training import killed, started
 
@@ -47,7 +48,8 @@ def command(folder: Path, anchor: Path) -> list[str]:
 def files_of(folder: Path) -> Files:
     """Of the model and its run, but what tells that a step is left."""
     found = bytes_of(folder)
-    return {name: data for name, data in found.items() if not name.startswith("notes/")}
+    beside = ("notes/", f"model.run/{CHECKED}")
+    return {name: data for name, data in found.items() if not name.startswith(beside)}
 
 
 def model_of(files: Files) -> Files:

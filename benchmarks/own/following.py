@@ -21,6 +21,8 @@ from train.remember.plan import PASSES
 
 from .documents import make_documents
 
+# What mlx_hmem.remember starts.
+PROGRAM = "import sys; from train.remember.command import main; main(sys.argv[1:])"
 TOUCHED = re.compile(r"trained again +(\d+) of (\d+) clusters of level 1, (\d+)% of the text")
 
 
@@ -28,8 +30,7 @@ def follow(folder: Path, model: Path, out: Path, *options: str) -> tuple[float, 
     """Seconds, and what was printed."""
     words = [str(folder), "--model", str(model), "--out", str(out), *options]
     began = time.perf_counter()
-    program = [sys.executable, "-m", "train", "remember"]
-    ended = subprocess.run([*program, *words], capture_output=True, text=True)
+    ended = subprocess.run([sys.executable, "-c", PROGRAM, *words], capture_output=True, text=True)
     if ended.returncode:
         raise UserError("remembering failed", ended.stderr.splitlines()[-1:], "run it by hand")
     return time.perf_counter() - began, ended.stdout

@@ -1,44 +1,13 @@
-"""The folders to remember: their files, what names them as they are now, and their documents."""
-
-import hashlib
-from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
+"""The documents of the folders to remember."""
 
 from mlx_hmem.budget.resident import bytes_text, machine_bytes
 from mlx_hmem.documents.files import CorpusFile, Faults
-from mlx_hmem.documents.readers import DEFAULT, own_files
 from mlx_hmem.documents.tables import Records
 from mlx_hmem.errors import UserError
 
 from ...corpus.own import Reading, read_folder
 from ..export import Base
 from ..plan import MEMORY_PER_BYTE
-
-
-def files_of(sources: Sequence[Path], faults: Faults) -> list[CorpusFile]:
-    """The files of a file or folder, or of several; then their names begin with that of theirs.
-    What is left out goes to ``faults``."""
-    if len(sources) == 1:
-        return own_files(sources[0], faults)
-    found, names = list[CorpusFile](), Counter(source.resolve().name for source in sources)
-    for source in sources:
-        name = source.resolve().name
-        if names[name] > 1:
-            raise UserError("two folders have the same name", name, "rename one of them")
-        own = own_files(source, faults)
-        if source.is_dir():
-            own = [file._replace(name=f"{name}/{file.name}") for file in own]
-        found += own
-    return found
-
-
-def source_of(files: list[CorpusFile], most_bytes: int | None, records: Records) -> str:
-    """What names the folder as it is now: names, sizes and times of its files, and how they are
-    read."""
-    seen = [(file.name, *file.state) for file in files]
-    own = () if records == DEFAULT else (records,)
-    return hashlib.sha256(repr((seen, most_bytes, *own)).encode()).hexdigest()
 
 
 def read_new(

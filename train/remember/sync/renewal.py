@@ -27,7 +27,7 @@ from ..rows import title_of
 from ..run import SETTINGS, OwnText, Settings, begin_run, vectors_of
 
 NEXT = "next"
-CROWDED = 2.0  # times as many leaves as there are, or half, should there be for so much text
+CROWDED = 2.0  # times as many windows in a leaf as were planned, or leaves as a new tree has
 STRAYS = 0.1  # of the windows may lie nearer to another leaf than to their own
 
 
@@ -57,12 +57,13 @@ class Placed:
 
     def unfit(self, settings: Settings) -> str:
         """Why another tree would be better, "" where none would."""
-        leaves = self.tree.num_clusters[-1]
+        leaves, used = self.tree.num_clusters[-1], len(np.unique(self.paths[:, -1]))
         deeper = settings.branching[1:] if settings.first else None
         wanted = math.prod(branching_for(len(self.paths), deeper))
-        if not leaves / CROWDED <= wanted <= leaves * CROWDED:
-            what = f"{len(self.paths):,} windows want {wanted:,} leaves of about {WINDOWS_IN_LEAF}"
-            return f"{what}, it has {leaves:,}"
+        if len(self.paths) > CROWDED * WINDOWS_IN_LEAF * used:
+            return f"{len(self.paths):,} windows lie in {used:,} of its {leaves:,} leaves"
+        if wanted < leaves / CROWDED:
+            return f"of its {leaves:,} leaves {wanted:,} would do"
         if self.strays > STRAYS:
             return f"{self.strays:.0%} of the windows lie nearer to another leaf than to their own"
         return ""

@@ -11,7 +11,7 @@ from mlx_hmem.documents.files import Faults
 from mlx_hmem.documents.readers import DEFAULT
 from mlx_hmem.errors import UserError
 
-from .folder import files_of, source_of
+from .listed import files_of, source_of
 
 LOOK_EVERY = 2.0  # seconds
 
