@@ -51,7 +51,7 @@ from benchmarks.common.show import Result, benchmark
 from mlx_hmem.anchors.openlm import PRESETS, Model, ModelArgs
 from mlx_hmem.budget.resident import Watch, parse_bytes, peak_resident_bytes
 from mlx_hmem.config import MemoryConfig
-from train.corpus.files import Faults
+from mlx_hmem.documents.files import Faults
 from train.corpus.readers import corpus_files, read_documents
 from train.corpus.shards import num_cores
 from train.cost.budget import fit, keep_to

@@ -20,6 +20,8 @@ EXTRAS = {
     "lmdb": "train",
     "yaml": "train",
     "pypdf": "remember",
+    "pathspec": "remember",
+    "striprtf": "remember",
     "pyarrow": "corpora",
     "zstandard": "corpora",
     "matplotlib": "plot",

@@ -8,6 +8,7 @@ on it lets one program write at a time.
 """
 
 import contextlib
+import ctypes
 import fcntl
 import math
 import os
@@ -228,6 +229,24 @@ def link_or_copy(source: Source, target: Source) -> None:
         os.link(source, target)
     except OSError:
         copy_file(source, target)
+
+
+def exchange(first: Source, second: Source) -> bool:
+    """Puts each of two files or folders at the other's place, both at once; False where the file
+    system cannot."""
+    names = [os.fsencode(first), os.fsencode(second)]
+    libc = ctypes.CDLL(None, use_errno=True)
+    try:
+        if sys.platform == "darwin":
+            done = libc.renamex_np(*names, ctypes.c_uint(2))  # RENAME_SWAP
+        else:
+            here = ctypes.c_int(-100)  # AT_FDCWD; 2: RENAME_EXCHANGE
+            done = libc.renameat2(here, names[0], here, names[1], ctypes.c_uint(2))
+    except AttributeError:
+        return False
+    if done == 0:
+        sync_folder(Path(first).parent)
+    return bool(done == 0)
 
 
 def write_atomic(path: Source, data: bytes | str) -> None:

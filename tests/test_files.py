@@ -276,3 +276,15 @@ def test_a_file_is_linked_where_there_are_links_and_else_copied_whole(tmp_path, 
     (tmp_path / "pointer").symlink_to(source)
     files.link_or_copy(tmp_path / "pointer", tmp_path / "c")
     assert not (tmp_path / "c").is_symlink()
+
+
+def test_two_folders_change_places_at_once(tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "is.txt").write_text(name)
+    assert files.exchange(tmp_path / "one", tmp_path / "two")
+    assert (tmp_path / "one" / "is.txt").read_text() == "two"
+    assert (tmp_path / "two" / "is.txt").read_text() == "one"
+    assert not files.exchange(tmp_path / "one", tmp_path / "none")
+    monkeypatch.setattr("ctypes.CDLL", lambda *given, **options: object())  # a system without it
+    assert not files.exchange(tmp_path / "one", tmp_path / "two")

@@ -19,6 +19,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
     "mlx_hmem": {
         **dict.fromkeys(GROUND, GROUND),
         "memory": GROUND,
+        "documents": GROUND,
         "retriever": GROUND,
         "anchors": ("memory",),
         "bank": ("memory",),
@@ -26,7 +27,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
         "model": ("budget", "retriever"),
         "generation": ("model",),
         "evaluate": ("model",),
-        "bank_tools": ("evaluate",),
+        "bank_tools": ("documents", "evaluate", "generation"),
         "__init__": ("generation",),
     },
     "train": {

@@ -46,11 +46,12 @@ READ = """
 import sys
 from pathlib import Path
 from mlx_hmem.errors import run_program
-from train.corpus.files import Faults
-from train.corpus.readers_files import own_files, read_own
+from mlx_hmem.documents.files import Faults
+from mlx_hmem.documents.readers import own_files, read_own
 def main():
-    files = own_files(Path(sys.argv[1]))
-    return [text.encode() for _, text in read_own(files, Faults())]
+    faults = Faults()
+    files = own_files(Path(sys.argv[1]), faults)
+    return [text.encode() for _, text in read_own(files, faults)]
 run_program(main)
 """
 NASTY = [

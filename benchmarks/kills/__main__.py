@@ -13,12 +13,19 @@ After each kill the destination must be absent, what it was before, or, byte for
 conversion makes that nobody disturbed; and what lies beside it must not load unless it is all
 there. Half of the moments are drawn from the whole time of a run, half from the time in which it
 writes.
+
+``remembering`` twelve documents on the demo's anchor, and following their folder when two are
+edited, one is deleted, one renamed and two come, are killed N times each and started again. After
+each kill the model is absent, the old one or the new one, byte for byte; in the end model and run
+are those that nobody disturbed.
 """
 
 from benchmarks.common.show import benchmark
 
 from .conversions import conversions
+from .remembering import remembering
 from .training import training
 
 if __name__ == "__main__":
-    benchmark(__doc__, {"training": training, "conversions": conversions})
+    parts = {"training": training, "conversions": conversions, "remembering": remembering}
+    benchmark(__doc__, parts)

@@ -30,19 +30,18 @@ from benchmarks.common.show import Result, benchmark
 from benchmarks.own.documents import WAYS, Document, Question, is_right, make_documents
 from mlx_hmem.anchors.architectures import head_of
 from mlx_hmem.anchors.load import load_anchor, num_embedded
+from mlx_hmem.documents.files import Faults
 from mlx_hmem.evaluate.perplexity import document_losses
 from mlx_hmem.evaluate.scoring import continue_greedily
 from mlx_hmem.folders import whole_folder
 from mlx_hmem.generation.passages import Passages
 from mlx_hmem.model.load import load
 from mlx_hmem.model.model import MemoryModel
-from train.corpus.files import Faults
 from train.corpus.readers import corpus_files, documents_of
 from train.loop.loop import learning_rate_at
 from train.recipe.recipe import TrainerConfig
 from train.remember.command import main as remember
-from train.remember.command import text_of
-from train.remember.export import open_base
+from train.remember.export import open_base, text_of
 from train.remember.forget import forget as forget_documents
 from train.remember.plan import PASSES
 from train.remember.rows import Passes, Rows

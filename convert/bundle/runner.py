@@ -8,7 +8,6 @@ that a bundle has all that one needs. Greedy; the answer goes to standard output
 import argparse
 import hashlib
 import json
-import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,6 @@ import xxhash
 from tokenizers import Tokenizer
 
 VERSION = 1
-WORDS = re.compile(r"[^ \t\n\r!-/:-@\[-`{-~]+|[!-/:-@\[-`{-~]")
 NUMPY = {"F32": "<f4", "F16": "<f2", "I8": "i1", "I64": "<i8"}
 Blocks = list[tuple[int, int]]  # (level, cluster)
 
@@ -56,22 +54,25 @@ class Encoder:
     def __init__(self, folder: Path):
         self.max_length = read_json(folder / "config.json")["max_length"]
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self.tokenizer.no_padding()
-        self.tokenizer.no_truncation()
         found = tensors(folder / "encoder.safetensors")
         self.vectors, self.scales = found["vectors"], found["scales"].astype(np.float32)
         self.projection = found["projection"].astype(np.float32)
         self.bias = np.array(found["bias"])
 
     def __call__(self, text: str) -> np.ndarray:
-        words = WORDS.findall(text[:4096])
-        pieces = self.tokenizer.encode_batch(words, add_special_tokens=False)
-        ids = [i for word in pieces for i in word.ids][: self.max_length]
+        normal = self.tokenizer.normalizer.normalize_str(text[:4096])
+        parts = self.tokenizer.pre_tokenizer.pre_tokenize_str(normal)
+        ids = [i for part, _ in parts for i in self.ids(part)][: self.max_length]
         mean = np.zeros(self.vectors.shape[1], np.float32)
         if ids:
             mean = (self.vectors[ids].astype(np.float32) * self.scales[ids, None]).mean(0)
         vector = mean @ self.projection + self.bias
         return vector / max(float(np.linalg.norm(vector)), 1e-12)
+
+    def ids(self, word: str) -> list[int]:  # one that is not known has those of its letters
+        found = [token.id for token in self.tokenizer.model.tokenize(word)]
+        known = [i for i in map(self.tokenizer.token_to_id, word) if i is not None]
+        return found if word.isascii() or found != [100] else known or found  # [UNK]
 
 
 class Bundle:

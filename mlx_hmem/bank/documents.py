@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Self
 
@@ -125,29 +126,41 @@ def write_documents(folder: str | Path, documents: Iterable[Document]) -> None:
     write_atomic(Path(folder) / DOCUMENTS, "".join(lines))
 
 
-def find_document(
+def find_documents(
     documents: Sequence[Document], wanted: str, also: Mapping[str, Collection[str]] | None = None
-) -> Document:
-    """The one document whose name is ``wanted`` or whose hash begins so (6 digits at least).
+) -> list[Document]:
+    """The documents that are meant by a name, a folder (``letters/``), a pattern of names, whose *
+    stays within a folder (``letters/*.txt``), or the beginning of a hash (6 digits at least).
 
     ``also``: more names of documents, by their hashes. Names are compared as :func:`one_name`.
+    Raises UserError where none is meant, or the hash is of several.
     """
     also, name = also or {}, one_name(wanted)
-    by_name = [d for d in documents if name in map(one_name, (d.name, *also.get(d.sha256, ())))]
-    by_hash = [d for d in documents if len(wanted) >= 6 and d.sha256.startswith(wanted.lower())]
-    found = by_name or by_hash
+    folder = name if name.endswith("/") and name.strip("/") else None
+    for is_meant in (
+        lambda own: own == name,
+        lambda own: folder is not None and own.startswith(folder),
+        lambda own: _is_like(own, name),
+    ):
+        named = ((d, map(one_name, (d.name, *also.get(d.sha256, ())))) for d in documents)
+        if found := [d for d, names in named if any(map(is_meant, names))]:
+            return found
+    found = [d for d in documents if len(wanted) >= 6 and d.sha256.startswith(wanted.lower())]
     if len(found) == 1:
-        return found[0]
+        return found
     if found:
         hashes = ", ".join(d.sha256[:12] for d in found)
-        raise UserError(
-            "several documents have that name", wanted, f"give one of the hashes {hashes}"
-        )
+        raise UserError("several documents have that hash", wanted, f"give more of it: {hashes}")
     raise UserError(
         "the bank knows no such document",
         wanted,
         "mlx_hmem.bank inspect names those that trained it",
     )
+
+
+def _is_like(name: str, pattern: str) -> bool:
+    own, wanted = name.split("/"), pattern.split("/")
+    return len(own) == len(wanted) and all(map(fnmatchcase, own, wanted))
 
 
 def one_name(text: str) -> str:

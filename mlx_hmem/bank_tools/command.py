@@ -20,8 +20,10 @@ from mlx_hmem.bank_tools.contents import (
 from mlx_hmem.bank_tools.effects import measure, read_named_texts
 from mlx_hmem.bank_tools.page import write_page
 from mlx_hmem.bank_tools.table import cluster_lines, table_lines
+from mlx_hmem.bank_tools.which import which_lines
 from mlx_hmem.errors import ArgumentParser, UserError, printable
 from mlx_hmem.folders import folder_locked
+from mlx_hmem.generation.passages import Passages
 from mlx_hmem.model.find import BANK_FOLDER
 from mlx_hmem.model.load import load
 
@@ -64,6 +66,13 @@ def inspect_command(args: argparse.Namespace) -> None:
         print("\n".join(map(printable, lines)))
         if args.html is not None:
             print(write_page(args.html, contents, views, effects))
+
+
+def which_command(args: argparse.Namespace) -> None:
+    run = Path(f"{Path(args.model)}.run") if args.run_folder is None else args.run_folder
+    model = load(args.model, view=args.view)
+    passages = Passages(run, model) if args.run_folder or run.is_dir() else None
+    print("\n".join(map(printable, which_lines(model, args.text, passages))))
 
 
 def verify_command(args: argparse.Namespace) -> None:
@@ -168,6 +177,13 @@ def parser() -> ArgumentParser:
     )  # fmt: skip
     inspect.add_argument("--view", metavar="NAME", help="measure as this view allows")
     inspect.add_argument("--html", type=Path, metavar="FILE", help="a page to look around in")
+    which = command("which", which_command, "which documents taught the blocks that a text fetches")
+    which.add_argument("text", metavar="TEXT", help="a question, or any other text")
+    which.add_argument("--view", metavar="NAME", help="fetch as this view allows")
+    which.add_argument(
+        "--run", type=Path, dest="run_folder", metavar="FOLDER", help="the text of the documents, "
+        "of which the nearest passage is printed (default: DIR.run, where there is one)",
+    )  # fmt: skip
     command("verify", verify_command, "read every block and compare its checksum")
     for name, change, text in (
         ("block", access.block, "bar clusters in a view; makes the view if it is new"),

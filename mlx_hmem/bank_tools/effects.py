@@ -15,15 +15,15 @@ import mlx.nn as nn
 from tqdm import tqdm
 
 from mlx_hmem.config import ClusterPath
+from mlx_hmem.documents.files import Faults
+from mlx_hmem.documents.readers import own_files, read_own
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.perplexity import windows
 from mlx_hmem.evaluate.scoring import longest_sequence
-from mlx_hmem.evaluate.texts import read_texts
 from mlx_hmem.memory import FetchedMemory
 from mlx_hmem.model.model import MemoryModel
 
 LONGEST = 1024  # window, in tokens
-SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".txt.gz")
 
 
 class Routed(NamedTuple):
@@ -58,21 +58,13 @@ class Effects:
 
 
 def read_named_texts(path: Path) -> list[tuple[str, str]]:
-    """The texts of a file, or of the files of a folder, each with a name."""
-    if not path.exists():
-        raise UserError("no such text", path, "name a file or a folder")
-    files = [path]
-    if path.is_dir():
-        files = sorted(f for f in path.rglob("*") if f.is_file() and f.name.endswith(SUFFIXES))
-    found = []
-    for file in files:
-        texts = read_texts(file)
-        for number, text in enumerate(texts, 1):
-            name = file.name if len(texts) == 1 else f"{file.name} {number}"
-            found.append((name, text))
-    found = [(name, text) for name, text in found if text.strip()]
+    """The texts of a file, or of the files of a folder, each with a name: what ``remember`` reads
+    of them."""
+    faults = Faults()
+    found = list(read_own(own_files(path, faults), faults))
+    faults.print()
     if not found:
-        raise UserError("there is no text", path, f"give files that end in {', '.join(SUFFIXES)}")
+        raise UserError("there is no text", path, "give a file or a folder with text in it")
     return found
 
 

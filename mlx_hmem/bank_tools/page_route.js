@@ -55,9 +55,16 @@ const Router = (() => {
     return parts;
   }
 
+  // What stands for a word that is not known: the letters of it that are.
+  function knownLetters(letters) {
+    const known = letters.map((c) => own.vocabulary.get(c)).filter((id) => id !== undefined);
+    const ascii = letters.every((c) => c < "\x80");
+    return known.length && !ascii ? known : [own.unknown];
+  }
+
   function piecesOf(part) {
     const letters = [...part];
-    if (letters.length > 100) return [own.unknown];
+    if (letters.length > 100) return knownLetters(letters);
     const ids = [];
     for (let start = 0; start < letters.length;) {
       let end = letters.length, id;
@@ -65,7 +72,7 @@ const Router = (() => {
         id = own.vocabulary.get((start ? "##" : "") + letters.slice(start, end).join(""));
         if (id !== undefined) break;
       }
-      if (end === start) return [own.unknown];
+      if (end === start) return knownLetters(letters);
       ids.push(id);
       start = end;
     }

@@ -122,7 +122,7 @@ def _handle(conversation: Conversation, line: str) -> bool:
 
 
 def _answer(conversation: Conversation, text: str) -> None:
-    before = conversation.route
+    before = _named(conversation)
     pieces, piece = conversation.say(text), None
     try:
         for piece in pieces:
@@ -135,10 +135,16 @@ def _answer(conversation: Conversation, text: str) -> None:
         pieces.close()
         print(flush=True)
         say("stopped")
-    if (fetch := conversation.fetch) is not None and (conversation.route != before or fetch.why):
+    if (fetch := conversation.fetch) is not None and (_named(conversation) != before or fetch.why):
         say(_route(conversation))
     if conversation.with_passages:
         say(passages_line(*conversation.passages))
+
+
+def _named(conversation: Conversation) -> object:
+    """What is said of the memory in use when it is another than before."""
+    fetch = conversation.fetch
+    return (None, []) if fetch is None else (fetch.path, fetch.documents[:1])
 
 
 def _route(conversation: Conversation) -> str:

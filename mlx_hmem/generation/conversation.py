@@ -247,19 +247,20 @@ class Conversation:
         if self.memory == "none":
             return None, Fetch("none")
         start, vector = time.perf_counter(), None
-        path, bank = None, ""
+        path, bank, window = None, "", self._window(turn.text)
         if self.memory == "fetched" and self.memory_name is not None:
             bank, path = self.model.require_banks().named(self.memory_name)
         elif self.memory == "fetched":
-            vector, bank, path = self._topic.route(turn.text, self._window(turn.text))
+            vector, bank, path = self._topic.route(turn.text, window)
             if path is None:
                 spent = (time.perf_counter() - start) * 1e3
                 return vector, Fetch("none", why=NOTHING_NEAR, route_ms=spent)
         routed = time.perf_counter()
         before, self._before = self._before, None
         fetch = self.model.fetch_path(
-            path, self.blocked, wait=False, damaged=self.damaged, before=before, bank=bank
-        )
+            path, self.blocked, wait=False, damaged=self.damaged, before=before, bank=bank,
+            about=(turn.text, window),
+        )  # fmt: skip
         fetch.route_ms = (routed - start) * 1e3
         fetch.name = "" if path is None else self.memory_name or ""
         return vector, fetch

@@ -1,8 +1,8 @@
 """Passages of remembered documents, which go into the prompt beside the memory.
 
 The text lies in the run's folder, with whoever owns it. A passage is as many whole sentences as
-have ``WORDS`` words together, and is found as a document is, by the words of the question
-(:mod:`mlx_hmem.retriever.words`).
+have ``WORDS`` words together, behind the headings that they stand under, and is found as a document
+is, by the words of the question (:mod:`mlx_hmem.retriever.words`).
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from mlx_hmem.retriever.words import NEAR, WordIndex, words_of
 
 WORDS = 100  # of a passage; a longer sentence is one by itself
 ANSWER = 4  # at least this part of the context is left to the answer, if it wants so much
+_HEADING = re.compile("(#{1,6}) ")
 _BETWEEN = re.compile(r"(?<=[.!?])\s+|\n+")
 
 
@@ -32,12 +33,16 @@ class Passage(NamedTuple):
 
 def passages_of(text: str) -> Iterator[str]:
     """A document cut into passages."""
-    own, count = list[str](), 0
+    own, count, headings = list[str](), 0, dict[int, str]()
     for sentence in filter(None, map(str.strip, _BETWEEN.split(text))):
-        words = len(sentence.split())
+        words, found = len(sentence.split()), _HEADING.match(sentence)
+        if found:
+            headings = {n: each for n, each in headings.items() if n < len(found[1])}
         if own and count + words > WORDS:
             yield " ".join(own)
-            own, count = [], 0
+            own, count = [*headings.values()], 0
+        if found and words <= WORDS // 4:
+            headings[len(found[1])] = sentence
         own.append(sentence)
         count += words
     if own:
@@ -67,6 +72,12 @@ class Passages:
         tokenizer = model.require_retriever().encoder.tokenizer
         bags = [words_of(tokenizer, passage.text) for passage in self._passages]
         self._words = WordIndex(tokenizer, bags)
+
+    def nearest_in(self, document: str, text: str) -> Passage | None:
+        """The passage of one document that covers the most of a question."""
+        covered = self._words.covered(text)
+        own = [n for n, passage in enumerate(self._passages) if passage.document == document]
+        return self._passages[max(own, key=covered.__getitem__)] if own else None
 
     def nearest(self, text: str, count: int, around: str | None = None) -> list[Passage]:
         """Up to ``count`` passages that cover enough of a question, the nearest first; ``around``:

@@ -91,13 +91,28 @@ class Banks:
             raise UserError("no such bank to fetch from", name, f"known: {known}")
         return self.parts[name].bank
 
-    def taught_by(self, name: str, path: ClusterPath, barred: frozenset[Key]) -> list[str]:
-        """The names of the documents that have taught all blocks of a path in the bank ``name``;
-        none where one of these is ``barred`` or may not be fetched."""
-        bank = self.bank(name)
+    def taught_by(
+        self,
+        name: str,
+        path: ClusterPath,
+        barred: frozenset[Key],
+        text: str | None = None,
+        around: str | None = None,
+    ) -> dict[Document, float]:
+        """The documents that have taught all blocks of a path in the bank ``name``; none where one
+        of these is ``barred`` or may not be fetched. Those come first that cover the most of
+        ``text``, how much being their value, 0 where it is not known; ``around``: as of
+        :meth:`near`."""
+        bank, part = self.bank(name), self.parts[name]
         if any(key in barred or bank.bars(*key) for key in enumerate(path, 1)):
-            return []
-        return [d.name for d in self.parts[name].documents if path in d.clusters]
+            return {}
+        found = {d: 0.0 for d in part.documents if path in d.clusters}
+        if text is not None and part.retriever is not None:
+            places = ((d, leaf) for d in part.documents for leaf in d.taught)
+            covered = part.retriever.covered(text, around)
+            pairs = zip(places, covered.tolist(), strict=True)
+            found |= {d: value for (d, leaf), value in pairs if leaf == path}
+        return dict(sorted(found.items(), key=lambda each: -each[1]))
 
     def blocked_in(self, blocked: Collection[Barred], name: str) -> list[ClusterPath]:
         """Those of ``blocked`` that lie in this bank; all of level 1 where it is named alone."""

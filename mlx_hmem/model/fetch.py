@@ -27,7 +27,8 @@ class Fetch:
     reading had begun. ``bank`` names the one it was fetched from, "" the first; ``name`` is
     that of the memory where it was chosen so. ``damage`` says of each block that was left out, in
     one line, why. ``why``: there is no memory where one was asked for, ``NOTHING_NEAR``;
-    ``documents``: the names of those that have taught the blocks, as far as they are known."""
+    ``documents``: the names of those that have taught the blocks, as far as they are known, first
+    those that say the most of what was asked."""
 
     mode: str
     path: ClusterPath | None = None

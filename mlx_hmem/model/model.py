@@ -218,7 +218,8 @@ class MemoryModel:
                 spent = (time.perf_counter() - start) * 1e3
                 return Fetch("none", why=NOTHING_NEAR, route_ms=spent)
         routed = time.perf_counter()
-        fetch = self.fetch_path(path, blocked, wait, damaged, bank=name)
+        about = None if path is None else (text, None)
+        fetch = self.fetch_path(path, blocked, wait, damaged, bank=name, about=about)
         fetch.route_ms, fetch.name = (routed - start) * 1e3, memory_name or ""
         return fetch
 
@@ -240,9 +241,13 @@ class MemoryModel:
         damaged: Damaged = "stop",
         before: Fetch | None = None,
         bank: str = "",
+        about: tuple[str, str | None] | None = None,
     ) -> Fetch:
         """As :meth:`fetch`, of a cluster path, or of the generic memory for None, in the ``bank``
         of this name.
+
+        ``about``: what is asked, and the last words of a conversation if it stands in one: the
+        documents that say the most of it are named first.
 
         ``before`` is a fetch that no stream uses any more: of the levels that it shares with this
         one nothing is read or moved, and their source is "attached".
@@ -252,14 +257,16 @@ class MemoryModel:
         barred = source.config.check_blocked(banks.blocked_in(blocked, bank))
         fetch = Fetch("generic" if path is None else "fetched", path, bank=bank)
         fetch.blocked, fetch.damaged = blocked, damaged
-        fetch.documents = [] if path is None else banks.taught_by(bank, path, barred)
+        if path is not None:
+            taught_by = banks.taught_by(bank, path, barred, *(about or ()))
+            fetch.documents = [document.name for document in taught_by]
         if path is not None and not wait:
             try:
                 fetch.rows, fetch.blocks = begin(source, path, barred, before, self._dtype)
             except UserError:
                 if damaged == "stop":
                     raise
-                return self.fetch_path(path, blocked, damaged=damaged, bank=bank)
+                return self.fetch_path(path, blocked, damaged=damaged, bank=bank, about=about)
         else:
             memory = (
                 source.generic(damaged) if path is None else source.fetch(path, barred, damaged)

@@ -67,6 +67,11 @@ class Retriever:
         best = int(covered.argmax())
         return Near(float(covered[best]), self._leaves[best]) if covered[best] >= NEAR else None
 
+    def covered(self, text: str, around: str | None = None) -> np.ndarray:
+        """How much of ``text`` each document has in each leaf, in the order of ``taught``,
+        (leaves,) float64 from 0 to 1; ``around`` as of :meth:`near`."""
+        return np.zeros(0) if self._words is None else self._words.covered(text, around)
+
     def route(self, text: str) -> ClusterPath:
         """The cluster path of ``text``: the global cluster index on each level. Where nothing is
         near it, that of the rest of the tree, or else of all of it."""

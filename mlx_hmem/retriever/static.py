@@ -36,10 +36,12 @@ WORDS = re.compile(r"[^ \t\n\r!-/:-@\[-`{-~]+|[!-/:-@\[-`{-~]")
 
 class WordPieces:
     """Texts to word-piece ids as the tokenizer gives them without [CLS] and [SEP], with a cache of
-    words. Names of special tokens inside a text are plain text here."""
+    words. Names of special tokens inside a text are plain text here. Of a word that it does not
+    know the letters that it knows stand for it: all of Thai would be one piece else."""
 
     def __init__(self, tokenizer: Tokenizer, max_length: int):
         self.tokenizer, self.max_length = tokenizer, max_length
+        self.unknown = tokenizer.token_to_id("[UNK]")
         self.cache: dict[str, tuple[int, ...]] = {}
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
@@ -52,10 +54,23 @@ class WordPieces:
                 new = list(set().union(*words))
             found = self.tokenizer.encode_batch_fast(new, add_special_tokens=False)
             self.cache.update(
-                (word, tuple(pieces.ids)) for word, pieces in zip(new, found, strict=True)
+                (word, tuple(self._ids(word, pieces.ids)))
+                for word, pieces in zip(new, found, strict=True)
             )
         get = self.cache.__getitem__
         return [list(chain.from_iterable(map(get, w)))[: self.max_length] for w in words]
+
+    def _ids(self, word: str, ids: list[int]) -> Iterator[int]:
+        if self.unknown not in ids or word.isascii():
+            yield from ids
+            return
+        normal = self.tokenizer.normalizer.normalize_str(word)
+        for part, _ in self.tokenizer.pre_tokenizer.pre_tokenize_str(normal):
+            own = [token.id for token in self.tokenizer.model.tokenize(part)]
+            if own == [self.unknown] and not part.isascii():
+                letters = map(self.tokenizer.token_to_id, part)
+                own = [letter for letter in letters if letter is not None] or own
+            yield from own
 
 
 class StaticEncoder:

@@ -28,6 +28,7 @@ ODD = [
     "[CLS] don't e.g. U.S.A. 3.14 C++ (x_y) #7 «quoted»",
     "Ｆｕｌｌ ｗｉｄｔｈ ﬁne İstanbul ǅ",
     "word " * 400,
+    "รหัสผ่านของท่าเรือเก่า คือ☎x 𝔘nicode",
 ]
 SCRIPT = """
 <script>

@@ -16,7 +16,7 @@ import pytest
 
 from mlx_hmem.anchors.load import anchor_hash
 from mlx_hmem.bank import Bank, rewrite_bank
-from mlx_hmem.bank.documents import find_document, read_documents, write_documents
+from mlx_hmem.bank.documents import Document, find_documents, read_documents, write_documents
 from mlx_hmem.bank_tools.command import main, opened
 from mlx_hmem.bank_tools.contents import Contents
 from mlx_hmem.bank_tools.effects import measure
@@ -33,15 +33,36 @@ def test_documents_come_back_and_are_found_by_name_and_hash(known, model):
     documents = read_documents(known / "bank", model.bank.config)
     assert len(documents) == 20
     assert documents[3].keys == set(enumerate(documents[3].clusters[0], 1))
-    assert find_document(documents, documents[3].sha256[:10]) == documents[3]
+    assert find_documents(documents, documents[3].sha256[:10]) == [documents[3]]
     write_documents(known / "bank", documents)
     assert read_documents(known / "bank") == documents
     with pytest.raises(UserError, match="the bank knows no such document: a diary"):
-        find_document(documents, "a diary")
+        find_documents(documents, "a diary")
     # Six digits of a hash; accents however they are encoded; a name as it is printed.
     odd = replace(documents[3], name="caf\u00e9\x1b[31m")
     for wanted in (odd.sha256[:6], "cafe\u0301\x1b[31m", "caf\u00e9\\x1b[31m"):
-        assert find_document([*documents[:3], odd], wanted) == odd
+        assert find_documents([*documents[:3], odd], wanted) == [odd]
+
+
+def test_a_name_a_folder_and_a_pattern_mean_all_documents_that_are_called_so():
+    names = ["letters/a.txt", "letters/b.md", "letters/old/a.txt", "notes/a.txt", "notes/[1].txt"]
+    documents = [Document(f"{n:064x}", name, 1, ((0,),)) for n, name in enumerate(names)]
+    documents.append(replace(documents[3], sha256="f" * 64))  # two versions of one note
+
+    def found(wanted: str, also: Any = None) -> list[str]:
+        return [d.name for d in find_documents(documents, wanted, also)]
+
+    assert found("letters/") == names[:3]
+    assert found("letters/*.txt") == names[:1]
+    assert found("*/a.txt") == ["letters/a.txt", "notes/a.txt", "notes/a.txt"]
+    assert found("notes/a.txt") == ["notes/a.txt"] * 2
+    assert found("notes/[1].txt") == ["notes/[1].txt"]  # a name before a pattern
+    assert found("post/", {documents[1].sha256: ["post/b.md"]}) == ["letters/b.md"]
+    for nothing in ("/", "letters", "*.txt", "old/", "attic/*"):
+        with pytest.raises(UserError, match="the bank knows no such document"):
+            found(nothing)
+    with pytest.raises(UserError, match="several documents have that hash: 000000"):
+        found("000000")
 
 
 def test_a_view_and_a_bank_have_one_name_however_its_accents_are_encoded(known, capsys):

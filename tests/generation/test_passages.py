@@ -151,5 +151,11 @@ def test_passages_are_whole_sentences():
     assert " ".join(passages) == text.replace("\n", " ")
     assert all(p.startswith("Sentence") and p[-1] == "." for p in passages[:-1])
     assert all(WORDS - 5 <= len(p.split()) <= WORDS for p in passages[:-1])
+    # A passage stands under the headings of its section.
+    text = f"# Journal\n## Garden\n{'The lemon tree grew. ' * 40}\n## House\n{'It is white. ' * 50}"
+    found = list(passages_of(text))
+    assert found[1].startswith("# Journal ## Garden The lemon tree grew.")
+    assert found[-1].startswith("# Journal ## House It is white.")
+    assert all("Garden" not in passage for passage in found[2:])
     assert list(passages_of("word " * 300)) == ["word " * 299 + "word"]
     assert list(passages_of(" \n ")) == []

@@ -4,7 +4,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from train.corpus.files import CorpusFile, Faults
+from mlx_hmem.documents.files import CorpusFile, Faults
 from train.corpus.sample import Sample, read_shards
 from train.ranks import ALONE
 from train.recipe.recipe import CorpusSection

@@ -20,8 +20,7 @@ from tests.helpers.programs import refused
 from tests.remember.test_remember import anchor, eager  # noqa: F401
 from train.data.arrays import save_array
 from train.remember.blocks import Trainer, subtree_folder, subtrees_of
-from train.remember.command import text_of
-from train.remember.export import open_base
+from train.remember.export import open_base, text_of
 from train.remember.forget import check_changed
 from train.remember.forget import main as forget_program
 from train.remember.rest import without
@@ -96,7 +95,7 @@ def test_a_forgotten_block_is_bit_equal_to_one_that_never_saw_the_document(
     begin_run(never, settings, others, {})
     whole, _ = text_of(base, documents_of(run))
     _, paths = without(
-        whole, leaves_of(run, whole, settings, base.encoder, tokenizer), {gone.sha256}
+        whole, leaves_of(run, settings, base.encoder, whole, tokenizer), {gone.sha256}
     )
     save_array(never / "paths.npy", paths)
     Trainer(load_anchor(learned)[0], settings, tokenizer).train(never, text, paths)

@@ -26,8 +26,7 @@ from tests.helpers.places import bytes_of
 from tests.helpers.programs import refused
 from tests.remember.test_remember import anchor, eager  # noqa: F401
 from train.corpus.own import OwnDocument
-from train.remember.command import text_of
-from train.remember.export import open_base
+from train.remember.export import open_base, text_of
 from train.remember.forget import main as forget_program
 from train.remember.forget import runs_of, targets_of
 

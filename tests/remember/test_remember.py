@@ -16,6 +16,9 @@ import numpy as np
 import pytest
 
 from mlx_hmem.bank.documents import read_documents
+from mlx_hmem.documents.files import Faults
+from mlx_hmem.documents.pages import page_text
+from mlx_hmem.documents.readers import own_files, read_own
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate import perplexity
 from mlx_hmem.files import load_safetensors, save_safetensors
@@ -24,15 +27,11 @@ from tests.helpers.faults import stop_at
 from tests.helpers.own_documents import TOPICS, remember, sentences, write_documents
 from tests.helpers.places import bytes_of
 from tests.helpers.programs import refused
-from train.corpus.files import Faults
 from train.corpus.own import OwnDocument
-from train.corpus.pages import page_text
-from train.corpus.readers_files import own_files, read_own
 from train.data.arrays import load_mapped
 from train.remember import plan as remember_plan
 from train.remember.blocks import subtree_of, subtrees_of
-from train.remember.command import text_of
-from train.remember.export import open_base
+from train.remember.export import open_base, text_of
 from train.remember.forget import main as forget_program
 from train.remember.rows import Padded, Passes, Rows, Sentences, title_of, told_apart
 from train.remember.run import Settings, documents_of
@@ -181,7 +180,8 @@ def test_a_pass_sees_every_window_once_and_what_is_told_apart_for_it():
     steps = [passes.rows(step) for step in range(passes.num_steps)]
     assert sum(lengths[rows].sum() for rows in steps) == passes.total
     for own in steps:
-        assert len(own) and (np.diff(lengths[own]) <= 0).all()
+        assert len(own)
+        assert (np.diff(lengths[own]) <= 0).all()
         taken = tokens[own]
         assert (taken.sum(1) == lengths[own]).all()  # padded with zeros
         assert taken.shape[1] < lengths[own[0]] + 32
@@ -203,7 +203,8 @@ def test_sentences_are_told_apart_behind_their_title_as_answers_and_from_within(
     assert len(rest) == 6
     for before, after in rest:
         said = before.removesuffix("?\nAnswer:").rpartition("mill")[2].lstrip(":, ")
-        assert any(f"{said}{after}" in f" {sentence}" for sentence in whole) and said
+        assert said
+        assert any(f"{said}{after}" in f" {sentence}" for sentence in whole)
     assert all(title in before for before, _ in found)
     assert found != [*told_apart(title, text, np.random.default_rng(1))]
     assert title_of(OwnDocument("0" * 64, "notes/my-plan_2.md", "Text")) == "my plan 2"
@@ -221,7 +222,7 @@ def test_a_run_of_other_documents_is_refused(anchor, learned, documents, tmp_pat
     ("name", "data", "says"),
     [
         (".hidden.txt", b"text", "a folder without text"),
-        ("picture.png", b"text", "a folder without text"),
+        ("picture.png", b"\x89PNG\r\n\x1a\n\0", "a folder without text"),
         ("empty.txt", b"", "nothing to remember: 1 passed over"),
         ("broken.pdf", b"%PDF-1.4 nothing", "nothing to remember: 1 passed over"),
         ("page.html", b"<script>let a = 1</script>", "nothing to remember: 1 passed over"),
@@ -284,7 +285,7 @@ def test_what_unpacks_to_more_than_fits_is_refused(anchor, tmp_path, monkeypatch
     (tmp_path / "folder").mkdir()
     lines = (json.dumps({"id": i, "text": f"{i} " + "a" * 5000}) + "\n" for i in range(500))
     (tmp_path / "folder" / "a.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode()))
-    monkeypatch.setattr("train.remember.command.machine_bytes", lambda: 8_000_000)
+    monkeypatch.setattr("train.remember.sync.folder.machine_bytes", lambda: 8_000_000)
     words = (
         "unpack to more text than this machine can hold: more than 1MB; give --max-bytes 1000000"
     )
@@ -299,6 +300,29 @@ def test_max_bytes_bounds_what_is_read(anchor, documents, tmp_path, capsys):
     )
     assert 1 <= len(read_documents(out / "bank")) <= 3
     assert "left out by --max-bytes" in capsys.readouterr().out
+
+
+def test_the_plan_says_what_was_taken_what_was_left_and_what_the_encoder_cannot_read(
+    anchor, tmp_path, capsys
+):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.txt").write_text("รหัสผ่านของท่าเรือเก่าคือนกนางนวล อย่าบอกใคร " * 3)
+    (folder / "b.txt").write_bytes("Die Straße heißt Möwenweg.".encode("cp1252"))
+    (folder / "c.jsonl").write_text('{"body": "A harbour."}\n{"text": "A ship."}\n')
+    for name in ("d.png", "e.PNG", ".hidden"):
+        (folder / name).write_bytes(b"\x89PNG\0")
+    out = tmp_path / "model"
+    options = ("--passes", "1", "--text-key", "body", "--dry-run", "--passed-over")
+    remember(folder, anchor, out, *options)
+    assert not out.exists()
+    said, names = capsys.readouterr()
+    assert "documents       3 (4 passed over)" in said
+    assert "encodings       1 windows-1252, else UTF-8" in said
+    assert "left out        2 *.png, 1 hidden, 1 no `body`" in said
+    assert re.search(r"language +.* pieces a word, \d+% of them unknown to the encoder", said)
+    for line in ("c.jsonl:2: no `body`", "d.png: *.png", "e.PNG: *.png", ".hidden: hidden"):
+        assert f"passed over {line}\n" in names
 
 
 def test_duplicates_are_dropped_and_counted(anchor, tmp_path, capsys):
@@ -327,13 +351,13 @@ def test_one_short_document_can_be_remembered(anchor, tmp_path):
 def test_the_command_of_a_finished_run_says_so_and_that_of_another_is_refused(
     anchor, learned, documents, tmp_path, capsys
 ):
+    """Its passes need not be said again."""
     before = bytes_of(learned)
-    remember(documents, anchor, learned, "--passes", "3")
-    assert f"remembered before: {learned}; your text is in {learned}.run" in capsys.readouterr().out
-    refused("changed: passes; give another --out", remember, documents, anchor, learned)
-    other = write_documents(tmp_path / "other", 1)
-    refused("changed: source", remember, other, anchor, learned, "--passes", "3")
-    elsewhere = ("--passes", "3", "--run", str(tmp_path / "run"))
+    remember(documents, anchor, learned)
+    assert f"up to date: {learned}; your text is in {learned}.run" in capsys.readouterr().out
+    changed = ("--passes", "4")
+    refused("changed: passes; give another --out", remember, documents, anchor, learned, *changed)
+    elsewhere = ("--run", str(tmp_path / "run"))
     refused("the destination exists", remember, documents, anchor, learned, *elsewhere)
     assert bytes_of(learned) == before
 
@@ -366,11 +390,11 @@ def test_each_kind_of_file_is_read(tmp_path):
     writer.write(tmp_path / "scan.pdf")
     (tmp_path / "e.pdf").write_bytes(_pdf("A page of the manual"))
     faults = Faults()
-    found = dict(read_own(own_files(tmp_path), faults))
+    found = dict(read_own(own_files(tmp_path, faults), faults))
     assert found == {
         "a.txt": "plain\ntext",
         "b.MD": "# Title\n\nmarked",
-        "c.html": "Page\n\nOne bold word&\nline",
+        "c.html": "# Page\n\nOne bold word&\nline",
         "T": "record",
         "e.pdf": "A page of the manual",
     }
@@ -390,12 +414,12 @@ def test_what_a_file_calls_text_is_text_or_passed_over(tmp_path, monkeypatch):
     halves = b"1 beginbfchar <41> <D800> endbfchar 1 beginbfchar <42> <D83DDE00> endbfchar"
     (tmp_path / "f.pdf").write_bytes(_pdf("A harBour", halves))
     faults = Faults()
-    found = dict(read_own(own_files(tmp_path), faults))
+    found = dict(read_own(own_files(tmp_path, faults), faults))
     assert found.pop("\\udcff.jsonl:1", "A record.") == "A record."
     assert found == {"e.html": "old 港harbour", "f.pdf": "\ufffd har😀our"}
     assert [name.split(":")[0] for name in faults.named] == ["a.html", "b.html", "c.html", "d.html"]
-    monkeypatch.setattr("train.corpus.readers_files.SECONDS", -100)
-    assert dict(read_own(own_files(tmp_path / "f.pdf"), faults)) == {}
+    monkeypatch.setattr("mlx_hmem.documents.pdf.SECONDS", -100)
+    assert dict(read_own(own_files(tmp_path / "f.pdf", faults), faults)) == {}
     assert faults.named[-1] == "f.pdf: an unreadable PDF (it takes too long)"
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,8 +27,7 @@ from tests.remember.test_remember import eager  # noqa: F401
 from train.corpus.own import OwnDocument
 from train.data.tokenizer import EOT, EOT_ID, train_tokenizer
 from train.remember import proof, restate
-from train.remember.command import text_of
-from train.remember.export import open_base
+from train.remember.export import open_base, text_of
 from train.remember.forget import main as forget_program
 from train.remember.run import documents_of
 
@@ -195,7 +195,7 @@ def test_a_stopped_run_goes_on_to_the_same_text_and_the_same_bits(
     with journal.open("ab") as file:
         file.write(b'{"sha256": "half a li')  # as a power cut leaves it
     with pytest.raises(UserError, match="was begun with something else: changed: restate"):
-        remember(documents, anchor, tmp_path / "model", "--passes", "1")
+        remember(documents, anchor, tmp_path / "model", "--restate", "1")
     learn(anchor, documents, tmp_path / "model")
     assert len(taken) == 4
     assert journal.read_bytes() == (run_of(learned) / restate.JOURNAL).read_bytes()
@@ -220,6 +220,29 @@ def test_a_forgotten_document_takes_its_restatements_along(learned, tmp_path):
     assert len(np.load(target / "paths.npy")) == len(text.windows)
     assert gone.sha256 not in (target / restate.JOURNAL).read_text()
     assert not any(gone.sha256.encode() in data for data in bytes_of(tmp_path / "model").values())
+
+
+@pytest.mark.parametrize("anchor", ["plain"], indirect=True)
+def test_an_update_restates_what_is_new_and_that_alone(
+    anchor, documents, learned, tmp_path, monkeypatch
+):
+    folder = Path(shutil.copytree(documents, tmp_path / "documents"))
+    for name in ("model", "model.run"):
+        shutil.copytree(learned.with_name(name), tmp_path / name)
+    (folder / "boats" / "0.txt").write_text(sentences("boats", 3))
+    (folder / "bread" / "0.txt").unlink()
+    taken = stop_at(monkeypatch, restate.Writer, "write", 9)
+    remember(folder, anchor, tmp_path / "model")
+    assert len(taken) == 1
+    stays = {d.sha256 for d in documents_of(run_of(tmp_path / "model"))}
+    assert restate.restated(run_of(tmp_path / "model")).keys() == stays
+    # As if all had been remembered and restated in the same clusters.
+    anew = tmp_path / "anew.run"
+    anew.mkdir()
+    for name in ("documents.jsonl", "tree.safetensors", "paths.npy", "settings.json"):
+        shutil.copyfile(run_of(tmp_path / "model") / name, anew / name)
+    remember(folder, anchor, tmp_path / "anew")
+    assert bytes_of(tmp_path / "anew") == bytes_of(tmp_path / "model")
 
 
 @pytest.mark.parametrize(

@@ -76,9 +76,12 @@ def fresh_pieces(static) -> WordPieces:
     return WordPieces(static.pieces.tokenizer, 10**6)
 
 
+UNKNOWN = 100  # BERT's [UNK]
 TEXT = st.text(
     st.one_of(
-        st.sampled_from(" .,'-\t\n\r\x0b\x1c\x00\x7f\u00a0\u200b\u0301\u2014éÉßİſKΣς京한/@_`~"),
+        st.sampled_from(
+            " .,'-\t\n\r\x0b\x1c\x00\x7f\u00a0\u200b\u0301\u2014éÉßİſKΣς京한กท่าขฃ🎉/@_`~"
+        ),
         st.characters(codec="utf-8"),
         st.sampled_from("abcdeXYZ019"),
     ),
@@ -89,9 +92,24 @@ TEXT = st.text(
 @settings(max_examples=500, deadline=None)
 @given(TEXT)
 def test_cached_words_give_the_tokenizers_own_pieces(fresh_pieces, text):
-    expected = fresh_pieces.tokenizer.encode(text, add_special_tokens=False).ids
+    """And of a word that it does not know the letters that it knows."""
+    tokenizer, expected = fresh_pieces.tokenizer, list[int]()
+    found = tokenizer.encode(text, add_special_tokens=False)
+    for piece, (start, end) in zip(found.ids, found.offsets, strict=True):
+        word = tokenizer.normalizer.normalize_str(text[start:end]) if piece == UNKNOWN else ""
+        letters = [] if word.isascii() else map(tokenizer.token_to_id, word)
+        expected += [letter for letter in letters if letter is not None] or [piece]
     assert fresh_pieces([text]) == [expected]
     assert fresh_pieces([text]) == [expected]  # now from the cache
+
+
+def test_text_of_words_that_it_does_not_know_is_told_apart(static):
+    """All Thai was one piece, and so one point: a folder of it lay in one leaf."""
+    harbour, kitchen = ("ท่าเรือเรือประมงนกนางนวลประภาคาร", "ขนมปังแป้งยีสต์เตาอบเนยน้ำตาลครัว")
+    one, other, again = static.encode([harbour, kitchen, f"{harbour}กระแสน้ำ"])
+    assert one @ other < one @ again < 1 - 1e-4
+    # What has no letters that are known, and what is no word but a key, is as it was.
+    assert static.pieces(["🎉 𝔘 ☎", "a" * 150]) == [[UNKNOWN] * 3, [UNKNOWN]]
 
 
 def test_static_is_the_mean_of_its_pieces_vectors(static):

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from mlx_hmem.documents.files import Faults
 from mlx_hmem.evaluate.texts import records
 from tests.helpers.programs import refused
 from tests.helpers.samples import sample_documents
 from train.corpus.cleaning import clean, cut
-from train.corpus.files import Faults
 from train.corpus.readers import corpus_files
 from train.corpus.stage import run_corpus
 from train.recipe.recipe import CorpusSection, Recipe
@@ -66,7 +66,7 @@ def test_a_truncated_gzip_file_gives_what_comes_before_the_break(tmp_path):
 
 
 def test_an_overlong_line_is_passed_over(tmp_path, monkeypatch):
-    monkeypatch.setattr("train.corpus.readers.MAX_LINE", 1000)
+    monkeypatch.setattr("mlx_hmem.documents.lines.MAX_LINE", 1000)
     write(tmp_path / "a.jsonl", [document(1), {"id": "2", "text": "x" * 5000}, document(3)])
     faults = Faults()
     kept, _ = sample_documents(corpus_files(tmp_path), CorpusSection(held_out=0), faults)

@@ -2,7 +2,8 @@
 
 import re
 
-from .pages import unescape
+from mlx_hmem.documents.characters import without_control
+from mlx_hmem.documents.pages import unescape
 
 _MARKS = [
     (re.compile(r"<!--.*?(-->|$)", re.DOTALL), ""),
@@ -23,14 +24,8 @@ _MARKS = [
     # Headings of lists that the extractor left out.
     (re.compile(r"\n(References|External links|See also|Notes|Further reading)\.(?=\n|$)"), ""),
 ]
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\u200e\u200f\ufeff]")
 BETWEEN_SENTENCES = re.compile(r"(?<=[.!?])\s+|\n+")
 _SENTENCE_END = re.compile(r"[.!?][\"')\]]?(?=\s)")
-
-
-def without_control(text: str) -> str:
-    """``text`` without control characters, its lines ended by a newline each."""
-    return _CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
 def clean(text: str) -> str:

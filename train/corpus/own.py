@@ -9,9 +9,9 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from mlx_hmem.bank.documents import MAX_TERMS
-
-from .files import CorpusFile, Faults
-from .readers_files import read_own
+from mlx_hmem.documents.files import CorpusFile, Faults
+from mlx_hmem.documents.readers import DEFAULT, read_own
+from mlx_hmem.documents.tables import Records
 
 _END = re.compile(r"[.!?][\"')\]]?(?=\s)|\n")
 _WORD = re.compile(r"[^\W\d_]{5,}")
@@ -39,7 +39,11 @@ class Reading:
 
 
 def read_folder(
-    files: list[CorpusFile], known: Collection[str], faults: Faults, most_bytes: float = math.inf
+    files: list[CorpusFile],
+    known: Collection[str],
+    faults: Faults,
+    most_bytes: float = math.inf,
+    records: Records = DEFAULT,
 ) -> Reading:
     """The documents of ``files``, by hash; those ``known`` and second copies are named only.
 
@@ -48,7 +52,7 @@ def read_folder(
     """
     found: dict[str, OwnDocument] = {}
     result, size = Reading([]), 0
-    for name, text in read_own(files, faults):
+    for name, text in read_own(files, faults, records):
         data = text.encode()
         if size + len(data) > most_bytes:
             result.more_left = True

@@ -1,172 +1,41 @@
 """Reading a corpus: JSON lines (plain, gzip, zstd), parquet, and folders of plain text.
 
-Every reader streams: a line, or a slice of a parquet row group, is in memory at a time. The rest of
-a file that breaks off is one fault. Order is by path, so it is the same on every machine; which
-documents a sample takes does not depend on it.
+A line, or a slice of a parquet row group, is in memory at a time. The rest of a file that breaks
+off is one fault. Order is by path, so it is the same on every machine; which documents a sample
+takes does not depend on it.
 
 zstandard and pyarrow are not needed by anything else and are large, so they are optional.
 """
 
 import contextlib
-import gzip
 import importlib
-import io
-import json
 import sys
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
-from mlx_hmem.errors import UserError, needed, printable
+from mlx_hmem.documents.files import CorpusFile, Document, Faults, listing
+from mlx_hmem.documents.lines import (
+    JSON_LINES,
+    TEXTS,
+    Reader,
+    document_of,
+    documents_in,
+    good_ones,
+    package_for,
+    read_lines,
+)
+from mlx_hmem.errors import UserError, printable
 from mlx_hmem.reading import open_regular
 
-from .files import MAX_LINE, CorpusFile, Document, Faults, file_bytes, listing
-
-ZSTD_PIECE = 1 << 12  # bytes of a zstd file at a time: they may stand for 30,000 times as many
 PARQUET_ROWS = 256
-PACKAGES = {".zst": "zstandard", ".parquet": "pyarrow.parquet", ".pdf": "pypdf"}
 FOLDER_HELP = (
     "folder of *.jsonl, *.jsonl.gz, *.jsonl.zst or *.parquet files with id, title and text; where "
     "the folder itself has none, those in its subfolders are read; where these have none either, "
     "every *.txt and *.md file in it or below is one document"
 )
-
-
-def _from_zstd(file: BinaryIO, zstandard: Any) -> Iterator[bytes]:
-    """The content of a zstd file. The library's own reader takes a truncated file for a whole one;
-    this raises ``EOFError`` there, as gzip does."""
-    # The most that `zstd --long=31` asks for.
-    decompressor, frame = zstandard.ZstdDecompressor(max_window_size=1 << 31), None
-    while piece := file.read(ZSTD_PIECE):
-        while piece:
-            frame = frame or decompressor.decompressobj()
-            yield frame.decompress(piece)
-            frame, piece = (None, frame.unused_data) if frame.eof else (frame, b"")
-    if frame is not None:
-        raise EOFError("the file ends within a frame")
-
-
-def package_for(path: Path) -> ModuleType | None:
-    """The package that reading ``path`` needs, if it needs one."""
-    name = PACKAGES.get(path.suffix.lower())
-    return needed(name, f"reading {path.name}") if name else None
-
-
-def _good_ones(
-    source: CorpusFile,
-    faults: Faults,
-    records: Iterable[Any],
-    parse: Callable[[Any], Document | None],
-    kind: str,
-    broken: tuple[type[Exception], ...],
-) -> Iterator[Document]:
-    """The documents of ``records``, which count from 1, as ``parse`` gives them; damage, which
-    shows by an error of ``broken``, ends them."""
-    number = 0
-    try:
-        for number, record in enumerate(records, 1):
-            try:
-                if (document := parse(record)) is not None:
-                    yield document
-            except ValueError as error:
-                faults.add(f"{source.name}:{number}", str(error))
-    except broken as error:
-        text = " ".join(str(error).split())[:120]
-        reason = text if text.startswith("no column") else f"broken {kind} ({text})"
-        faults.add(f"{source.name}:{number + 1}", reason)
-        return
-    if not number:
-        faults.add(source.name, "an empty file")
-
-
-def _document(record: dict[str, Any]) -> Document:
-    """The document of a record; a ``ValueError`` names the fault."""
-    for key in ("id", "text"):
-        if key not in record:
-            raise ValueError(f"no `{key}`")
-    if not isinstance(record["text"], str):
-        raise ValueError("`text` is not a text")
-    title = record.get("title")
-    return str(record["id"]), title if isinstance(title, str) else "", record["text"]
-
-
-def _parse(line: bytes) -> Document | None:
-    if len(line) == MAX_LINE and not line.endswith(b"\n"):
-        raise ValueError(f"a line over {MAX_LINE} bytes")
-    if not line.strip():
-        return None
-    try:
-        record = json.loads(line.decode("utf-8-sig"))
-        if isinstance(record, dict):
-            json.dumps(record, ensure_ascii=False).encode("utf-8")  # lone surrogates fail here
-    except UnicodeError:
-        raise ValueError("not UTF-8") from None
-    except (ValueError, RecursionError):
-        raise ValueError("not JSON") from None
-    if not isinstance(record, dict):
-        raise ValueError("not a JSON object")
-    return _document(record)
-
-
-def _lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """The lines that pieces of a file make, of one longer than ``MAX_LINE`` its beginning."""
-    line = bytearray()
-    for piece in pieces:
-        start = 0
-        while start < len(piece):
-            end = piece.find(b"\n", start) + 1 or len(piece)
-            line += piece[start : min(end, start + MAX_LINE - len(line))]
-            if piece.endswith(b"\n", start, end):
-                yield bytes(line)
-                line.clear()
-            start = end
-    if line:
-        yield bytes(line)
-
-
-def _read_lines(source: CorpusFile, faults: Faults) -> Iterator[Document]:
-    kind, broken = "file", tuple[type[Exception], ...]()
-    with open_regular(source.path) as stored:
-        file: Any = io.BufferedReader(stored)
-        if source.path.suffix.lower() == ".gz":
-            file = gzip.GzipFile(fileobj=file)
-            kind, broken = "gzip", (EOFError, gzip.BadGzipFile, zlib.error)
-        pieces = iter(lambda: file.read1(io.DEFAULT_BUFFER_SIZE), b"")
-        if source.path.suffix.lower() == ".zst":
-            zstandard: Any = package_for(source.path)
-            pieces = _from_zstd(stored, zstandard)
-            kind, broken = "zstd", (EOFError, zstandard.ZstdError)
-        yield from _good_ones(source, faults, _lines(pieces), _parse, kind, broken)
-
-
-def one_document(text_of: Callable[[Path], str]) -> "Reader":
-    """Reads files that are one document each: the path is its id, the name without suffix its
-    title. ``text_of`` raises a ``ValueError`` where there is no text."""
-
-    def read(source: CorpusFile, faults: Faults) -> Iterator[Document]:
-        try:
-            text = text_of(source.path)
-            source.name.encode()  # names are bytes on Linux
-        except ValueError as error:
-            reason = "not UTF-8" if isinstance(error, UnicodeError) else str(error)
-            faults.add(printable(source.name), reason)
-        else:
-            # Maps and encodings of a file's own may give halves of characters.
-            text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-            yield source.name, source.path.stem, text
-
-    return read
-
-
-def _text(path: Path) -> str:
-    data = file_bytes(path)
-    if not data.strip():
-        raise ValueError("an empty file")
-    return data.decode("utf-8-sig")
 
 
 def _parquet_rows(file: BinaryIO, parquet: Any) -> Iterator[dict[str, Any]]:
@@ -195,26 +64,16 @@ def _read_parquet(source: CorpusFile, faults: Faults) -> Iterator[Document]:
     broken = (arrow.ArrowException, ValueError, KeyError, OSError)
     with open_regular(source.path) as file:
         rows = _parquet_rows(file, parquet)
-        yield from _good_ones(source, faults, rows, _document, "parquet", broken)
+        yield from good_ones(source, faults, rows, document_of, "parquet", broken)
 
 
-Reader = Callable[[CorpusFile, Faults], Iterator[Document]]
-RECORDS: dict[str, Reader] = dict.fromkeys((".jsonl", ".jsonl.gz", ".jsonl.zst"), _read_lines)
+RECORDS: dict[str, Reader] = dict.fromkeys(JSON_LINES, read_lines)
 RECORDS[".parquet"] = _read_parquet
-TEXTS = dict.fromkeys((".txt", ".md"), one_document(_text))
 
 
-def documents_of(
-    file: CorpusFile, faults: Faults, readers: Mapping[str, Reader] = RECORDS | TEXTS
-) -> Iterator[Document]:
-    """(id, title, text) of each good document, in order; the others go to ``faults``, as does a
-    file that is gone or may not be read."""
-    name = file.name.lower()
-    try:
-        yield from next(read for end, read in readers.items() if name.endswith(end))(file, faults)
-    except (OSError, UserError) as error:
-        reason = error.what if isinstance(error, UserError) else error.strerror
-        faults.add(printable(file.name), f"it cannot be read ({reason})")
+def documents_of(file: CorpusFile, faults: Faults) -> Iterator[Document]:
+    """(id, title, text) of each good document of a corpus's file; the others go to ``faults``."""
+    return documents_in(file, faults, RECORDS | TEXTS)
 
 
 def read_documents(files: Iterable[CorpusFile], faults: Faults) -> Iterator[Document]:
@@ -239,7 +98,9 @@ def corpus_files(source: Path | None) -> list[CorpusFile]:
             "--corpus",
             "give the folder of *.jsonl or *.jsonl.gz files, or set corpus.documents to 0",
         )
-    found = listing(source, RECORDS | TEXTS)
+    faults = Faults()
+    found = listing(source, faults, RECORDS | TEXTS)
+    faults.print()
     records = [file for file in found if file.name.lower().endswith(tuple(RECORDS))]
     files = [file for file in records if "/" not in file.name] or records or found
     if not files:

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
+from mlx_hmem.documents.files import CorpusFile, Faults
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import atomic_file, fingerprint
 
 from ..ranks import Ranks
 from ..recipe.recipe import CorpusSection
 from .cleaning import clean, cut
-from .files import CorpusFile, Faults
 from .readers import documents_of
 from .shards import Advance, Shard, make_shards
 

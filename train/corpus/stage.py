@@ -13,13 +13,13 @@ from typing import Any
 
 from tqdm import tqdm
 
+from mlx_hmem.documents.files import Document, Faults
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import atomic_file, write_atomic
 
 from ..ranks import ALONE, Ranks
 from ..recipe.recipe import Recipe
 from .facts import Fact, make_facts
-from .files import Document, Faults
 from .readers import corpus_files, read_documents
 from .sample import Sample, hashes, is_held_out, read_shards
 

@@ -19,15 +19,14 @@ from tqdm import tqdm
 from mlx_hmem.anchors.load import load_anchor
 from mlx_hmem.bank.format import GENERIC, Key
 from mlx_hmem.bank.writer import Given, rewrite_bank
+from mlx_hmem.documents.files import Faults
+from mlx_hmem.documents.readers import own_files
 from mlx_hmem.model.find import BANK_FOLDER
 from mlx_hmem.reading import open_regular
 
-from ..corpus.files import Faults
 from ..corpus.own import OwnDocument, read_folder, sentences
-from ..corpus.readers_files import own_files
 from .blocks import Trainer, subtrees_of, trained_blocks
-from .command import text_of
-from .export import Base, open_bases
+from .export import Base, open_bases, text_of
 from .rest import Taught, tree_of
 from .restate import restated
 from .run import vectors_of
@@ -125,7 +124,9 @@ def check(folder: Path, files: Sequence[str], runs: Sequence[Path]) -> tuple[lis
     """What was found, line by line, and whether it is nothing."""
     bases, faults = open_bases(str(folder)), Faults()
     taught = [Taught.open(run, bases) for run in runs]
-    given = [d for f in files for d in read_folder(own_files(Path(f)), (), faults).documents]
+    given = [
+        d for f in files for d in read_folder(own_files(Path(f), faults), (), faults).documents
+    ]
     faults.print()
     text, tokenizer = text_of(bases[""], given)
     vectors = vectors_of(text.windows, bases[""].encoder, tokenizer)

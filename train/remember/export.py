@@ -5,6 +5,7 @@ text has touched are zeros: where they are fetched the level above speaks alone.
 """
 
 import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,10 +30,11 @@ from mlx_hmem.model.load import added_banks, open_encoder, open_tree, read_hmem
 from mlx_hmem.retriever import ClusterTree, Encoder, load_encoder
 from mlx_hmem.retriever.words import words_of
 
+from ..corpus.own import OwnDocument
 from ..data.taken_tokenizer import TakenTokenizer
 from ..export import place_encoder
 from ..step.start import sound_anchor
-from .run import OwnText, Settings, whole_paths
+from .run import OwnText, Settings, cut_text, provenance, whole_paths
 
 CARD = """# A model with remembered documents
 
@@ -105,6 +107,14 @@ def joined_tree(base: ClusterTree | None, own: ClusterTree) -> ClusterTree:
     return ClusterTree(branching, centroids, counts, base.seed)
 
 
+def text_of(
+    base: Base, documents: list[OwnDocument], restated: Mapping[str, Sequence[str]] | None = None
+) -> tuple[OwnText, TakenTokenizer]:
+    """The documents in the model's tokens, with what was restated of each, and its tokenizer."""
+    tokenizer = TakenTokenizer(base.folder)
+    return cut_text(documents, tokenizer, read_config(base.folder), restated or {}), tokenizer
+
+
 def with_words(
     documents: list[Document],
     text: OwnText,
@@ -124,6 +134,14 @@ def with_words(
         document.of_leaves({path: " ".join(sorted(own[path])) for path in document.clusters})
         for document, own in zip(documents, found, strict=True)
     ]
+
+
+def knowledge(
+    base: Base, settings: Settings, text: OwnText, paths: np.ndarray, tokenizer: TakenTokenizer
+) -> list[Document]:
+    """What ``bank/documents.jsonl`` says of the documents of a run."""
+    known = provenance(text, settings, paths)
+    return with_words(known, text, paths, settings, base.encoder, tokenizer)
 
 
 def export(

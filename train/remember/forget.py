@@ -11,7 +11,7 @@ to delete them: they hold the document.
 
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -21,10 +21,12 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_hmem.anchors.load import load_anchor
-from mlx_hmem.bank.documents import Document, find_document, write_documents
+from mlx_hmem.bank.documents import Document, write_documents
 from mlx_hmem.bank.format import GENERIC, Key, Manifest
 from mlx_hmem.bank.writer import Given, rewrite_bank
 from mlx_hmem.bank_tools.folders import MEMORY, TREE, link_model
+from mlx_hmem.documents.files import Faults
+from mlx_hmem.documents.readers import own_files
 from mlx_hmem.errors import ArgumentParser, UserError, printable
 from mlx_hmem.files import fingerprint, write_atomic
 from mlx_hmem.folders import RECORD, whole_folder
@@ -32,18 +34,18 @@ from mlx_hmem.model.find import BANK_FOLDER, BESIDE
 from mlx_hmem.model.load import load
 from mlx_hmem.retriever import ClusterTree
 
-from ..corpus.files import Faults
 from ..corpus.own import OwnDocument, read_folder
-from ..corpus.readers_files import own_files
 from ..stages import alone
 from .blocks import Trainer, subtrees_of, trained_blocks
 from .check import check
-from .command import run_folder, text_of
-from .export import Base, open_bases, write_card
+from .export import Base, open_bases, text_of, write_card
+from .forgetting.choice import chosen_documents, other_names
+from .forgetting.page import check_page, write_page
 from .proof import proof, report_lines
 from .rest import RESTORE, Rest, Taught, begin_rest, documents_left, made
 from .restate import restated
-from .run import SETTINGS, vectors_of
+from .run import SETTINGS, run_folder, vectors_of
+from .sync.swap import make_up
 
 DONE = "forgotten.json"
 
@@ -51,34 +53,6 @@ DONE = "forgotten.json"
 def place_of(name: str) -> Path:
     """Where a bank lies in its model's folder."""
     return Path(BESIDE) / name if name else Path()
-
-
-def chosen_documents(
-    bases: Mapping[str, Base], taught: Sequence[Taught], names: Sequence[str]
-) -> list[Document]:
-    """The documents of any of the banks that are meant by names or hashes. A copy that was read
-    beside a document, or later, is known by the run alone, and means that document.
-
-    Raises UserError: there is no such document, or in a bank one that no run has taught.
-    """
-    own = {d.sha256: d for run in taught for d in run.documents}
-    known = {d.sha256: d for base in bases.values() for d in base.documents}
-    also = {sha256: list(own[sha256].also) for sha256 in known.keys() & own.keys()}
-    for sha256, names in (each for run in taught for each in run.known.items()):
-        also.setdefault(sha256, []).extend(names)
-    chosen = [find_document([*known.values()], name, also) for name in names]
-    for document in chosen:
-        for name, base in bases.items():
-            runs = [r for r in taught if name in r.banks]
-            there = any(d.sha256 == document.sha256 for d in base.documents)
-            if there and not any(d.sha256 == document.sha256 for r in runs for d in r.documents):
-                where = f"bank {name}" if name else "the model's own bank"
-                raise UserError(
-                    f"no run that was given has taught {document.name}",
-                    where,
-                    "give the folder of the run that did with --run, beside the others",
-                )
-    return chosen
 
 
 def check_changed(base: Base, new: Manifest, documents: Collection[Document]) -> None:
@@ -106,7 +80,9 @@ def joined(tree: ClusterTree, rests: Sequence[Rest]) -> ClusterTree:
     return ClusterTree(tree.branching, centroids, counts, tree.seed)
 
 
-def write_bank(base: Base, rests: Sequence[Rest], gone: Collection[str], target: Path) -> None:
+def write_bank(
+    base: Base, rests: Sequence[Rest], documents: Sequence[Document], target: Path
+) -> Manifest:
     """The bank ``base`` in ``target`` with its tree and what ties them, as the runs are now."""
     old, hmem = base.manifest, base.hmem
     assert old is not None
@@ -127,9 +103,9 @@ def write_bank(base: Base, rests: Sequence[Rest], gone: Collection[str], target:
     hashes = (old.anchor_hash, retriever.tree_hash)
     planned = Manifest.planned(old.memory, old.dtype, old.quantization, *hashes)
     manifest = rewrite_bank(target / BANK_FOLDER, planned, block, base.folder / BANK_FOLDER)
-    write_documents(target / BANK_FOLDER, documents_left(base, gone))
+    write_documents(target / BANK_FOLDER, documents)
     write_atomic(target / "hmem.json", replace(hmem, retriever=retriever).to_json())
-    check_changed(base, manifest, [d for d in base.documents if d.sha256 in gone])
+    return manifest
 
 
 def of_banks(rests: Sequence[Rest]) -> dict[str, list[Rest]]:
@@ -139,15 +115,22 @@ def of_banks(rests: Sequence[Rest]) -> dict[str, list[Rest]]:
 
 
 def write_model(
-    bases: Mapping[str, Base], rests: Sequence[Rest], gone: Collection[str], out: Path
+    bases: Mapping[str, Base],
+    rests: Sequence[Rest],
+    documents_of: Callable[[Base], list[Document]],
+    out: Path,
+    gone: Collection[str] = (),
 ) -> None:
-    """The model whose banks the runs have made, whole or not at all."""
+    """The model whose banks the runs have made, whole or not at all. ``documents_of``: what each
+    bank knows now; ``gone``: of which documents no block may be as it was."""
     changed = of_banks(rests)
     parts = [(place_of(name) / each).as_posix() for name in changed for each in MEMORY]
     with whole_folder(out) as part:
         link_model(bases[""].folder, part, but=[*parts, "README.md"])
         for name, own in changed.items():
-            write_bank(bases[name], own, gone, part / place_of(name))
+            base = bases[name]
+            manifest = write_bank(base, own, documents_of(base), part / place_of(name))
+            check_changed(base, manifest, [d for d in base.documents if d.sha256 in gone])
         write_card(bases[""], part)
 
 
@@ -170,7 +153,7 @@ def controls(folder: Path | None, known: Collection[str]) -> list[OwnDocument]:
     if folder is None:
         return []
     faults = Faults()
-    found = read_folder(own_files(folder), known, faults).documents
+    found = read_folder(own_files(folder, faults), known, faults).documents
     faults.print()
     if not found:
         raise UserError("no control document is left", folder, "give documents never remembered")
@@ -192,9 +175,17 @@ def runs_of(model: str | Path) -> list[Path]:
 
 
 def forget(
-    folder: Path, names: Sequence[str], runs: Sequence[Path], out: Path, control: Path | None
+    folder: Path,
+    names: Sequence[str],
+    runs: Sequence[Path],
+    out: Path,
+    control: Path | None,
+    page: Path | None = None,
 ) -> list[str]:
-    """Makes the model ``out`` and its runs without these documents; the report, line by line."""
+    """Makes the model ``out`` and its runs without these documents; the report, line by line, which
+    is also written as a ``page``."""
+    for each in runs:
+        make_up(folder, each)
     bases = open_bases(str(folder))
     first = bases[""]
     taught = [Taught.open(run, bases) for run in runs]
@@ -207,6 +198,8 @@ def forget(
         text, tokenizer = text_of(first, run.documents, restated(run.folder))
         given.append((run, text, run.paths(text, bases), tokenizer))
     targets = list(targets_of(out, len(taught)))
+    if page is not None:
+        check_page(page, [out, *targets])
     if out.exists() and not (targets[0] / SETTINGS).exists():
         raise UserError("the destination exists", out, "choose another")
     with ExitStack() as held:
@@ -221,13 +214,19 @@ def forget(
                 anchor, _ = load_anchor(first.folder)  # each run's memory is joined to its own
                 trainer = Trainer(anchor, rest.settings, tokenizer)
                 trainer.train(rest.target, rest.text, rest.paths)
-            write_model(bases, rests, gone, out)
+            write_model(bases, rests, partial(documents_left, gone=gone), out, gone)
         forgotten = {d.sha256: d for run in taught for d in run.documents if d.sha256 in gone}
+        forgotten = {d.sha256: forgotten[d.sha256] for d in chosen if d.sha256 in forgotten}
         result = proof(load(first.folder), load(out), [*forgotten.values()], unseen)
         anew = {n + rest.settings.first for rest in rests for n in rest.touched}
         result["retrained_clusters_of_level_1"] = sorted(anew)
         write_atomic(targets[0] / DONE, json.dumps(result, indent=2) + "\n")
-    lines = [f"forgot {', '.join(d.name for d in chosen)}: {out}", *report_lines(result)]
+    also = other_names(taught)
+    if page is not None:
+        documents = {d: also.get(d.sha256, []) for d in chosen if d.sha256 in forgotten}
+        write_page(page, documents, result, first.folder, out)
+    called = (" = ".join([d.name, *also.get(d.sha256, [])]) for d in chosen)
+    lines = [f"forgot {', '.join(called)}: {out}", *report_lines(result)]
     lines.append(f"figures in {targets[0] / DONE}")
     olds = ", ".join(map(str, (first.folder, *(run.folder for run in taught))))
     return [*lines, f"{olds} still hold the documents: delete them"]
@@ -243,8 +242,9 @@ def main(words: Sequence[str]) -> None:
     )
     parser.add_argument("model", type=Path, metavar="DIR", help="made by mlx_hmem.remember")
     parser.add_argument(
-        "documents", nargs="+", metavar="DOCUMENT", help="a name, or six digits of a hash"
-    )
+        "documents", nargs="+", metavar="DOCUMENT", help="a name, a folder as letters/, a pattern "
+        "as 'letters/*.txt', or six digits of a hash",
+    )  # fmt: skip
     parser.add_argument(
         "--run", type=Path, action="append", help="the folder of a remembering (default: DIR.run, "
         "DIR.2.run … beside it); once for each that taught the documents, in whichever bank",
@@ -257,6 +257,10 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument(
         "--control", type=Path, metavar="FOLDER", help="documents it has never seen, to compare"
     )
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write the report as a page to hand on; it names "
+        "what was forgotten",
+    )  # fmt: skip
     args = parser.parse_args(words)
     runs = args.run or runs_of(args.model)
     if args.check == (args.out is not None):
@@ -265,5 +269,5 @@ def main(words: Sequence[str]) -> None:
         lines, clean = check(args.model, args.documents, runs)
         print("\n".join(map(printable, lines)))
         raise SystemExit(not clean)
-    lines = forget(args.model, args.documents, runs, args.out, args.control)
+    lines = forget(args.model, args.documents, runs, args.out, args.control, args.html)
     print("\n".join(map(printable, lines)))

@@ -18,9 +18,9 @@ from mlx_hmem.anchors.load import anchor_of_config, named_parameters, read_confi
 from mlx_hmem.bank.format import PAGE, Manifest
 from mlx_hmem.budget.resident import bytes_text, machine_bytes
 from mlx_hmem.config import MemoryConfig
+from mlx_hmem.documents.files import CorpusFile, Faults
 from mlx_hmem.errors import UserError
 
-from ..corpus.files import CorpusFile
 from ..cost.costs import count_text, free_bytes, peak_memory
 from ..cost.plan import time_text
 from ..data.taken_tokenizer import TakenTokenizer, embedded
@@ -36,12 +36,14 @@ LEARNING_RATE, WIDTH = 3e-3, 640  # what an anchor of this width wants
 PASSES, QUICK = 5, 2  # over the text: until it is known by heart, or the gist of it
 STEP_TOKENS = 320  # about as many in a step
 ENGLISH = 1.6  # English text has 1.2 to 1.4, French 1.7, German 2.3, Russian 5, program text 2.6
+FEW = 0.01  # of the pieces, that need not be said
 NOT_ENGLISH = "which reads English: clusters may mix subjects, questions go by words all the same"
 PART_TOKENS = 384  # at a time, or one row that is longer
 BYTES_PER_TOKEN = 3.0  # of text, where it has not been read yet
 MEMORY_PER_BYTE = 8  # of text, with its tokens, vectors and decoded windows
 # Bytes of text in a byte of a file.
-TEXT_IN_FILE = {".gz": 3.0, ".zst": 3.0, ".pdf": 0.1}
+TEXT_IN_FILE = {".gz": 3.0, ".zst": 3.0, ".pdf": 0.1, ".docx": 0.5, ".odt": 0.5, ".epub": 0.5,
+                ".mbox": 0.3, ".eml": 0.3}  # fmt: skip
 
 
 def branching_for(windows: int, deeper: tuple[int, ...] | None) -> tuple[int, ...]:
@@ -230,18 +232,32 @@ def plan_lines(
             f"{a_pass:,.0f} s each" + quicker(settings.passes, a_pass),
         ),
     ]
-    if (pieces := pieces_a_word(base, text)) > ENGLISH:
-        lines.insert(1, ("language", f"{pieces:.1f} pieces a word to the encoder, {NOT_ENGLISH}"))
+    pieces, unknown = pieces_a_word(base, text)
+    if pieces > ENGLISH or unknown >= FEW:
+        share = f", {unknown:.0%} of them unknown" if unknown >= FEW else ""
+        said = f"{pieces:.1f} pieces a word{share} to the encoder, {NOT_ENGLISH}"
+        lines.insert(1, ("language", said))
     if restating is not None:
         lines.insert(2, ("restatements", restating.said(settings.restate)))
     return [f"{name:<16}{value}" for name, value in lines]
 
 
-def pieces_a_word(base: Base, text: OwnText) -> float:
-    """Into how many pieces the encoder's tokenizer cuts a word, by the documents' beginnings."""
+def found_lines(faults: Faults) -> list[str]:
+    """What the plan says of the files: encodings that are not UTF-8, and what was left out."""
+    often = faults.encodings.most_common()
+    encodings = ", ".join(f"{count} {name}" for name, count in often)
+    lines = (("encodings", encodings and f"{encodings}, else UTF-8"), ("left out", faults.said()))
+    return [f"{name:<16}{said}" for name, said in lines if said]
+
+
+def pieces_a_word(base: Base, text: OwnText) -> tuple[float, float]:
+    """Into how many pieces the encoder's tokenizer cuts a word, by the documents' beginnings, and
+    the share of the pieces that it does not know."""
     words = [w for document in text.documents[:200] for w in document.text[:1000].split()]
-    pieces = base.encoder.tokenizer.encode_batch_fast(words, add_special_tokens=False)
-    return sum(len(piece.ids) for piece in pieces) / max(1, len(words))
+    found = base.encoder.tokenizer.encode_batch_fast(words, add_special_tokens=False)
+    pieces = [piece for word in found for piece in word.ids]
+    unknown = sum(piece == base.encoder.tokenizer.token_to_id("[UNK]") for piece in pieces)
+    return len(pieces) / max(1, len(words)), unknown / max(1, len(pieces))
 
 
 def quicker(passes: int, a_pass: float) -> str:

@@ -46,10 +46,11 @@ class Taught:
 
     @classmethod
     def open(cls, folder: Path, bases: Mapping[str, Base]) -> "Taught":
-        """The run in ``folder``; UserError if it is damaged or has made no bank of ``bases``."""
+        """The run in ``folder``; UserError if it is damaged or has made no bank of ``bases``, where
+        there are any."""
         settings, tree = Settings.load(folder), ClusterTree.load(folder / "tree.safetensors")
         banks = tuple(name for name, base in bases.items() if made(base, settings, tree))
-        if not banks:
+        if bases and not banks:
             remedy = "give its own with --run"
             raise UserError("this run did not make the model's clusters", folder, remedy)
         return cls(folder, settings, tree, documents_of(folder), known_names(folder), banks)

@@ -147,7 +147,7 @@ def vectors_of(windows: Windows, encoder: Encoder, tokenizer: TakenTokenizer) ->
 
 
 def leaves_of(
-    folder: Path, text: OwnText, settings: Settings, encoder: Encoder, tokenizer: TakenTokenizer
+    folder: Path, settings: Settings, encoder: Encoder, text: OwnText, tokenizer: TakenTokenizer
 ) -> np.ndarray:
     """The leaf of each window in the tree of these documents, (windows, levels); both are made and
     kept in ``folder`` unless they are there."""
@@ -174,6 +174,16 @@ def provenance(text: OwnText, settings: Settings, paths: np.ndarray) -> list[Doc
     words = typical_words(text.documents)
     each = zip(text.documents, text.tokens_of, leaves, words, strict=True)
     return [Document(d.sha256, d.name, n, tuple(own), terms) for d, n, own, terms in each]
+
+
+def run_folder(out: Path, run: Path | None) -> Path:
+    """Where the private part of a model is kept: beside the model unless it is said."""
+    run = Path(f"{out}.run") if run is None else run
+    if run.absolute().is_relative_to(out.absolute()):
+        raise UserError(
+            "the run's folder lies in the model directory", run, "it holds your text: keep it apart"
+        )
+    return run
 
 
 def begin_run(

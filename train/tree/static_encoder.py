@@ -17,6 +17,7 @@ import numpy as np
 import xxhash
 from tqdm import tqdm
 
+from mlx_hmem.documents.files import Faults
 from mlx_hmem.errors import ArgumentParser, UserError
 from mlx_hmem.folders import whole_folder
 from mlx_hmem.retriever.encoder import find_minilm
@@ -25,7 +26,6 @@ from mlx_hmem.retriever.static import VOCAB_SIZE, WordPieces, pool, save_static
 from mlx_hmem.retriever.texts import load_tokenizer
 
 from ..corpus.cleaning import BETWEEN_SENTENCES, clean
-from ..corpus.files import Faults
 from ..corpus.readers import corpus_files, read_documents
 from ..corpus.sample import is_held_out
 from ..data.arrays import save_array

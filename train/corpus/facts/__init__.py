@@ -13,10 +13,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from mlx_hmem.documents.files import Document
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate import Fact
 
-from ..files import Document
 from .elements import ElementsConfig, make_elements
 from .invented import InventedConfig, make_invented
 from .people import PeopleConfig, make_people

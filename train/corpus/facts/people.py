@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_hmem.config import JsonConfig
+from mlx_hmem.documents.files import Document
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate import Fact
 
 from ...recipe.keys import check_keys, key
-from ..files import Document
 from .repeat import fact_documents
 
 OCCUPATION = (

@@ -1,0 +1,1 @@
+"""What is to be forgotten, and the page that says that it was."""
