@@ -207,8 +207,8 @@ class BatchGradient:
 
 
 def _together(indices: list[np.ndarray]) -> list[mx.array]:
-    """The places of the blocks of some sequences, (sequences,) for each level; or one place for each
-    level where all have the same: then a memory is read once and its gradient is no sum."""
+    """The places of the blocks of some sequences, (sequences,) for each level, or () where all have
+    the same memory: it is read once then, and its gradient is no sum."""
     if all((index == index[0]).all() for index in indices):
         indices = [index[0] for index in indices]
     return [mx.array(np.asarray(index, np.int32)) for index in indices]
