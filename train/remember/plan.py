@@ -33,7 +33,7 @@ from .run import FORMAT_VERSION, OwnText, Settings, context_of
 WINDOWS_IN_LEAF = 12
 MOST_FETCHED = 8e6
 LEARNING_RATE, WIDTH = 3e-3, 640  # what an anchor of this width wants
-PASSES, QUICK = 5, 2  # over the text: until it is known by heart, or the gist of it
+PASSES, QUICK = 7, 3  # over the text: until it is known by heart, or the gist of it
 STEP_TOKENS = 320  # about as many in a step
 ENGLISH = 1.6  # English text has 1.2 to 1.4, French 1.7, German 2.3, Russian 5, program text 2.6
 FEW = 0.01  # of the pieces, that need not be said
