@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from mlx_hmem.documents.ignored import Ignored
 from mlx_hmem.errors import printable
+from mlx_hmem.folders import RECORD
 from mlx_hmem.reading import open_regular
 
 MAX_LINE = 1 << 26  # bytes; a longer line, or text file, is no document
@@ -24,6 +25,9 @@ CACHES = {"__pycache__", "__MACOSX"}
 BUILT = {"build", "dist", "target", "out", "bin", "obj", "vendor", "coverage", "htmlcov"}
 PROJECTS = {"package.json", "pyproject.toml", "setup.py", "Cargo.toml", "pom.xml", "build.gradle",
             "build.gradle.kts", "CMakeLists.txt", "Makefile", "go.mod"}  # fmt: skip
+# What models and the runs beside them are told by, from the first moment that they are written.
+MODEL = ("hmem.json", RECORD)
+RUN, OF_RUN = "documents.jsonl", ("settings.json", "lock")
 Document = tuple[str, str, str]  # id, title, text
 
 
@@ -152,11 +156,16 @@ def listing(
 
 
 def _made(path: Path, beside: Collection[str]) -> str:
-    """What a folder holds that programs have filled, if it is one; ``beside``: files next to it."""
+    """What a folder holds that programs, this one too, have filled, if it is one; ``beside``: files
+    next to it."""
     if path.name in PACKAGES or (path / "pyvenv.cfg").is_file():
         return "packages"
     if path.name in CACHES or (path / "CACHEDIR.TAG").is_file():
         return "a cache"
+    if any((path / name).is_file() for name in MODEL):
+        return "a model"
+    if (path / RUN).is_file() and any((path / name).is_file() for name in OF_RUN):
+        return "what a model was taught from"  # a text that is gone would stay learned
     built = path.name in BUILT and any(name in PROJECTS for name in beside)
     return "build output" if built or path.name.endswith((".egg-info", ".dist-info")) else ""
 

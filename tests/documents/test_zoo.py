@@ -159,6 +159,20 @@ def test_what_is_read_is_text_and_all_else_is_named(tmp_path):
     assert more < 400_000  # kilobytes
 
 
+def test_models_and_what_they_were_taught_from_are_no_documents(tmp_path):
+    """They lie among the notes of who works in that folder. The text of a run is that of before:
+    what was deleted or forgotten would be learned from it once more."""
+    for name in ("model/hmem.json", "cut/unfinished.json", "a.run/settings.json", "b.run/lock"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+        (tmp_path / name).with_name("documents.jsonl").write_text('{"text": "A deleted note."}')
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records" / "documents.jsonl").write_text('{"text": "A note."}')
+    faults = Faults()
+    assert [f.name for f in own_files(tmp_path, faults)] == ["records/documents.jsonl"]
+    assert faults.kinds == {"a model": 2, "what a model was taught from": 2}
+
+
 def test_inspect_reads_what_remember_reads(tmp_path):
     """Each had a list of its own."""
     (tmp_path / "notes").mkdir()

@@ -122,6 +122,19 @@ def test_a_year_in_the_life_of_a_folder(life, anchor, tmp_path, capsys):
     assert not any(path.name == "next" for path in (life / "model.run").iterdir())
 
 
+def test_a_model_among_the_notes_is_none_of_them(first, anchor, tmp_path, capsys):
+    """``remember . --out model`` learned its own run, and what was deleted from there."""
+    notes = Path(shutil.copytree(first / "notes", tmp_path / "notes"))
+    for name in ("model", "model.run"):
+        shutil.copytree(first / name, notes / name)
+    capsys.readouterr()
+    remember(notes, anchor, notes / "model")
+    assert "up to date" in capsys.readouterr().out
+    (notes / "secret.txt").unlink()
+    remember(notes, anchor, notes / "model", "--dry-run")
+    assert "1 gone, 11 unchanged" in capsys.readouterr().out
+
+
 def test_only_the_clusters_that_a_change_touches_are_trained(life, anchor):
     old = {f: f.stat().st_ino for f in (life / "model.run").glob("subtrees/*/blocks.safetensors")}
     shutil.rmtree(life / "notes")
