@@ -149,7 +149,10 @@ def one_document(text_of: Callable[[CorpusFile, Faults], str]) -> Reader:
     title. ``text_of`` raises a ``ValueError`` where there is no text."""
 
     def read(source: CorpusFile, faults: Faults) -> Iterator[Document]:
-        source.name.encode()  # names are bytes on Linux: a ValueError
+        try:
+            source.name.encode()
+        except UnicodeEncodeError:  # names are bytes on Linux
+            raise ValueError("a name that is not UTF-8") from None
         yield source.name, source.path.stem, text_of(source, faults)
 
     return read

@@ -96,7 +96,8 @@ def _read_array(source: CorpusFile, faults: Faults, records: Records) -> Iterato
         raise ValueError(f"an array over {MAX_JSON} characters; make JSON lines of it")
     items = array_items(text)
     if not items or not any(map(records.has_text, items)):
-        yield source.name, source.path.stem, array_text(items) if items else text
+        whole = array_text(items) if items else text
+        yield from one_document(lambda source, faults: whole)(source, faults)
         return
     for number, item in enumerate(items, 1):
         try:

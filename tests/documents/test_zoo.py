@@ -173,6 +173,18 @@ def test_models_and_what_they_were_taught_from_are_no_documents(tmp_path):
     assert faults.kinds == {"a model": 2, "what a model was taught from": 2}
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS allows no such file names")
+@pytest.mark.parametrize("end", [b".txt", b".json"])
+def test_a_name_that_is_not_utf_8_is_named_as_that(tmp_path, end):
+    """It was said of its text; and an object of JSON was learned by a name that none can write."""
+    with open(os.fsencode(tmp_path) + b"/\xff" + end, "w") as file:
+        file.write('{"town": "Trell"}')
+    faults = Faults()
+    assert list(read_own(own_files(tmp_path, faults), faults)) == []
+    wrong = "a name that is not UTF-8"
+    assert faults.named == [f"\\udcff{end.decode()}: {wrong}"]
+
+
 def test_inspect_reads_what_remember_reads(tmp_path):
     """Each had a list of its own."""
     (tmp_path / "notes").mkdir()
