@@ -135,6 +135,17 @@ def test_a_model_among_the_notes_is_none_of_them(first, anchor, tmp_path, capsys
     assert "1 gone, 11 unchanged" in capsys.readouterr().out
 
 
+def test_what_is_passed_over_is_named_of_an_unchanged_folder_too(first, anchor, tmp_path, capsys):
+    """The first time had named it, and no other."""
+    folder = Path(shutil.copytree(first, tmp_path / "copy"))
+    (folder / "notes" / "photo.jpg").write_bytes(b"\xff\xd8\xff\xe0\0\x10JFIF")
+    capsys.readouterr()
+    update(folder, anchor, "--passed-over")
+    printed = capsys.readouterr()
+    assert "up to date" in printed.out
+    assert "passed over photo.jpg: *.jpg" in printed.err
+
+
 def test_only_the_clusters_that_a_change_touches_are_trained(life, anchor):
     old = {f: f.stat().st_ino for f in (life / "model.run").glob("subtrees/*/blocks.safetensors")}
     shutil.rmtree(life / "notes")

@@ -85,6 +85,8 @@ class Remembering:
         if same and not self.whole:
             return self._make(self.run)
         if same:
+            if self.args.passed_over:  # else it is said when they are read
+                self._read()
             return self._say("up to date")
         if not self.out.exists() and not self.own_run:  # it may be another model's
             check_same(found, self.run, source=self.source)
