@@ -154,8 +154,9 @@ def test_a_bit_that_has_flipped_in_the_run_is_found_before_it_forgets(name, lear
         places = range(3, len(data), 97)
     elif name == "documents.jsonl":
         places = [data.index(word) + 12 for word in (b'"sha256"', b'"text"', b'"name"', b"xxh3")]
-    for place in places:
-        (run / name).write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+    flipped = [data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :] for at in places]
+    for damaged in (*flipped, b""):  # an empty array ended in a traceback
+        (run / name).write_bytes(damaged)
         line = [str(learned), "bread/1.txt", "--run", str(run), "--out", str(tmp_path / "model")]
         refused("", forget_program, line)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

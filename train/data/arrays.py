@@ -26,8 +26,12 @@ def save_array(path: Path, values: np.ndarray) -> None:
 
 
 def load_mapped(path: Path) -> np.ndarray:
-    """The array of a .npy file, of which only what is used is read. An empty one is no map."""
-    array: np.ndarray = np.load(path, mmap_mode="r")
+    """The array of a .npy file, of which only what is used is read. An array without rows is no
+    map. ValueError where the file holds none."""
+    try:
+        array: np.ndarray = np.load(path, mmap_mode="r")
+    except EOFError as error:  # of a file without bytes
+        raise ValueError(str(error)) from None
     return array
 
 
