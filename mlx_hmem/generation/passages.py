@@ -61,7 +61,7 @@ class Passages:
             raise UserError("no folder with the text of a remembering", run, remedy)
         lines = read_sealed_lines(run / DOCUMENTS, "restore the folder as the remembering left it")
         documents = [(line.get("sha256"), line.get("text")) for line in lines]
-        if not any(sha256 in known for sha256, _ in documents):
+        if known and not any(sha256 in known for sha256, _ in documents):
             raise UserError("the run has taught this model nothing", run, "give its own with --run")
         self._passages = [
             Passage(name, passage)

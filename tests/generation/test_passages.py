@@ -111,7 +111,7 @@ def test_passages_leave_room_for_the_answer(taught):
     assert beside(passages, ASKED, ids_of, context, 8) == (ASKED, [])
 
 
-def test_what_may_not_be_fetched_is_not_shown(taught):
+def test_what_may_not_be_fetched_is_not_shown(taught, tmp_path):
     model, folder = load(taught), Path(f"{taught}.run")
     (document,) = [d for d in model.banks.parts[""].documents if d.name == "ferry.txt"]
     top = document.clusters[0][:1]
@@ -127,6 +127,9 @@ def test_what_may_not_be_fetched_is_not_shown(taught):
     rest = [d for d in model.banks.parts[""].documents if d.name != "ferry.txt"]
     write_documents(taught / "bank", rest)
     assert not Passages(folder, load(taught)).nearest(ASKED, 1)
+    # Where nothing is left a run of no documents is the right one.
+    write_documents(taught / "bank", [])
+    assert not Passages(write_run(tmp_path / "empty", {}), load(taught)).nearest(ASKED, 1)
 
 
 def test_a_run_that_does_not_fit_is_refused(taught, tmp_path):

@@ -73,7 +73,8 @@ class Remembering:
     def _go(self) -> None:
         if not (self.run / SETTINGS).exists():
             if self.out.exists():
-                raise UserError("the destination exists", self.out, "choose another")
+                remedy = f"choose another, or name its run (no {self.run / SETTINGS})"
+                raise UserError("the destination exists", self.out, remedy)
             return self._make(self.run)
         found = Settings.load(self.run)
         if not self.new_tree:
