@@ -8,7 +8,7 @@ import pytest
 from mlx_hmem.anchors.load import named_parameters
 from mlx_hmem.evaluate.rag.flops import Flops, Work, parameters_per_token, question_work
 from mlx_hmem.evaluate.scoring import Candidate, score_candidates
-from mlx_hmem.model.model import MemoryModel
+from mlx_hmem.model.stream import AnchorWithMemory
 from tests.helpers.programs import refused
 from tests.helpers.tiny_anchors import GATED, UNGATED, make_anchor
 
@@ -76,15 +76,15 @@ def test_the_work_of_a_question_is_what_scoring_runs(model, monkeypatch):
         [Candidate(ids(9), ids(4))],
     ]
     seen = []
-    call = MemoryModel.__call__
+    call = AnchorWithMemory.__call__
 
-    def watched(self, rows, paths=None, memory="fetched", cache=None):
+    def watched(self, rows, cache=None):
         length, before = rows.shape[1], int(np.max(np.array(cache[0].offset)))
         seen.append(Work(0) if not length else Work(
             rows.size, rows.shape[0] * Work.of(length, before).pairs))  # fmt: skip
-        return call(self, rows, paths, memory, cache)
+        return call(self, rows, cache=cache)
 
-    monkeypatch.setattr(MemoryModel, "__call__", watched)
+    monkeypatch.setattr(AnchorWithMemory, "__call__", watched)
     for question in questions:
         seen.clear()
         list(score_candidates(model, [question], "none"))
