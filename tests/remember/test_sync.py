@@ -26,7 +26,7 @@ from train.remember.sync.listed import CHECKED
 from train.stages import alone
 from train.step.memories import MemoryTrainee
 
-PASSES = ("--passes", "4")
+PASSES = ("--passes", "2")
 NEW = "The lighthouse of document 70 has 91 lamps. The lamps of document 70 were made in 1903."
 SECRET = "The cellar of document 71 has 44 casks. The casks of document 71 were made in 1871."
 
