@@ -332,7 +332,7 @@ def test_duplicates_are_dropped_and_counted(anchor, tmp_path, capsys):
     shutil.copyfile(folder / "boats" / "0.txt", folder / "again.txt")
     out = remember(folder, anchor, tmp_path / "model", "--passes", "1")
     assert len(read_documents(out / "bank")) == 3
-    assert "3 (1 duplicates)" in capsys.readouterr().out
+    assert "3 (1 duplicate)" in capsys.readouterr().out
 
 
 def test_the_run_may_not_lie_in_the_model(anchor, documents, tmp_path):

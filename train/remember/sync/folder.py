@@ -32,7 +32,8 @@ def read_new(
         "known already": sum(map(len, reading.known.values())),
         "passed over": sum((faults.counts + faults.kinds).values()),
     }
-    notes = [f"{count} {what}" for what, count in counts.items() if count]
+    named = {what if n > 1 else what.removesuffix("s"): n for what, n in counts.items() if n}
+    notes = [f"{n} {what}" for what, n in named.items()]
     if reading.more_left:
         notes.append(f"the rest left out by --max-bytes {most_bytes}")
     if not reading.documents:
