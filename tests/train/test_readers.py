@@ -164,7 +164,7 @@ def test_a_file_name_that_is_not_utf8_is_a_fault_not_a_crash(tmp_path):
     )
     report = json.loads((tmp_path / "run" / "corpus" / "report.json").read_text())
     assert report["train_documents"] == 1
-    assert report["passed_over_first"] == ["b\\udcff.txt: not UTF-8"]
+    assert report["passed_over_first"] == ["b\\udcff.txt: a name that is not UTF-8"]
 
 
 @pytest.mark.parametrize(
