@@ -19,7 +19,7 @@ import numpy as np
 
 from ..corpus.own import OwnDocument, sentences
 from ..data.taken_tokenizer import TakenTokenizer
-from ..data.windows import choose
+from ..data.windows import Windows, choose
 from ..step.gradient import SHAPES, Ragged
 from .run import OwnText, Settings, whole_paths
 
@@ -67,28 +67,28 @@ def told_apart(title: str, text: str, rng: np.random.Generator) -> Iterator[tupl
 
 @dataclass(frozen=True)
 class Padded:
-    """Token sequences of several lengths; those that are taken are padded on the right to the
-    longest of them, (rows, a multiple of SHAPES and one more)."""
+    """Windows of several lengths; those that are taken are padded on the right to the longest of
+    them, (rows, a multiple of SHAPES and one more)."""
 
-    flat: np.ndarray
-    offsets: np.ndarray
+    windows: Windows
 
     @classmethod
-    def of(cls, sequences: list[np.ndarray]) -> "Padded":
-        return cls(np.concatenate(sequences), np.cumsum([0, *map(len, sequences)]))
+    def of(cls, rows: list[np.ndarray]) -> "Padded":
+        return cls(Windows(np.concatenate(rows), np.cumsum([0, *map(len, rows)])))
 
     @property
     def lengths(self) -> np.ndarray:
-        return np.diff(self.offsets)
+        return np.diff(self.windows.offsets)
 
     @property
     def shape(self) -> tuple[int, int]:
-        return len(self.offsets) - 1, _padded(self.lengths)
+        return len(self.windows), _padded(self.lengths)
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        tokens = np.zeros((len(rows), _padded(self.lengths[rows])), self.flat.dtype)
-        for target, row in zip(tokens, rows, strict=True):
-            own = self.flat[self.offsets[row] : self.offsets[row + 1]]
+        chosen = [self.windows[row] for row in rows]
+        width = _padded(np.array([len(own) for own in chosen]))
+        tokens = np.zeros((len(rows), width), self.windows.tokens.dtype)
+        for target, own in zip(tokens, chosen, strict=True):
             target[: len(own)] = own
         return tokens
 
@@ -124,14 +124,18 @@ class Rows(NamedTuple):
         windows, begin = choose(text.windows, own), text.windows.begin
         rows, places = [windows[i] for i in range(len(windows))], list(own)
         given, apart = [1] * len(rows), list[np.ndarray]()
-        texts = list(windows.texts(tokenizer))
+        titles = {n: title_of(text.documents[n]) for n in np.unique(text.owner[own])}
+        said = [
+            (place, titles[text.owner[place]], words)
+            for place, words in zip(own, windows.texts(tokenizer), strict=True)
+            if not text.added[place]
+        ]
         for number in range(settings.passes):
             rng, first = np.random.default_rng([settings.seed, key, number]), len(rows)
             told = [
                 (place, before, after)
-                for place, said in zip(own, texts, strict=True)
-                if not text.added[place]
-                for before, after in told_apart(_title(text, place), said, rng)
+                for place, title, words in said
+                for before, after in told_apart(title, words, rng)
             ]
             for chosen in rng.permutation(len(told))[: round(SHARE * len(told))]:
                 place, before, after = told[chosen]
@@ -170,10 +174,6 @@ class Passes:
         return chosen[np.argsort(-self.lengths[chosen], kind="stable")]
 
 
-def _title(text: OwnText, window: int) -> str:
-    return title_of(text.documents[text.owner[window]])
-
-
 class Sentences:
     """Which sentences of some rows a model can end: given all before it, each token of a sentence's
     second half is its likeliest next one.
@@ -183,11 +183,11 @@ class Sentences:
     """
 
     def __init__(self, rows: Rows, tokenizer: TakenTokenizer):
-        text = rows.tokens.flat[: rows.tokens.offsets[rows.windows]]
-        ending = [int(t) for t in np.unique(text) if _END.search(tokenizer.decode([int(t)]))]
+        text = [rows.tokens.windows[number] for number in range(rows.windows)]
+        present = np.unique(np.concatenate(text))
+        ending = [int(t) for t in present if _END.search(tokenizer.decode([int(t)]))]
         self.halves = list[tuple[int, int, int]]()  # row, and from which to before which target
-        for number in range(rows.windows):
-            row = text[slice(*rows.tokens.offsets[number : number + 2])]
+        for number, row in enumerate(text):
             ends = np.flatnonzero(np.isin(row, ending)) + 1
             for start, end in zip([1, *ends], [*ends, len(row)], strict=True):
                 if end - start >= 2 * FEWEST_TOKENS:

@@ -27,6 +27,7 @@ from ..run import SETTINGS, Settings, begin_run, check_same, documents_of, leave
 from .folder import read_new
 from .learn import Learned, learn
 from .listed import CHECKED, files_of, source_of, stamp
+from .renewal import is_begun
 from .swap import ANEW, NEXT, clear, put_in_place, settle
 from .update import Update, check_base
 
@@ -116,7 +117,7 @@ class Remembering:
         """Begins a run after its plan, or finds the one that was begun; what trains it comes back,
         or None where only the plan is wanted."""
         base = self.base
-        if (run / SETTINGS).exists() and Settings.load(run).source == self.source:
+        if is_begun(run, self.source):
             print(f"goes on with {run}")
             found = Settings.load(run)
             check_same(found, run, **self.asked)

@@ -26,7 +26,6 @@ from ..restate import restated_of
 from ..rows import title_of
 from ..run import SETTINGS, OwnText, Settings, begin_run, vectors_of
 
-NEXT = "next"
 CROWDED = 2.0  # times as many windows in a leaf as were planned, or leaves as a new tree has
 STRAYS = 0.1  # of the windows may lie nearer to another leaf than to their own
 
