@@ -51,15 +51,16 @@ def measure(
     texts, _ = make_documents(documents + sum(changed), seed=1)
     for number, document in enumerate(texts[:documents]):
         (notes / f"{number:03}.md").write_text(f"# {document.title}\n\n{document.text}\n")
-    all_seconds, _ = follow(notes, model, out, "--passes", str(passes))
-    nothing, _ = follow(notes, model, out)
+    command = (notes, model, out, "--passes", str(passes))  # another one reads all again
+    all_seconds, _ = follow(*command)
+    nothing, _ = follow(*command)
     rows, fresh, next_file = {}, iter(texts[documents:]), 0
     for turn, count in enumerate(changed, 1):
         for _ in range(count):
             document = next(fresh)
             (notes / f"{next_file:03}.md").write_text(f"# {document.title}\n\n{document.text}\n")
             next_file += 1
-        seconds, printed = follow(notes, model, out)
+        seconds, printed = follow(*command)
         found = TOUCHED.search(printed)
         assert found is not None, printed
         touched, clusters, text = map(int, found.groups())
