@@ -57,7 +57,7 @@ def main(words: Sequence[str]) -> None:
     )
     add_options(parser)
     args = parser.parse_args(words)
-    options = memory_options(args) | sampling_options(args)
+    options = memory_options(args) | sampling_options(args) | {"memory": args.memory}
     model = open_model(args)
     options |= {"max_tokens": args.max_tokens, "system": args.system_prompt, "stop": stops_of(args)}
     options |= {"passages": passages_of_run(args, model), "with_passages": args.with_passages or 0}

@@ -26,7 +26,7 @@ from mlx_hmem.generation.options import (
 )
 from mlx_hmem.generation.passages import beside, passages_line
 from mlx_hmem.generation.template import chat_ids, check_system
-from mlx_hmem.model.fetch import Fetch
+from mlx_hmem.model.fetch import PASSAGES_ANSWER, Fetch
 from mlx_hmem.model.model import MemoryModel
 from mlx_hmem.model.stream import check_length, prompt_ids
 
@@ -64,7 +64,10 @@ def main(words: Sequence[str]) -> None:
     near = [] if known is None else known.nearest(text, args.with_passages)
     prompt, passages = beside(near, prompt, ids_in, model.context, args.max_tokens)
     ids = ids_in(prompt)
-    fetch = model.fetch(text, wait=False, **memory_options(args))
+    if passages and args.memory is None and args.memory_name is None:
+        fetch = Fetch("none", why=PASSAGES_ANSWER)
+    else:
+        fetch = model.fetch(text, wait=False, **memory_options(args))
     stream = model.stream_ids(ids, fetch, args.max_tokens, **sampling_options(args))
     pieces, ttft_ms, piece = [], 0.0, None
     for piece in until(stream, stops):

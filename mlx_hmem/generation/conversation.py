@@ -23,7 +23,7 @@ from mlx_hmem.generation.prefetch import Prefetch
 from mlx_hmem.generation.session import SessionStats
 from mlx_hmem.generation.template import chat_ids, check_system
 from mlx_hmem.generation.topic import MARGIN, WINDOW, Topic
-from mlx_hmem.model.fetch import NOTHING_NEAR, Fetch, check_mode, check_named
+from mlx_hmem.model.fetch import NOTHING_NEAR, PASSAGES_ANSWER, Fetch, check_mode, check_named
 from mlx_hmem.model.model import MemoryModel
 from mlx_hmem.model.stream import check_length, check_options, num_held, prompt_ids
 from mlx_hmem.retriever.steady import likely_paths
@@ -75,7 +75,7 @@ class Conversation:
         self,
         model: MemoryModel,
         *,
-        memory: str = "fetched",
+        memory: str | None = None,
         memory_name: str | None = None,
         history: bool | None = None,
         system: str | None = None,
@@ -90,15 +90,18 @@ class Conversation:
         notify: Callable[[str], None] = lambda line: None,
         **options: Any,
     ):
-        """``history``: None for that of the tokenizer, see above. ``system``: how a model with a
-        chat template is to behave. ``stop``: texts before which an answer ends. ``damaged``:
-        whether an answer goes on without a block that cannot be read, or ends in a UserError.
-        ``prefetch``: read blocks that may be asked for next between the turns. ``passages``: up to
-        ``with_passages`` of them that are near go before each turn. ``notify`` is told, in a line,
-        what else one should know. ``blocked`` and ``options`` are those of
-        :meth:`MemoryModel.stream`."""
+        """``memory``: None for fetched, but none where passages stand before the turn: what has
+        learned to answer from itself reads less. ``history``: None for that of the tokenizer, see
+        above. ``system``: how a model with a chat template is to behave. ``stop``: texts before
+        which an answer ends. ``damaged``: whether an answer goes on without a block that cannot be
+        read, or ends in a UserError. ``prefetch``: read blocks that may be asked for next between
+        the turns. ``passages``: up to ``with_passages`` of them that are near go before each turn.
+        ``notify`` is told, in a line, what else one should know. ``blocked`` and ``options`` are
+        those of :meth:`MemoryModel.stream`."""
         check_options(max_tokens, **options)
         check_system(model.tokenizer, system)
+        self._beside = memory is not None
+        memory = memory or "fetched"
         has_memory = check_mode(memory) != "none"
         config = model.require_bank().config if has_memory else None
         own = model.require_banks().blocked_in(blocked, "") if has_memory else []
@@ -177,7 +180,7 @@ class Conversation:
         """What the next answers use: "fetched", "generic" or "none"."""
         if check_mode(memory) != "none":
             self.model.require_bank()
-        self.memory = memory
+        self.memory, self._beside = memory, True
 
     def set_name(self, name: str | None) -> None:
         """Which memory the next answers fetch, by its name; None: the one they are routed to."""
@@ -246,6 +249,8 @@ class Conversation:
         """The vector that the turn is routed by, and its memory; it is not waited for."""
         if self.memory == "none":
             return None, Fetch("none")
+        if self.passages[0] and not self._beside and self.memory_name is None:
+            return None, Fetch("none", why=PASSAGES_ANSWER)
         start, vector = time.perf_counter(), None
         path, bank, window = None, "", self._window(turn.text)
         if self.memory == "fetched" and self.memory_name is not None:

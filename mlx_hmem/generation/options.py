@@ -66,9 +66,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     memory = parser.add_argument_group("memory")
     memory.add_argument(
         "--memory",
-        default="fetched",
         choices=("fetched", "generic", "none"),
-        help="which memory to attach (default: %(default)s)",
+        help="which memory to attach (default: fetched, but none beside passages)",
     )
     memory.add_argument(
         "--memory-name",
@@ -169,7 +168,7 @@ def open_model(args: argparse.Namespace) -> MemoryModel:
 def memory_options(args: argparse.Namespace) -> dict[str, Any]:
     """What to fetch, as the model takes it."""
     return {
-        "memory": args.memory,
+        "memory": args.memory or "fetched",
         "memory_name": args.memory_name,
         "blocked": [barred_path(text) for text in args.block],
         "damaged": "stop" if args.strict_memory else "skip",

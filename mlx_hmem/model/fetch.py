@@ -17,6 +17,7 @@ from mlx_hmem.memory import Rows
 
 MODES = ("fetched", "generic", "none")
 NOTHING_NEAR = "nothing near"  # no document says what is asked, and there is no other memory
+PASSAGES_ANSWER = "passages answer"  # what has learned to answer from itself reads less
 MOST_NAMED = 3  # documents, for people
 Memory = Rows | RowsByLayer
 
@@ -26,7 +27,7 @@ class Fetch:
     """What was fetched for one prompt, from where and how long it took: without waiting, until the
     reading had begun. ``bank`` names the one it was fetched from, "" the first; ``name`` is
     that of the memory where it was chosen so. ``damage`` says of each block that was left out, in
-    one line, why. ``why``: there is no memory where one was asked for, ``NOTHING_NEAR``;
+    one line, why. ``why``: there is no memory, ``NOTHING_NEAR`` or ``PASSAGES_ANSWER``;
     ``documents``: the names of those that have taught the blocks, as far as they are known, first
     those that say the most of what was asked."""
 

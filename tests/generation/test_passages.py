@@ -61,9 +61,13 @@ def answer(folder, prompt, *args):
 def test_the_nearest_passage_goes_before_the_prompt(taught):
     found = answer(taught, ASKED, "--with-passages", 2)
     assert found["passages"] == [{"document": "ferry.txt", "text": TEXTS["ferry.txt"]}]
-    whole = answer(taught, f"{TEXTS['ferry.txt']}\n\n{ASKED}", "--route-text", ASKED)
-    assert found["text"] == whole["text"]
-    assert found["memory"]["path"] == whole["memory"]["path"]
+    prompt = f"{TEXTS['ferry.txt']}\n\n{ASKED}"
+    assert found["text"] == answer(taught, prompt, "--memory", "none")["text"]
+    assert found["memory"]["why"] == "passages answer"
+    both = answer(taught, ASKED, "--with-passages", 1, "--memory", "fetched")
+    whole = answer(taught, prompt, "--route-text", ASKED)
+    assert both["text"] == whole["text"]
+    assert both["memory"]["path"] == whole["memory"]["path"] is not None
     assert "passages" not in whole
     said = run(main, "--model", taught, "--prompt", ASKED, "-m", 4, "--with-passages", 1)
     assert said.err.splitlines()[-1] == "passages: ferry.txt"
@@ -87,12 +91,18 @@ def test_a_chat_shows_the_passage_in_the_turn_and_says_which(taught):
     model = load(taught)
     known = Passages(Path(f"{taught}.run"), model)
     talk = Conversation(model, max_tokens=4, prefetch=False, passages=known)
-    plain = Conversation(model, max_tokens=4, prefetch=False)
+    plain = Conversation(model, max_tokens=4, prefetch=False, memory="none")
     list(talk.say(ASKED))
+    assert talk.fetch.why == "passages answer"
     list(plain.say(f"{TEXTS['ferry.txt']}\n\n{ASKED}"))
     assert talk.turns[0].text == ASKED
     assert talk.passages == ([("ferry.txt", TEXTS["ferry.txt"])], 1)
     assert talk._cached == plain._cached  # the anchor has seen the same
+    list(talk.say(UNKNOWN))
+    assert talk.fetch.why != "passages answer"
+    talk.set_memory("fetched")
+    list(talk.say(ASKED))
+    assert talk.fetch.path is not None
 
 
 def test_passages_leave_room_for_the_answer(taught):
