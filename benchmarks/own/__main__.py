@@ -130,8 +130,8 @@ def train_lora(model: Path, rows: Rows, passes: Passes, settings: Settings, rate
     head, chunk = head_of(anchor), chunk_size(num_embedded(anchor))
 
     def loss(model: Any, batch: mx.array, places: mx.array, count: mx.array) -> mx.array:
-        hidden = model.model(batch[:, :-1])
-        total, _ = chunked_loss(hidden, batch, places, count, head, chunk)
+        hidden, targets = model.model(batch[:, :-1]), batch[:, 1:].reshape(-1)[places]
+        total, _ = chunked_loss(hidden, targets, places, count, head, chunk)
         return total / count
 
     step = nn.value_and_grad(anchor, loss)
@@ -163,14 +163,19 @@ def measure(
     *,
     work: Path,
     documents: int = 12,
+    ask: int = 0,
     seed: int = 1,
     passes: int = PASSES,
     lora_rates: Sequence[float] = (),
     corpus: Path | None = None,
     forget: int = 0,
 ) -> Result:
-    """In ``work``: so many ``documents`` of this ``seed``, ``passes`` over them."""
+    """In ``work``: so many ``documents`` of this ``seed``, ``passes`` over them; ``ask``: about how
+    many of the questions are asked, all unless it is said."""
     texts, questions = make_documents(documents, seed)
+    if ask:  # no multiple of five, or all would be about the same kind of fact
+        step = len(questions) // ask
+        questions = questions[:: step + (step % 5 == 0)]
     write_documents(texts, work / "documents")
     out, run = work / "model", work / "model.run"
     command = [str(work / "documents"), "--model", str(model), "--out", str(out)]

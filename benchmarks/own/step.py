@@ -3,8 +3,9 @@
 ``python -m benchmarks.own.step MODEL [--json]``
 
 Memory in every layer's FFN on the frozen anchor, four documents of about 150 tokens at a time, the
-loss of the next token, AdamW. Each program runs in a process of its own. Time is by the real token,
-padding not counted; memory is the resident peak. PyTorch, through transformers, is the reference.
+loss of the next token, AdamW; once more with some of the vocabulary, as remembering does. Each
+program runs in a process of its own. Time is by the real token, padding not counted; memory is the
+resident peak. PyTorch, through transformers, is the reference.
 """
 
 import tempfile
@@ -21,6 +22,7 @@ from mlx_hmem.anchors.load import load_anchor, read_config
 from mlx_hmem.budget.resident import peak_resident_bytes
 from train.recipe.recipe import TrainerConfig
 from train.remember.plan import PART_TOKENS, new_memory
+from train.step.candidates import candidates_for
 from train.step.gradient import Ragged
 from train.step.memories import MemoryTrainee
 from train.store.blocks import BlockStore
@@ -28,18 +30,21 @@ from train.store.blocks import BlockStore
 LENGTHS = np.array([160, 154, 149, 145])
 
 
-def in_mlx(model: Path, steps: int) -> dict[str, Any]:
-    """Seconds of each step but the first, which compiles."""
+def in_mlx(model: Path, steps: int, some: bool) -> dict[str, Any]:
+    """Seconds of each step but the first, which compiles; with the whole vocabulary or ``some`` of
+    it."""
     memory = new_memory(read_config(model), (2,))
     anchor, _ = load_anchor(model)
     tokens = np.random.default_rng(0).integers(10, memory.hidden_size, (4, 161)).astype(np.uint32)
     ragged, paths = Ragged(np.ones(4), LENGTHS, PART_TOKENS), np.zeros((4, 1), np.int32)
     training, times = TrainerConfig(batch_size=1, document_mask=False), list[float]()
+    candidates = candidates_for(anchor, [*tokens], tokens) if some else None
     with tempfile.TemporaryDirectory() as folder, BlockStore(Path(folder), memory, 0) as store:
         trainee = MemoryTrainee(anchor, store, tokens, paths, 1, training, ragged=ragged)
         for _ in range(steps + 1):
             start = time.process_time()
-            trainee.step(np.arange(4), 1e-3)
+            drawn = None if candidates is None else candidates.draw(np.random.default_rng(0))
+            trainee.step(np.arange(4), 1e-3, drawn=drawn)
             times.append(time.process_time() - start)
     return {"seconds": times[1:], "peak": peak_resident_bytes()}
 
@@ -83,8 +88,13 @@ def measure(model: Path, steps: int = 3) -> Result:
     """``model``: a folder that transformers reads too. Time is that of the CPU, which hardly sees
     other work on the machine."""
     real, rows = int((LENGTHS - 1).sum()), {}
-    for name, program in (("MLX", in_mlx), ("PyTorch", in_torch)):
-        found = in_own_process(program, model, steps)
+    programs: dict[str, tuple[Any, ...]] = {
+        "MLX": (in_mlx, model, steps, False),
+        "MLX, some of the vocabulary": (in_mlx, model, steps, True),
+        "PyTorch": (in_torch, model, steps),
+    }
+    for name, program in programs.items():
+        found = in_own_process(*program)
         rows[name] = {
             "ms_a_token": 1e3 * median(found["seconds"]) / real,
             "peak_gb": found["peak"] / 1e9,

@@ -87,17 +87,34 @@ def anchor_layers(anchor: nn.Module) -> list[AnchorLayer]:
     ]
 
 
-def head_of(anchor: nn.Module) -> Callable[[mx.array], mx.array]:
-    """What makes logits, (..., vocabulary), of the hidden states that ``anchor.model`` gives."""
+def head_of(anchor: nn.Module, tokens: mx.array | None = None) -> Callable[[mx.array], mx.array]:
+    """What makes logits, (..., vocabulary), of the hidden states that ``anchor.model`` gives; of
+    ``tokens`` (n,) alone, (..., n), where they are given."""
     tied = anchor.model["wte" if "wte" in anchor.model else "embed_tokens"]
     scaling = getattr(anchor, "logits_scaling", 1)  # granite's
 
     def head(hidden: mx.array) -> mx.array:
         # Looked up when it is called: a compiled step sees the weights that it trains.
-        logits = anchor["lm_head"](hidden) if "lm_head" in anchor else tied.as_linear(hidden)
+        own = anchor.get("lm_head", tied)
+        if tokens is not None:
+            logits = _some_outputs(own, tokens)(hidden)
+        else:
+            logits = own.as_linear(hidden) if own is tied else own(hidden)
         return logits if scaling == 1 else logits / scaling
 
     return head
+
+
+def _some_outputs(module: nn.Module, outputs: mx.array) -> Callable[[mx.array], mx.array]:
+    """A linear module or an embedding used as one, quantised or not, for some of its outputs."""
+    weight, bias = module["weight"][outputs], module.get("bias")
+    if "scales" not in module:
+        rows = weight
+    else:
+        how = (module.group_size, module.bits, module.mode)
+        biases = module["biases"][outputs] if "biases" in module else None  # some modes have none
+        rows = mx.dequantize(weight, module["scales"][outputs], biases, *how)
+    return lambda x: x @ rows.T if bias is None else x @ rows.T + bias[outputs]
 
 
 def outputs(linear: nn.Module) -> int:

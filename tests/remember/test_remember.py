@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_hmem.anchors.load import read_config
 from mlx_hmem.bank.documents import read_documents
 from mlx_hmem.documents.files import Faults
 from mlx_hmem.documents.pages import page_text
@@ -34,6 +35,7 @@ from train.remember.export import open_base, text_of
 from train.remember.forget import main as forget_program
 from train.remember.rows import Padded, Rows, Sentences
 from train.remember.run import Settings, documents_of
+from train.step import candidates
 from train.step.memories import MemoryTrainee
 
 
@@ -140,6 +142,28 @@ def test_a_stopped_run_goes_on_to_the_same_bits(anchor, documents, learned, tmp_
         assert not (tmp_path / "model").exists()
     remember(documents, anchor, tmp_path / "model", "--passes", "3")
     assert bytes_of(tmp_path / "model") == bytes_of(learned)
+
+
+def test_with_some_of_the_vocabulary_the_text_is_learned_and_a_stopped_run_goes_on_to_the_same_bits(
+    anchor, documents, learned, tmp_path, monkeypatch
+):
+    """As with a vocabulary too large to be looked at whole: perplexity is that of the whole one."""
+    size = read_config(anchor)["vocab_size"] // 4
+    monkeypatch.setattr(candidates, "FEWEST", size)
+    monkeypatch.setattr(candidates, "LARGE", 1)
+    texts = [file.read_text() for file in sorted(documents.rglob("*.txt"))]
+    out = remember(documents, anchor, tmp_path / "whole", "--passes", "3")
+    assert bytes_of(out) != bytes_of(learned)  # it was drawn indeed
+    found, same = (
+        perplexity(load(model), texts, "fetched", progress=False).per_token
+        for model in (out, learned)
+    )
+    assert found == pytest.approx(same, rel=0.1)
+    stop_at(monkeypatch, MemoryTrainee, "step", 8)
+    with pytest.raises(KeyboardInterrupt):
+        remember(documents, anchor, tmp_path / "stopped", "--passes", "3")
+    remember(documents, anchor, tmp_path / "stopped", "--passes", "3")
+    assert bytes_of(tmp_path / "stopped") == bytes_of(out)
 
 
 def test_what_is_said_to_be_known_is_what_the_model_ends(anchor, tmp_path, capsys, monkeypatch):

@@ -12,6 +12,7 @@ known is counted on the way: a step's loss says of each token whether it was the
 import json
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from mlx_hmem.reading import read_sealed, sealed
 from ..data.taken_tokenizer import TakenTokenizer
 from ..loop.loop import learning_rate_at
 from ..recipe.recipe import TrainerConfig
+from ..step.candidates import Drawn, candidates_for
 from ..step.memories import MemoryTrainee
 from ..store.blocks import BlockStore
 from ..store.checkpoint import Progress
@@ -94,10 +96,10 @@ class Trainer:
         subtree = subtree_of(text, anywhere, self.settings, self.tokenizer, 0)
         rows = subtree.passes.rows(0)
         with BlockStore(folder, self.settings.memory, self.settings.seed) as store:
-            trainee = self._trainee(subtree, store)
-            trainee.step(rows, 0.0)
+            trainee, drawn = self._trainee(subtree, store), self._draws(subtree)
+            trainee.step(rows, 0.0, drawn=drawn(0))
             began = time.perf_counter()
-            trainee.step(rows, 0.0)
+            trainee.step(rows, 0.0, drawn=drawn(1))
             took = time.perf_counter() - began
         a_token = took / int(subtree.rows.lengths[rows].sum())
         return float(a_token * subtree.passes.total / share)
@@ -114,6 +116,15 @@ class Trainer:
         else:
             self.trainee.turn_to(store, tokens, paths, ragged)
         return self.trainee
+
+    def _draws(self, subtree: Subtree) -> Callable[[int], Drawn | None]:
+        """The tokens that a step looks at, by its number."""
+        own, key = subtree.rows.tokens.windows, [self.settings.seed, subtree.number]
+        text = [own[number] for number in range(subtree.rows.windows)]
+        candidates = candidates_for(self.anchor, text, own.tokens)
+        if candidates is None:
+            return lambda step: None
+        return lambda step: candidates.draw(np.random.default_rng([*key, step, 2]))
 
     def _train_one(self, run: Path, subtree: Subtree, bar: Any) -> None:
         folder, settings = subtree_folder(run, subtree.number), self.settings
@@ -132,7 +143,7 @@ class Trainer:
     def _passes(self, subtree: Subtree, trainee: MemoryTrainee, bar: Any) -> dict[str, Any]:
         """All passes that are left; what is recorded of them comes back."""
         store, rows, passes = trainee.store, subtree.rows, subtree.passes
-        sentences = Sentences(rows, self.tokenizer)
+        sentences, drawn = Sentences(rows, self.tokenizer), self._draws(subtree)
         progress = store.progress() or Progress({"subtree": subtree.number, "known": 0})
         known, loss = progress.identity["known"], float("nan")
         likeliest = np.zeros((rows.windows, rows.tokens.shape[1]), bool)
@@ -142,7 +153,7 @@ class Trainer:
         for step in range(progress.step, passes.num_steps):
             chosen = passes.rows(step)
             rate = learning_rate_at(step, passes.num_steps, self.training)
-            loss, _ = trainee.step(chosen, rate)
+            loss, _ = trainee.step(chosen, rate, drawn=drawn(step))
             whole = chosen < rows.windows
             found = trainee.gradient.likeliest[whole]
             likeliest[chosen[whole], : found.shape[1]] = found

@@ -31,7 +31,7 @@ from ..data.taken_tokenizer import TakenTokenizer, embedded
 from ..data.windows import Windows, cut_windows
 from ..tree.stage import distinct
 
-FORMAT_VERSION = 3  # what rows follow from is part of it: blocks are made again from the text
+FORMAT_VERSION = 4  # what blocks follow from is part of it: blocks are made again from the text
 SETTINGS = "settings.json"
 KNOWN = "known.jsonl"
 LONGEST = 512  # tokens of a window

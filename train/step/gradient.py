@@ -27,12 +27,15 @@ from mlx_hmem.memory.layer import extend
 from ..padding import counted
 from ..ranks import Ranks
 from ..recipe.recipe import TrainerConfig
+from .candidates import Drawn
 from .loss import chunk_size, chunked_loss, counted_places, summed_loss
 
 # What is trained: "anchor", its weights by name, and "blocks", the unique blocks of each level.
 Weights = dict[str, Any]
+# Targets, places, count of :func:`.chunked_loss`; tokens and their weights, if not all are there.
+Counting = tuple[mx.array, mx.array, mx.array, mx.array | None, mx.array | None]
 
-
+ALIKE = 0.75  # of a part's length, at least, is each of its sequences
 SHAPES = 8  # lengths of sequences are multiples of this: a compiled step wants few shapes
 
 
@@ -81,37 +84,38 @@ class BatchGradient:
         self._check_sizes()
         self.num_embedded = num_embedded(anchor)
         self.chunk = chunk_size(self.num_embedded)
-        trunk, head, dtype = anchor.model, head_of(anchor), float_dtype(anchor)
+        trunk, dtype = anchor.model, float_dtype(anchor)
 
         def summed(
-            batch: mx.array, places: mx.array, count: mx.array, frozen: bool
+            batch: mx.array, counting: Counting, frozen: bool
         ) -> tuple[mx.array, mx.array | None]:
             inputs = batch[:, :-1]
             mask = {"mask": packed_mask(inputs, eot)} if training.document_mask else {}
             hidden = trunk(inputs, **mask)
-            if frozen:
-                return chunked_loss(hidden, batch, places, count, head, self.chunk)
-            return summed_loss(head(hidden), batch, eot), None
+            if not frozen:
+                return summed_loss(head_of(anchor)(hidden), batch, eot), None
+            targets, places, count, tokens, weights = counting
+            head = head_of(anchor, tokens)
+            return chunked_loss(hidden, targets, places, count, head, self.chunk, weights)
 
         def loss(
             weights: Weights,
             indices: list[mx.array],
             batch: mx.array,
-            places: mx.array,
-            count: mx.array,
+            counting: Counting,
             scale: mx.array,
         ) -> tuple[mx.array, mx.array | None]:
             if weights["anchor"]:
                 anchor.update(tree_unflatten(list(weights["anchor"].items())))
-            given, frozen = (batch, places, count), not weights["anchor"]
+            given = (batch, counting, not weights["anchor"])
             if slot is None:
-                total, right = summed(*given, frozen)
+                total, right = summed(*given)
                 return scale * total, right
             # One memory per sequence, or one for all of them.
             blocks = [b[i] for b, i in zip(weights["blocks"], indices, strict=True)]
             rows = tuple(rows.astype(dtype) for rows in join_blocks(blocks, slot.config))
             with slot.using(rows):
-                total, right = summed(*given, frozen)
+                total, right = summed(*given)
             return scale * total, right
 
         self._part = mx.compile(mx.value_and_grad(loss))
@@ -134,6 +138,7 @@ class BatchGradient:
         indices: Sequence[np.ndarray] = (),
         num_unique: Sequence[int] = (),
         ragged: Ragged | None = None,
+        drawn: Drawn | None = None,
     ) -> tuple[float, float, Weights]:
         """Mean loss in nats per token, norm of the gradient before clipping, clipped gradient.
 
@@ -142,6 +147,7 @@ class BatchGradient:
             indices: for each level with memory the place of each sequence's block among the unique
                 ones in ``weights["blocks"]``, (sequences,).
             num_unique: how many of these there are; what follows them is padding.
+            drawn: tokens that stand for the whole vocabulary, all targets among them.
             ragged: where not all sequences are of one length. Then ``likeliest``, (sequences,
                 context) bool, says afterwards which targets were the likeliest tokens.
         """
@@ -159,7 +165,12 @@ class BatchGradient:
             batch = mx.array(tokens[rows, : length + 1].astype(np.int32))
             own = _together([index[rows] for index in indices])
             places, count = counted_places(counts[rows, :length], self.chunk)
-            given = (own, batch, mx.array(places), mx.array(count), scale)
+            targets = tokens[rows, 1 : length + 1].reshape(-1)[places].astype(np.int32)
+            counting: Counting = (mx.array(targets), mx.array(places), mx.array(count), None, None)
+            if drawn is not None:
+                named = mx.array(drawn.places(targets))
+                counting = (named, *counting[1:3], mx.array(drawn.tokens), mx.array(drawn.weights))
+            given = (own, batch, counting, scale)
             (loss, right), part = self._part(weights, *given)
             value = value + loss
             gradient = part if gradient is None else tree_map(mx.add, gradient, part)
@@ -215,12 +226,13 @@ def _together(indices: list[np.ndarray]) -> list[mx.array]:
 
 
 def _fitting_parts(lengths: np.ndarray, at_once: int) -> list[tuple[slice, int]]:
-    """Sequences, the longest first, in parts of ``at_once`` tokens at most, or of one sequence; and
-    the length of each part."""
+    """Sequences, the longest first, in parts of ``at_once`` tokens at most, or of one sequence, and
+    of nearly one length, for padding is work; and the length of each part."""
     parts, start = [], 0
     while start < len(lengths):
         length = -(-(int(lengths[start]) - 1) // SHAPES) * SHAPES
-        end = min(len(lengths), start + max(1, at_once // length))
+        alike = start + int((lengths[start:] >= ALIKE * length).sum())
+        end = max(start + 1, min(alike, start + at_once // length))
         parts.append((slice(start, end), length))
         start = end
     return parts

@@ -49,13 +49,23 @@ def counted_places(counts: np.ndarray, chunk: int) -> tuple[np.ndarray, int]:
 
 
 def chunked_loss(
-    hidden: mx.array, tokens: mx.array, places: mx.array, count: mx.array, head: Head, chunk: int
+    hidden: mx.array,
+    targets: mx.array,
+    places: mx.array,
+    count: mx.array,
+    head: Head,
+    chunk: int,
+    log_weights: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
     """:func:`summed_loss` of the logits that a frozen ``head`` makes of ``hidden`` (batch, time,
     hidden size), at the first ``count`` of ``places`` (:func:`counted_places`), and for each of
-    these whether the target is the likeliest token."""
+    these whether the target is the likeliest token.
+
+    Args:
+        targets: at these places, (places,), as the head counts them.
+        log_weights: (vocabulary,), where a token of the head stands for several.
+    """
     rows = hidden.reshape(-1, hidden.shape[-1])[places]
-    targets = tokens[:, 1:].reshape(-1)[places]
     weights = (mx.arange(places.size) < count).astype(mx.float32)
 
     @mx.custom_function
@@ -66,7 +76,8 @@ def chunked_loss(
             own = rows[part]
             if gradients:  # else all chunks' logits could be there at once
                 own = mx.depends([own], [total, gradients[-1]])[0]
-            value, gradient, likeliest = _of_chunk(own, targets[part], weights[part], head)
+            given = (own, targets[part], weights[part], head, log_weights)
+            value, gradient, likeliest = _of_chunk(*given)
             total = total + value
             gradients.append(gradient)
             right.append(likeliest)
@@ -94,15 +105,19 @@ def token_losses(hidden: mx.array, targets: mx.array, head: Head, chunk: int) ->
 
 
 def _of_chunk(
-    rows: mx.array, targets: mx.array, weights: mx.array, head: Head
+    rows: mx.array, targets: mx.array, weights: mx.array, head: Head, log_weights: mx.array | None
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Weighted sum of the losses, its gradient for ``rows``: softmax less the target, back through
     the head; and where the target is the likeliest."""
     logits = head(rows)
     wide = logits.astype(mx.float32)
     picked = mx.take_along_axis(wide, targets[:, None], axis=-1)
-    top = mx.depends([wide.max(axis=-1, keepdims=True)], [picked])[0]  # then wide is let go of
-    # A third of the time of exp on a CPU; numbers too small to be normal take 100 times as long.
+    top = likeliest = mx.depends([wide.max(axis=-1, keepdims=True)], [picked])[0]
+    if log_weights is not None:  # a target stands for itself alone
+        wide = wide + log_weights
+        top = wide.max(axis=-1, keepdims=True)
+    # Then wide is let go of. A third of the time of exp on a CPU; numbers too small to be normal
+    # take 100 times as long.
     powers = mx.power(math.e, mx.maximum(wide - top, LEAST))
     sums = powers.sum(axis=-1, keepdims=True)
     losses = (top + mx.log(sums) - picked).squeeze(-1)
@@ -111,4 +126,4 @@ def _of_chunk(
     slope = mx.put_along_axis(chances, targets[:, None], hit - 1, axis=-1)
     _, gradients = mx.vjp(head, [rows], [slope.astype(logits.dtype)])
     scale = weights[:, None].astype(rows.dtype)
-    return (losses * weights).sum(), scale * gradients[0], (picked == top).squeeze(-1)
+    return (losses * weights).sum(), scale * gradients[0], (picked == likeliest).squeeze(-1)

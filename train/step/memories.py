@@ -28,6 +28,7 @@ from ..recipe.recipe import CotrainSection, TrainerConfig
 from ..store.blocks import BlockStore
 from ..store.checkpoint import LOWER, Progress, check_finite, check_identity
 from .adamw import AnchorWeights, adamw, bias_corrections
+from .candidates import Drawn
 from .gradient import BatchGradient, Ragged, is_finite
 from .trainee import Sequences
 
@@ -94,8 +95,13 @@ class MemoryTrainee:
         return identity_of_memory(self.store.config, self.cotrain)
 
     def step(
-        self, rows: np.ndarray, learning_rate: float, next_rows: np.ndarray | None = None
+        self,
+        rows: np.ndarray,
+        learning_rate: float,
+        next_rows: np.ndarray | None = None,
+        drawn: Drawn | None = None,
     ) -> tuple[float, float]:
+        """``drawn``: tokens that stand for the whole vocabulary."""
         paths = self._paths(rows, self.number)
         self.store.load(self._keys(paths))
         unique, indices, states = [], [], []
@@ -117,7 +123,7 @@ class MemoryTrainee:
         ragged = self.ragged
         if ragged is not None:
             ragged = Ragged(ragged.given[rows], ragged.lengths[rows], ragged.at_once)
-        given = (self.tokens[rows], indices, counts, ragged)
+        given = (self.tokens[rows], indices, counts, ragged, drawn)
         loss, norm, gradients = self.gradient(weights, *given)
         del weights  # or the update could not write in place
         if not is_finite(loss, norm):
