@@ -21,7 +21,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from tqdm import tqdm
 
@@ -47,7 +47,9 @@ from train.remember.plan import PASSES
 from train.remember.rows import Passes, Rows
 from train.remember.run import Settings
 from train.remember.run import documents_of as documents_of_run
-from train.step.loss import chunk_size, chunked_loss, counted_places
+from train.step.candidates import Counting, candidates_for, counting_of
+from train.step.gradient import fitting_parts
+from train.step.loss import chunk_size, chunked_loss
 
 TOKENS = 24  # of an answer
 UNRELATED, CHARACTERS = 8, 1000  # articles, and of each
@@ -127,22 +129,30 @@ def train_lora(model: Path, rows: Rows, passes: Passes, settings: Settings, rate
         settings.training | {"learning_rate": rate, "final_learning_rate": rate / 10}
     )
     optimiser: Any = optim.AdamW(rate, [training.beta1, training.beta2], weight_decay=1e-3)
-    head, chunk = head_of(anchor), chunk_size(num_embedded(anchor))
+    text = [rows.tokens.windows[number] for number in range(rows.windows)]
+    candidates = candidates_for(anchor, text, rows.tokens.windows.tokens)
+    chunk = chunk_size(num_embedded(anchor))
 
-    def loss(model: Any, batch: mx.array, places: mx.array, count: mx.array) -> mx.array:
-        hidden, targets = model.model(batch[:, :-1]), batch[:, 1:].reshape(-1)[places]
-        total, _ = chunked_loss(hidden, targets, places, count, head, chunk)
-        return total / count
+    def loss(model: Any, batch: mx.array, counting: Counting, all_counted: mx.array) -> mx.array:
+        hidden, (targets, places, count, tokens, weights) = model.model(batch[:, :-1]), counting
+        head = head_of(model, tokens)
+        total, _ = chunked_loss(hidden, targets, places, count, head, chunk, weights)
+        return total / all_counted
 
     step = nn.value_and_grad(anchor, loss)
     for number in tqdm(range(passes.num_steps), desc=f"LoRA, {rate:g}", unit=" steps", delay=2):
-        chosen = passes.rows(number)
-        tokens = rows.tokens[chosen]
-        at = np.arange(1, tokens.shape[1])
-        counts = (at >= rows.given[chosen, None]) & (at < rows.lengths[chosen, None])
-        places, count = counted_places(counts, chunk)
-        given = (mx.array(tokens.astype(np.int32)), mx.array(places), mx.array(count))
-        _, gradient = step(anchor, *given)
+        chosen, gradient = passes.rows(number), None
+        rng = np.random.default_rng([0, number])
+        drawn = None if candidates is None else candidates.draw(rng)
+        counted = mx.array(int((rows.lengths - rows.given)[chosen].sum()))
+        for part, length in fitting_parts(rows.lengths[chosen], settings.part_tokens):
+            own = chosen[part]
+            tokens, at = rows.tokens[own][:, : length + 1], np.arange(1, length + 1)
+            counts = (at >= rows.given[own, None]) & (at < rows.lengths[own, None])
+            counting = counting_of(tokens, counts, chunk, drawn)
+            _, more = step(anchor, mx.array(tokens.astype(np.int32)), counting, counted)
+            gradient = more if gradient is None else tree_map(mx.add, gradient, more)
+            mx.eval(gradient)
         gradient, _ = optim.clip_grad_norm(gradient, training.grad_clip)
         optimiser.learning_rate = learning_rate_at(number, passes.num_steps, training)
         optimiser.update(anchor, gradient)

@@ -14,7 +14,7 @@ from mlx_hmem.memory import initial_block, join_blocks
 from tests.helpers.loop_runs import EOT, MEMORY, VOCABULARY, make_model
 from train.ranks import ALONE
 from train.recipe.recipe import TrainerConfig
-from train.step.gradient import ALIKE, SHAPES, BatchGradient, Ragged, _fitting_parts, packed_mask
+from train.step.gradient import ALIKE, SHAPES, BatchGradient, Ragged, fitting_parts, packed_mask
 from train.step.loss import masked_loss
 
 
@@ -92,7 +92,7 @@ def test_sequences_of_several_lengths_give_what_each_gives_by_itself(at_once):
 
 def test_a_part_is_of_nearly_one_length_and_of_no_more_tokens_than_it_may():
     lengths = np.sort(np.random.default_rng(0).integers(2, 200, 50))[::-1]
-    parts = _fitting_parts(lengths, 384)
+    parts = fitting_parts(lengths, 384)
     assert [row for rows, _ in parts for row in range(rows.start, rows.stop)] == [*range(50)]
     for rows, length in parts:
         own = lengths[rows]

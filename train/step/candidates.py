@@ -18,11 +18,13 @@ import numpy as np
 from mlx_hmem.anchors.architectures import head_of
 from mlx_hmem.anchors.load import num_embedded
 
-from .loss import chunk_size
+from .loss import chunk_size, counted_places
 
 FEWEST = 1 << 14  # tokens that a step looks at, half of them certain
 LARGE = 4  # times as large is a vocabulary that is not looked at whole
 READ = 16  # sequences that the anchor is asked about
+# Targets, places, count of :func:`.chunked_loss`; tokens and their weights, if not all are there.
+Counting = tuple[mx.array, mx.array, mx.array, mx.array | None, mx.array | None]
 
 
 class Drawn(NamedTuple):
@@ -81,3 +83,17 @@ def _least_behind(anchor: nn.Module, text: Sequence[np.ndarray]) -> np.ndarray:
             least = mx.minimum(least, behind.min(axis=0).astype(mx.float32))
             mx.eval(least)
     return np.array(least)
+
+
+def counting_of(
+    tokens: np.ndarray, counts: np.ndarray, chunk: int, drawn: Drawn | None = None
+) -> Counting:
+    """What is learned of sequences (batch, time + 1), the targets of which count by ``counts``
+    (batch, time); ``drawn``: tokens that stand for the whole vocabulary."""
+    places, count = counted_places(counts, chunk)
+    targets = tokens[:, 1:].reshape(-1)[places].astype(np.int32)
+    given = (mx.array(places), mx.array(count))
+    if drawn is None:
+        return mx.array(targets), *given, None, None
+    named = mx.array(drawn.places(targets))
+    return named, *given, mx.array(drawn.tokens), mx.array(drawn.weights)

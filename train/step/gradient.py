@@ -27,14 +27,11 @@ from mlx_hmem.memory.layer import extend
 from ..padding import counted
 from ..ranks import Ranks
 from ..recipe.recipe import TrainerConfig
-from .candidates import Drawn
-from .loss import chunk_size, chunked_loss, counted_places, summed_loss
+from .candidates import Counting, Drawn, counting_of
+from .loss import chunk_size, chunked_loss, summed_loss
 
 # What is trained: "anchor", its weights by name, and "blocks", the unique blocks of each level.
 Weights = dict[str, Any]
-# Targets, places, count of :func:`.chunked_loss`; tokens and their weights, if not all are there.
-Counting = tuple[mx.array, mx.array, mx.array, mx.array | None, mx.array | None]
-
 ALIKE = 0.75  # of a part's length, at least, is each of its sequences
 SHAPES = 8  # lengths of sequences are multiples of this: a compiled step wants few shapes
 
@@ -157,20 +154,15 @@ class BatchGradient:
         else:
             places = np.arange(1, tokens.shape[1])
             counts = (places >= ragged.given[:, None]) & (places < ragged.lengths[:, None])
-            parts = _fitting_parts(ragged.lengths, ragged.at_once)
+            parts = fitting_parts(ragged.lengths, ragged.at_once)
             self.likeliest = np.zeros_like(counts)
         scale = mx.array(1 / max(1, int(counts.sum())), mx.float32)
         value, gradient = mx.array(0.0), None
         for rows, length in parts:
-            batch = mx.array(tokens[rows, : length + 1].astype(np.int32))
+            batch = tokens[rows, : length + 1].astype(np.int32)
             own = _together([index[rows] for index in indices])
-            places, count = counted_places(counts[rows, :length], self.chunk)
-            targets = tokens[rows, 1 : length + 1].reshape(-1)[places].astype(np.int32)
-            counting: Counting = (mx.array(targets), mx.array(places), mx.array(count), None, None)
-            if drawn is not None:
-                named = mx.array(drawn.places(targets))
-                counting = (named, *counting[1:3], mx.array(drawn.tokens), mx.array(drawn.weights))
-            given = (own, batch, counting, scale)
+            counting = counting_of(batch, counts[rows, :length], self.chunk, drawn)
+            given = (own, mx.array(batch), counting, scale)
             (loss, right), part = self._part(weights, *given)
             value = value + loss
             gradient = part if gradient is None else tree_map(mx.add, gradient, part)
@@ -178,8 +170,8 @@ class BatchGradient:
             if len(parts) > 1:
                 mx.eval(value, gradient)  # else all parts would wait in memory
             if ragged is not None:
-                at = np.divmod(places[:count], length)
-                self.likeliest[rows][at] = np.array(right)[:count]
+                at = counts[rows, :length]
+                self.likeliest[rows, :length][at] = np.array(right)[: int(at.sum())]
         assert gradient is not None
         if self.ranks.size > 1:
             value, gradient = self._sum_over_ranks(value, gradient, num_unique)
@@ -225,7 +217,7 @@ def _together(indices: list[np.ndarray]) -> list[mx.array]:
     return [mx.array(np.asarray(index, np.int32)) for index in indices]
 
 
-def _fitting_parts(lengths: np.ndarray, at_once: int) -> list[tuple[slice, int]]:
+def fitting_parts(lengths: np.ndarray, at_once: int) -> list[tuple[slice, int]]:
     """Sequences, the longest first, in parts of ``at_once`` tokens at most, or of one sequence, and
     of nearly one length, for padding is work; and the length of each part."""
     parts, start = [], 0
