@@ -14,12 +14,12 @@ import numpy as np
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
+from mlx_hmem.bank.read.prefetch import Prefetch
 from mlx_hmem.bank.read.reader import Damaged
 from mlx_hmem.bank.views import Barred
 from mlx_hmem.config import ClusterPath
 from mlx_hmem.generation.ending import check_stops, ids_said, until
 from mlx_hmem.generation.passages import Passage, Passages, beside
-from mlx_hmem.generation.prefetch import Prefetch
 from mlx_hmem.generation.session import SessionStats
 from mlx_hmem.generation.template import chat_ids, check_system
 from mlx_hmem.generation.topic import MARGIN, WINDOW, Topic

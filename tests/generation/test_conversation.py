@@ -12,10 +12,10 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_hmem import load
 from mlx_hmem.bank import Bank
 from mlx_hmem.bank.read.arriving import ReplacingMemory
+from mlx_hmem.bank.read.prefetch import Prefetch
 from mlx_hmem.config import KINDS
 from mlx_hmem.errors import UserError
 from mlx_hmem.generation.conversation import Conversation
-from mlx_hmem.generation.prefetch import Prefetch
 from mlx_hmem.model.model import MemoryModel
 from tests.bank.test_arriving import LAYERS, assert_same, config_of, layers_of, make
 from tests.conftest import edit_json

@@ -8,8 +8,8 @@ SIGABRT, when MLX waits for its own work meanwhile.
 import threading
 from collections.abc import Sequence
 
-from mlx_hmem.bank import Bank
 from mlx_hmem.bank.format import Key
+from mlx_hmem.bank.read.reader import Bank
 
 
 class Prefetch:
