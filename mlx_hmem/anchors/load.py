@@ -136,9 +136,13 @@ def text_hashes(folder: Path, config: dict[str, Any] | None = None) -> dict[str,
     return found
 
 
-def check_hashes(folder: Path, hmem: HmemConfig, config: dict[str, Any] | None = None) -> None:
-    """Raises UserError unless config and tokenizer are those that ``hmem`` names, if it does."""
-    for key, found in text_hashes(folder, config).items():
+def check_hashes(
+    folder: Path, hmem: HmemConfig, config: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """:func:`text_hashes`; UserError unless config and tokenizer are those that ``hmem`` names, if
+    it does."""
+    hashes = text_hashes(folder, config)
+    for key, found in hashes.items():
         if getattr(hmem, key) not in (None, found):
             what = key.removesuffix("_hash")
             raise UserError(
@@ -146,6 +150,7 @@ def check_hashes(folder: Path, hmem: HmemConfig, config: dict[str, Any] | None =
                 f"{found} in {folder}",
                 f"restore it, or write its hash as {key} into hmem.json if it is to be so",
             )
+    return hashes
 
 
 def _classes(config: dict[str, Any]) -> tuple[type[nn.Module], type]:

@@ -5,6 +5,7 @@ sign, and the answers alone, a line each or more, are what a pipe carries on.
 """
 
 import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -39,6 +40,8 @@ Text is answered; a line that begins with / is a command:
 /route TEXT                    what TEXT would be routed to
 /history on|off                whether an answer sees what was said before; alone: which it is
 /stats                         times, where each level came from, memory
+/save FILE                     put the conversation into a file
+/load FILE                     go on with the conversation in a file, in place of this one
 /reset                         forget what was said
 /help                          this
 /quit                          end; so do q and Ctrl-D. Ctrl-C stops an answer"""
@@ -178,6 +181,32 @@ def _route_command(conversation: Conversation, text: str) -> None:
     say(str(conversation.path_of(text) or NOTHING_NEAR) if text else _route(conversation))
 
 
+def _save_command(conversation: Conversation, file: str) -> None:
+    conversation.save(_file(file))
+    say(f"saved: {_turns(conversation)}")
+
+
+def _load_command(conversation: Conversation, file: str) -> None:
+    conversation.load(_file(file))
+    name = "" if conversation.memory_name is None else f", name: {conversation.memory_name}"
+    history = "on" if conversation.history else "off"
+    say(
+        f"loaded: {_turns(conversation)}; memory: {conversation.memory}{name}, history: {history}"
+        f"{'' if conversation.system is None else ', with its system prompt'}"
+    )
+
+
+def _file(name: str) -> str:
+    if not name:
+        raise UserError("no file", "''", "give its name, as in /save talk")
+    return os.path.expanduser(name)
+
+
+def _turns(conversation: Conversation) -> str:
+    count = len(conversation.turns)
+    return f"{count} turn{'' if count == 1 else 's'}"
+
+
 def _reset_command(conversation: Conversation, rest: str) -> None:
     conversation.reset()
     say("all is forgotten")
@@ -189,6 +218,8 @@ COMMANDS: dict[str, Callable[[Conversation, str], None]] = {
     "history": _history_command,
     "route": _route_command,
     "stats": lambda conversation, rest: say("\n".join(conversation.stats.lines())),
+    "save": _save_command,
+    "load": _load_command,
     "reset": _reset_command,
     "help": lambda conversation, rest: say(HELP),
 }

@@ -7,25 +7,27 @@ cost a pass over the history and predict no better (docs/chat.md).
 
 import time
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from mlx_lm.generate import GenerationResponse
-from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
+from mlx_hmem.bank.format import Key
 from mlx_hmem.bank.read.prefetch import Prefetch
 from mlx_hmem.bank.read.reader import Damaged
 from mlx_hmem.bank.views import Barred
 from mlx_hmem.config import ClusterPath
 from mlx_hmem.generation.ending import check_stops, ids_said, until
+from mlx_hmem.generation.history import KeyValues, Saved, Turn, read_saved, write_saved
 from mlx_hmem.generation.passages import Passage, Passages, beside
 from mlx_hmem.generation.session import SessionStats
 from mlx_hmem.generation.template import chat_ids, check_system
 from mlx_hmem.generation.topic import MARGIN, WINDOW, Topic
 from mlx_hmem.model.fetch import NOTHING_NEAR, PASSAGES_ANSWER, Fetch, check_mode, check_named
 from mlx_hmem.model.model import MemoryModel
-from mlx_hmem.model.stream import check_length, check_options, num_held, prompt_ids
+from mlx_hmem.model.stream import check_length, check_options, prompt_ids
+from mlx_hmem.reading import Source
 from mlx_hmem.retriever.steady import likely_paths
 
 LIKELY = 8  # paths that are prefetched (docs/chat.md)
@@ -33,20 +35,14 @@ LIKELY = 8  # paths that are prefetched (docs/chat.md)
 MAX_TOKENS = 256  # as mlx-lm's chat
 
 
-@dataclass
-class Turn:
-    """What was said, and what was answered; ``shown``, with passages, and the ids are what the
-    anchor has seen."""
-
-    text: str
-    shown: str
-    ids: list[int]
-    answer: str = ""
-    answer_ids: tuple[int, ...] = ()
-
-
-def check_chosen(model: MemoryModel, name: str | None) -> None:
-    """Raises UserError where there is neither a name nor a tree to choose a memory by."""
+def check_chosen(model: MemoryModel, memory: str, name: str | None) -> None:
+    """Raises UserError where the model has no such memory, or neither a name nor a tree to choose
+    one by."""
+    if check_mode(memory) != "none":
+        model.require_bank()
+    check_named(memory, name)
+    if memory != "fetched":
+        return
     if name is None:
         model.require_retriever()
     else:
@@ -102,15 +98,13 @@ class Conversation:
         check_system(model.tokenizer, system)
         self._beside = memory is not None
         memory = memory or "fetched"
-        has_memory = check_mode(memory) != "none"
-        config = model.require_bank().config if has_memory else None
-        own = model.require_banks().blocked_in(blocked, "") if has_memory else []
-        self.memory_name = memory_name
-        check_named(memory, memory_name)
-        if memory == "fetched":
-            check_chosen(model, memory_name)
-        self._barred = frozenset() if config is None else config.check_blocked(own)
+        check_chosen(model, memory, memory_name)
+        self._barred = frozenset[Key]()
+        if model.banks is not None and model.bank is not None:
+            own = model.banks.blocked_in(blocked, "")
+            self._barred = model.bank.config.check_blocked(own)
         self.model, self.memory, self.blocked = model, memory, blocked
+        self.memory_name = memory_name
         self.system, self.stop = system, check_stops(stop)
         self.history = model.tokenizer.has_chat_template if history is None else history
         self.max_tokens, self.damaged, self.margin = max_tokens, damaged, margin
@@ -128,8 +122,7 @@ class Conversation:
         self.fetch: Fetch | None = None
         self._before: Fetch | None = None  # a fetch whose answer has ended
         self._topic = Topic(self.model, self.blocked, self.margin)
-        self._cache: list[Any] | None = None  # of the anchor, for the ids in _cached
-        self._cached: list[int] = []
+        self._known = KeyValues(self.model.anchor)
         self._latest += 1
         self._dropped = False
         self._damage: list[str] = []
@@ -154,7 +147,7 @@ class Conversation:
         ids = self._fit(turn)
         vector, self.fetch = self._remember(turn)
         fetch, self._latest = self.fetch, self._latest + 1
-        number, cache = self._latest, self._take_cache(ids)
+        number, cache = self._latest, self._take(ids)
         last, pieces, tokens, ttft_ms = None, [], [], 0.0
         try:
             for piece in until(self._stream(ids, fetch, cache), self.stop):
@@ -172,7 +165,7 @@ class Conversation:
                 self.stats.add(fetch, ttft_ms, last)
                 if number == self._latest:  # else another answer has begun meanwhile
                     self.turns.append(turn)
-                    self._give_cache(cache, [*ids, *tokens])
+                    self._known.give(cache, [*ids, *tokens], fetch)
                     self._before = fetch if fetch.rows is not None else self._before
                     self._begin_prefetch(vector, fetch)
 
@@ -184,13 +177,49 @@ class Conversation:
 
     def set_name(self, name: str | None) -> None:
         """Which memory the next answers fetch, by its name; None: the one they are routed to."""
-        check_chosen(self.model, name)
+        check_chosen(self.model, "fetched", name)
         self.memory_name = name
 
     def path_of(self, text: str) -> ClusterPath | None:
         """What ``text`` would be routed to by itself, as the first of a conversation; None where
         nothing is near."""
         return self.model.require_banks().route(text)[1]
+
+    def save(self, file: Source) -> None:
+        """Puts the conversation into a file, from which :meth:`load` goes on as if it had never
+        stopped. Raises UserError where something else lies there, or it cannot be written."""
+        layers, arrays = self._known.packed()
+        topic = self._topic
+        saved = Saved(
+            tuple(self.turns), self.memory, self.memory_name, self._beside, self.history,
+            self.system, topic.bank, topic.present, self._known.ids if layers else (),
+            sorted(self._known.blocks) if layers else (), layers,
+        )  # fmt: skip
+        write_saved(Path(file), saved, arrays, self.model.hashes)
+
+    def load(self, file: Source) -> None:
+        """Goes on with a saved conversation in place of this one: its turns, its memory, whether it
+        sees its history, its system prompt. All else, and what is barred, is as here: keys and
+        values that hold what is barred now are left out, and computed anew when they are needed.
+
+        Raises UserError, and changes nothing, where the file is damaged or none, or was saved with
+        another anchor or bank.
+        """
+        saved, known = read_saved(Path(file), self.model)
+        check_system(self.model.tokenizer, saved.system)
+        check_chosen(self.model, saved.memory, saved.memory_name)
+        topic = Topic(self.model, self.blocked, self.margin)
+        if saved.path is not None and saved.bank in self.model.require_banks().parts:
+            config = self.model.require_banks().bank(saved.bank).config
+            topic.bank, topic.present = saved.bank, config.check_path(saved.path)
+        banks, context = self.model.banks, self.model.context
+        bars = any(banks is None or banks.bars(*block, self.blocked) for block in saved.blocks)
+        self.reset()
+        self.turns, self._topic = list(saved.turns), topic
+        self.memory, self._beside = saved.memory, saved.beside
+        self.memory_name, self.history, self.system = saved.memory_name, saved.history, saved.system
+        if not bars and (context is None or len(known.ids) <= context):
+            self._known = known
 
     def stop_prefetch(self) -> None:
         """Ends what is being read ahead."""
@@ -282,26 +311,11 @@ class Conversation:
         self._options.pop("seed", None)  # once in a session
         return self.model.stream_ids(ids, fetch, self.max_tokens, cache, **options)
 
-    def _take_cache(self, ids: list[int]) -> list[Any]:
+    def _take(self, ids: list[int]) -> list[Any]:
         """The keys and values of the history, as far as ``ids`` begin with it."""
-        cache, self._cache = self._cache, None
-        if cache is not None and self.history:
-            pairs = zip(ids[:-1], self._cached, strict=False)  # one is left to begin with
-            same = next((n for n, (a, b) in enumerate(pairs) if a != b), None)
-            same = min(len(ids) - 1, len(self._cached)) if same is None else same
-            surplus = len(self._cached) - same
-            if not surplus or (
-                can_trim_prompt_cache(cache) and trim_prompt_cache(cache, surplus) == surplus
-            ):
-                return cache
-        return list(make_prompt_cache(self.model.anchor))
-
-    def _give_cache(self, cache: list[Any], ids: list[int]) -> None:
-        """Keeps the keys and values of ``ids``; mlx-lm may have computed one token more or less."""
-        held = num_held(cache)
-        if held is None or held > len(ids):
-            return  # stopped within a pass
-        self._cache, self._cached = cache, ids[:held]
+        if not self.history:
+            self._known = KeyValues(self.model.anchor)
+        return self._known.take(ids)
 
     def _say_damage(self, fetch: Fetch) -> None:
         if fetch.damage and fetch.damage != self._damage:

@@ -16,7 +16,7 @@ MARGIN = 0.1  # L2 beyond a cluster's boundary
 
 
 class Topic:
-    """The path in use, and its bank.
+    """The path in use, ``present``, and its ``bank``.
 
     A turn goes to the document that turn and window are about. Else it goes to the clusters that no
     known document has taught, where a level changes only when the topic has clearly left its
@@ -25,8 +25,8 @@ class Topic:
 
     def __init__(self, model: MemoryModel, blocked: Collection[Barred], margin: float):
         self._model, self._blocked, self._margin = model, blocked, margin
-        self._present: ClusterPath | None = None
-        self._bank = ""
+        self.present: ClusterPath | None = None
+        self.bank = ""
 
     def route(self, text: str, window: str | None) -> tuple[np.ndarray, str, ClusterPath | None]:
         """The vector of a turn, and the bank and the path of its memory, None where nothing is
@@ -35,11 +35,11 @@ class Topic:
         banks, vector = self._model.require_banks(), self._vector(text, window)
         near = banks.near(text, window)
         bank, path = near or banks.nearest(vector, self._blocked)
-        present = self._present if bank == self._bank else None
+        present = self.present if bank == self.bank else None
         rest = None if near is not None else banks.retriever(bank).rest
         if rest is not None and present is not None and rest.counts[0][present[0]]:
             path = steady_route(rest, vector, present, self._margin)
-        self._bank, self._present = bank, path
+        self.bank, self.present = bank, path
         return vector, bank, path
 
     def _vector(self, text: str, window: str | None) -> np.ndarray:

@@ -124,6 +124,13 @@ class Banks:
             return [(cluster,) for cluster in range(configs[name].num_clusters[0])]
         return paths
 
+    def bars(self, name: str, level: int, cluster: int, blocked: Collection[Barred] = ()) -> bool:
+        """Whether a block of the bank ``name`` may not be fetched here; one that is not there may
+        not."""
+        if name not in self.parts or level > self.parts[name].bank.config.num_levels:
+            return True
+        return self.bank(name).view(self.blocked_in(blocked, name)).bars(level, cluster)
+
     def route(self, text: str, blocked: Collection[Barred] = ()) -> tuple[str, ClusterPath | None]:
         """The bank that answers a text, and the cluster path in it, None where nothing is near."""
         return self.near(text) or self.nearest(self.retriever().vector(text), blocked)

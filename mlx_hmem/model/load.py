@@ -5,9 +5,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlx_hmem.anchors.load import anchor_hash, check_hashes, load_anchor, read_config
+from mlx_hmem.anchors.load import anchor_hash, check_hashes, load_anchor, read_config, text_hashes
 from mlx_hmem.bank import Bank
 from mlx_hmem.bank.documents import read_documents, taught
+from mlx_hmem.bank.format import MANIFEST
 from mlx_hmem.bank.views import check_name, read_views
 from mlx_hmem.budget.needs import read_needs
 from mlx_hmem.budget.plan import check_context, make_plan, plan_scoring
@@ -109,8 +110,12 @@ def load(
     elif context is not None:
         model.context = check_context(model.context, context)
     if hmem is None:
+        model.hashes = {"anchor_hash": anchor_hash(folder)} | text_hashes(folder, known)
         return model
-    check_hashes(folder, hmem, known)  # last: what is wrong with a part is said more closely
+    # Last: what is wrong with a part is said more closely.
+    model.hashes = {"anchor_hash": hmem.anchor_hash} | check_hashes(folder, hmem, known)
+    manifests = [place / BANK_FOLDER / MANIFEST for place in places.values()]
+    model.hashes["bank_hash"] = fingerprint(*manifests)
     model.bound = None not in (hmem.config_hash, hmem.tokenizer_hash)
     return model.under(view)
 

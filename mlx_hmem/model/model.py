@@ -41,6 +41,7 @@ class MemoryModel:
         banks: that bank and those beside it, as the view that was asked for allows them.
         context: the longest sequence in tokens, None if the anchor's config does not say.
         plan: how a memory budget is kept, None without one.
+        hashes: of the files that its answers follow from, as far as it was loaded from some.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class MemoryModel:
         self._slot = attach_memory(anchor, bank.config) if bank is not None else None
         self._dtype = float_dtype(anchor)
         self.plan: BudgetPlan | None = None
+        self.hashes: dict[str, str] = {}
         self.bound = True  # hmem.json names config and tokenizer; those of before do not
         self._watch: Watch | None = None
 

@@ -127,7 +127,7 @@ def test_a_budget_that_is_just_enough_generates_and_converses_in_4_bits(quantiza
     found = Conversation(model, memory="none", history=True, max_tokens=6)
     for turn in (prompt, "And the island?"):
         assert list(found.say(turn))
-    assert all(layer.bits == 4 for layer in found._cache)
+    assert all(layer.bits == 4 for layer in found._known.cache)
     larger = load(quantizable, memory_budget=least + 500 * MB)
     assert larger.plan.kv_bits is None
     tokens = [[p.token for p in m.stream(prompt, memory="none")] for m in (larger, free)]

@@ -123,7 +123,7 @@ def test_the_history_keeps_the_memory_of_its_time(chatty, texts):
     first, second = turns["start"][0][:20], turns["far"][0][:20]
     talk = Conversation(chatty, **OPTIONS)
     list(talk.say(first))
-    held, old_path = list(talk._cached), talk.route
+    held, old_path = list(talk._known.ids), talk.route
     found = list(talk.say(second))
     assert talk.route[0] != old_path[0]
     messages = [
@@ -171,7 +171,7 @@ def test_the_oldest_turns_are_dropped_when_the_context_is_full_and_that_is_said_
     talk = Conversation(chatty, memory="none", notify=said.append, **OPTIONS)
     for number in range(8):
         list(talk.say(f"Question {number} of the many that there are?"))
-        assert len(talk._cached) <= chatty.context
+        assert len(talk._known.ids) <= chatty.context
     assert said == ["the context of 96 tokens is full; the oldest turns are forgotten"]
     assert talk.turns[-1].text.startswith("Question 7")
     assert 1 <= len(talk.turns) < 8

@@ -97,7 +97,7 @@ def test_a_chat_shows_the_passage_in_the_turn_and_says_which(taught):
     list(plain.say(f"{TEXTS['ferry.txt']}\n\n{ASKED}"))
     assert talk.turns[0].text == ASKED
     assert talk.passages == ([("ferry.txt", TEXTS["ferry.txt"])], 1)
-    assert talk._cached == plain._cached  # the anchor has seen the same
+    assert talk._known.ids == plain._known.ids  # the anchor has seen the same
     list(talk.say(UNKNOWN))
     assert talk.fetch.why != "passages answer"
     talk.set_memory("fetched")
