@@ -7,6 +7,7 @@ within so much memory; what was said reaches it as text in which no control toke
 import contextlib
 import ctypes
 import resource
+import signal
 import sys
 import threading
 import time
@@ -25,8 +26,9 @@ MOST_MEMORY = 1 << 30  # bytes that rendering may take
 CHECKS = 0.02  # seconds between two looks at both
 
 
-class OverBoundsError(Exception):
-    """A template takes too long, or too much memory."""
+class OverBoundsError(BaseException):
+    """A template takes too long, or too much memory. No Exception: Jinja lets those of constants
+    pass, and computes them again."""
 
 
 def chat_ids(
@@ -70,7 +72,7 @@ def chat_ids(
 
 @contextlib.contextmanager
 def _bounded() -> Iterator[None]:
-    """Stops what runs inside by an OverBoundsError when it takes too long or too much memory."""
+    """Stops what runs inside by a ValueError when it takes too long or too much memory."""
     thread, over = threading.get_ident(), threading.Event()
     end, most = time.monotonic() + SECONDS, resident_bytes() + MOST_MEMORY
 
@@ -84,11 +86,35 @@ def _bounded() -> Iterator[None]:
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        with _address_space(MOST_MEMORY):
-            yield
+        try:
+            with _address_space(MOST_MEMORY), _alarm(SECONDS + 1):
+                yield
+        finally:  # the watcher's may come as late as here
+            over.set()
+            watcher.join()
+    except OverBoundsError:
+        bounds = f"{SECONDS:g} seconds, or {MOST_MEMORY >> 20} MB"
+        raise ValueError(f"it takes more than {bounds}") from None
+
+
+@contextlib.contextmanager
+def _alarm(seconds: float) -> Iterator[None]:
+    """An OverBoundsError after so long, too, while one operation on large numbers keeps the
+    interpreter's lock, so that no thread sees the time. Only the main thread is told of signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(number: int, frame: Any) -> None:
+        raise OverBoundsError
+
+    handler = signal.signal(signal.SIGALRM, ring)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
     finally:
-        over.set()
-        watcher.join()
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL if handler is None else handler)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import sys
 
 import pytest
@@ -100,6 +101,39 @@ def test_a_template_is_bounded(ask, broken, monkeypatch, endless):
     monkeypatch.setattr(template, "MOST_MEMORY", 100 << 20)
     refused(ask("--model", with_template(broken, endless)), "the model's chat template fails")
     assert not os.path.exists("ran")
+
+
+@pytest.mark.parametrize("number", ["9 ** (9 ** 9)", "(messages|length + 8) ** (9 ** 9)"])
+def test_one_operation_on_large_numbers_is_bounded(ask, broken, monkeypatch, number):
+    """It keeps the interpreter's lock for hours, so that the thread that had the time slept."""
+    monkeypatch.setattr(template, "SECONDS", 0.5)
+    before = signal.getsignal(signal.SIGALRM)
+    model = with_template(broken, f"{{{{ {number} }}}}")
+    refused(ask("--model", model), "the model's chat template fails: it takes more than 0.5 second")
+    assert signal.getsignal(signal.SIGALRM) == before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "maximum recursion depth"),
+        ("{% for i in range(10 ** 9) %}{% endfor %}", "Range too big"),
+        ("{{ " + "(" * 20000 + "1" + ")" * 20000 + " }}", "maximum recursion depth"),
+        ("{% if 1 %}" * 3000 + "{% endif %}" * 3000, "maximum recursion depth"),
+        ("{{ messages + 1 }}", "can only concatenate"),
+        ("{{ '\\ud800' }}", ""),
+        ("{% include 'x' %}", "no loader"),
+        (5, "Can't compile"),
+        (["x"], ""),
+    ],
+)
+def test_a_template_that_cannot_be_rendered_is_one_line(ask, broken, template, words):
+    model = with_template(broken, template)
+    refused(ask("--model", model), words)
+    said = run(chat.main, "--model", model, stdin=b"hello\nagain\n")
+    assert (said.out, "Traceback" in said.err) == ("", False)
+    assert all(line.startswith("error: ") for line in said.err.splitlines())
 
 
 def tokenizer_of(model, decoder, controls=()) -> ModelTokenizer:
