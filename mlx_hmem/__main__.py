@@ -21,6 +21,7 @@ class Program(NamedTuple):
 PROGRAMS = {
     "generate": Program("mlx_hmem.generation.command", "a prompt in, text out"),
     "chat": Program("mlx_hmem.generation.chat", "a conversation whose memory follows the topic"),
+    "server": Program("mlx_hmem.server.command", "OpenAI's /v1, a memory for each request"),
     "remember": Program("mlx_hmem.train.remember.command", "teach a model your documents", GO_ON),
     "forget": Program("mlx_hmem.train.remember.forget", "and make it forget one of them", GO_ON),
     "bank": Program("mlx_hmem.bank_tools.command", "look into a bank, bar, join and split it"),

@@ -27,6 +27,9 @@ EXTRAS = {
     "matplotlib": "plot",
     "lm_eval": "harness",
     "gguf": "gguf",
+    "starlette": "server",
+    "uvicorn": "server",
+    "h11": "server",
 }
 
 

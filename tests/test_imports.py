@@ -26,6 +26,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
         "budget": ("anchors", "bank"),
         "model": ("budget", "retriever"),
         "generation": ("model",),
+        "server": ("generation",),
         "evaluate": ("model",),
         "bank_tools": ("documents", "evaluate", "generation"),
         "__init__": ("generation",),

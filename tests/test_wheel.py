@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers.places import ROOT
 
-NAMES = ["bank", "chat", "convert", "evaluate", "forget", "generate", "remember", "train"]
+NAMES = ["bank", "chat", "convert", "evaluate", "forget", "generate", "remember", "server", "train"]
 PROGRAM = """
 import importlib, runpy, sys
 from pathlib import Path

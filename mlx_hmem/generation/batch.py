@@ -139,6 +139,21 @@ class BatchModel:
         route_keys = tuple((bank, *key) for key in keys)
         return [*make_prompt_cache(self._model.anchor), RouteCache([Route(route_keys, banks)])]
 
+    def hold(self, cache: list[Any]) -> dict[Key, mx.array]:
+        """The blocks that the rows of a prompt cache need, fetched ahead of their first call: what
+        cannot be read is then no fault of a batch that others share. They stay for as long as what
+        is returned. UserError as :meth:`mlx_hmem.bank.Bank.blocks`."""
+        routes = cache[-1].routes
+        keys = set(chain.from_iterable(route.keys for route in routes))
+        held = {key: block for key in keys if (block := self._held.get(key)) is not None}
+        held.update(self._fetch(routes, keys - set(held)))
+        self._held.update(held)
+        return held
+
+    def holds(self, key: Key) -> bool:
+        """Whether some row has this block already."""
+        return key in self._held
+
     def __call__(self, inputs: mx.array, cache: list[Any]) -> mx.array:
         """Logits (batch, time, vocabulary) of token ids (batch, time)."""
         *states, routes = cache
@@ -149,10 +164,7 @@ class BatchModel:
     def _bind(self, cache: RouteCache) -> None:
         """Fetches the blocks of the rows that are not held yet and joins them."""
         rows = [route.keys for route in cache.routes]
-        keys = list(dict.fromkeys(chain.from_iterable(rows)))
-        held = {key: block for key in keys if (block := self._held.get(key)) is not None}
-        held.update(self._fetch(cache.routes, set(keys) - set(held)))
-        self._held.update(held)
+        held = self.hold([cache])
         routes = tuple(rows[:1] if len(set(rows)) == 1 else rows)
         cache.blocks, cache.anchor = held, self._bound.get(routes)
         if cache.anchor is None:

@@ -16,6 +16,25 @@ def check_stops(stops: Sequence[str]) -> Sequence[str]:
     return stops
 
 
+class Held:
+    """Text that may be the beginning of one of the texts ``stops``, until what follows decides."""
+
+    def __init__(self, stops: Sequence[str]):
+        self._stops, self._text = stops, ""
+
+    def add(self, text: str, last: bool) -> tuple[str, bool]:
+        """What is free once ``text`` has come, all of it if it is the ``last``, and whether a stop
+        text ends it there."""
+        held = self._text + text
+        found = [place for stop in self._stops if (place := held.find(stop)) >= 0]
+        if found:
+            return held[: min(found)], True
+        open_ends = [] if last else [_begun(held, stop) for stop in self._stops]
+        end = len(held) - max(open_ends, default=0)
+        self._text = held[end:]
+        return held[:end], False
+
+
 def until(
     pieces: Iterator[GenerationResponse], stops: Sequence[str]
 ) -> Iterator[GenerationResponse]:
@@ -24,17 +43,13 @@ def until(
     What may be the beginning of one is held back until the pieces after it have decided. The piece
     in which a text is whole is the last, with ``finish_reason`` "stop".
     """
-    held = ""
+    held = Held(stops)
     for piece in pieces:
-        held += piece.text
-        found = [place for stop in stops if (place := held.find(stop)) >= 0]
-        if found:
-            yield replace(piece, text=held[: min(found)], finish_reason="stop")
+        text, stopped = held.add(piece.text, piece.finish_reason is not None)
+        if stopped:
+            yield replace(piece, text=text, finish_reason="stop")
             return
-        open_ends = [_begun(held, stop) for stop in stops] if piece.finish_reason is None else []
-        end = len(held) - max(open_ends, default=0)
-        yield replace(piece, text=held[:end])
-        held = held[end:]
+        yield replace(piece, text=text)
 
 
 def _begun(text: str, stop: str) -> int:

@@ -63,8 +63,26 @@ class Banks:
         }
         return Banks(self._whole, self.views, allowed, inside)
 
-    def retriever(self, name: str = "") -> Retriever:
-        """That of the bank of this name, as :meth:`bank`; UserError where it has none."""
+    def narrowed(self, blocked: Collection[Barred], only: str | None = None) -> "Banks":
+        """The same open banks without what is ``blocked``, and of them the one called ``only``.
+        UserError: a path leads to no cluster, or there is no such bank to fetch from."""
+        if only is not None:
+            self.bank(only)
+        configs = {name: part.bank.config for name, part in self._whole.items()}
+        barred = [check_barred(path, configs) for path in blocked]
+        allowed = {
+            name: part._replace(bank=part.bank.view(paths))
+            for name, part in self.parts.items()
+            if only in (None, name) and (paths := of_bank(barred, name)) is not None
+        }
+        if not allowed:
+            raise UserError("no bank is left to fetch from", only or "all are barred", "bar less")
+        return Banks(self._whole, self.views, allowed, (*(self._inside or ()), *barred))
+
+    def retriever(self, name: str | None = None) -> Retriever:
+        """That of the bank of this name, of the first that may be fetched from without; errors as
+        of :meth:`bank`, and a UserError where it has none."""
+        name = next(iter(self.parts)) if name is None else name
         self.bank(name)
         if (retriever := self.parts[name].retriever) is None:
             raise not_routed(self.names)

@@ -1,0 +1,1 @@
+"""``mlx_hmem.server``: OpenAI's ``/v1`` with a memory for each request."""

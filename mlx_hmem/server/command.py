@@ -1,0 +1,142 @@
+"""A server that speaks OpenAI's ``/v1``: ``mlx_hmem.server --model M``."""
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from mlx_hmem.bank.views import check_name
+from mlx_hmem.errors import ArgumentParser, UserError, needed, printable
+from mlx_hmem.generation.options import say
+from mlx_hmem.model.find import DEMO, is_repo_name
+from mlx_hmem.model.load import load
+from mlx_hmem.server.engine import Engine
+from mlx_hmem.server.guard import Guard, is_loopback
+from mlx_hmem.server.keys import Key, check_views, new_key, read_keys
+from mlx_hmem.server.prepare import run_of
+from mlx_hmem.server.served import Served
+
+
+def parser() -> ArgumentParser:
+    made = ArgumentParser(
+        prog="mlx_hmem.server",
+        usage="mlx_hmem.server --model MODEL [options]",
+        description="Answers at OpenAI's addresses, each request with a memory of its own.",
+    )
+    made.add_argument(
+        "--model",
+        default="demo",
+        help="folder, Hub id or Hub id@REVISION (default: demo, the bundled model)",
+    )
+    made.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
+    made.add_argument("--port", type=int, default=8080, help="default: %(default)s; 0: a free one")
+    made.add_argument(
+        "--run", type=Path, metavar="FOLDER",
+        help="where the text of remembered documents lies (default: MODEL.run, if it is there)",
+    )  # fmt: skip
+    bounds = made.add_argument_group("bounds")
+    bounds.add_argument(
+        "--rows", type=int, default=32, metavar="N",
+        help="most answers that are generated at once (default: %(default)s)",
+    )  # fmt: skip
+    bounds.add_argument(
+        "--waiting", type=int, default=128, metavar="N",
+        help="most answers that may wait beside them; more are refused (default: %(default)s)",
+    )  # fmt: skip
+    bounds.add_argument(
+        "--context", type=int, metavar="TOKENS",
+        help="most tokens of prompt and answer together (default: those of the anchor)",
+    )  # fmt: skip
+    who = made.add_argument_group("who may ask")
+    who.add_argument(
+        "--api-keys", type=Path, metavar="FILE", help="a file of keys, one in each line"
+    )
+    who.add_argument(
+        "--no-keys-needed", action="store_true",
+        help="let whoever reaches --host ask, without keys, from other machines too",
+    )  # fmt: skip
+    who.add_argument("--new-key", metavar="NAME", help="make a key, print it and its line, and end")
+    who.add_argument("--view", metavar="VIEW", help="what the bearer of the new key may fetch")
+    made.add_argument(
+        "--log-requests", action="store_true",
+        help="write each request with its text to standard error (default: failures, no text)",
+    )  # fmt: skip
+    return made
+
+
+def main(words: Sequence[str]) -> None:
+    args = parser().parse_args(words)
+    if args.new_key is not None:
+        _print_key(args.new_key, args.view)
+        return
+    keys = _checked(args)
+    for package in ("starlette", "uvicorn"):
+        needed(package, "the server")
+    from mlx_hmem.server import app, http  # they import these
+
+    run = run_of(args.run, args.model)
+
+    def open_model() -> Served:
+        model = load(args.model, context=args.context)
+        check_views(keys or (), model.banks.views if model.banks is not None else {})
+        return Served(model, run, args.rows)
+
+    def log(line: str) -> None:
+        say(printable(line))
+
+    listening = http.bind(args.host, args.port)
+    engine = Engine(open_model, args.rows, args.waiting, log, args.log_requests)
+    guard = Guard(args.host, keys)
+    made = app.App(engine, guard, name_of(args.model), log, args.log_requests)
+    _drain_at_signals(engine)
+    with http.serving(made, listening):
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        say(f"serving {name_of(args.model)} at http://{host}:{listening.getsockname()[1]}/v1")
+        engine.run()
+    say("ended; all requests that were begun are answered")
+
+
+def name_of(model: str) -> str:
+    """What clients call the model: no path of this machine."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return "demo" if folder.resolve() == DEMO.resolve() else folder.resolve().name
+    return model if is_repo_name(model.partition("@")[0]) else "demo"
+
+
+def _checked(args: argparse.Namespace) -> list[Key] | None:
+    if args.view is not None:
+        raise UserError("--view alone has no use", args.view, "give it with --new-key NAME")
+    for name in ("rows", "waiting"):
+        if getattr(args, name) < (name == "rows"):
+            raise UserError(f"--{name} is too small", getattr(args, name), "give 1 or more")
+    if not 0 <= args.port < 1 << 16:
+        raise UserError("--port is none", args.port, "use 1 to 65535, or 0 for a free one")
+    if args.api_keys is not None:
+        return read_keys(args.api_keys)
+    if not is_loopback(args.host) and not args.no_keys_needed:
+        what = "without keys only this machine is served"
+        raise UserError(what, f"--host {args.host}", "give --api-keys FILE or --no-keys-needed")
+    return None
+
+
+def _print_key(name: str, view: str | None) -> None:
+    if view is not None:
+        check_name(view, "view")
+    key, line = new_key(name, view)
+    print(line)
+    print(f"the key of {name}, said this once: {key}\nabove: its line", file=sys.stderr)
+
+
+def _drain_at_signals(engine: Engine) -> None:
+    """The first signal lets what was begun end; the second ends it."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if engine.draining:
+            raise KeyboardInterrupt
+        engine.drain()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
