@@ -73,7 +73,8 @@ class App:
             )
         self._paths = {route.path for route in routes}
         self._app = Starlette(routes=routes, lifespan=self._lifespan)
-        self._app.add_exception_handler(HTTPException, _of_http)
+        for kind, handler in HANDLERS.items():
+            self._app.add_exception_handler(kind, handler)
         engine.deliver = self._deliver
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -94,14 +95,10 @@ class App:
         try:
             scope["state"]["key"] = self._guard.check(request.url.path, request.headers)
             await self._app(scope, receive, sent)
-        except RefusedError as error:
+        except RefusedError as error:  # by the guard
             await refusal(error)(scope, receive, sent)
-        except ClientDisconnect:
-            status = status or 499
-        except Exception as error:
+        except Exception as error:  # it has been answered, see HANDLERS
             self._log(f"a request failed: {cause_of(error)}")
-            if not status:
-                await refusal(RefusedError(500, "this request failed"))(scope, receive, sent)
         path = request.url.path if request.url.path in self._paths else "other"
         self._counts[path, status] += 1
         if self._detailed:
@@ -318,6 +315,8 @@ class Streamed(Response):
             except RefusedError as error:
                 body = event(error.to_dict())
             await send({"type": "http.response.body", "body": body})
+        except ClientDisconnect:
+            pass
         finally:
             self._gone.cancel()
             self._app.cancel(self._ticket)  # nothing to do if it is answered
@@ -332,6 +331,27 @@ async def _of_http(_: Request, error: Exception) -> Response:
     known = {404: "no such address", 405: "this address takes another method"}
     message = known.get(error.status_code, str(error.detail))
     return refusal(RefusedError(error.status_code, message, headers=dict(error.headers or {})))
+
+
+async def _of_refused(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RefusedError)
+    return refusal(error)
+
+
+async def _of_gone(_: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # nobody is there to read it
+
+
+async def _of_other(_: Request, error: Exception) -> Response:
+    return refusal(RefusedError(500, "this request failed"))
+
+
+HANDLERS: dict[type[Exception], Any] = {
+    HTTPException: _of_http,
+    RefusedError: _of_refused,
+    ClientDisconnect: _of_gone,
+    Exception: _of_other,
+}
 
 
 def _hand_out(events: list[tuple[Ticket, Event]]) -> None:

@@ -88,7 +88,8 @@ def bind(host: str, port: int) -> socket.socket:
 
 @contextlib.contextmanager
 def serving(app: Any, listening: socket.socket) -> Iterator[None]:
-    """Serves meanwhile; at the end what is being sent is sent, for some seconds."""
+    """Serves meanwhile; at the end what is being sent is sent, for some seconds, unless it is the
+    end by an error."""
     _allow_files()
     for name in ("uvicorn.error", "uvicorn.access", "asyncio"):  # they name clients and paths
         logging.getLogger(name).addHandler(logging.NullHandler())
@@ -105,6 +106,9 @@ def serving(app: Any, listening: socket.socket) -> Iterator[None]:
         while not server.started and thread.is_alive():
             thread.join(0.01)
         yield
+    except BaseException:
+        server.force_exit = True
+        raise
     finally:
         server.should_exit = True
         thread.join(END_SECONDS + 5)

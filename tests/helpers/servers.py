@@ -111,7 +111,8 @@ class Server:
         found = self.connect(head.encode() + text)
         seen = b""
         while b"data: " not in seen:
-            assert (more := found.recv(1 << 16)), seen
+            more = found.recv(1 << 16)
+            assert more, seen
             seen += more
         return found
 
@@ -119,6 +120,14 @@ class Server:
         found = re.search(rf"^{name} (.*)$", self.ask("/metrics").body, re.MULTILINE)
         assert found, name
         return float(found[1])
+
+
+def received(connection: socket.socket, wanted: bytes) -> bytes:
+    """What comes, until ``wanted`` is in it or no more comes."""
+    found = b""
+    while wanted not in found and (more := connection.recv(1 << 16)):
+        found += more
+    return found
 
 
 def events(connection: socket.socket) -> Iterator[Any]:

@@ -1,0 +1,198 @@
+"""Who is let in, how much, and what a key's view never has read."""
+
+import json
+import os
+import re
+import signal
+import socket
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from mlx_hmem.bank import Bank
+from mlx_hmem.model.load import load
+from mlx_hmem.server.app import MOST_BYTES
+from mlx_hmem.server.command import main
+from mlx_hmem.server.guard import Guard, RefusedError
+from tests.bank.test_views import Reads
+from tests.helpers.programs import assert_refused, run
+from tests.helpers.servers import received, wait_until
+from tests.server.conftest import PROMPTS
+
+TIN = PROMPTS[0]
+PATH = "/v1/completions"
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "evil.example"}, 403),
+        ({"Host": "localhost.evil.example:8080"}, 403),
+        ({"Host": "127.0.0.1.evil.example"}, 403),
+        ({"Host": "192.168.1.7"}, 403),
+        ({"Host": "[::1]:9"}, 200),
+        ({"Host": "LOCALHOST"}, 200),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Host": "localhost:1", "Origin": "http://localhost:1"}, 200),
+        ({"Host": "localhost:1", "Origin": "http://localhost:2"}, 403),
+    ],
+)
+def test_only_our_own_names_and_pages_are_let_in(server, headers, status):
+    got = server.ask(PATH, {"prompt": TIN, "max_tokens": 1}, headers)
+    assert got.status == status
+    assert status == 200 or got.error["code"] in ("wrong_host", "wrong_origin")
+    assert not [name for name in got.headers if name.startswith("access-control")]
+
+
+def test_another_host_answers_to_addresses_and_its_own_name():
+    guard = Guard("0.0.0.0", None)
+    for host in ("192.168.1.7:8080", "[fe80::1]:8080", socket.gethostname(), "localhost"):
+        assert guard.check("/health", {"host": host}) is None
+    with pytest.raises(RefusedError):
+        guard.check("/health", {"host": "evil.example"})
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        (b"{", 400, "not JSON"),
+        (b'{"prompt": "a", "prompt": "b"}', 400, "twice"),
+        (b'{"prompt": "\\ud800"}', 400, "not JSON"),
+        (b'{"prompt": NaN}', 400, "not JSON"),
+        (b'{"prompt": "\xff"}', 400, "not UTF-8"),
+        (b"[" * 100_000, 400, "nested too deeply"),
+        (b"x" * (MOST_BYTES + 1), 413, "more than"),
+    ],
+)
+def test_a_body_that_is_none_is_refused(server, body, status, words):
+    got = server.ask(PATH, body)
+    assert got.status == status
+    assert words in got.error["message"]
+    assert set(got.error) == {"message", "type", "param", "code"}
+
+
+def test_a_body_without_an_end_is_cut_off_and_takes_no_memory(server):
+    before = server.metric("hmem_resident_bytes")
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with server.connect(head) as connection:
+        chunk = b"100000\r\n" + b"a" * (1 << 20) + b"\r\n"
+        for _ in range(100):
+            connection.sendall(chunk)
+        assert received(connection, b"413").startswith(b"HTTP/1.1 413")
+    assert server.metric("hmem_resident_bytes") < before + (8 << 20)
+
+
+@pytest.mark.parametrize(
+    "path", ["/../../etc/passwd", "/v1/%2e%2e/%2e%2e/etc/passwd", "/v1/models/..%2f..", "//", "/x"]
+)
+def test_other_addresses_lead_nowhere(server, path):
+    assert server.ask(path).status == 404
+    got = server.ask(PATH)
+    assert (got.status, got.headers["allow"]) == (405, "POST")
+
+
+@pytest.mark.parametrize("raw", [b"\x16\x03\x01\x02\x00", b"GET / HTTP/9\r\n\r\n", b"\r\n" * 50])
+def test_what_is_no_http_ends_its_connection_alone(server, raw):
+    with server.connect(raw) as connection:
+        connection.shutdown(socket.SHUT_WR)
+        assert b"200" not in connection.recv(1000)
+    assert server.ask("/health").body == {"status": "ok"}
+
+
+def test_many_connections_leave_room_for_those_that_ask(server):
+    idle = []
+    for _ in range(300):
+        idle.append(server.connect())
+    assert server.ask(PATH, {"prompt": TIN, "max_tokens": 2}).status == 200
+    for _ in range(700):
+        idle.append(server.connect())
+    files = f"/proc/{server.pid}/fd"
+    wait_until(lambda: not os.path.exists(files) or len(os.listdir(files)) < 600)
+    for each in idle:
+        each.close()
+    wait_until(lambda: _answers(server))
+
+
+def _answers(server) -> bool:
+    try:
+        return server.ask("/health").status == 200
+    except OSError:
+        return False
+
+
+def test_a_key_is_needed_and_one_with_a_view_has_no_other(guarded, keys, texts):
+    body = {"prompt": texts[0][:40], "max_tokens": 2}
+    for given in (None, "Bearer x", "Basic " + keys["bob"][7:], keys["bob"] + "x"):
+        got = guarded.ask(PATH, body, {"Authorization": given} if given else {})
+        assert (got.status, got.error["code"]) == (401, "invalid_api_key")
+    for path in ("/v1/models", "/metrics", "/v1/memory/documents"):
+        assert guarded.ask(path).status == 401
+    assert guarded.ask("/health").status == 200
+    ann, bob = ({"Authorization": keys[name]} for name in ("ann", "bob"))
+    for fields, param in (({"view": "staff"}, "view"), ({"memory": {"view": "x"}}, "memory.view")):
+        got = guarded.ask(PATH, body | fields, ann)
+        assert (got.status, got.error["param"]) == (403, param)
+    assert guarded.ask(PATH, body | {"view": "guest"}, ann).status == 200
+    assert guarded.ask(PATH, body | {"view": "staff"}, bob).status == 200
+    assert guarded.ask(PATH, body | {"view": "nobody"}, bob).error["param"] == "view"
+    assert guarded.ask("/v1/memory/reload", {}, ann).status == 403
+    said = " ".join(guarded.lines)
+    assert texts[0][:10] not in said
+    assert keys["bob"][7:] not in said
+
+
+def test_a_barred_cluster_is_never_read_for_a_key_whose_view_bars_it(guarded, keys, viewed, texts):
+    guarded.reads.write_text("")
+    ann = {"Authorization": keys["ann"]}
+    bob = {"Authorization": keys["bob"]}
+    model = load(viewed, cache_bytes=0)
+    barred = (model.retriever.route(texts[0])[0],)
+    inside = [text for text in texts if model.retriever.route(text)[:1] == barred][:6]
+    others = [text for text in texts if model.retriever.route(text)[:1] != barred][:3]
+
+    def ask_all(headers) -> None:
+        asked = [{"prompt": text[:60], "max_tokens": 6} for text in [*inside, *others]]
+        asked += [fields | {"route_text": inside[0]} for fields in asked[:3]]
+        asked += [fields | {"bank": "", "bar": [[(barred[0] + 1) % 3]]} for fields in asked[:2]]
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda body: guarded.ask(PATH, body, headers), asked))
+        assert {got.status for got in found} == {200}
+
+    def reads_of_barred() -> list:
+        reads = Reads.__new__(Reads)
+        lines = guarded.reads.read_text().splitlines()
+        reads.reads, reads.hints = [tuple(map(int, line.split())) for line in lines], []
+        with Bank.open(viewed / "bank") as bank:
+            return reads.of(viewed, bank, barred)
+
+    ask_all(ann)
+    assert guarded.reads.read_text()
+    assert reads_of_barred() == []
+    assert guarded.ask("/v1/memory/reload", {}, bob).status == 200
+    ask_all(ann)
+    assert reads_of_barred() == []
+    names = {each["name"] for each in guarded.ask("/v1/memory/documents", headers=ann).body["data"]}
+    known = {each["name"] for each in guarded.ask("/v1/memory/documents", headers=bob).body["data"]}
+    assert 0 < len(names) < len(known)
+    ask_all(bob)
+    assert reads_of_barred() != []  # so it is seen when it is read
+    alone = guarded.ask(PATH, {"prompt": inside[0][:60], "max_tokens": 6}, ann).body
+    assert alone["memory"]["blocks"] == []
+
+
+def test_a_wrong_command_line_is_one_line(tmp_path, keys):
+    assert_refused(run(main, "--host", "0.0.0.0"), "only this machine", "--no-keys-needed")
+    assert_refused(run(main, "--port", "99999"), "--port")
+    assert_refused(run(main, "--rows", "0"), "--rows")
+    assert_refused(run(main, "--view", "guest"), "--new-key")
+    file = tmp_path / "keys"
+    for line in ('{"name": "ann"}', '{"name": "a", "sha256": "0"}', "[]", "", "ann"):
+        file.write_text(line)
+        assert_refused(run(main, "--api-keys", file), str(file))
+    assert_refused(run(main, "--model", "demo", "--api-keys", keys["file"], "--port", "0"), "ann")
+    made = run(main, "--new-key", "carl", "--view", "guest")
+    key = re.search("hmem-\\S+", made.err)[0]
+    assert key not in made.out
+    assert json.loads(made.out)["view"] == "guest"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

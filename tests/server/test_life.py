@@ -1,0 +1,169 @@
+"""Rows that are freed, requests that fail alone, a model that is taken over, an end that drains."""
+
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from mlx_hmem.model.load import load
+from mlx_hmem.server.command import _drain_at_signals
+from tests.bank.test_views import PROMPT, write_views
+from tests.conftest import MEMORY, save_bank
+from tests.helpers.servers import Server, events, received, wait_until
+from tests.server.conftest import PROMPTS
+
+PATH = "/v1/completions"
+LONG = {"prompt": PROMPTS[1], "max_tokens": 240, "memory": "none", "temperature": 2.0}
+
+
+FIRST = """
+import time
+import mlx_hmem.server.http as http
+import mlx_hmem.server.served as served
+http.HEADER_SECONDS, step = 2.0, served.Served.next
+served.Served.next = lambda self: (time.sleep(0.03), step(self))[1]
+"""
+
+
+@pytest.fixture(scope="module")
+def small(model_folder, tmp_path_factory):
+    """A slow server of two rows, beside which two may wait, on a model that may be changed. The
+    tests take turns on it; the last ends it."""
+    folder = Path(shutil.copytree(model_folder, tmp_path_factory.mktemp("small") / "model"))
+    words = ("--model", folder, "--rows", 2, "--waiting", 2)
+    with Server(*words, worker="tests.helpers.quick_worker", FIRST=FIRST) as found:
+        found.folder = folder
+        yield found
+
+
+def long(small, **fields):
+    """An answer of the tiny model that takes its time."""
+    return small.stream({"prompt": PROMPT, "max_tokens": 80, "temperature": 2.0} | fields)
+
+
+def test_ten_clients_that_go_away_free_their_rows(server):
+    streams = [server.stream(LONG | {"seed": seed}) for seed in range(10)]
+    gone = server.metric("hmem_requests_gone_total")
+    for stream in streams:
+        stream.close()
+    wait_until(lambda: server.metric("hmem_rows_inside") == 0)
+    ended = server.metric("hmem_requests_gone_total") - gone
+    assert ended >= 5  # the first may have come to their end
+    assert server.ask(PATH, {"prompt": PROMPTS[0], "max_tokens": 3}).body["choices"][0]["text"]
+
+
+def test_a_client_that_goes_away_without_a_stream_frees_its_row(small):
+    text = b'{"prompt": "The old lighthouse", "max_tokens": 80, "temperature": 2}'
+    head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(text)}\r\n\r\n"
+    connection = small.connect(head.encode() + text)
+    wait_until(lambda: small.metric("hmem_rows") == 1)
+    connection.close()
+    wait_until(lambda: small.metric("hmem_rows_inside") == 0)
+    assert small.metric("hmem_requests_gone_total") >= 1
+
+
+def test_more_than_may_wait_are_sent_away_and_the_rest_answered(small):
+    streams = [long(small, seed=seed) for seed in (1, 2)]
+    waiting = [threading.Thread(target=small.ask, args=(PATH, {"prompt": PROMPT})) for _ in "ab"]
+    for each in waiting:
+        each.start()
+    wait_until(lambda: small.metric("hmem_rows_inside") == 4)
+    got = small.ask(PATH, {"prompt": PROMPT})
+    assert (got.status, got.error["type"]) == (429, "rate_limit_error")
+    assert int(got.headers["retry-after"]) >= 1
+    assert small.metric("hmem_rows") <= 2
+    assert [list(events(each))[-1] for each in streams] == [None, None]
+    for each in waiting:
+        each.join()
+    assert small.metric("hmem_rows_inside") == 0
+
+
+def test_a_damaged_block_fails_the_request_that_needs_it_alone(small, texts):
+    model = load(small.folder)
+    routes = {model.retriever.route(text)[0]: text for text in texts}
+    first, second = list(routes)[:2]
+    place = model.bank._sources.storage.place((1, first))
+    stream = long(small, route_text=routes[second])
+    (file,) = small.folder.glob("bank/level-1.*")
+    whole = file.read_bytes()
+    with file.open("r+b") as opened:
+        opened.seek(place.offset)
+        opened.write(bytes(place.nbytes))
+    got = small.ask(PATH, {"prompt": PROMPT, "route_text": routes[first], "max_tokens": 3})
+    assert (got.status, got.error["message"]) == (500, "a block of the memory cannot be read")
+    assert list(events(stream))[-1] is None
+    assert small.ask(PATH, {"prompt": PROMPT, "route_text": routes[second]}).status == 200
+    file.write_bytes(whole)
+    assert str(small.folder) not in " ".join(small.lines[1:])
+
+
+def test_a_reload_takes_over_and_answers_in_flight_end_with_the_model_they_began_with(small):
+    body = {"prompt": PROMPT, "max_tokens": 12}
+    before = small.ask(PATH, body).body["choices"][0]["text"]
+    stream = small.stream(body)
+    new = Path(shutil.copytree(small.folder, small.folder.with_name("new")))
+    bank = load(new).bank
+    hashes = (bank.anchor_hash, bank.tree_hash)
+    save_bank(new / "bank", MEMORY, *hashes, seed=9)
+    write_views(new, staff=[])
+    small.folder.rename(small.folder.with_name("old"))
+    new.rename(small.folder)
+    assert small.ask("/v1/memory/reload", {}).status == 200
+    after = small.ask(PATH, body).body["choices"][0]["text"]
+    assert after != before
+    said = "".join(e["choices"][0]["text"] for e in events(stream) if e)
+    assert before.endswith(said)
+    assert small.ask("/v1/memory/documents").body["views"] == ["staff"]
+    (small.folder / "config.json").unlink()
+    got = small.ask("/v1/memory/reload", {})
+    assert got.status == 500
+    assert str(small.folder) not in str(got.body)
+    assert small.ask(PATH, body).body["choices"][0]["text"] == after
+
+
+def test_a_slow_head_is_cut_off(small):
+    slow = small.connect(b"GET /health HTTP/1.1\r\nHost: localhost\r\n")
+    again = small.connect(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert b"ok" in received(again, b"ok")
+    for connection in (slow, again):
+        for _ in range(400):
+            try:
+                connection.sendall(b"x: y\r\n")
+                time.sleep(0.02)
+            except OSError:
+                break
+        else:
+            raise AssertionError("it may send for ever")
+
+
+def test_a_second_signal_ends_it_at_once(monkeypatch):
+    handlers = {}
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    engine = SimpleNamespace(draining=False)
+    engine.drain = lambda: setattr(engine, "draining", True)
+    _drain_at_signals(engine)
+    assert set(handlers) == {signal.SIGINT, signal.SIGTERM}
+    handlers[signal.SIGTERM](signal.SIGTERM, None)
+    assert engine.draining
+    with pytest.raises(KeyboardInterrupt):
+        handlers[signal.SIGINT](signal.SIGINT, None)
+
+
+def test_sigterm_lets_what_was_begun_end_and_takes_nothing_new(small):
+    streams = [long(small, seed=seed) for seed in (1, 2)]
+    kept = small.connect(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert b'{"status":"ok"}' in received(kept, b"}")
+    small.signal()
+    time.sleep(0.2)
+    for path, body in (("/health", None), (PATH, {"prompt": PROMPT})):
+        assert small.ask(path, body).status == 503
+    for each in streams:
+        *_, last, done = events(each)
+        assert last["choices"][0]["finish_reason"]
+        assert done is None
+    assert small.wait() == 0
+    assert "answered" in small.lines[-1]
