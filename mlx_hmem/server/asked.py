@@ -34,6 +34,11 @@ class RefusedError(Exception):
         return {"error": error}
 
 
+def wrong(param: str, why: str) -> RefusedError:
+    """A field of the request is not as it must be."""
+    return RefusedError(400, f"{param}: {why}", param)
+
+
 @contextmanager
 def naming(param: str | None, status: int = 400, code: str | None = None) -> Iterator[None]:
     """A UserError inside is a refusal that names this field."""

@@ -13,10 +13,10 @@ from mlx_hmem.generation.options import say
 from mlx_hmem.model.find import DEMO, is_repo_name
 from mlx_hmem.model.load import load
 from mlx_hmem.server.engine import Engine
-from mlx_hmem.server.guard import Guard, is_loopback
-from mlx_hmem.server.keys import Key, check_views, new_key, read_keys
 from mlx_hmem.server.prepare import run_of
 from mlx_hmem.server.served import Served
+from mlx_hmem.server.web.guard import Guard, is_loopback
+from mlx_hmem.server.web.keys import Key, check_views, new_key, read_keys
 
 
 def parser() -> ArgumentParser:
@@ -74,7 +74,7 @@ def main(words: Sequence[str]) -> None:
     keys = _checked(args)
     for package in ("starlette", "uvicorn"):
         needed(package, "the server")
-    from mlx_hmem.server import app, http  # they import these
+    from mlx_hmem.server.web import app, http  # they import these
 
     run = run_of(args.run, args.model)
 

@@ -22,8 +22,7 @@ from mlx_hmem.generation.topic import MARGIN, WINDOW, Topic
 from mlx_hmem.model.fetch import NOTHING_NEAR, PASSAGES_ANSWER
 from mlx_hmem.model.model import MemoryModel
 from mlx_hmem.model.stream import check_length, prompt_ids
-from mlx_hmem.server.asked import Asked, MemoryAsked, Messages, naming
-from mlx_hmem.server.fields import wrong
+from mlx_hmem.server.asked import Asked, MemoryAsked, Messages, naming, wrong
 
 NO_BANK = "no bank"  # why an anchor alone answers where nobody asked for memory
 MOST_VIEWS = 8  # of which the passages are kept

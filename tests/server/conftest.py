@@ -9,7 +9,7 @@ import pytest
 from mlx_hmem import load
 from mlx_hmem.bank.documents import write_documents
 from mlx_hmem.model.model import MemoryModel
-from mlx_hmem.server.keys import new_key
+from mlx_hmem.server.web.keys import new_key
 from tests.bank.test_views import write_views
 from tests.helpers.banks import document
 from tests.helpers.servers import Server

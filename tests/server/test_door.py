@@ -11,9 +11,9 @@ import pytest
 
 from mlx_hmem.bank import Bank
 from mlx_hmem.model.load import load
-from mlx_hmem.server.app import MOST_BYTES
 from mlx_hmem.server.command import main
-from mlx_hmem.server.guard import Guard, RefusedError
+from mlx_hmem.server.web.app import MOST_BYTES
+from mlx_hmem.server.web.guard import Guard, RefusedError
 from tests.bank.test_views import Reads
 from tests.helpers.programs import assert_refused, run
 from tests.helpers.servers import received, wait_until

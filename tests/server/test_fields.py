@@ -3,8 +3,8 @@
 import pytest
 
 from mlx_hmem.server.asked import RefusedError
-from mlx_hmem.server.fields import IGNORED, asked_of
 from mlx_hmem.server.prepare import conversation_of
+from mlx_hmem.server.web.fields import IGNORED, asked_of
 
 CHAT = {"messages": [{"role": "user", "content": "hello"}]}
 TEXT = {"prompt": "hello"}

@@ -22,7 +22,7 @@ LONG = {"prompt": PROMPTS[1], "max_tokens": 240, "memory": "none", "temperature"
 
 FIRST = """
 import time
-import mlx_hmem.server.http as http
+import mlx_hmem.server.web.http as http
 import mlx_hmem.server.served as served
 http.HEADER_SECONDS, step = 2.0, served.Served.next
 served.Served.next = lambda self: (time.sleep(0.03), step(self))[1]

@@ -5,7 +5,7 @@ import socket
 from collections.abc import Mapping, Sequence
 
 from mlx_hmem.server.asked import RefusedError
-from mlx_hmem.server.keys import Key, key_of
+from mlx_hmem.server.web.keys import Key, key_of
 
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 OPEN = ("/health", "/")  # what needs no key: whether the server is well, and the page that asks

@@ -11,21 +11,22 @@ from importlib import resources
 from typing import Any
 
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from mlx_hmem.budget.resident import resident_bytes
 from mlx_hmem.reading import strict_json
-from mlx_hmem.server.answers import Answers, event
-from mlx_hmem.server.asked import Begun, Piece, RefusedError
+from mlx_hmem.server.asked import Begun, Piece, RefusedError, wrong
 from mlx_hmem.server.engine import Engine, Event
-from mlx_hmem.server.fields import asked_of, check_rest, given, memory_asked, text_of, wrong
-from mlx_hmem.server.guard import Guard, view_for
-from mlx_hmem.server.keys import Key
 from mlx_hmem.server.served import Served, Ticket, cause_of
+from mlx_hmem.server.web.answers import Answers
+from mlx_hmem.server.web.fields import asked_of, check_rest, given, memory_asked, text_of
+from mlx_hmem.server.web.guard import Guard, view_for
+from mlx_hmem.server.web.keys import Key
+from mlx_hmem.server.web.metrics import metrics
+from mlx_hmem.server.web.refusals import HANDLERS, refusal
+from mlx_hmem.server.web.sending import Streamed, events_of, hand_out, watch
 
 MOST_BYTES = 1 << 20  # of a body
 BODY_SECONDS = 30.0  # in which it must be here
@@ -115,7 +116,7 @@ class App:
     def _deliver(self, events: list[tuple[Ticket, Event]]) -> None:
         assert self._loop is not None
         with contextlib.suppress(RuntimeError):  # the loop has ended: nobody listens
-            self._loop.call_soon_threadsafe(_hand_out, events)
+            self._loop.call_soon_threadsafe(hand_out, events)
 
     # Answers.
 
@@ -132,28 +133,29 @@ class App:
         self._set_view(request, asked.memory)
         ticket, start = Ticket(asked, sink=asyncio.Queue()), time.perf_counter()
         self._engine.submit(ticket)
-        gone = asyncio.create_task(_watch(request, ticket))
+        gone = asyncio.create_task(watch(request, ticket))
+
+        def begun() -> None:
+            self._first[0] += 1
+            self._first[1] += time.perf_counter() - start
+
+        def over() -> None:
+            gone.cancel()
+            self._engine.cancel(ticket)  # nothing is left to do if it is answered
+
         try:
-            events = _events(ticket)
+            events = events_of(ticket)
             first = await anext(events)
             assert isinstance(first, Begun)
             answers = Answers(asked, self._name, first.prompt_tokens)
             if asked.stream:
-                return Streamed(self, ticket, events, answers, gone, start)
+                return Streamed(ticket, events, answers, begun, over)
             last = [piece async for piece in events if isinstance(piece, Piece)]
-            gone.cancel()
-            return JSONResponse(answers.whole(last))
         except BaseException:
-            gone.cancel()
-            self._engine.cancel(ticket)
+            over()
             raise
-
-    def count_first(self, seconds: float) -> None:
-        self._first[0] += 1
-        self._first[1] += seconds
-
-    def cancel(self, ticket: Ticket) -> None:
-        self._engine.cancel(ticket)
+        over()
+        return JSONResponse(answers.whole(last))
 
     # What there is, and how it is.
 
@@ -176,30 +178,8 @@ class App:
         return JSONResponse(status, 503 if draining else 200)
 
     async def _metrics(self, _: Request) -> Response:
-        engine = self._engine
-        lines = [
-            "# TYPE hmem_http_requests_total counter",
-            *(
-                f'hmem_http_requests_total{{path="{path}",status="{status}"}} {count}'
-                for (path, status), count in sorted(self._counts.items())
-            ),
-        ]
-        for name in ("answered", "failed", "gone", "reloads", "tokens"):
-            kind = "" if name in ("reloads", "tokens") else "requests_"
-            lines += [f"# TYPE hmem_{kind}{name}_total counter"]
-            lines += [f"hmem_{kind}{name}_total {engine.counts[name]}"]
-        gauges = {
-            "rows": engine.num_rows,
-            "rows_most": engine.rows,
-            "rows_inside": engine.num_inside,
-            "resident_bytes": resident_bytes(),
-        }
-        for name, value in gauges.items():
-            lines += [f"# TYPE hmem_{name} gauge", f"hmem_{name} {value}"]
-        lines += ["# TYPE hmem_first_token_seconds summary"]
-        lines += [f"hmem_first_token_seconds_count {self._first[0]:.0f}"]
-        lines += [f"hmem_first_token_seconds_sum {self._first[1]:.6f}"]
-        return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
+        text = metrics(self._engine, self._counts, self._first)
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     # Memory.
 
@@ -280,103 +260,6 @@ class App:
 
     def _set_view(self, request: Request, memory: Any) -> None:
         memory.view = view_for(request.state.key, memory.view, memory.params.get("view"))
-
-
-class Streamed(Response):
-    """An answer that is sent as it comes."""
-
-    def __init__(
-        self,
-        app: App,
-        ticket: Ticket,
-        events: AsyncIterator[Event],
-        answers: Answers,
-        gone: asyncio.Task[None],
-        start: float,
-    ):
-        super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        del self.headers["content-length"]
-        self._app, self._ticket, self._events = app, ticket, events
-        self._answers, self._gone, self._start = answers, gone, start
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        await send(start)
-        try:
-            try:
-                async for piece in self._events:
-                    if self._start:
-                        self._app.count_first(time.perf_counter() - self._start)
-                        self._start = 0.0
-                    assert isinstance(piece, Piece)
-                    if body := b"".join(self._answers.chunks(piece)):
-                        await send({"type": "http.response.body", "body": body, "more_body": True})
-                body = b"".join(self._answers.end())
-            except RefusedError as error:
-                body = event(error.to_dict())
-            await send({"type": "http.response.body", "body": body})
-        except ClientDisconnect:
-            pass
-        finally:
-            self._gone.cancel()
-            self._app.cancel(self._ticket)  # nothing to do if it is answered
-
-
-def refusal(error: RefusedError) -> Response:
-    return JSONResponse(error.to_dict(), error.status, headers=error.headers)
-
-
-async def _of_http(_: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    known = {404: "no such address", 405: "this address takes another method"}
-    message = known.get(error.status_code, str(error.detail))
-    return refusal(RefusedError(error.status_code, message, headers=dict(error.headers or {})))
-
-
-async def _of_refused(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RefusedError)
-    return refusal(error)
-
-
-async def _of_gone(_: Request, error: Exception) -> Response:
-    return Response(status_code=499)  # nobody is there to read it
-
-
-async def _of_other(_: Request, error: Exception) -> Response:
-    return refusal(RefusedError(500, "this request failed"))
-
-
-HANDLERS: dict[type[Exception], Any] = {
-    HTTPException: _of_http,
-    RefusedError: _of_refused,
-    ClientDisconnect: _of_gone,
-    Exception: _of_other,
-}
-
-
-def _hand_out(events: list[tuple[Ticket, Event]]) -> None:
-    for ticket, each in events:
-        ticket.sink.put_nowait(each)
-
-
-async def _watch(request: Request, ticket: Ticket) -> None:
-    """Waits until the client goes away."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-    ticket.sink.put_nowait(None)
-
-
-async def _events(ticket: Ticket) -> AsyncIterator[Event]:
-    """What the engine says of a request, to the end; raises RefusedError, or ClientDisconnect."""
-    left = ticket.asked.num_rows
-    while left:
-        found: Event | None = await ticket.sink.get()
-        if found is None:
-            raise ClientDisconnect
-        if isinstance(found, RefusedError):
-            raise found
-        left -= isinstance(found, Piece) and found.finish_reason is not None
-        yield found
 
 
 async def _done(future: "Future[Any]") -> Any:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_hmem.model.fetch import MODES
-from mlx_hmem.server.asked import Asked, MemoryAsked, Messages, RefusedError
+from mlx_hmem.server.asked import Asked, MemoryAsked, Messages, RefusedError, wrong
 
 MOST_ROWS = 64  # of one request: prompts × n
 MOST_STOPS = 16
@@ -45,17 +45,13 @@ FLAT = {"memory_name": "name"} | {k: k for k in MEMORY if k not in ("mode", "nam
 HEADERS = {"x-memory": "mode"} | {f"x-memory-{k.replace('_', '-')}": k for k in MEMORY[1:]}
 
 
-def wrong(param: str, why: str) -> RefusedError:
-    return RefusedError(400, f"{param}: {why}", param)
-
-
 def asked_of(body: Any, headers: Mapping[str, str], chat: bool) -> Asked:
     """A request for a chat's next message, or for what continues prompts.
 
     ``headers``: those of HTTP, names in small letters. Raises RefusedError.
     """
     values = given(body)
-    asked = Asked(memory=_memory_of(values, headers))
+    asked = Asked(memory=memory_asked(values, headers))
     if chat:
         asked.messages = _messages(values.pop("messages", None))
     else:
@@ -94,19 +90,15 @@ def check_rest(values: dict[str, Any]) -> None:
             raise RefusedError(400, f"{name[:80]}: no such field", name[:80], "unknown_parameter")
 
 
-def memory_asked(values: dict[str, Any], headers: Mapping[str, str]) -> MemoryAsked:
-    """As :func:`asked_of`, of the memory alone."""
-    return _memory_of(values, headers)
-
-
 def text_of(value: Any, param: str, most: int = 1 << 30) -> str:
     if not isinstance(value, str) or len(value) > most:
         raise wrong(param, "is no text" if not isinstance(value, str) else "is too long")
     return value
 
 
-def _memory_of(values: dict[str, Any], headers: Mapping[str, str]) -> MemoryAsked:
-    """The settings of the body and, where it says nothing of one, of the headers."""
+def memory_asked(values: dict[str, Any], headers: Mapping[str, str]) -> MemoryAsked:
+    """Takes the settings of the memory out of a body; where it says nothing of one, the headers
+    do. RefusedError as :func:`asked_of`."""
     memory = values.pop("memory", {})
     found = {"mode": memory} if isinstance(memory, str) else memory
     if not isinstance(found, dict):

@@ -1,0 +1,1 @@
+"""The thread that serves HTTP: nothing here calls MLX."""
