@@ -159,7 +159,10 @@ class Engine:
             else:
                 self.deliver([(ticket, Begun(sum(len(p.ids) for p in ticket.prompts)))])
                 self._num_reading += 1
-                self._to_read.put(ticket)
+                if all(map(self.served.has_all, ticket.prompts)):
+                    self._is_read(ticket)
+                else:
+                    self._to_read.put(ticket)
             return
 
     def _insert_ready(self) -> None:

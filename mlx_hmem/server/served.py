@@ -97,6 +97,10 @@ class Served:
         self._rows[uid] = ticket, Row(asked, index, tokenizer, held)
         ticket.uids.add(uid)
 
+    def has_all(self, prompt: Prompt) -> bool:
+        """Whether no block of a prompt need be read."""
+        return all(self._has(prompt, key) for key in prompt.found.keys)
+
     def next(self) -> Iterator[Said]:
         """What the rows have to say after one more step. What fails in it fails all of them."""
         try:

@@ -1,0 +1,15 @@
+"""What the server costs: ``python -m benchmarks.serving PART [--json]``.
+
+``clients``: many clients, each with another route, at once against one by one, and the first token
+of one beside all others. ``beside``: mlx-lm's server with the anchor alone, and ours with it and
+with memories, on a random anchor of the demo's size that mlx-lm knows, all clients at once.
+``soak``: resident memory and open files at the end of a long time, against after a tenth of it.
+"""
+
+from benchmarks.common.show import benchmark
+from benchmarks.serving import load, soak
+
+if __name__ == "__main__":
+    benchmark(
+        __doc__, {"clients": load.measure, "beside": load.measure_beside, "soak": soak.measure}
+    )
