@@ -32,7 +32,11 @@ class Program(NamedTuple):
     process: subprocess.Popen[str]
 
     def ask(self, prompt: str, max_tokens: int, **fields: Any) -> Answer:
-        body = self._post({"prompt": prompt, "max_tokens": max_tokens} | fields)
+        wanted = {"prompt": prompt, "max_tokens": max_tokens} | fields
+        try:
+            body = self._post(wanted)
+        except ConnectionResetError:  # mlx-lm's lets five wait to be taken up
+            body = self._post(wanted)
         found = json.loads(body)
         return Answer(found["choices"][0]["text"], found["usage"]["completion_tokens"])
 
