@@ -7,6 +7,7 @@ no MLX, and its rows join the batch as others leave.
 
 import queue
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -23,6 +24,7 @@ from mlx_hmem.server.served import Served, Ticket, cause_of
 Event = Begun | Piece | RefusedError
 Deliver = Callable[[list[tuple[Ticket, Event]]], None]
 ENDING = "the server is about to end"
+PREPARE_SECONDS = 0.02  # between two tokens of the others
 FULL = "too many requests wait; try again soon"
 
 
@@ -147,8 +149,9 @@ class Engine:
         return len(self._ready) + self._num_reading < self.rows
 
     def _prepare_next(self) -> None:
-        """One request, so that the rows that speak do not wait for many."""
-        while self._new and self._may_prepare():
+        """As many requests as so many seconds allow, so that the rows that speak do not wait."""
+        end = time.perf_counter() + PREPARE_SECONDS
+        while self._new and self._may_prepare() and time.perf_counter() < end:
             ticket = self._new.popleft()
             if ticket.over:
                 continue
@@ -163,7 +166,6 @@ class Engine:
                     self._is_read(ticket)
                 else:
                     self._to_read.put(ticket)
-            return
 
     def _insert_ready(self) -> None:
         while self._ready and self.num_rows < self.rows:
