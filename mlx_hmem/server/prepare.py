@@ -218,16 +218,9 @@ class Preparing:
         return self._passages[place].nearest(text, memory.with_passages)
 
     def _chat_ids(self, system: str | None, turns: list[tuple[str, str]], text: str) -> list[int]:
-        tokenizer = self.model.tokenizer
-        if tokenizer.has_chat_template:
-            return chat_ids(tokenizer, system, turns, text)
-        ids: list[int] = []
-        for said, answer in [*turns, (text, "")]:
-            own = prompt_ids(tokenizer, said, None)
-            # An id that both ends a text and begins one stands between two of them once.
-            ids += own[1:] if ids[-1:] == own[:1] else own
-            ids += tokenizer.encode(answer, add_special_tokens=False) if answer else []
-        return ids
+        if not self.model.tokenizer.has_chat_template:  # as in mlx_hmem.chat
+            return prompt_ids(self.model.tokenizer, text, None)
+        return chat_ids(self.model.tokenizer, system, turns, text)
 
 
 def run_of(given: Path | None, model: str) -> Path | None:

@@ -1,11 +1,15 @@
 """Who is let in, how much, and what a key's view never has read."""
 
+import base64
+import hashlib
 import json
 import os
 import re
 import signal
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from html.parser import HTMLParser
+from urllib import request
 
 import pytest
 
@@ -196,3 +200,36 @@ def test_a_wrong_command_line_is_one_line(tmp_path, keys):
     assert key not in made.out
     assert json.loads(made.out)["view"] == "guest"
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+class Blocks(HTMLParser):
+    """The inline scripts and styles of a page, and every address in it."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.found, self.addresses, self._inside = {"script": [], "style": []}, [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self._inside = tag
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "action")]
+
+    def handle_endtag(self, tag):
+        self._inside = ""
+
+    def handle_data(self, data):
+        if self._inside in self.found:
+            self.found[self._inside].append(data)
+
+
+def test_the_page_needs_no_key_and_a_browser_runs_its_own_script_alone(guarded):
+    with request.urlopen(guarded.url.removesuffix("v1")) as answer:
+        page, policy = answer.read().decode(), answer.headers["Content-Security-Policy"]
+    blocks = Blocks(page)
+    for kind, (text,) in blocks.found.items():
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"{kind}-src 'sha256-{digest}'" in policy
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert all(address.startswith("data:") for address in blocks.addresses)
+    assert not re.search(r"""fetch\(["'`](?!v1/)""", page)

@@ -7,12 +7,11 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
-from importlib import resources
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
@@ -25,15 +24,12 @@ from mlx_hmem.server.web.fields import asked_of, check_rest, given, memory_asked
 from mlx_hmem.server.web.guard import Guard, view_for
 from mlx_hmem.server.web.keys import Key
 from mlx_hmem.server.web.metrics import metrics
+from mlx_hmem.server.web.page import page
 from mlx_hmem.server.web.refusals import HANDLERS, refusal
 from mlx_hmem.server.web.sending import Streamed, events_of, hand_out, watch
 
 MOST_BYTES = 1 << 20  # of a body
 BODY_SECONDS = 30.0  # in which it must be here
-POLICY = (
-    "default-src 'self'; style-src 'self' 'unsafe-inline'; script-src 'self' 'unsafe-inline'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 
 
 class App:
@@ -53,6 +49,7 @@ class App:
         self._counts: Counter[tuple[str, int]] = Counter()  # of requests, by path and status
         self._first: list[float] = [0.0, 0.0]  # first tokens, and the seconds to them
         self._created = int(time.time())
+        chat_page = page()
         routes = [
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/completions", self._complete, methods=["POST"]),
@@ -63,15 +60,8 @@ class App:
             Route("/v1/memory/reload", self._reload, methods=["POST"]),
             Route("/health", self._health),
             Route("/metrics", self._metrics),
+            Route("/", lambda _: chat_page),
         ]
-        page = resources.files("mlx_hmem.server") / "page.html"
-        if page.is_file():
-            text = page.read_text(encoding="utf-8")
-            routes.append(
-                Route(
-                    "/", lambda _: HTMLResponse(text, headers={"Content-Security-Policy": POLICY})
-                )
-            )
         self._paths = {route.path for route in routes}
         self._app = Starlette(routes=routes, lifespan=self._lifespan)
         for kind, handler in HANDLERS.items():
