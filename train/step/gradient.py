@@ -223,7 +223,8 @@ def fitting_parts(lengths: np.ndarray, at_once: int) -> list[tuple[slice, int]]:
     parts, start = [], 0
     while start < len(lengths):
         length = -(-(int(lengths[start]) - 1) // SHAPES) * SHAPES
-        alike = start + int((lengths[start:] >= ALIKE * length).sum())
+        shortest = min(ALIKE * length, lengths[start])  # of 11 tokens are 16 with padding
+        alike = start + int((lengths[start:] >= shortest).sum())
         end = max(start + 1, min(alike, start + at_once // length))
         parts.append((slice(start, end), length))
         start = end
