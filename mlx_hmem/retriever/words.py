@@ -22,6 +22,7 @@ UNSAID = 2.0  # rare words of one piece that no text has, added to each question
 FEWEST = 20  # texts that words are weighed for: of a few no word would be rare
 OWN = 0.8  # weight of a question among the last words of a conversation
 COMMONEST = 1996  # the first word of BERT's vocabulary: before it are signs and single letters
+UNKNOWN = "[UNK]"
 
 
 def words_of(tokenizer: Tokenizer, text: str) -> list[str]:
@@ -65,7 +66,10 @@ class WordIndex:
 
     def _general(self, word: str) -> float:
         """How rare a word is in general: that of its pieces, summed and squared; about 1 for the
-        rarest of one piece."""
+        rarest of one piece, and for one whose letters the encoder does not know."""
         most = math.log(self.tokenizer.get_vocab_size() - COMMONEST + 1)
-        ranks = (token.id - COMMONEST for token in self.tokenizer.model.tokenize(word))
+        pieces = self.tokenizer.model.tokenize(word)
+        if any(piece.value == UNKNOWN for piece in pieces):  # it stands before the commonest words
+            return 1.0
+        ranks = (piece.id - COMMONEST for piece in pieces)
         return sum(0.5 if rank < 0 else math.log(2 + rank) / most for rank in ranks) ** 2

@@ -101,6 +101,16 @@ def test_a_text_alone_covers_what_is_asked_about_it():
     assert WordIndex(tokenizer, []).covered("harbour").shape == (0,)
 
 
+def test_words_of_a_script_that_the_encoder_does_not_know_count_as_rare_ones():
+    tokenizer = load_encoder("static").tokenizer
+    told = "የድሮው ወደብ የይለፍ ቃል ዓሣ ነው"  # the old harbour's password is fish
+    assert tokenizer.model.tokenize("ወደብ")[0].value == "[UNK]"
+    own, other = WordIndex(
+        tokenizer, [words_of(tokenizer, text) for text in (told, "ሰላም ነው")]
+    ).covered("የድሮው ወደብ የይለፍ ቃል ምንድን ነው")
+    assert other < NEAR < own
+
+
 def test_words_are_told_apart_in_any_script_and_case():
     tokenizer = load_encoder("static").tokenizer
     assert words_of(tokenizer, "The Café, the CAFE; x2!") == ["cafe", "the", "x2"]
