@@ -54,3 +54,9 @@ def test_a_folder_that_vanishes_is_waited_for(tmp_path, capsys):
 def test_watching_goes_with_no_plan_alone(tmp_path):
     words = [str(tmp_path), "--model", "demo", "--out", str(tmp_path / "m"), "--watch", "--dry-run"]
     refused("--watch goes with neither", main, words)
+
+
+def test_quick_is_a_number_of_passes_and_goes_with_no_other(tmp_path):
+    """It was passed over without a word."""
+    words = [str(tmp_path), "--model", "demo", "--out", str(tmp_path / "m")]
+    refused("--quick: not allowed with argument --passes", main, [*words, "--passes=2", "--quick"])

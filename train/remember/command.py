@@ -60,11 +60,12 @@ def main(words: Sequence[str]) -> None:
         "of kinds that hold no text",
     )  # fmt: skip
     parser.add_argument("--max-bytes", type=int, metavar="N", help="read no more text than that")
-    parser.add_argument(
+    passes = parser.add_mutually_exclusive_group()
+    passes.add_argument(
         "--passes", type=int, metavar="N", help="over the text, more of them for more of it by "
         "heart (default: those of DIR where it exists, else what the plan says)",
     )  # fmt: skip
-    parser.add_argument(
+    passes.add_argument(
         "--quick", action="store_true", help="fewer passes: the gist of it, in a fraction of the "
         "time",
     )  # fmt: skip

@@ -43,7 +43,7 @@ class Remembering:
         self.files, self.most_bytes = files_of(args.documents, self.faults), args.max_bytes
         self.given = ", ".join(map(str, args.documents))
         self.source = source_of(self.files, self.most_bytes, self.records)
-        passes = QUICK if args.quick and args.passes is None else args.passes
+        passes = QUICK if args.quick else args.passes
         self.asked = {
             name: value
             for name, value in (("passes", passes), ("restate", args.restate))
