@@ -158,7 +158,7 @@ def _route(conversation: Conversation) -> str:
 def _memory_command(conversation: Conversation, mode: str) -> None:
     if mode:
         conversation.set_memory(mode)
-    say(f"memory: {conversation.memory}")
+    say(f"memory: {conversation.memory_said}")
 
 
 def _name_command(conversation: Conversation, name: str) -> None:
@@ -191,7 +191,8 @@ def _load_command(conversation: Conversation, file: str) -> None:
     name = "" if conversation.memory_name is None else f", name: {conversation.memory_name}"
     history = "on" if conversation.history else "off"
     say(
-        f"loaded: {_turns(conversation)}; memory: {conversation.memory}{name}, history: {history}"
+        f"loaded: {_turns(conversation)}; memory: {conversation.memory_said}{name}, "
+        f"history: {history}"
         f"{'' if conversation.system is None else ', with its system prompt'}"
     )
 

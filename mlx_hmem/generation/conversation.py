@@ -169,6 +169,12 @@ class Conversation:
                     self._before = fetch if fetch.rows is not None else self._before
                     self._begin_prefetch(vector, fetch)
 
+    @property
+    def memory_said(self) -> str:
+        """What the next answers use, for people."""
+        off = self.with_passages and not self._beside and self.memory_name is None
+        return f"{self.memory}, but none beside passages" if off else self.memory
+
     def set_memory(self, memory: str) -> None:
         """What the next answers use: "fetched", "generic" or "none"."""
         if check_mode(memory) != "none":

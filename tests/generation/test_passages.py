@@ -105,6 +105,16 @@ def test_a_chat_shows_the_passage_in_the_turn_and_says_which(taught):
     assert talk.fetch.path is not None
 
 
+def test_a_chat_says_that_there_is_no_memory_beside_passages(taught):
+    words = ("--model", taught, "--max-tokens", 4)
+    asked = b"/memory\n/memory fetched\n/memory none\n"
+    said = run(chat_program, *words, "--with-passages", 1, stdin=asked).err.splitlines()
+    assert said[-3:] == [
+        "memory: fetched, but none beside passages", "memory: fetched", "memory: none",
+    ]  # fmt: skip
+    assert run(chat_program, *words, stdin=b"/memory\n").err.splitlines()[-1] == "memory: fetched"
+
+
 def test_passages_leave_room_for_the_answer(taught):
     model = load(taught)
     passages = Passages(Path(f"{taught}.run"), model).nearest("ferry Barbaconor mill Kelrawick", 3)
