@@ -264,7 +264,9 @@ def table(plan: RunCost) -> str:
 def time_text(hours: float) -> str:
     if hours >= 48:
         return f"{hours / 24:,.1f} days"
-    return f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
+    if hours >= 1:
+        return f"{hours:.1f} hours"
+    return f"{60 * hours:.1f} minutes" if hours >= 1 / 30 else f"{3600 * hours:.0f} seconds"
 
 
 def main(words: Sequence[str]) -> None:

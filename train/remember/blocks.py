@@ -89,20 +89,24 @@ class Trainer:
 
     def seconds(self, text: OwnText, folder: Path) -> float:
         """About how long all passes take, from a step on some windows as if they were one cluster,
-        its blocks in ``folder``, after one that compiles."""
+        its blocks in ``folder``, after one that compiles; and what each cluster begins with."""
         anywhere = np.ones((len(text.windows), self.settings.memory.num_levels), np.int32)
         anywhere[:MEASURED] = 0
         share = text.windows.offsets[min(MEASURED, len(text.windows))] / len(text.windows.tokens)
         subtree = subtree_of(text, anywhere, self.settings, self.tokenizer, 0)
         rows = subtree.passes.rows(0)
         with BlockStore(folder, self.settings.memory, self.settings.seed) as store:
-            trainee, drawn = self._trainee(subtree, store), self._draws(subtree)
+            began = time.perf_counter()
+            drawn = self._draws(subtree)
+            to_begin = time.perf_counter() - began
+            trainee = self._trainee(subtree, store)
             trainee.step(rows, 0.0, drawn=drawn(0))
             began = time.perf_counter()
             trainee.step(rows, 0.0, drawn=drawn(1))
             took = time.perf_counter() - began
         a_token = took / int(subtree.rows.lengths[rows].sum())
-        return float(a_token * subtree.passes.total / share)
+        clusters = self.settings.branching[0]
+        return float(a_token * subtree.passes.total / share + clusters * to_begin)
 
     def _trainee(self, subtree: Subtree, store: BlockStore) -> MemoryTrainee:
         """The one trainee, whose step is compiled once, on this subtree."""

@@ -228,8 +228,9 @@ def plan_lines(
         ("memory", f"about {bytes_text(peak)} of {bytes_text(machine_bytes())}"),
         (
             "time",
-            f"about {time_text(settings.passes * a_pass / 3600)}: {settings.passes} passes of "
-            f"{a_pass:,.0f} s each" + quicker(settings.passes, a_pass),
+            f"about {time_text(settings.passes * a_pass / 3600)} for {settings.passes} pass"
+            + ("es" if settings.passes > 1 else "")
+            + quicker(settings.passes, a_pass),
         ),
     ]
     pieces, unknown = pieces_a_word(base, text)

@@ -40,7 +40,8 @@ class Learned(NamedTuple):
         sentences, ended = (sum(r[name] for r in results) for name in ("sentences", "known"))
         share = f"{ended / sentences:.0%}" if sentences else ""
         ends = share and f", of whose {sentences} sentences it can end {share}"
-        return f"remembered {len(self.documents)} documents{ends}"
+        count = len(self.documents)
+        return f"remembered {count} document{'' if count == 1 else 's'}{ends}"
 
 
 def learn(base: Base, run: Path, trainer: Trainer, leaves: Leaves) -> Learned:
