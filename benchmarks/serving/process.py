@@ -35,7 +35,7 @@ class Program(NamedTuple):
         wanted = {"prompt": prompt, "max_tokens": max_tokens} | fields
         try:
             body = self._post(wanted)
-        except ConnectionResetError:  # mlx-lm's lets five wait to be taken up
+        except ConnectionResetError:  # once more, where many ask at once
             body = self._post(wanted)
         found = json.loads(body)
         return Answer(found["choices"][0]["text"], found["usage"]["completion_tokens"])

@@ -4,7 +4,7 @@ import pytest
 
 from mlx_hmem.server.asked import RefusedError
 from mlx_hmem.server.prepare import conversation_of
-from mlx_hmem.server.web.fields import IGNORED, asked_of
+from mlx_hmem.server.web.fields import FLAT, IGNORED, MEMORY, NOT_DONE, NUMBERS, asked_of
 
 CHAT = {"messages": [{"role": "user", "content": "hello"}]}
 TEXT = {"prompt": "hello"}
@@ -18,6 +18,7 @@ def refused(body, chat=True, headers=()):
     return error.value.param
 
 
+PART = {"type": "text", "text": 3}
 WRONG = [
     ("messages", {"messages": None}),
     ("messages", {"messages": []}),
@@ -25,12 +26,15 @@ WRONG = [
     ("messages[0]", {"messages": ["hello"]}),
     ("messages[0].role", {"messages": [{"role": "tool", "content": "a"}]}),
     ("messages[0].content", {"messages": [{"role": "user"}]}),
-    ("messages[0].content", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
+    ("messages[0].content", {"messages": [{"role": "user", "content": []}]}),
+    ("messages[0].content[0]", {"messages": [{"role": "user", "content": ["a"]}]}),
+    ("messages[0].content[0].text", {"messages": [{"role": "user", "content": [PART]}]}),
     ("messages", {"messages": [{"role": "assistant", "content": "a"}]}),
     ("max_tokens", {"max_tokens": 0}),
     ("max_tokens", {"max_tokens": 1.5}),
     ("max_tokens", {"max_tokens": True}),
     ("max_completion_tokens", {"max_completion_tokens": "9"}),
+    ("max_tokens", {"max_tokens": 9, "max_completion_tokens": 9}),
     ("temperature", {"temperature": -1}),
     ("temperature", {"temperature": 2.1}),
     ("temperature", {"temperature": "hot"}),
@@ -38,18 +42,21 @@ WRONG = [
     ("top_k", {"top_k": -1}),
     ("min_p", {"min_p": 1.01}),
     ("repetition_penalty", {"repetition_penalty": 0}),
-    ("seed", {"seed": -1}),
+    ("seed", {"seed": -(1 << 63) - 1}),
     ("seed", {"seed": 1 << 64}),
     ("n", {"n": 0}),
     ("n", {"n": 17}),
     ("stop", {"stop": ""}),
+    ("stop", {"stop": ["a", ""]}),
     ("stop", {"stop": ["a", 1]}),
     ("stop", {"stop": ["a"] * 17}),
     ("stream", {"stream": "yes"}),
     ("stream_options", {"stream_options": []}),
-    ("stream_options.include_usage", {"stream_options": {"include_usage": 1}}),
+    ("stream_options", {"stream_options": {"include_usage": True}}),
+    ("stream_options.include_usage", {"stream": True, "stream_options": {"include_usage": 1}}),
     ("logprobs", {"logprobs": 3}),
     ("top_logprobs", {"top_logprobs": 3}),
+    ("top_logprobs", {"top_logprobs": 0, "logprobs": False}),
     ("top_logprobs", {"logprobs": True, "top_logprobs": 21}),
     ("response_format", {"response_format": {"type": "json_object"}}),
     ("tools", {"tools": [{"type": "function"}]}),
@@ -81,6 +88,7 @@ def test_a_wrong_field_of_a_chat_is_named(param, fields):
         ("prompt", {"prompt": []}),
         ("prompt", {"prompt": [1, "a"]}),
         ("prompt", {"prompt": [[]]}),
+        ("max_tokens", {"max_tokens": 0}),
         ("logprobs", {"logprobs": True}),
         ("logprobs", {"logprobs": 21}),
         ("echo", {"echo": True}),
@@ -92,6 +100,14 @@ def test_a_wrong_field_of_a_chat_is_named(param, fields):
 )
 def test_a_wrong_field_of_a_completion_is_named(param, fields):
     assert refused(TEXT | fields, chat=False) == param
+
+
+@pytest.mark.parametrize("kind", ["image_url", "input_audio", "file"])
+def test_a_part_of_a_message_that_is_no_text_is_refused_by_its_kind(kind):
+    parts = [{"type": "text", "text": "What is this?"}, {"type": kind, kind: {"url": "data:,"}}]
+    with pytest.raises(RefusedError, match=f"{kind} is not done") as error:
+        asked_of({"messages": [{"role": "user", "content": parts}]}, {}, True)
+    assert error.value.param == "messages[0].content[1].type"
 
 
 def test_headers_are_named_too_and_a_body_that_is_no_object_is_refused():
@@ -119,6 +135,24 @@ def test_what_clients_send_and_what_asks_for_nothing_is_let_through():
     assert (asked.stop, asked.logprobs, asked.max_tokens, asked.num_rows) == (["\n"], 0, 5, 2)
     assert asked.memory.bar == ["3", "4,17", "handbook:2"]
     assert asked.memory.route_text == "café"
+
+
+@pytest.mark.parametrize(("body", "chat"), [(CHAT, True), (TEXT, False)])
+def test_null_is_as_if_the_field_were_not_there(body, chat):
+    known = [*NUMBERS, *NOT_DONE, *IGNORED, *FLAT, "memory", "model", "stop", "stream", "logprobs"]
+    absent = dict.fromkeys([*known, "stream_options", *(["top_logprobs"] if chat else [])])
+    assert asked_of(body | absent, {}, chat) == asked_of(body, {}, chat)
+    inside = {"stream": True, "stream_options": {"include_usage": None}}
+    inside |= {"memory": dict.fromkeys(MEMORY)}
+    assert asked_of(body | inside, {}, chat) == asked_of(body | {"stream": True}, {}, chat)
+
+
+def test_parts_of_text_are_one_text_and_more_stops_than_openai_takes_are_taken():
+    parts = [{"type": "text", "text": "Two "}, {"type": "text", "text": "parts"}]
+    message = {"role": "user", "content": parts, "name": "ann"}
+    stops = ["a", "b", "c", "d", "e"]
+    asked = asked_of({"messages": [message], "stop": stops, "seed": -1}, {}, True)
+    assert (asked.messages, asked.stop, asked.seed) == ([("user", "Two parts")], stops, -1)
 
 
 def test_messages_become_a_conversation_or_are_refused():

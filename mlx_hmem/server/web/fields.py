@@ -37,7 +37,7 @@ NUMBERS: dict[str, tuple[type, float, float]] = {
     "top_k": (int, 0, 1 << 30),
     "min_p": (float, 0, 1),
     "repetition_penalty": (float, 0.01, 10),
-    "seed": (int, 0, (1 << 64) - 1),
+    "seed": (int, -(1 << 63), (1 << 64) - 1),
     "n": (int, 1, 16),
 }
 MEMORY = ("mode", "view", "route_text", "name", "bar", "bank", "with_passages")
@@ -57,9 +57,11 @@ def asked_of(body: Any, headers: Mapping[str, str], chat: bool) -> Asked:
     else:
         asked.prompts = _prompts(values.pop("prompt", None))
     asked.stream = _flag(values, "stream")
-    asked.include_usage = _usage(values.pop("stream_options", None))
+    asked.include_usage = _usage(values.pop("stream_options", None), asked.stream)
     asked.stop = _stops(values.pop("stop", None))
     asked.logprobs = _chat_logprobs(values) if chat else _logprobs(values)
+    if {"max_tokens", "max_completion_tokens"} <= values.keys():
+        raise wrong("max_tokens", "is given twice, as max_completion_tokens too")
     for name, (kind, low, high) in NUMBERS.items():
         if name in values:
             own = "max_tokens" if name == "max_completion_tokens" else name
@@ -172,10 +174,13 @@ def _content(value: Any, place: str) -> str:
         return value
     if not isinstance(value, list) or not value:
         raise wrong(place, "is neither a text nor a list of parts")
-    for part in value:
-        if not isinstance(part, dict) or part.get("type") != "text":
-            raise wrong(place, "has a part that is not of type text")
-        text_of(part.get("text"), place)
+    for number, part in enumerate(value):
+        own = f"{place}[{number}]"
+        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+            raise wrong(own, "is no part with a type")
+        if part["type"] != "text":
+            raise wrong(f"{own}.type", f"{part['type'][:80]} is not done, only text is")
+        text_of(part.get("text"), f"{own}.text")
     return "".join(part["text"] for part in value)
 
 
@@ -207,14 +212,17 @@ def _flag(values: dict[str, Any], name: str) -> bool:
     return value
 
 
-def _usage(value: Any) -> bool:
+def _usage(value: Any, stream: bool) -> bool:
     if value is None:
         return False
     if not isinstance(value, dict) or not set(value) <= {"include_usage", "include_obfuscation"}:
-        raise wrong("stream_options", "has more than include_usage")
-    if not isinstance(value.get("include_usage", False), bool):
+        raise wrong("stream_options", "is no object, or has more than include_usage")
+    if not stream:
+        raise wrong("stream_options", "needs stream")
+    wanted = value.get("include_usage") or False
+    if not isinstance(wanted, bool):
         raise wrong("stream_options.include_usage", "is neither true nor false")
-    return value.get("include_usage", False)
+    return wanted
 
 
 def _stops(value: Any) -> list[str]:
