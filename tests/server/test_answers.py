@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from mlx_lm import generate
+from mlx_lm.sample_utils import make_logits_processors
 from mlx_lm.utils import load_model
 
 from mlx_hmem.generation.batch import batch_generate
@@ -43,6 +44,15 @@ def test_without_memory_it_says_what_mlx_lm_says_with_the_anchor(server, demo):
         assert answer["choices"][0]["text"] == said
         assert answer["memory"]["mode"] == "none"
     assert complete(server, max_tokens=16)["choices"][0]["text"] != said
+
+
+def test_a_repetition_penalty_is_mlx_lms(server, demo):
+    anchor, _ = load_model(DEMO, get_model_classes=lambda config: _openlm())
+    penalty = make_logits_processors(repetition_penalty=1.3)
+    said = generate(anchor, demo.tokenizer, PROMPTS[1], max_tokens=24, logits_processors=penalty)
+    fields = {"max_tokens": 24, "memory": "none"}
+    assert complete(server, PROMPTS[1], repetition_penalty=1.3, **fields)["choices"][0]["text"] == said
+    assert complete(server, PROMPTS[1], **fields)["choices"][0]["text"] != said
 
 
 def _openlm():
@@ -127,6 +137,26 @@ def test_a_seed_gives_the_same_answers_whoever_else_asks(server):
     assert [c["index"] for c in alone] == [0, 1, 2]
     assert len({c["text"] for c in alone}) == 3
     assert complete(server, "The city", **fields | {"seed": 8})["choices"] != alone
+
+
+def test_of_several_answers_in_one_stream_each_piece_says_whose_it_is(server, open_ai):
+    messages = [{"role": "user", "content": "The city"}]
+    asked = {"model": "demo", "messages": messages, "n": 3, "seed": 7, "temperature": 1.2}
+    asked |= {"max_tokens": 12, "logprobs": True, "top_logprobs": 2}
+    whole = open_ai.chat.completions.create(**asked)
+    options = {"include_usage": True}
+    *chunks, last = open_ai.chat.completions.create(stream=True, stream_options=options, **asked)
+    assert all(len(each.choices) == 1 and each.usage is None for each in chunks)
+    for choice in whole.choices:
+        own = [each.choices[0] for each in chunks if each.choices[0].index == choice.index]
+        assert own[0].delta.role == "assistant"
+        assert "".join(each.delta.content or "" for each in own) == choice.message.content
+        assert [each.finish_reason for each in own if each.finish_reason] == [choice.finish_reason]
+        said = [one for each in own if each.logprobs for one in each.logprobs.content]
+        assert said == choice.logprobs.content
+    assert last.choices == []
+    assert last.usage == whole.usage
+    assert whole.usage.completion_tokens == sum(len(c.logprobs.content) for c in whole.choices)
 
 
 def test_several_prompts_each_with_its_memory_and_ids_in_place_of_text(server, demo):
