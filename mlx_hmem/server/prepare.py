@@ -19,7 +19,7 @@ from mlx_hmem.errors import UserError
 from mlx_hmem.generation.passages import Passage, Passages, beside
 from mlx_hmem.generation.template import chat_ids, check_system
 from mlx_hmem.generation.topic import MARGIN, WINDOW, Topic
-from mlx_hmem.model.fetch import NOTHING_NEAR, PASSAGES_ANSWER
+from mlx_hmem.model.fetch import NOTHING_NEAR, PASSAGES_ANSWER, check_named
 from mlx_hmem.model.model import MemoryModel
 from mlx_hmem.model.stream import check_length, prompt_ids
 from mlx_hmem.server.asked import Asked, MemoryAsked, Messages, naming, wrong
@@ -124,6 +124,8 @@ class Preparing:
         it."""
         found = Found(user)
         own = memory.params.get("mode", "memory")
+        with naming(memory.params.get("name")):
+            check_named(memory.mode or "fetched", memory.name)
         if user.bank is None and memory.mode is None and memory.name is None:
             found.why = NO_BANK
             return found
@@ -192,7 +194,7 @@ class Preparing:
         def checked(shown: str) -> list[int]:
             return check_length(ids_of(shown), context)
 
-        near = self._near(asked.memory, user, text)
+        near = self._near(asked.memory, user, about)
         shown, passages = beside(near, text, checked, context, asked.max_tokens)
         with naming(param):
             ids = ids_of(shown)
@@ -203,7 +205,7 @@ class Preparing:
         room = asked.max_tokens if context is None else min(asked.max_tokens, context - len(ids))
         return Prompt(ids, room, found)
 
-    def _near(self, memory: MemoryAsked, user: MemoryModel, text: str) -> list[Passage]:
+    def _near(self, memory: MemoryAsked, user: MemoryModel, about: Context) -> list[Passage]:
         if not memory.with_passages:
             return []
         param = memory.params["with_passages"]
@@ -215,7 +217,10 @@ class Preparing:
                 del self._passages[next(iter(self._passages))]
             with naming(param):
                 self._passages[place] = Passages(self._run, user)
-        return self._passages[place].nearest(text, memory.with_passages)
+        if memory.route_text is not None:
+            about = memory.route_text, None
+        text, window = about
+        return self._passages[place].nearest(text, memory.with_passages, window)
 
     def _chat_ids(self, system: str | None, turns: list[tuple[str, str]], text: str) -> list[int]:
         if not self.model.tokenizer.has_chat_template:  # as in mlx_hmem.chat

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,30 +10,17 @@ import pytest
 
 from mlx_hmem.anchors.load import anchor_hash
 from mlx_hmem.bank.documents import read_documents
-from mlx_hmem.config import HmemConfig
 from mlx_hmem.errors import UserError
-from mlx_hmem.files import fingerprint, write_atomic
 from mlx_hmem.memory import initial_block
 from mlx_hmem.model.load import load
-from mlx_hmem.retriever import ClusterTree
-from tests.conftest import MEMORY, edit_json, save_anchor, save_bank
-from tests.helpers.banks import blocks_of, flip_block, refused, rewrite, said
+from tests.conftest import MEMORY, edit_json, save_anchor
+from tests.helpers.banks import blocks_of, flip_block, refused, rewrite, said, write_colleague
 from tests.helpers.places import bytes_of
 
 
 @pytest.fixture
 def colleague(model_folder, texts, tmp_path) -> Path:
-    """A model of the same anchor and encoder, with a tree and a bank of another shape."""
-    folder = Path(shutil.copytree(model_folder, tmp_path / "colleague"))
-    hmem = HmemConfig.from_file(folder / "hmem.json")
-    file = folder / "retriever" / "tree.safetensors"
-    encoder = load(model_folder).retriever.encoder
-    ClusterTree.fit(encoder.encode(texts[:3]), branching=(2,)).save(file, encoder.fingerprint)
-    memory = replace(MEMORY, r=(5,), branching=(2,))
-    retriever = replace(hmem.retriever, tree_hash=fingerprint(file))
-    save_bank(folder / "bank", memory, hmem.anchor_hash, retriever.tree_hash)
-    write_atomic(folder / "hmem.json", replace(hmem, memory=memory, retriever=retriever).to_json())
-    return folder
+    return write_colleague(model_folder, texts, tmp_path / "colleague")
 
 
 def test_only_files_of_the_format_come_along(known, colleague, tmp_path, capsys):

@@ -4,6 +4,7 @@ import hashlib
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,11 @@ import numpy as np
 from mlx_hmem.bank import Bank
 from mlx_hmem.bank.documents import Document
 from mlx_hmem.bank_tools.command import main
+from mlx_hmem.config import HmemConfig
+from mlx_hmem.files import fingerprint, write_atomic
+from mlx_hmem.model.load import load
+from mlx_hmem.retriever import ClusterTree
+from tests.conftest import MEMORY, save_bank
 from tests.helpers import programs
 from tests.helpers.write_bank import write_bank
 
@@ -19,6 +25,20 @@ def document(text: str, paths, model) -> Document:
     words = tuple(sorted(set(re.findall("[a-z]{5,}", text.lower())))[:8])
     sha = hashlib.sha256(text.encode()).hexdigest()
     return Document(sha, text[:20], len(model.tokenizer.encode(text)), tuple(paths), words)
+
+
+def write_colleague(model_folder: Path, texts: list[str], folder: Path) -> Path:
+    """A model of the same anchor and encoder, with a tree and a bank of another shape."""
+    shutil.copytree(model_folder, folder)
+    hmem = HmemConfig.from_file(folder / "hmem.json")
+    file = folder / "retriever" / "tree.safetensors"
+    encoder = load(model_folder).retriever.encoder
+    ClusterTree.fit(encoder.encode(texts[:3]), branching=(2,)).save(file, encoder.fingerprint)
+    memory = replace(MEMORY, r=(5,), branching=(2,))
+    retriever = replace(hmem.retriever, tree_hash=fingerprint(file))
+    save_bank(folder / "bank", memory, hmem.anchor_hash, retriever.tree_hash)
+    write_atomic(folder / "hmem.json", replace(hmem, memory=memory, retriever=retriever).to_json())
+    return folder
 
 
 def said(capsys, *words) -> str:
