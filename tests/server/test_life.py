@@ -1,7 +1,9 @@
 """Rows that are freed, requests that fail alone, a model that is taken over, an end that drains."""
 
+import json
 import shutil
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -21,11 +23,21 @@ LONG = {"prompt": PROMPTS[1], "max_tokens": 240, "memory": "none", "temperature"
 
 
 FIRST = """
+import socket
 import time
 import mlx_hmem.server.web.http as http
+import mlx_hmem.server.web.app as app
 import mlx_hmem.server.served as served
-http.HEADER_SECONDS, step = 2.0, served.Served.next
+http.HEADER_SECONDS = app.BODY_SECONDS = 2.0
+http.STALL_SECONDS = 0.5
+step, made = served.Served.next, http.BoundedProtocol.connection_made
 served.Served.next = lambda self: (time.sleep(0.03), step(self))[1]
+
+def connection_made(self, transport):
+    transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    made(self, transport)
+
+http.BoundedProtocol.connection_made = connection_made
 """
 
 
@@ -138,6 +150,54 @@ def test_a_slow_head_is_cut_off(small):
                 break
         else:
             raise AssertionError("it may send for ever")
+
+
+def _rest(connection: socket.socket) -> bytes:
+    """What comes to the end of a connection."""
+    found = b""
+    try:
+        while more := connection.recv(1 << 16):
+            found += more
+    except ConnectionResetError:
+        pass
+    return found
+
+
+def test_a_slow_body_gets_408_and_its_connection_ends(small):
+    head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n"
+    connection, start = small.connect(head.encode()), time.monotonic()
+    connection.settimeout(0.05)
+    got = b""
+    while b"in time" not in got:
+        try:
+            got += connection.recv(1 << 16)
+        except TimeoutError:
+            connection.sendall(b" ")
+        assert time.monotonic() < start + 30
+    assert time.monotonic() > start + 1.5
+    assert got.startswith(b"HTTP/1.1 408")
+    connection.settimeout(30)
+    assert b"HTTP" not in _rest(connection)
+    assert small.metric("hmem_rows_inside") == 0
+
+
+def test_a_reader_that_takes_nothing_is_cut_off_and_frees_its_rows(small):
+    asked = {"messages": [{"role": "user", "content": PROMPT}], "stream": True, "n": 2, "seed": 1}
+    asked |= {"max_tokens": 80, "temperature": 2, "logprobs": True, "top_logprobs": 20}
+    text = json.dumps(asked)  # its answer has over 200 KB
+    path = "/v1/chat/completions"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(text)}\r\n\r\n"
+    gone = small.metric("hmem_requests_gone_total")
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect((small.host, small.port))
+        connection.sendall(head.encode() + text.encode())
+        wait_until(lambda: small.metric("hmem_rows") == 2)
+        wait_until(lambda: small.metric("hmem_rows_inside") == 0)
+        assert small.metric("hmem_requests_gone_total") == gone + 1
+        connection.settimeout(30)
+        assert b"[DONE]" not in _rest(connection)
+    assert small.ask(PATH, {"prompt": PROMPT, "max_tokens": 2}).status == 200
 
 
 def test_a_second_signal_ends_it_at_once(monkeypatch):
