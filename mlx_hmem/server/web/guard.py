@@ -1,6 +1,7 @@
 """The door: which names the server answers to, from which pages, and whose key it takes."""
 
 import ipaddress
+import re
 import socket
 from collections.abc import Mapping, Sequence
 
@@ -8,6 +9,7 @@ from mlx_hmem.server.asked import RefusedError
 from mlx_hmem.server.web.keys import Key, key_of
 
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+HOST = re.compile(r"(\[(?P<address>[^]]+)\]|(?P<name>[^][:]+))(:[0-9]+)?")
 OPEN = ("/health", "/")  # what needs no key: whether the server is well, and the page that asks
 
 
@@ -59,8 +61,9 @@ class Guard:
         return key
 
     def _is_ours(self, host: str) -> bool:
-        name = host.lower()
-        name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
+        if (found := HOST.fullmatch(host.lower())) is None:
+            return False
+        name = found["name"] or found["address"]
         return name in self._names or (not self._loopback and _is_address(name))
 
 
