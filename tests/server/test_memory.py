@@ -109,6 +109,13 @@ def test_a_passage_stands_in_the_last_message_of_a_chat_if_there_is_room(served)
     assert got.body["choices"] == chat(served, *long, asked).body["choices"]
 
 
+def test_passages_are_near_to_what_the_conversation_is_about_too(served):
+    before = ("user", "Fensolock?", "assistant", "Yes.")
+    got = chat(served, *before, "user", "Rooms?", with_passages=1).body["memory"]
+    assert got["passages"][0]["document"] == "inn.txt"
+    assert "passages" not in chat(served, "user", "Rooms?", with_passages=1).body["memory"]
+
+
 @pytest.mark.parametrize(
     "fields",
     [{"view": "guest"}, {"bar": [[0]]}, {"bar": ["0"], "view": "guest"}, {"bank": "notes"}],
