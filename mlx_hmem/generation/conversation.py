@@ -23,7 +23,7 @@ from mlx_hmem.generation.history import KeyValues, Saved, Turn, read_saved, writ
 from mlx_hmem.generation.passages import Passage, Passages, beside
 from mlx_hmem.generation.session import SessionStats
 from mlx_hmem.generation.template import chat_ids, check_system
-from mlx_hmem.generation.topic import MARGIN, WINDOW, Topic
+from mlx_hmem.generation.topic import MARGIN, WINDOW, Topic, window_of
 from mlx_hmem.model.fetch import NOTHING_NEAR, PASSAGES_ANSWER, Fetch, check_mode, check_named
 from mlx_hmem.model.model import MemoryModel
 from mlx_hmem.model.stream import check_length, check_options, prompt_ids
@@ -307,8 +307,7 @@ class Conversation:
 
     def _window(self, text: str) -> str | None:
         """The last words of the conversation, the turn's among them; None for the first turn."""
-        said = " ".join(part for turn in self.turns for part in (turn.text, turn.answer))
-        return " ".join(f"{said} {text}".split()[-WINDOW:]) if self.turns else None
+        return window_of([(turn.text, turn.answer) for turn in self.turns], text)
 
     def _stream(
         self, ids: list[int], fetch: Fetch, cache: list[Any]

@@ -1,6 +1,6 @@
 """Where the turns of a conversation are routed, each by itself and by the words before it."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -13,6 +13,13 @@ from mlx_hmem.retriever.steady import steady_route
 WINDOW = 32  # words
 WEIGHT = 0.7  # of the turn itself; the rest is the window's
 MARGIN = 0.1  # L2 beyond a cluster's boundary
+
+
+def window_of(turns: Sequence[tuple[str, str]], text: str) -> str | None:
+    """The last words of a conversation of ``turns``, each what was said and answered, and of
+    ``text``, which is said now; None for the first turn."""
+    said = [part for turn in turns for part in turn]
+    return " ".join(" ".join([*said, text]).split()[-WINDOW:]) if turns else None
 
 
 class Topic:

@@ -18,7 +18,7 @@ from mlx_hmem.config import ClusterPath
 from mlx_hmem.errors import UserError
 from mlx_hmem.generation.passages import Passage, Passages, beside
 from mlx_hmem.generation.template import chat_ids, check_system
-from mlx_hmem.generation.topic import MARGIN, WINDOW, Topic
+from mlx_hmem.generation.topic import MARGIN, Topic, window_of
 from mlx_hmem.model.fetch import NOTHING_NEAR, PASSAGES_ANSWER, check_named
 from mlx_hmem.model.model import MemoryModel
 from mlx_hmem.model.stream import check_length, prompt_ids
@@ -96,8 +96,7 @@ class Preparing:
             with naming("messages"):
                 check_system(self.model.tokenizer, system)
             ids_of: Callable[[str], list[int]] = partial(self._chat_ids, system, turns)
-            said = [part for turn in turns for part in turn]
-            window = " ".join(" ".join([*said, text]).split()[-WINDOW:]) if turns else None
+            window = window_of(turns, text)
             return [self._prompt(asked, user, "messages", (text, window), ids_of)]
         return [self._continued(asked, user, prompt) for prompt in asked.prompts]
 
