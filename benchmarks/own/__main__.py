@@ -28,7 +28,6 @@ from tqdm import tqdm
 from benchmarks.common.counting import timed
 from benchmarks.common.show import Result, benchmark
 from benchmarks.own.documents import WAYS, Document, Question, is_right, make_documents
-from mlx_hmem.anchors.architectures import head_of
 from mlx_hmem.anchors.load import load_anchor, num_embedded
 from mlx_hmem.documents.files import Faults
 from mlx_hmem.evaluate.perplexity import document_losses
@@ -47,9 +46,9 @@ from train.remember.plan import PASSES
 from train.remember.rows import Passes, Rows
 from train.remember.run import Settings
 from train.remember.run import documents_of as documents_of_run
-from train.step.candidates import Counting, candidates_for, counting_of
+from train.step.candidates import Counting, candidates_for, counted_loss, counting_of
 from train.step.gradient import fitting_parts
-from train.step.loss import chunk_size, chunked_loss
+from train.step.loss import chunk_size
 
 TOKENS = 24  # of an answer
 UNRELATED, CHARACTERS = 8, 1000  # articles, and of each
@@ -134,9 +133,7 @@ def train_lora(model: Path, rows: Rows, passes: Passes, settings: Settings, rate
     chunk = chunk_size(num_embedded(anchor))
 
     def loss(model: Any, batch: mx.array, counting: Counting, all_counted: mx.array) -> mx.array:
-        hidden, (targets, places, count, tokens, weights) = model.model(batch[:, :-1]), counting
-        head = head_of(model, tokens)
-        total, _ = chunked_loss(hidden, targets, places, count, head, chunk, weights)
+        total, _ = counted_loss(model, model.model(batch[:, :-1]), counting, chunk)
         return total / all_counted
 
     step = nn.value_and_grad(anchor, loss)

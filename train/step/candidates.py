@@ -18,7 +18,7 @@ import numpy as np
 from mlx_hmem.anchors.architectures import head_of
 from mlx_hmem.anchors.load import num_embedded
 
-from .loss import chunk_size, counted_places
+from .loss import chunk_size, chunked_loss, counted_places
 
 FEWEST = 1 << 14  # tokens that a step looks at, half of them certain
 LARGE = 4  # times as large is a vocabulary that is not looked at whole
@@ -97,3 +97,11 @@ def counting_of(
         return mx.array(targets), *given, None, None
     named = mx.array(drawn.places(targets))
     return named, *given, mx.array(drawn.tokens), mx.array(drawn.weights)
+
+
+def counted_loss(
+    anchor: nn.Module, hidden: mx.array, counting: Counting, chunk: int
+) -> tuple[mx.array, mx.array]:
+    """:func:`.chunked_loss` of the hidden states that ``anchor.model`` gives, its head frozen."""
+    targets, places, count, tokens, weights = counting
+    return chunked_loss(hidden, targets, places, count, head_of(anchor, tokens), chunk, weights)

@@ -27,8 +27,8 @@ from mlx_hmem.memory.layer import extend
 from ..padding import counted
 from ..ranks import Ranks
 from ..recipe.recipe import TrainerConfig
-from .candidates import Counting, Drawn, counting_of
-from .loss import chunk_size, chunked_loss, summed_loss
+from .candidates import Counting, Drawn, counted_loss, counting_of
+from .loss import chunk_size, summed_loss
 
 # What is trained: "anchor", its weights by name, and "blocks", the unique blocks of each level.
 Weights = dict[str, Any]
@@ -91,9 +91,7 @@ class BatchGradient:
             hidden = trunk(inputs, **mask)
             if not frozen:
                 return summed_loss(head_of(anchor)(hidden), batch, eot), None
-            targets, places, count, tokens, weights = counting
-            head = head_of(anchor, tokens)
-            return chunked_loss(hidden, targets, places, count, head, self.chunk, weights)
+            return counted_loss(anchor, hidden, counting, self.chunk)
 
         def loss(
             weights: Weights,
