@@ -11,7 +11,9 @@ like the others.
 """
 
 import math
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -23,13 +25,25 @@ FEWEST = 20  # texts that words are weighed for: of a few no word would be rare
 OWN = 0.8  # weight of a question among the last words of a conversation
 COMMONEST = 1996  # the first word of BERT's vocabulary: before it are signs and single letters
 UNKNOWN = "[UNK]"
+# Thai, Lao, Burmese, Khmer and kana stand without spaces between words.
+_UNSPACED = re.compile("([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff]+)")
 
 
 def words_of(tokenizer: Tokenizer, text: str) -> list[str]:
-    """The words of ``text`` as the tokenizer of an encoder tells them apart, each once, sorted."""
+    """The words of ``text`` as the tokenizer of an encoder tells them apart, each once, sorted;
+    where a script has no spaces, each two letters that follow one another."""
     normal = tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer else text
     pieces = tokenizer.pre_tokenizer.pre_tokenize_str(normal)
-    return sorted({word for word, _ in pieces if any(map(str.isalnum, word))})
+    words = (word for piece, _ in pieces for word in _told_apart(piece))
+    return sorted({word for word in words if any(map(str.isalnum, word))})
+
+
+def _told_apart(piece: str) -> Iterator[str]:
+    for part in filter(None, _UNSPACED.split(piece)):
+        if len(part) > 2 and _UNSPACED.match(part):
+            yield from (a + b for a, b in pairwise(part))
+        else:
+            yield part
 
 
 class WordIndex:

@@ -111,8 +111,45 @@ def test_words_of_a_script_that_the_encoder_does_not_know_count_as_rare_ones():
     assert other < NEAR < own
 
 
+# What a town is known for, as text and as a question, in scripts without spaces between words.
+UNSPACED = {
+    "kana": (
+        [
+            "アイカサ",
+            "シタナハ",
+            "マミヤラ",
+            "キタノリ",
+            "ワカシミ",
+            "ハマナサ",
+            "タキリア",
+            "ノミヤカ",
+        ],
+        "{}町はおだやかな川のほとりにある。名産はそばだんごである。古いおてらがある。",
+        "{}町の名産はなんですか？",
+    ),
+    "Thai": (
+        ["บางช้าง", "หนองยาง", "ปากทอง", "แม่ลาด", "ดอนหมู", "โคกพระ", "ห้วยไทร", "เกาะแก้ว"],
+        "เมือง{}ตั้งอยู่ริมแม่น้ำสายเล็ก อาหารขึ้นชื่อคือแกงส้ม มีวัดเก่าใกล้สถานีรถไฟ",
+        "อาหารขึ้นชื่อของเมือง{}คืออะไร",
+    ),
+}
+
+
+@pytest.mark.parametrize("script", UNSPACED)
+def test_a_question_finds_its_text_where_a_whole_sentence_is_one_run_of_letters(script):
+    names, text, question = UNSPACED[script]
+    tokenizer = load_encoder("static").tokenizer
+    index = WordIndex(tokenizer, [words_of(tokenizer, text.format(name)) for name in names])
+    for number, name in enumerate(names):
+        covered = index.covered(question.format(name))
+        assert covered.argmax() == number
+        assert covered[number] > NEAR
+
+
 def test_words_are_told_apart_in_any_script_and_case():
     tokenizer = load_encoder("static").tokenizer
     assert words_of(tokenizer, "The Café, the CAFE; x2!") == ["cafe", "the", "x2"]
     assert words_of(tokenizer, "東京") == ["京", "東"]
+    assert words_of(tokenizer, "そばのx2") == ["x2", "そは", "はの"]  # BERT's has no voiced marks
+    assert words_of(tokenizer, "ไก่ a") == ["a", "ไก"]
     assert words_of(tokenizer, "") == []
