@@ -39,8 +39,15 @@ HELP = "\n".join(
 
 
 def run(name: str, words: Sequence[str]) -> None:
-    program = PROGRAMS[name]
-    main = importlib.import_module(program.module).main
+    module = PROGRAMS[name].module
+    try:
+        main = importlib.import_module(module).main
+    except ModuleNotFoundError as error:
+        if not module.startswith(error.name or module):
+            raise
+        here = Path(__file__).parent.parent
+        remedy = f"pip install -e {here}"  # until then it lies beside mlx_hmem
+        raise UserError(f"{error.name} is not installed", here, remedy) from None
     main(list(words))
 
 

@@ -95,6 +95,7 @@ run_program(main)
         ("yaml", "train", ["train", "facts.yaml", "--out", "OUT"]),
         ("pypdf", "remember", ["remember", "PDF", "--model", "MODEL", "--out", "OUT"]),
         ("lm_eval", "", ["evaluate", "harness"]),
+        ("mlx_hmem.train", "", ["train", "facts.yaml", "--out", "OUT"]),  # a checkout
     ],
 )
 def test_a_missing_package_is_one_line_that_says_how_to_get_it(
