@@ -100,10 +100,11 @@ class Trainer:
             drawn = self._draws(subtree)
             to_begin = time.perf_counter() - began
             trainee = self._trainee(subtree, store)
-            trainee.step(rows, 0.0, drawn=drawn(0))
-            began = time.perf_counter()
-            trainee.step(rows, 0.0, drawn=drawn(1))
-            took = time.perf_counter() - began
+            took = 0.0
+            for number in tqdm(range(2), desc="timing", unit=" steps", delay=2, leave=False):
+                began = time.perf_counter()
+                trainee.step(rows, 0.0, drawn=drawn(number))
+                took = time.perf_counter() - began
         a_token = took / int(subtree.rows.lengths[rows].sum())
         clusters = self.settings.branching[0]
         return float(a_token * subtree.passes.total / share + clusters * to_begin)

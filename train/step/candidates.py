@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from tqdm import tqdm
 
 from mlx_hmem.anchors.architectures import head_of
 from mlx_hmem.anchors.load import num_embedded
@@ -75,7 +76,8 @@ def _least_behind(anchor: nn.Module, text: Sequence[np.ndarray]) -> np.ndarray:
     the anchor alone in some of the sequences, (vocabulary,)."""
     head, chunk = head_of(anchor), chunk_size(num_embedded(anchor))
     least: Any = mx.full(num_embedded(anchor), np.inf)
-    for number in np.linspace(0, len(text) - 1, min(READ, len(text))).astype(int):
+    chosen = np.linspace(0, len(text) - 1, min(READ, len(text))).astype(int)
+    for number in tqdm(chosen, desc="what the anchor expects", unit=" texts", delay=2, leave=False):
         hidden = anchor.model(mx.array(text[number].astype(np.int32))[None, :-1])[0]
         for first in range(0, len(hidden), chunk):
             logits = head(hidden[first : first + chunk])
