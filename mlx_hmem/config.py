@@ -43,7 +43,7 @@ KINDS: dict[str, tuple[str, ...]] = {
 }
 # Keys that came after the first models: left out where they are None, so that nothing written
 # without them changes, nor its fingerprint.
-LATER_KEYS = ("targets", "names", "words")
+LATER_KEYS = ("targets", "names", "words", "reading_rate")
 MAX_DEPTH = 8
 MAX_LAYERS = 4096
 MAX_CLUSTERS = 1 << 24

@@ -266,3 +266,26 @@ def test_every_kind_learns_and_starts_from_the_anchors_own_loss(kind, layers):
     assert losses[0] == pytest.approx(alone, rel=1e-5)
     assert losses[-1] < 0.95 * losses[0]
     assert all(np.isfinite(losses))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_reads_learns_at_its_share_of_the_rate(kind):
+    """What begins as zeros writes; without a rate the rest stays, whatever the kind calls it."""
+    config = memory_config(make_model(), MEMORY.r, MEMORY.branching, **of_kind(kind))
+    tokens = np.random.default_rng(0).integers(1, VOCABULARY, (4, CONTEXT + 1)).astype(np.uint16)
+    paths = np.array([path_of(leaf) for leaf in (0, 1, 5, 7)])
+    moved = {}
+    for share in (None, 0.0, 0.5):
+        store = make_store(config)
+        training = TrainerConfig(weight_decay=0.1, reading_rate=share)
+        trainee = MemoryTrainee(make_model(), store, tokens, paths, EOT, training)
+        before = np.array(store.gather(1, np.arange(2), 2)[0])
+        for _ in range(2):  # while B is zero A has no gradient
+            trainee.step(np.arange(4), 1e-2)
+        moved[share] = np.abs(np.array(store.gather(1, np.arange(2), 2)[0]) - before)
+    reads, writes = moved[None][before != 0], moved[None][before == 0]
+    assert reads.max() > 0
+    assert writes.max() > 0
+    assert moved[0.0][before != 0].max() == 0
+    assert moved[0.5][before == 0].max() > 0
+    assert 0.3 < moved[0.5][before != 0].mean() / reads.mean() < 0.7

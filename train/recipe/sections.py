@@ -102,6 +102,9 @@ class TrainerConfig(JsonConfig):
     batch_size: int = key(8, "sequences of one step", least=1)
     learning_rate: float = key(3e-3, "peak learning rate")
     final_learning_rate: float = key(3e-5, "where the cosine ends")
+    reading_rate: float | None = key(
+        None, "share of the rate for what reads in a memory: LoRA's A, gate and up, keys; null: 1"
+    )
     warmup_steps: int = key(100, "steps of linear warm-up")
     weight_decay: float = key(0.05, "decoupled weight decay")
     grad_clip: float = key(1.0, "greatest norm of the gradient", least=1e-6)

@@ -33,6 +33,7 @@ from .run import FORMAT_VERSION, OwnText, Settings, context_of
 WINDOWS_IN_LEAF = 12
 MOST_FETCHED = 8e6
 LEARNING_RATE, WIDTH = 3e-3, 640  # what an anchor of this width wants
+READING_RATE, LARGE = 0.1, 512  # of that for what reads in a memory of so wide an anchor
 PASSES, QUICK = 7, 3  # over the text: until it is known by heart, or the gist of it
 STEP_TOKENS = 320  # about as many in a step
 ENGLISH = 1.6  # English text has 1.2 to 1.4, French 1.7, German 2.3, Russian 5, program text 2.6
@@ -81,6 +82,7 @@ def training_for(
         batch_size=1,
         learning_rate=rate,
         final_learning_rate=rate / 10,
+        reading_rate=READING_RATE if memory.hidden_size >= LARGE else None,
         warmup_steps=5,
         weight_decay=1e-3,
         document_mask=False,

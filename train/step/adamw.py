@@ -9,9 +9,12 @@ from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_unflatten
 
 from mlx_hmem.anchors.load import named_parameters
+from mlx_hmem.config import MemoryConfig
+from mlx_hmem.memory import group_shapes, whole_block
 
 from ..recipe.recipe import TrainerConfig
 
@@ -50,6 +53,21 @@ def adamw(
     first_hat, second_hat = first / by_first, second / by_second
     weights = weights * (1 - rate * weight_decay) - rate * first_hat / (mx.sqrt(second_hat) + 1e-8)
     return [weights, first, second, steps + 1]
+
+
+def rate_shares(config: MemoryConfig, level: int, reading: float | None) -> mx.array:
+    """The share of the learning rate that each weight of a block has, float32, to be broadcast with
+    a stack of them: ``reading`` for the matrices that read a layer (A of LoRA, gate and up, keys),
+    1 for those that write into it, which begin as zeros (LoRA+, arXiv 2402.12354)."""
+    if reading is None:
+        return mx.array(1.0)
+    groups = []
+    shapes = group_shapes(config, config.r[level - 1])
+    for (_, rows, r, width), names in zip(shapes, config.matrices.values(), strict=True):
+        writes = [name in ("down", "value") or name.endswith("_b") for name in names]
+        shares = np.where(writes, 1.0, reading).astype(np.float32)
+        groups.append(np.broadcast_to(shares[None, :, None, None], (1, rows, r, width)))
+    return mx.array(whole_block(groups))[None]
 
 
 class AnchorWeights:

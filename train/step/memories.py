@@ -27,7 +27,7 @@ from ..ranks import ALONE, Ranks
 from ..recipe.recipe import CotrainSection, TrainerConfig
 from ..store.blocks import BlockStore
 from ..store.checkpoint import LOWER, Progress, check_finite, check_identity
-from .adamw import AnchorWeights, adamw, bias_corrections
+from .adamw import AnchorWeights, adamw, bias_corrections, rate_shares
 from .candidates import Drawn
 from .gradient import BatchGradient, Ragged, is_finite
 from .trainee import Sequences
@@ -74,10 +74,12 @@ class MemoryTrainee:
         self.slot = attach_memory(anchor, config)
         self.gradient = BatchGradient(anchor, self.slot, eot, training, self.ranks)
         self._betas = betas = (training.beta1, training.beta2)
+        shares = [rate_shares(config, level, training.reading_rate) for level in self.levels]
 
         def update(states: Any, gradients: Any, corrections: Any, rate: mx.array) -> Any:
-            levels = zip(states, gradients, corrections, strict=True)
-            return [adamw(s, g, rate, c, betas, training.weight_decay) for s, g, c in levels]
+            levels = zip(states, gradients, shares, corrections, strict=True)
+            decay = training.weight_decay
+            return [adamw(s, g, rate * own, c, betas, decay) for s, g, own, c in levels]
 
         self._update = mx.compile(update)
 
