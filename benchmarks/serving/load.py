@@ -2,6 +2,7 @@
 server with the anchor alone."""
 
 import json
+import random
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -93,9 +94,9 @@ def rates(found: dict[str, list[Rate]], first: str) -> dict[str, Any]:
     }
 
 
-def write_model(folder: Path) -> None:
+def write_model(folder: Path, context: int | None = None) -> None:
     """A random anchor that mlx-lm knows, with the demo's tokenizer and retriever and a random
-    bank."""
+    bank; ``context``: in tokens, in place of the demo's."""
     demo = json.loads((DEMO / "config.json").read_text())
     args: dict[str, Any] = ANCHOR | {
         "num_attention_heads": 4,
@@ -103,6 +104,8 @@ def write_model(folder: Path) -> None:
         "rms_norm_eps": 1e-5,
     }
     args |= {name: demo[name] for name in ("vocab_size", "max_position_embeddings")}
+    if context is not None:
+        args["max_position_embeddings"] = context
     config = args | {"model_type": "llama", "eos_token_id": demo["eos_token_id"]}
     mx.random.seed(0)
     anchor = Model(ModelArgs.from_dict(config))
@@ -144,4 +147,27 @@ def measure_beside(clients: int = 16, tokens: int = 32, rounds: int = 3) -> Resu
         "clients": clients,
         "answers of memory none that are mlx-lm's": sum(a.text == b.text for a, b in pairs),
         "all at once": rates(found, "mlx-lm's server"),
+    }
+
+
+def measure_again(tokens: int = 1500, rounds: int = 9) -> Result:
+    """``tokens``: of each prompt; ``rounds``: prompts, each asked twice."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "model"
+        folder.mkdir()
+        write_model(folder, context=tokens + 64)
+        size = json.loads((folder / "config.json").read_text())["vocab_size"]
+        prompts = [random.Random(n).choices(range(1, size), k=tokens) for n in range(rounds)]
+        with running("mlx_hmem.server", folder) as program:
+            times = [[program.first_token(prompt) for _ in "ab"] for prompt in prompts]
+            not_read = program.metric("hmem_prompt_cache_tokens_total") / rounds
+    first, again = (median(each) for each in zip(*times, strict=True))
+    ratio = median(again / first for first, again in times)
+    return {
+        "tokens of a prompt": tokens,
+        "of these not read again": not_read,
+        "first token": {
+            "asked first": {"ms": first, "of_first": 1.0},
+            "asked again": {"ms": again, "of_first": ratio},
+        },
     }

@@ -40,7 +40,7 @@ class Program(NamedTuple):
         found = json.loads(body)
         return Answer(found["choices"][0]["text"], found["usage"]["completion_tokens"])
 
-    def first_token(self, prompt: str, max_tokens: int = 2) -> float:
+    def first_token(self, prompt: str | list[int], max_tokens: int = 2) -> float:
         """Milliseconds to the first event of a stream; all of it is read."""
         start = time.perf_counter()
         fields = {"prompt": prompt, "max_tokens": max_tokens, "stream": True}

@@ -67,7 +67,8 @@ class MemoryAsked:
 class Asked:
     """One request for text: what to continue, how to sample, which memory.
 
-    ``prompts``: texts or token ids; ``messages``: of a chat, in place of them.
+    ``prompts``: texts or token ids; ``messages``: of a chat, in place of them. ``who``: the hash of
+    the key that it was asked with, empty where none is needed.
     """
 
     prompts: list[str | list[int]] = field(default_factory=list)
@@ -85,6 +86,7 @@ class Asked:
     stream: bool = False
     include_usage: bool = False
     memory: MemoryAsked = field(default_factory=MemoryAsked)
+    who: str = ""
 
     @property
     def num_rows(self) -> int:
@@ -110,11 +112,12 @@ class Begun:
 @dataclass
 class Piece:
     """What one row has to say: a piece of its text; at the end why it ended, how many tokens it has
-    made and with which memory."""
+    made, how many of its prompt were read before, and with which memory."""
 
     index: int
     text: str = ""
     logprobs: list[Logprob] = field(default_factory=list)
     finish_reason: str | None = None
     num_tokens: int = 0
+    num_reused: int = 0
     memory: dict[str, Any] = field(default_factory=dict)

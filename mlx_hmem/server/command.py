@@ -8,6 +8,7 @@ from pathlib import Path
 from types import FrameType
 
 from mlx_hmem.bank.views import check_name
+from mlx_hmem.budget.resident import machine_bytes, parse_bytes
 from mlx_hmem.errors import ArgumentParser, UserError, needed, printable
 from mlx_hmem.generation.options import say
 from mlx_hmem.model.find import DEMO, is_repo_name
@@ -49,6 +50,11 @@ def parser() -> ArgumentParser:
         "--context", type=int, metavar="TOKENS",
         help="most tokens of prompt and answer together (default: those of the anchor)",
     )  # fmt: skip
+    bounds.add_argument(
+        "--prompt-cache-bytes", metavar="BYTES",
+        help="most keys and values of prompts to keep for those that begin alike, as 2GB; 0: none "
+        "(default: a sixteenth of the machine's memory)",
+    )  # fmt: skip
     who = made.add_argument_group("who may ask")
     who.add_argument(
         "--api-keys", type=Path, metavar="FILE", help="a file of keys, one in each line"
@@ -71,7 +77,9 @@ def main(words: Sequence[str]) -> None:
     if args.new_key is not None:
         _print_key(args.new_key, args.view)
         return
-    keys = _checked(args)
+    keys, prompt_bytes = _checked(args), machine_bytes() // 16
+    if args.prompt_cache_bytes is not None:
+        prompt_bytes = parse_bytes(args.prompt_cache_bytes, "--prompt-cache-bytes")
     for package in ("starlette", "uvicorn"):
         needed(package, "the server")
     from mlx_hmem.server.web import app, http  # they import these
@@ -81,7 +89,7 @@ def main(words: Sequence[str]) -> None:
     def open_model() -> Served:
         model = load(args.model, context=args.context)
         check_views(keys or (), model.banks.views if model.banks is not None else {})
-        return Served(model, run, args.rows)
+        return Served(model, run, args.rows, prompt_bytes)
 
     def log(line: str) -> None:
         say(printable(line))

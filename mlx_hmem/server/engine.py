@@ -100,6 +100,11 @@ class Engine:
         """Rows that are in a batch."""
         return sum(map(len, [self.served, *self._old]))
 
+    @property
+    def prompt_cache_bytes(self) -> int:
+        """Of keys and values that are kept for prompts that begin alike."""
+        return sum(served.prompts.nbytes for served in [self.served, *self._old])
+
     # For the main thread.
 
     def run(self) -> None:
@@ -128,6 +133,7 @@ class Engine:
             raise RefusedError(
                 500, "the model cannot be opened; the one of before goes on"
             ) from None
+        self.served.prompts.clear()
         self._old.append(self.served)
         self.served = new
         self.counts["reloads"] += 1
@@ -174,7 +180,9 @@ class Engine:
                 self._ready.popleft()
                 continue
             try:
-                served_of(ticket).insert(ticket)
+                reused = served_of(ticket).insert(ticket)
+                self.counts["prompt_cache_hits"] += reused > 0
+                self.counts["prompt_cache_tokens"] += reused
             except Exception as error:
                 self._refuse(ticket, error)
 

@@ -57,10 +57,12 @@ def options_of(asked: Asked, number: int, ends: Sequence[int]) -> dict[str, list
 
 
 class Row:
-    """What one row has said so far. ``held``: its blocks, until it has begun to use them."""
+    """What one row has said so far. ``held``: its blocks, until it has begun to use them;
+    ``num_reused``: of its prompt's tokens those that were read before."""
 
-    def __init__(self, asked: Asked, index: int, tokenizer: Any, held: Any):
+    def __init__(self, asked: Asked, index: int, tokenizer: Any, held: Any, num_reused: int):
         self.index, self.num_tokens, self.held = index, 0, held
+        self._num_reused = num_reused
         self._tokenizer, self._before, self._logprobs = tokenizer, list[int](), asked.logprobs
         self._pieces, self._stops = Pieces(tokenizer._tokenizer), Held(asked.stop)
         self._said, self._sent = 0, 0  # characters
@@ -86,7 +88,7 @@ class Row:
         reason = "stop" if stopped else reason
         free = [each for start, each in self._waiting if start < self._sent or reason == "length"]
         self._waiting = self._waiting[len(free) :]
-        piece = Piece(self.index, text, free, reason, self.num_tokens)
+        piece = Piece(self.index, text, free, reason, self.num_tokens, self._num_reused)
         if self._kept is not None:
             self._kept.append(piece)
             if reason is not None:

@@ -2,22 +2,24 @@
 
 import gc
 import traceback
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.generate import BatchGenerator
+from mlx_lm.generate import BatchGenerator, PromptProcessingBatch
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
 from mlx_hmem.errors import UserError
-from mlx_hmem.generation.batch import BatchModel
+from mlx_hmem.generation.batch import BatchModel, Key
 from mlx_hmem.model.model import MemoryModel
 from mlx_hmem.model.stream import check_finite, ending
 from mlx_hmem.server.asked import Asked, Piece, RefusedError
-from mlx_hmem.server.prepare import Preparing, Prompt
+from mlx_hmem.server.prepare import Found, Preparing, Prompt
+from mlx_hmem.server.prompts import PromptCache
 from mlx_hmem.server.row import Row, options_of
 
 PREFILL_ROWS, PREFILL_TOKENS = 8, 256  # of prompts between two tokens of the others
@@ -47,11 +49,23 @@ class Ticket:
 Said = tuple[Ticket, Piece | RefusedError]
 
 
-class Served:
-    """One model with a batch of up to ``most`` rows. For the engine's thread."""
+@dataclass
+class Reading:
+    """A prompt whose first ``ids`` are to be kept once ``left`` more of them are read."""
 
-    def __init__(self, model: MemoryModel, run: Path | None, most: int):
+    memory: Hashable
+    ids: list[int]
+    left: int
+
+
+class Served:
+    """One model with a batch of up to ``most`` rows, and up to ``prompt_bytes`` of keys and values
+    of prompts that were read. For the engine's thread."""
+
+    def __init__(self, model: MemoryModel, run: Path | None, most: int, prompt_bytes: int):
         self.model, self.preparing = model, Preparing(model, run)
+        self.prompts = PromptCache(prompt_bytes, PREFILL_TOKENS)
+        self._reading: dict[int, Reading] = {}
         self._ends = sorted(model.tokenizer.eos_token_ids)
         self.batch = None if model.bank is None else BatchModel(model)
         anchor: Any = self.batch or model.with_rows(None)
@@ -71,31 +85,41 @@ class Served:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def insert(self, ticket: Ticket) -> None:
-        """The next of a request's rows joins the batch; RefusedError where its memory cannot be
-        read."""
+    def insert(self, ticket: Ticket) -> int:
+        """The next of a request's rows joins the batch; how many of its prompt's tokens need not be
+        read. RefusedError where its memory cannot be read."""
         number, answer = ticket.wanted.pop(0)
-        prompt, asked, held, caches = ticket.prompts[number], ticket.asked, None, None
-        if self.batch is not None:
-            found = prompt.found
-            cache = self.batch.make_cache(found.route, bank=found.bank, under=found.user)
-            new = [key for key in found.keys if not self._has(prompt, key)]
-            try:
-                held, caches = self.batch.hold(cache), [cache]
-            except (UserError, OSError) as error:
-                raise RefusedError(500, "a block of the memory cannot be read") from error
-            ticket.memory.setdefault(number, found.to_dict(read=new))
-        else:
-            ticket.memory.setdefault(number, prompt.found.to_dict(read=()))
+        prompt, asked = ticket.prompts[number], ticket.asked
+        new = [key for key in prompt.found.keys if not self._has(prompt, key)]
+        cache, held = self._memory(prompt.found)
+        ticket.memory.setdefault(number, prompt.found.to_dict(read=new))
+        # Who asks, too: how many tokens need not be read says what was asked before.
+        memory, ids = (asked.who, asked.memory.view, frozenset(held)), prompt.ids
+        states, reused = self.prompts.find(memory, ids)
+        cache[: len(states)] = states
         (uid,) = self._generator.insert(
-            [prompt.ids],
+            [ids[reused:]],
             [prompt.max_tokens],
-            caches=caches,
+            caches=[cache],
+            all_tokens=[ids[:reused]],
             **options_of(asked, answer, self._ends),
         )
+        if left := self.prompts.whole(ids) - reused:
+            self._reading[uid] = Reading(memory, ids[: left + reused], left)
         index, tokenizer = number * asked.n + answer, self.model.tokenizer
-        self._rows[uid] = ticket, Row(asked, index, tokenizer, held)
+        self._rows[uid] = ticket, Row(asked, index, tokenizer, held, reused)
         ticket.uids.add(uid)
+        return reused
+
+    def _memory(self, found: Found) -> tuple[list[Any], dict[Key, mx.array]]:
+        """An empty prompt cache with the route of a memory, and its blocks."""
+        if self.batch is None:
+            return list(make_prompt_cache(self.model.anchor)), {}
+        cache = self.batch.make_cache(found.route, bank=found.bank, under=found.user)
+        try:
+            return cache, self.batch.hold(cache)
+        except (UserError, OSError) as error:
+            raise RefusedError(500, "a block of the memory cannot be read") from error
 
     def has_all(self, prompt: Prompt) -> bool:
         """Whether no block of a prompt need be read."""
@@ -104,10 +128,13 @@ class Served:
     def next(self) -> Iterator[Said]:
         """What the rows have to say after one more step. What fails in it fails all of them."""
         try:
-            responses = self._generator.next()[1]
+            read, responses = self._generator.next()
+            self._keep([each for each in read if not each.end_of_prompt])
         except Exception as error:
             tickets = {id(ticket): ticket for ticket, _ in self._rows.values()}
             self._rows.clear()
+            self._reading.clear()
+            self.prompts.clear()
             self._generator.close()
             self._generator = self._new_generator()
             refusal = RefusedError(500, "the batch failed")
@@ -146,14 +173,30 @@ class Served:
     def close(self) -> None:
         """Closes generator and banks, and gives back what memory they took."""
         self._generator.close()
+        self.prompts.clear()
         for part in self.model.banks.parts.values() if self.model.banks is not None else ():
             part.bank.close()
         del self._generator, self._new_generator, self.batch
         gc.collect()
         mx.clear_cache()
 
+    def _keep(self, read: Sequence[PromptProcessingBatch.Response]) -> None:
+        """Keeps the keys and values of the prompts of which the last whole part was just read.
+        Where several are read at once the device may sum in another order: none of them is kept,
+        for no answer is to depend on who asked beside the one before."""
+        for each in read:
+            reading = self._reading.get(each.uid)
+            if reading is None or len(read) > 1:
+                self._reading.pop(each.uid, None)
+            elif each.progress[0] == reading.left:
+                del self._reading[each.uid]
+                cache, _ = self._generator.extract_cache([each.uid])[each.uid]
+                states = cache if self.batch is None else cache[:-1]
+                self.prompts.keep(reading.memory, reading.ids, states)
+
     def _forget(self, ticket: Ticket, uid: int) -> None:
         self._rows.pop(uid, None)
+        self._reading.pop(uid, None)
         ticket.uids.discard(uid)
 
     def _has(self, prompt: Prompt, key: tuple[int, int]) -> bool:

@@ -18,7 +18,7 @@ class Answers:
         self._kind = f"{kind}.chunk" if self._chat and asked.stream else kind
         self._id = f"{'chatcmpl' if self._chat else 'cmpl'}-{secrets.token_hex(12)}"
         self._model, self._created = model, int(time.time())
-        self._prompt_tokens, self._num_tokens = prompt_tokens, 0
+        self._prompt_tokens, self._num_tokens, self._num_reused = prompt_tokens, 0, 0
         self._begun: set[int] = set()
         self._offsets: dict[int, int] = {}
 
@@ -26,7 +26,7 @@ class Answers:
         """Of the last pieces of all rows, each with all its text."""
         choices = []
         for piece in sorted(pieces, key=lambda each: each.index):
-            self._num_tokens += piece.num_tokens
+            self._count(piece)
             choice = self._choice(piece)
             text = {"role": "assistant", "content": piece.text} if self._chat else piece.text
             choice["message" if self._chat else "text"] = text
@@ -54,7 +54,7 @@ class Answers:
             last = self._choice(Piece(piece.index, finish_reason=piece.finish_reason))
             yield self._chunk(last | {"delta": {}}, memory=piece.memory)
         if ended:
-            self._num_tokens += piece.num_tokens
+            self._count(piece)
 
     def end(self) -> Iterator[bytes]:
         """What ends a stream."""
@@ -83,11 +83,17 @@ class Answers:
             "choices": choices,
         }
 
-    def _usage(self) -> dict[str, int]:
+    def _count(self, last: Piece) -> None:
+        """The tokens of a row that has ended; those of a prompt once for all its answers."""
+        self._num_tokens += last.num_tokens
+        self._num_reused += last.num_reused if last.index % self._asked.n == 0 else 0
+
+    def _usage(self) -> dict[str, Any]:
         return {
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": self._num_tokens,
             "total_tokens": self._prompt_tokens + self._num_tokens,
+            "prompt_tokens_details": {"cached_tokens": self._num_reused},
         }
 
     def _logprobs(self, piece: Piece) -> dict[str, Any]:

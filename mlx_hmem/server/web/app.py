@@ -121,6 +121,8 @@ class App:
         asked = asked_of(body, request.headers, chat)
         self._check_model(body)
         self._set_view(request, asked.memory)
+        key: Key | None = request.state.key
+        asked.who = "" if key is None else key.sha256
         ticket, start = Ticket(asked, sink=asyncio.Queue()), time.perf_counter()
         self._engine.submit(ticket)
         gone = asyncio.create_task(watch(request, ticket))

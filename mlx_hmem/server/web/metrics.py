@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from mlx_hmem.budget.resident import resident_bytes
 from mlx_hmem.server.engine import Engine
 
+REQUESTS = ("answered", "failed", "gone")  # how they end
+
 
 def metrics(engine: Engine, requests: Mapping[tuple[str, int], int], first: Sequence[float]) -> str:
     """``requests``: how many there were, by path and status; ``first``: how many streams have had
@@ -12,14 +14,15 @@ def metrics(engine: Engine, requests: Mapping[tuple[str, int], int], first: Sequ
     lines = ["# TYPE hmem_http_requests_total counter"]
     for (path, status), count in sorted(requests.items()):
         lines.append(f'hmem_http_requests_total{{path="{path}",status="{status}"}} {count}')
-    for name in ("answered", "failed", "gone", "reloads", "tokens"):
-        full = f"hmem_{'' if name in ('reloads', 'tokens') else 'requests_'}{name}_total"
+    for name in (*REQUESTS, "reloads", "tokens", "prompt_cache_hits", "prompt_cache_tokens"):
+        full = f"hmem_{'requests_' if name in REQUESTS else ''}{name}_total"
         lines += [f"# TYPE {full} counter", f"{full} {engine.counts[name]}"]
     gauges = {
         "rows": engine.num_rows,
         "rows_most": engine.rows,
         "rows_inside": engine.num_inside,
         "resident_bytes": resident_bytes(),
+        "prompt_cache_bytes": engine.prompt_cache_bytes,
     }
     for name, value in gauges.items():
         lines += [f"# TYPE hmem_{name} gauge", f"hmem_{name} {value}"]
