@@ -32,7 +32,8 @@ Context = tuple[str, str | None]  # what is asked, and the last words of its con
 @dataclass
 class Found:
     """The memory of one prompt: ``route`` is a cluster path in the bank ``bank``, "generic" or
-    "none"; ``user`` is the model as who asks may see it."""
+    "none"; ``user`` is the model as who asks may see it; ``passages``: None where none were asked
+    for."""
 
     user: MemoryModel
     route: ClusterPath | str = "none"
@@ -40,7 +41,7 @@ class Found:
     why: str = ""
     name: str = ""
     documents: tuple[str, ...] = ()
-    passages: tuple[Passage, ...] = ()
+    passages: tuple[Passage, ...] | None = None
 
     @property
     def keys(self) -> list[tuple[int, int]]:
@@ -64,7 +65,7 @@ class Found:
         }
         if read is not None:
             result["bytes_read"] = sum(size(level) for level, _ in read)
-        if self.passages:
+        if self.passages is not None:
             result["passages"] = [each._asdict() for each in self.passages]
         return result
 
@@ -200,7 +201,7 @@ class Preparing:
         with naming(param, code="context_length_exceeded"):
             check_length(ids, context)
         found = self.memory(asked.memory, user, about, param, bool(passages))
-        found.passages = tuple(passages)
+        found.passages = tuple(passages) if asked.memory.with_passages else None
         room = asked.max_tokens if context is None else min(asked.max_tokens, context - len(ids))
         return Prompt(ids, room, found)
 

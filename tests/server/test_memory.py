@@ -92,7 +92,8 @@ def test_passages_answer_in_place_of_the_memory_unless_a_mode_is_said(served):
     other = complete(served, UNKNOWN, route_text=ASKED, with_passages=1)[1]
     assert other["passages"][0]["document"] == "ferry.txt"
     text, memory = complete(served, UNKNOWN, with_passages=2)
-    assert (text, "passages" in memory) == (complete(served, UNKNOWN)[0], False)
+    assert (text, memory["passages"]) == (complete(served, UNKNOWN)[0], [])  # none is near
+    assert "passages" not in complete(served, UNKNOWN, with_passages=0)[1]
 
 
 def test_a_passage_stands_in_the_last_message_of_a_chat_if_there_is_room(served):
@@ -105,7 +106,7 @@ def test_a_passage_stands_in_the_last_message_of_a_chat_if_there_is_room(served)
     assert got["usage"] == whole["usage"]
     long = ("user", "Good day. " * 3, "assistant", "Good day.", "user")
     got = chat(served, *long, asked, with_passages=1)
-    assert (got.status, "passages" in got.body["memory"]) == (200, False)
+    assert (got.status, got.body["memory"]["passages"]) == (200, [])
     assert got.body["choices"] == chat(served, *long, asked).body["choices"]
 
 
@@ -113,7 +114,7 @@ def test_passages_are_near_to_what_the_conversation_is_about_too(served):
     before = ("user", "Fensolock?", "assistant", "Yes.")
     got = chat(served, *before, "user", "Rooms?", with_passages=1).body["memory"]
     assert got["passages"][0]["document"] == "inn.txt"
-    assert "passages" not in chat(served, "user", "Rooms?", with_passages=1).body["memory"]
+    assert chat(served, "user", "Rooms?", with_passages=1).body["memory"]["passages"] == []
 
 
 @pytest.mark.parametrize(
@@ -123,11 +124,11 @@ def test_passages_are_near_to_what_the_conversation_is_about_too(served):
 def test_who_may_not_fetch_a_document_sees_no_passage_of_it(served, fields):
     assert complete(served, with_passages=3)[1]["passages"]  # kept for others
     text, memory = complete(served, with_passages=3, **fields)
-    assert "passages" not in memory
+    assert memory["passages"] == []
     assert text == complete(served, **fields)[0]
     assert "ferry.txt" not in memory["documents"]
     got = chat(served, "user", ASKED, with_passages=3, **fields).body
-    assert "passages" not in got["memory"]
+    assert got["memory"]["passages"] == []
     assert complete(served, with_passages=3, view="staff")[1]["passages"]
     listed = served.ask("/v1/memory/documents", headers={"X-Memory-View": "guest"}).body["data"]
     assert [each["name"] for each in listed] == ["mill.txt", "inn.txt"]
