@@ -12,6 +12,8 @@ from mlx_hmem.generation.passages import Passages
 from mlx_hmem.model.load import load
 from mlx_hmem.model.model import MemoryModel
 
+LAZY_HELP = "of a Hub id, fetch the parts of the bank only when they are needed"
+
 
 def say(line: str) -> None:
     """To standard error, all but the answers."""
@@ -132,11 +134,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="LEVEL=FOLDER",
         help="levels of the bank that lie elsewhere, such as on another disk",
     )
-    machine.add_argument(
-        "--lazy",
-        action="store_true",
-        help="of a Hub id, fetch the parts of the bank only when they are needed",
-    )
+    machine.add_argument("--lazy", action="store_true", help=LAZY_HELP)
 
 
 def level_folder(text: str) -> tuple[int, Path]:

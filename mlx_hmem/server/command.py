@@ -10,7 +10,7 @@ from types import FrameType
 from mlx_hmem.bank.views import check_name
 from mlx_hmem.budget.resident import machine_bytes, parse_bytes
 from mlx_hmem.errors import ArgumentParser, UserError, needed, printable
-from mlx_hmem.generation.options import say
+from mlx_hmem.generation.options import LAZY_HELP, say
 from mlx_hmem.model.find import DEMO, is_repo_name
 from mlx_hmem.model.load import load
 from mlx_hmem.server.engine import Engine
@@ -31,6 +31,7 @@ def parser() -> ArgumentParser:
         default="demo",
         help="folder, Hub id or Hub id@REVISION (default: demo, the bundled model)",
     )
+    made.add_argument("--lazy", action="store_true", help=LAZY_HELP)
     made.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
     made.add_argument("--port", type=int, default=8080, help="default: %(default)s; 0: a free one")
     made.add_argument(
@@ -87,7 +88,7 @@ def main(words: Sequence[str]) -> None:
     run = run_of(args.run, args.model)
 
     def open_model() -> Served:
-        model = load(args.model, context=args.context)
+        model = load(args.model, context=args.context, lazy=args.lazy)
         check_views(keys or (), model.banks.views if model.banks is not None else {})
         return Served(model, run, args.rows, prompt_bytes)
 

@@ -1,8 +1,8 @@
 """The engine: all of MLX, in the main thread. What is asked comes through a queue as plain Python,
 what is answered goes back through the event loop of the thread that serves HTTP.
 
-A request is prepared (ids, route), its blocks are read into the page cache by a thread that knows
-no MLX, and its rows join the batch as others leave.
+A request is prepared (ids, route), its blocks are fetched from the Hub if they are not here, and
+read into the page cache, by a thread that knows no MLX; its rows join the batch as others leave.
 """
 
 import queue
@@ -19,7 +19,7 @@ import mlx.core as mx
 from mlx_hmem.bank import Bank
 from mlx_hmem.errors import UserError
 from mlx_hmem.server.asked import Begun, Piece, RefusedError
-from mlx_hmem.server.served import Served, Ticket, cause_of
+from mlx_hmem.server.served import UNREADABLE, Served, Ticket, cause_of
 
 Event = Begun | Piece | RefusedError
 Deliver = Callable[[list[tuple[Ticket, Event]]], None]
@@ -244,14 +244,21 @@ class Engine:
                     found = prompt.found
                     if found.keys and not ticket.over:
                         _read_ahead(found.user.require_banks().bank(found.bank), found.keys)
-            except Exception as error:  # said when the row joins
-                self._log(f"reading ahead: {cause_of(error)}")
+            except Exception as error:
+                self._queue.put(partial(self._is_read, ticket, error))
+            else:
+                self._queue.put(partial(self._is_read, ticket))
 
-            self._queue.put(partial(self._is_read, ticket))
-
-    def _is_read(self, ticket: Ticket) -> None:
+    def _is_read(self, ticket: Ticket, error: Exception | None = None) -> None:
+        """``error``: of files that cannot be had; those that cannot be read are said when the row
+        joins."""
         self._num_reading -= 1
-        self._ready.append(ticket)
+        if error is None:
+            self._ready.append(ticket)
+            return
+        refusal = RefusedError(500, UNREADABLE)
+        refusal.__cause__ = error
+        self._refuse(ticket, refusal)
 
 
 def served_of(ticket: Ticket) -> Served:
@@ -260,6 +267,7 @@ def served_of(ticket: Ticket) -> Served:
 
 
 def _read_ahead(bank: Bank, keys: list[tuple[int, int]]) -> None:
+    bank.obtain(keys)
     for key in keys:
         for _ in bank.read_ahead(key):
             if not threading.main_thread().is_alive():

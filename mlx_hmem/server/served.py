@@ -22,6 +22,7 @@ from mlx_hmem.server.prepare import Found, Preparing, Prompt
 from mlx_hmem.server.prompts import PromptCache
 from mlx_hmem.server.row import Row, options_of
 
+UNREADABLE = "a block of the memory cannot be read"
 PREFILL_ROWS, PREFILL_TOKENS = 8, 256  # of prompts between two tokens of the others
 
 
@@ -119,7 +120,7 @@ class Served:
         try:
             return cache, self.batch.hold(cache)
         except (UserError, OSError) as error:
-            raise RefusedError(500, "a block of the memory cannot be read") from error
+            raise RefusedError(500, UNREADABLE) from error
 
     def has_all(self, prompt: Prompt) -> bool:
         """Whether no block of a prompt need be read."""

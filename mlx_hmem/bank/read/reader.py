@@ -201,6 +201,11 @@ class Bank:
         """Whether a block is in memory."""
         return key in self._kept
 
+    def obtain(self, keys: Iterable[Key]) -> None:
+        """Has the files brought here that blocks lie in and that are not here yet, but for those
+        that are barred. Without MLX, for a thread beside. UserError: they cannot be had."""
+        self._sources.obtain([key for key in keys if not self.bars(*key)])
+
     def read_ahead(self, key: Key) -> Iterator[int]:
         """Reads a block that may be asked for soon, but not one that is barred, and yields the
         bytes of each piece (:meth:`Sources.read_ahead`). Without MLX, for a thread beside."""
