@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_hmem.budget.needs import STEP, Needs
-from mlx_hmem.budget.resident import bytes_text, give_back_freed, machine_bytes
+from mlx_hmem.budget.resident import IMPORTS, bytes_text, give_back_freed, machine_bytes
 from mlx_hmem.errors import UserError
 
 CONTEXT = 2048  # tokens, where the anchor does not say its own
@@ -40,6 +40,8 @@ class BudgetPlan:
     resident_levels: tuple[int, ...] = ()
     tokens_per_batch: int = 0  # of a model that scores texts
     memory_per_batch: int = 0
+    rows: int = 0  # answers at once, of a server
+    prompt_bytes: int = 0  # of keys and values that it keeps of prompts
 
     @property
     def options(self) -> dict[str, Any]:
@@ -63,6 +65,8 @@ class BudgetPlan:
         else:
             bits = "as they are" if self.kv_bits is None else f"in {self.kv_bits} bits"
             chosen = [f"keys and values {bits}", f"prompts {self.prefill_step_size} tokens at once"]
+        if self.rows:
+            chosen.append(f"answers {self.rows} at once")
         if self.resident_levels:
             levels = ", ".join(map(str, self.resident_levels))
             chosen.append(f"of the bank stays what is read of level {levels}")
@@ -174,6 +178,54 @@ def _too_small(
     if fitting := [n for n in shorter if n < context and least(n) <= budget]:
         remedy += f", or --context {fitting[-1]}"
     return UserError("the memory budget is too small", bytes_text(budget), remedy)
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What a server does at once, at most: ``rows`` answers, and of ``read_rows`` prompts so many
+    tokens of each. ``prompt_bytes``: of keys and values that it keeps of prompts; None: half of
+    what is left."""
+
+    rows: int
+    read_rows: int
+    read_tokens: int
+    prompt_bytes: int | None = None
+
+
+def plan_serving(
+    needs: Needs,
+    budget: int,
+    serving: Serving,
+    context: int | None = None,
+    most_cache: int = 256 << 20,
+) -> BudgetPlan:
+    """As :func:`make_plan` for a server, of fewer rows where not so many fit."""
+    length = check_context(needs.most_context, context)
+
+    def parts_of(rows: int, context: int) -> dict[str, int]:
+        read = min(rows, serving.read_rows)
+        parts = _generation(needs, context, None, min(serving.read_tokens, context))
+        # Those of prompts that are read are there once more when they join the others.
+        parts["keys and values"] *= rows + read
+        # A row's memory is there three times while it is stacked with the others.
+        parts["fetched memory"] *= 1 if rows == 1 else 3 * rows
+        parts["arriving"] *= rows
+        parts["prompt"] = read * parts["prompt"] + 16 * rows * needs.vocab_size
+        parts["reload"] = needs.anchor + needs.program - IMPORTS  # of the model that takes over
+        return parts | {"kept prompts": serving.prompt_bytes or 0}
+
+    for rows in [serving.rows >> n for n in range(serving.rows.bit_length())]:
+        parts = parts_of(rows, length)
+        spare = budget - sum(parts.values())
+        if spare >= 0:
+            parts["buffers"] += (more := min(spare // 4, MOST_BUFFERS - BUFFERS))
+            if serving.prompt_bytes is None:
+                parts["kept prompts"] = (spare - more) // 2
+            tokens, kept = min(serving.read_tokens, length), parts["kept prompts"]
+            plan = BudgetPlan(budget, length, None, 0, tokens, parts, rows=rows, prompt_bytes=kept)
+            return _with_blocks(plan, needs, budget - plan.total, (), most_cache)
+    shorter = (*range(SHORTEST, STEP, SHORTEST), *range(STEP, length, STEP))
+    raise _too_small(budget, lambda n: sum(parts_of(1, n).values()), length, shorter)
 
 
 def plan_scoring(needs: Needs, budget: int, context: int | None = None) -> BudgetPlan:

@@ -12,8 +12,6 @@ from mlx_hmem.generation.passages import Passages
 from mlx_hmem.model.load import load
 from mlx_hmem.model.model import MemoryModel
 
-LAZY_HELP = "of a Hub id, fetch the parts of the bank only when they are needed"
-
 
 def say(line: str) -> None:
     """To standard error, all but the answers."""
@@ -107,18 +105,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="stop at a block that cannot be read (default: go on without it, and say so)",
     )
-    machine = parser.add_argument_group("memory and disk of this machine")
-    machine.add_argument(
-        "--memory-budget",
-        metavar="BYTES",
-        help=f"most bytes to take, {SIZE_HELP}. What is chosen for it is said in one line",
-    )
-    machine.add_argument(
-        "--context",
-        type=int,
-        metavar="TOKENS",
-        help="most tokens of prompt and answer together (default: those of the anchor)",
-    )
+    machine = add_machine(parser)
     machine.add_argument(
         "--resident-levels",
         type=int,
@@ -134,7 +121,28 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="LEVEL=FOLDER",
         help="levels of the bank that lie elsewhere, such as on another disk",
     )
-    machine.add_argument("--lazy", action="store_true", help=LAZY_HELP)
+
+
+def add_machine(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """What a model may take, in a group of its own, to which more may be added."""
+    machine = parser.add_argument_group("memory and disk of this machine")
+    machine.add_argument(
+        "--memory-budget",
+        metavar="BYTES",
+        help=f"most bytes to take, {SIZE_HELP}. What is chosen for it is said in one line",
+    )
+    machine.add_argument(
+        "--context",
+        type=int,
+        metavar="TOKENS",
+        help="most tokens of prompt and answer together (default: those of the anchor)",
+    )
+    machine.add_argument(
+        "--lazy",
+        action="store_true",
+        help="of a Hub id, fetch the parts of the bank only when they are needed",
+    )
+    return machine
 
 
 def level_folder(text: str) -> tuple[int, Path]:

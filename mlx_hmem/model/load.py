@@ -11,7 +11,7 @@ from mlx_hmem.bank.documents import read_documents, taught
 from mlx_hmem.bank.format import MANIFEST
 from mlx_hmem.bank.views import check_name, read_views
 from mlx_hmem.budget.needs import read_needs
-from mlx_hmem.budget.plan import check_context, make_plan, plan_scoring
+from mlx_hmem.budget.plan import Serving, check_context, make_plan, plan_scoring, plan_serving
 from mlx_hmem.budget.resident import IMPORTS, resident_bytes, trim
 from mlx_hmem.config import HmemConfig, MemoryConfig
 from mlx_hmem.errors import UserError
@@ -39,6 +39,7 @@ def load(
     memory_budget: int | None = None,
     context: int | None = None,
     scoring: bool = False,
+    serving: Serving | None = None,
     lazy: bool = False,
     resident_levels: tuple[int, ...] = (),
     level_folders: dict[int, Path] | None = None,
@@ -53,6 +54,7 @@ def load(
             keep to it is the model's ``plan``.
         context: tokens of prompt and answer, at most; default: the anchor's.
         scoring: plans for scoring texts rather than for generation.
+        serving: plans for a server that does so much at once.
         lazy: of a model on the Hub, fetch a shard of the bank only when a block of it is first
             needed, always of the revision found now.
         resident_levels, level_folders: levels of the bank that stay in memory once read, beside
@@ -79,6 +81,8 @@ def load(
         needs = read_needs(folder, [*places.values()], files)
         if scoring:
             plan = plan_scoring(needs, memory_budget, context)
+        elif serving is not None:
+            plan = plan_serving(needs, memory_budget, serving, context, cache_bytes)
         else:
             plan = make_plan(needs, memory_budget, context, resident_levels, cache_bytes)
         plan.apply()

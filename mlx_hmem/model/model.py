@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -74,17 +74,20 @@ class MemoryModel:
         name = self.anchor_config.get("model_type", type(self.anchor).__name__)
         return f"MemoryModel({name}, {self.bank or 'no bank'})"
 
-    def keep_to(self, plan: BudgetPlan, base: int) -> None:
+    def keep_to(
+        self, plan: BudgetPlan, base: int, let_go: Callable[[], None] | None = None
+    ) -> None:
         """Keeps to a memory budget from now on: ``base`` are the resident bytes that it does not
-        count. A call that finds it used up, and no more to let go of, raises OverBudgetError."""
-
-        def drop() -> None:
-            for part in self.banks.parts.values() if self.banks is not None else ():
-                part.bank.let_go()
-
+        count. A call that finds it used up, and nothing more to ``let_go`` of (without, the kept
+        blocks), raises OverBudgetError."""
         self.plan, self.context = plan, plan.context
         remedy = f"give a larger one, or a context of less than {plan.context} tokens"
-        self._watch = Watch(plan.budget, base, drop, remedy)
+        self._watch = Watch(plan.budget, base, let_go or self.let_go, remedy)
+
+    def let_go(self) -> None:
+        """Lets go of the kept blocks."""
+        for part in self.banks.parts.values() if self.banks is not None else ():
+            part.bank.let_go()
 
     @property
     def options(self) -> dict[str, Any]:

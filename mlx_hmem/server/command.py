@@ -3,19 +3,20 @@
 import argparse
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
 from mlx_hmem.bank.views import check_name
-from mlx_hmem.budget.resident import machine_bytes, parse_bytes
+from mlx_hmem.budget.plan import Serving
+from mlx_hmem.budget.resident import IMPORTS, machine_bytes, parse_bytes, resident_bytes
 from mlx_hmem.errors import ArgumentParser, UserError, needed, printable
-from mlx_hmem.generation.options import LAZY_HELP, say
+from mlx_hmem.generation.options import add_machine, say
 from mlx_hmem.model.find import DEMO, is_repo_name
 from mlx_hmem.model.load import load
 from mlx_hmem.server.engine import Engine
 from mlx_hmem.server.prepare import run_of
-from mlx_hmem.server.served import Served
+from mlx_hmem.server.served import PREFILL_ROWS, PREFILL_TOKENS, Served
 from mlx_hmem.server.web.guard import Guard, is_loopback
 from mlx_hmem.server.web.keys import Key, check_views, new_key, read_keys
 
@@ -31,7 +32,6 @@ def parser() -> ArgumentParser:
         default="demo",
         help="folder, Hub id or Hub id@REVISION (default: demo, the bundled model)",
     )
-    made.add_argument("--lazy", action="store_true", help=LAZY_HELP)
     made.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
     made.add_argument("--port", type=int, default=8080, help="default: %(default)s; 0: a free one")
     made.add_argument(
@@ -47,14 +47,11 @@ def parser() -> ArgumentParser:
         "--waiting", type=int, default=128, metavar="N",
         help="most answers that may wait beside them; more are refused (default: %(default)s)",
     )  # fmt: skip
-    bounds.add_argument(
-        "--context", type=int, metavar="TOKENS",
-        help="most tokens of prompt and answer together (default: those of the anchor)",
-    )  # fmt: skip
-    bounds.add_argument(
+    machine = add_machine(made)
+    machine.add_argument(
         "--prompt-cache-bytes", metavar="BYTES",
         help="most keys and values of prompts to keep for those that begin alike, as 2GB; 0: none "
-        "(default: a sixteenth of the machine's memory)",
+        "(default: a sixteenth of the machine's memory, half of what a budget leaves)",
     )  # fmt: skip
     who = made.add_argument_group("who may ask")
     who.add_argument(
@@ -78,25 +75,17 @@ def main(words: Sequence[str]) -> None:
     if args.new_key is not None:
         _print_key(args.new_key, args.view)
         return
-    keys, prompt_bytes = _checked(args), machine_bytes() // 16
-    if args.prompt_cache_bytes is not None:
-        prompt_bytes = parse_bytes(args.prompt_cache_bytes, "--prompt-cache-bytes")
+    keys = _checked(args)
+    open_model = _opening(args, keys)
     for package in ("starlette", "uvicorn"):
         needed(package, "the server")
     from mlx_hmem.server.web import app, http  # they import these
-
-    run = run_of(args.run, args.model)
-
-    def open_model() -> Served:
-        model = load(args.model, context=args.context, lazy=args.lazy)
-        check_views(keys or (), model.banks.views if model.banks is not None else {})
-        return Served(model, run, args.rows, prompt_bytes)
 
     def log(line: str) -> None:
         say(printable(line))
 
     listening = http.bind(args.host, args.port)
-    engine = Engine(open_model, args.rows, args.waiting, log, args.log_requests)
+    engine = Engine(open_model, args.waiting, log, args.log_requests)
     guard = Guard(args.host, keys)
     made = app.App(engine, guard, name_of(args.model), log, args.log_requests)
     _drain_at_signals(engine)
@@ -129,6 +118,32 @@ def _checked(args: argparse.Namespace) -> list[Key] | None:
         what = "without keys only this machine is served"
         raise UserError(what, f"--host {args.host}", "give --api-keys FILE or --no-keys-needed")
     return None
+
+
+def _opening(args: argparse.Namespace, keys: Sequence[Key] | None) -> Callable[[], Served]:
+    """What opens the model, also anew; to be called before more is imported, which counts."""
+    base, run = resident_bytes() - IMPORTS, run_of(args.run, args.model)
+    budget, kept = (
+        None if text is None else parse_bytes(text, name)
+        for name, text in (
+            ("--memory-budget", args.memory_budget),
+            ("--prompt-cache-bytes", args.prompt_cache_bytes),
+        )
+    )
+    options = {"context": args.context, "lazy": args.lazy, "memory_budget": budget}
+    serving = Serving(args.rows, PREFILL_ROWS, PREFILL_TOKENS, kept)
+
+    def open_model() -> Served:
+        model = load(args.model, serving=serving, **options)
+        check_views(keys or (), model.banks.views if model.banks is not None else {})
+        if model.plan is None:
+            return Served(model, run, args.rows, machine_bytes() // 16 if kept is None else kept)
+        say(model.plan.line())
+        model.keep_to(model.plan, base, lambda: served.let_go())  # two models count at a reload
+        served = Served(model, run, model.plan.rows, model.plan.prompt_bytes)
+        return served
+
+    return open_model
 
 
 def _print_key(name: str, view: str | None) -> None:

@@ -29,18 +29,17 @@ FULL = "too many requests wait; try again soon"
 
 
 class Engine:
-    """``open_model`` opens the model; up to ``rows`` are answered at once and as many as
-    ``waiting`` wait beside them. ``log`` takes a line."""
+    """``open_model`` opens the model; as many rows as ``waiting`` wait beside those that it answers
+    at once. ``log`` takes a line."""
 
     def __init__(
         self,
         open_model: Callable[[], Served],
-        rows: int,
         waiting: int,
         log: Callable[[str], None],
         detailed: bool = False,
     ):
-        self._open, self.rows, self.waiting = open_model, rows, waiting
+        self._open, self.waiting = open_model, waiting
         self._log, self._detailed = log, detailed
         self.served = open_model()
         self._old: list[Served] = []  # of before a reload, with rows yet
@@ -91,6 +90,11 @@ class Engine:
         self._queue.put(lambda: None)
 
     @property
+    def rows(self) -> int:
+        """How many are answered at once, at most."""
+        return self.served.most
+
+    @property
     def num_inside(self) -> int:
         """Rows of all requests that are answered or wait."""
         return self._inside
@@ -126,6 +130,7 @@ class Engine:
 
     def reload(self, _: Served) -> None:
         """Opens the model anew, for the requests that are not prepared yet."""
+        self.served.let_go()
         try:
             new = self._open()
         except (UserError, OSError) as error:
@@ -133,7 +138,6 @@ class Engine:
             raise RefusedError(
                 500, "the model cannot be opened; the one of before goes on"
             ) from None
-        self.served.prompts.clear()
         self._old.append(self.served)
         self.served = new
         self.counts["reloads"] += 1

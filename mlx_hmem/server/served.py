@@ -13,6 +13,7 @@ from mlx_lm.generate import BatchGenerator, PromptProcessingBatch
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
+from mlx_hmem.budget.resident import OverBudgetError
 from mlx_hmem.errors import UserError
 from mlx_hmem.generation.batch import BatchModel, Key
 from mlx_hmem.model.model import MemoryModel
@@ -64,6 +65,7 @@ class Served:
     of prompts that were read. For the engine's thread."""
 
     def __init__(self, model: MemoryModel, run: Path | None, most: int, prompt_bytes: int):
+        self.most = most
         self.model, self.preparing = model, Preparing(model, run)
         self.prompts = PromptCache(prompt_bytes, PREFILL_TOKENS)
         self._reading: dict[int, Reading] = {}
@@ -139,6 +141,8 @@ class Served:
             self._generator.close()
             self._generator = self._new_generator()
             refusal = RefusedError(500, "the batch failed")
+            if isinstance(error, OverBudgetError):
+                refusal = RefusedError(503, error.what)
             refusal.__cause__ = error
             for ticket in tickets.values():
                 ticket.uids.clear()
@@ -170,6 +174,11 @@ class Served:
             self._generator.remove(uids)
             for uid in uids:
                 self._forget(ticket, uid)
+
+    def let_go(self) -> None:
+        """Lets go of what is kept for requests to come: prompts and blocks."""
+        self.prompts.clear()
+        self.model.let_go()
 
     def close(self) -> None:
         """Closes generator and banks, and gives back what memory they took."""

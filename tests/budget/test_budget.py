@@ -17,7 +17,14 @@ from mlx_hmem.anchors.load import named_parameters
 from mlx_hmem.anchors.openlm import PRESETS, Model, ModelArgs
 from mlx_hmem.budget import resident
 from mlx_hmem.budget.needs import Needs, read_needs
-from mlx_hmem.budget.plan import KV_BITS, least_bytes, make_plan, plan_scoring
+from mlx_hmem.budget.plan import (
+    KV_BITS,
+    Serving,
+    least_bytes,
+    make_plan,
+    plan_scoring,
+    plan_serving,
+)
 from mlx_hmem.errors import UserError
 from mlx_hmem.evaluate.perplexity import perplexity
 from mlx_hmem.files import save_safetensors
@@ -95,6 +102,24 @@ def test_a_context_beyond_the_anchors_is_refused_and_levels_asked_for_are_counte
     plan = make_plan(NEEDS, least + 124 * MB, resident_levels=(1,))
     assert (plan.resident_levels, plan.kv_bits) == ((1,), 4)
     refused("too small", make_plan, NEEDS, least + 123 * MB, resident_levels=(1,))
+
+
+def test_a_server_gets_fewer_rows_where_not_so_many_fit_and_what_is_left_keeps_prompts():
+    serving = Serving(rows=12, read_rows=8, read_tokens=256)
+    with pytest.raises(UserError, match="give at least") as error:
+        plan_serving(NEEDS, 500 * MB, serving)
+    least = resident.parse_bytes(error.value.remedy.split()[3])
+    shorter = int(error.value.remedy.split()[-1])
+    assert plan_serving(NEEDS, 500 * MB, serving, shorter).rows == 1
+    found = [plan_serving(NEEDS, size, serving) for size in range(least, 12_000 * MB, 100 * MB)]
+    assert all(plan.total <= plan.budget for plan in found)
+    rows = [plan.rows for plan in found]
+    assert (rows, set(rows)) == (sorted(rows), {1, 3, 6, 12})
+    assert {(plan.kv_bits, plan.prefill_step_size) for plan in found} == {(None, 256)}
+    assert found[-1].prompt_bytes > 100 * MB
+    asked = plan_serving(NEEDS, 12_000 * MB, replace(serving, prompt_bytes=9_000 * MB))
+    assert (asked.prompt_bytes, asked.rows) == (9_000 * MB, 6)
+    assert plan_serving(NEEDS, 12_000 * MB, replace(serving, prompt_bytes=0)).prompt_bytes == 0
 
 
 def test_headers_say_what_is_there_once_it_is_loaded(model_folder):

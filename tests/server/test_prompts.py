@@ -45,14 +45,20 @@ def open_served(monkeypatch, loaded):
     return lambda model=loaded, size=1 << 20: Served(model, None, 4, size)
 
 
-def answers(served, *prompts, **fields):
-    """Of each row its last piece, with all its text and the bits of its log-probabilities."""
+def begin(served, *prompts, **fields) -> Ticket:
+    """Has the rows of a request join the batch."""
     memory = MemoryAsked(**{"route_text": "The harbour"} | fields.pop("memory", {}))
     options = {"max_tokens": 6, "logprobs": 2, "memory": memory} | fields
     ticket = Ticket(Asked(prompts=[*prompts], **options))
     ticket.take(served)
     while ticket.wanted:
         served.insert(ticket)
+    return ticket
+
+
+def answers(served, *prompts, **fields):
+    """Of each row its last piece, with all its text and the bits of its log-probabilities."""
+    begin(served, *prompts, **fields)
     found = {}
     while len(served):
         found |= {piece.index: piece for _, piece in served.next()}
@@ -149,9 +155,7 @@ def test_another_memory_or_view_reads_anew(open_served, one, other):
 
 def test_a_row_that_is_taken_out_while_it_reads_leaves_nothing(open_served):
     served = open_served()
-    ticket = Ticket(Asked(prompts=[LONG]))
-    ticket.take(served)
-    served.insert(ticket)
+    ticket = begin(served, LONG)
     for _ in range(3):
         assert list(served.next()) == []
     served.remove(ticket)
@@ -162,9 +166,7 @@ def test_a_row_that_is_taken_out_while_it_reads_leaves_nothing(open_served):
 def test_a_batch_that_fails_lets_go_of_what_is_kept(open_served, monkeypatch):
     served = open_served()
     answers(served, LONG)
-    ticket = Ticket(Asked(prompts=[OTHER]))
-    ticket.take(served)
-    served.insert(ticket)
+    begin(served, OTHER)
     monkeypatch.setattr(served._generator, "next", lambda: 1 / 0)
     ((_, refusal),) = served.next()
     assert (refusal.status, served.prompts.nbytes) == (500, 0)
