@@ -24,7 +24,7 @@ from mlx_hmem.generation.options import (
     say,
     stops_of,
 )
-from mlx_hmem.generation.passages import beside, passages_line
+from mlx_hmem.generation.passages import answer_alone, beside, passages_line
 from mlx_hmem.generation.template import chat_ids, check_system
 from mlx_hmem.model.fetch import PASSAGES_ANSWER, Fetch
 from mlx_hmem.model.model import MemoryModel
@@ -64,7 +64,7 @@ def main(words: Sequence[str]) -> None:
     near = [] if known is None else known.nearest(text, args.with_passages)
     prompt, passages = beside(near, prompt, ids_in, model.context, args.max_tokens)
     ids = ids_in(prompt)
-    if passages and args.memory is None and args.memory_name is None:
+    if answer_alone(passages, args.memory is not None, args.memory_name):
         fetch = Fetch("none", why=PASSAGES_ANSWER)
     else:
         fetch = model.fetch(text, wait=False, **memory_options(args))

@@ -20,7 +20,7 @@ from mlx_hmem.bank.views import Barred
 from mlx_hmem.config import ClusterPath
 from mlx_hmem.generation.ending import check_stops, ids_said, until
 from mlx_hmem.generation.history import KeyValues, Saved, Turn, read_saved, write_saved
-from mlx_hmem.generation.passages import Passage, Passages, beside
+from mlx_hmem.generation.passages import Passage, Passages, answer_alone, beside
 from mlx_hmem.generation.session import SessionStats
 from mlx_hmem.generation.template import chat_ids, check_system
 from mlx_hmem.generation.topic import MARGIN, WINDOW, Topic, window_of
@@ -86,14 +86,14 @@ class Conversation:
         notify: Callable[[str], None] = lambda line: None,
         **options: Any,
     ):
-        """``memory``: None for fetched, but none where passages stand before the turn: what has
-        learned to answer from itself reads less. ``history``: None for that of the tokenizer, see
-        above. ``system``: how a model with a chat template is to behave. ``stop``: texts before
-        which an answer ends. ``damaged``: whether an answer goes on without a block that cannot be
-        read, or ends in a UserError. ``prefetch``: read blocks that may be asked for next between
-        the turns. ``passages``: up to ``with_passages`` of them that are near go before each turn.
-        ``notify`` is told, in a line, what else one should know. ``blocked`` and ``options`` are
-        those of :meth:`MemoryModel.stream`."""
+        """``memory``: None for fetched, but none where passages stand before the turn.
+        ``history``: None for that of the tokenizer, see above. ``system``: how a model with a chat
+        template is to behave. ``stop``: texts before which an answer ends. ``damaged``: whether an
+        answer goes on without a block that cannot be read, or ends in a UserError. ``prefetch``:
+        read blocks that may be asked for next between the turns. ``passages``: up to
+        ``with_passages`` of them that are near go before each turn. ``notify`` is told, in a line,
+        what else one should know. ``blocked`` and ``options`` are those of
+        :meth:`MemoryModel.stream`."""
         check_options(max_tokens, **options)
         check_system(model.tokenizer, system)
         self._beside = memory is not None
@@ -172,7 +172,7 @@ class Conversation:
     @property
     def memory_said(self) -> str:
         """What the next answers use, for people."""
-        off = self.with_passages and not self._beside and self.memory_name is None
+        off = answer_alone(self.with_passages, self._beside, self.memory_name)
         return f"{self.memory}, but none beside passages" if off else self.memory
 
     def set_memory(self, memory: str) -> None:
@@ -284,7 +284,7 @@ class Conversation:
         """The vector that the turn is routed by, and its memory; it is not waited for."""
         if self.memory == "none":
             return None, Fetch("none")
-        if self.passages[0] and not self._beside and self.memory_name is None:
+        if answer_alone(self.passages[0], self._beside, self.memory_name):
             return None, Fetch("none", why=PASSAGES_ANSWER)
         start, vector = time.perf_counter(), None
         path, bank, window = None, "", self._window(turn.text)

@@ -118,6 +118,13 @@ def beside(
     return text, []
 
 
+def answer_alone(passages: object, asked: bool, name: str | None) -> bool:
+    """Whether these passages, if there are any, stand in place of the memory: where none was
+    ``asked`` for, by its mode or its ``name``. What has learned to answer from itself reads less
+    (docs/own_documents.md)."""
+    return bool(passages) and not asked and name is None
+
+
 def passages_line(passages: Sequence[Passage], near: int) -> str:
     """Of which documents they are, of so many that were near, for people."""
     names = ", ".join(printable(passage.document) for passage in passages) or "none"

@@ -17,7 +17,7 @@ from mlx_hmem.memory import Rows
 
 MODES = ("fetched", "generic", "none")
 NOTHING_NEAR = "nothing near"  # no document says what is asked, and there is no other memory
-PASSAGES_ANSWER = "passages answer"  # what has learned to answer from itself reads less
+PASSAGES_ANSWER = "passages answer"
 MOST_NAMED = 3  # documents, for people
 Memory = Rows | RowsByLayer
 

@@ -16,7 +16,7 @@ from mlx_hmem.bank.format import GENERIC
 from mlx_hmem.bank.views import Barred, barred_path
 from mlx_hmem.config import ClusterPath
 from mlx_hmem.errors import UserError
-from mlx_hmem.generation.passages import Passage, Passages, beside
+from mlx_hmem.generation.passages import Passage, Passages, answer_alone, beside
 from mlx_hmem.generation.template import chat_ids, check_system
 from mlx_hmem.generation.topic import MARGIN, Topic, window_of
 from mlx_hmem.model.fetch import NOTHING_NEAR, PASSAGES_ANSWER, check_named
@@ -131,7 +131,7 @@ class Preparing:
             return found
         if memory.mode == "none":
             return found
-        if passages and memory.mode is None and memory.name is None:
+        if answer_alone(passages, memory.mode is not None, memory.name):
             found.why = PASSAGES_ANSWER
             return found
         with naming(own):
