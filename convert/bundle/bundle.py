@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 import xxhash
 from tqdm import tqdm
 
 from mlx_hmem.anchors.load import weight_files
-from mlx_hmem.bank.format import GENERIC, MANIFEST
+from mlx_hmem.bank.format import MANIFEST
 from mlx_hmem.config import HmemConfig
 from mlx_hmem.errors import ArgumentParser, UserError
 from mlx_hmem.files import link_or_copy, save_safetensors, write_atomic
@@ -41,13 +40,14 @@ from mlx_hmem.model.model import MemoryModel
 from mlx_hmem.reading import open_regular
 from mlx_hmem.retriever.encoder import STATIC_FOLDER
 
+from .check import check_functions, newer_operations_of, plain_tokenizer
 from .functions import Functions, dtype_and_shape
+from .record import OLDEST
 
 FORMAT_VERSION = 1
 CONTEXT, PREFILL = 2048, (32, 128, 512)
 BUNDLE, ANCHOR, RUNNER = "bundle.json", "anchor.safetensors", "run.py"
 ENCODER = ("config.json", "encoder.safetensors", "tokenizer.json")  # of the static one
-PROBES = ("The old bridge", " Two\n\nlines", "Ünï, 日本 and 🦊", "<s> a </s>", "1234567 x=y;")
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,9 @@ class Bundle:
         functions, tokenizer = self.functions, self.model.tokenizer
         return {
             "format_version": FORMAT_VERSION,
-            "made_with": {"mlx": version("mlx"), "device": device(), "stream": stream()},
+            # Readers of before compare the stream's number with 0, though MLX does not.
+            "made_with": {"mlx": version("mlx"), "device": device(), "stream": 0},
+            "oldest_mlx": version("mlx") if newer_operations_of(part) else OLDEST,
             "context": functions.context,
             "prefill": list(functions.prefill),
             "bos_token": tokenizer.bos_token,
@@ -145,13 +147,6 @@ def device() -> str:
     return "gpu" if mx.default_device().type == mx.DeviceType.gpu else "cpu"
 
 
-def stream() -> int:
-    """The number of this thread's stream. MLX records it: functions run only in a thread that has
-    this stream, which is the first to use MLX where it is 0."""
-    text = str(mx.default_stream(mx.default_device()))  # "Stream(Device(cpu, 0), 0)"
-    return int(text.rstrip(")").split(" ")[-1])
-
-
 def _known_by(file: Path) -> dict[str, Any]:
     """Length and XXH3 of a file; shards have checksums for each block in bank.json."""
     known: dict[str, Any] = {"bytes": file.stat().st_size}
@@ -160,58 +155,6 @@ def _known_by(file: Path) -> dict[str, Any]:
             digest = hashlib.file_digest(opened, xxhash.xxh3_64)  # type: ignore[arg-type]
         known["xxh3"] = digest.hexdigest()
     return known
-
-
-def plain_tokenizer(model: MemoryModel) -> str:
-    """The text of a ``tokenizer.json`` that does all that the model's tokenizer does."""
-    from tokenizers import Tokenizer
-
-    backend = getattr(model.tokenizer, "backend_tokenizer", None)
-    remedy = "convert it to a tokenizer.json of the tokenizers library"
-    if backend is None:
-        raise UserError("the tokenizer has no plain form", type(model.tokenizer).__name__, remedy)
-    text = str(backend.to_str())
-    plain = Tokenizer.from_str(text)
-    plain.encode_special_tokens = True  # as the runner sets it
-    for probe in PROBES:
-        for special in (True, False):
-            ids = plain.encode(probe, add_special_tokens=special).ids
-            if ids != list(model.tokenizer.encode(probe, add_special_tokens=special)):
-                raise UserError("the tokenizer does more than its plain form", repr(probe), remedy)
-    return text
-
-
-def check_functions(functions: Functions, part: Path) -> None:
-    """Compares the recorded functions with the model, on a few tokens and the generic memory."""
-
-    def call(name: str, *inputs: mx.array) -> list[mx.array]:
-        function: Any = mx.import_function(str(part / "functions" / name))
-        return list(function(*inputs))
-
-    bank, weights = functions.bank, list(functions.weights.values())
-    num_rows = functions.num_rows((GENERIC,))
-    stored = bank.stored(GENERIC, 0).arrays(bank.manifest.parts(GENERIC))
-    rows = call("memory-0.mlxfn", *stored)
-    vocabulary = functions.model.tokenizer.vocab_size
-    ids = np.random.default_rng(0).integers(vocabulary, size=min(5, functions.context)).tolist()
-    length, cache = min(functions.prefill), functions.cache
-    padded = mx.array([ids[:-1] + [0] * (length - len(ids) + 1)], mx.int32)
-    start, count = mx.array(0, mx.int32), mx.array(len(ids) - 1, mx.int32)
-    cache = call(f"prefill-{length}-r{num_rows}.mlxfn", padded, start, *cache, *rows, *weights)
-    last = mx.array([ids[-1:]], mx.int32)
-    found, *_ = call(f"decode-1-r{num_rows}.mlxfn", last, count, *cache, *rows, *weights)
-    expected = functions.model.rows_of([bank.generic()])
-    logits = functions.model.with_rows(expected)(mx.array([ids]))[:, -1]
-    wanted = logits - mx.logsumexp(logits, keepdims=True)
-    numbers: Any = [mx.abs(array).max().item() for array in (found - wanted, wanted)]
-    difference, largest = numbers
-    allowed = 1e-3 if functions.dtype == mx.float32 else 0.05
-    if not difference <= allowed * largest:  # NaN too
-        raise UserError(
-            "the recorded functions compute something else than the model",
-            f"log-probabilities differ by {difference:.2g}",
-            "this architecture makes no bundle",
-        )
 
 
 def plan(folder: Path, context: int | None, prefill: Sequence[int]) -> Bundle:
@@ -281,7 +224,7 @@ def main(words: Sequence[str]) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     args = parser.parse_args(words)
-    stream()  # begun before any other
+    mx.default_stream(mx.default_device())  # imported functions find the first of the device
     prefill = [] if args.prefill is None else lengths_option(args.prefill)
     folder = find_model(args.model, (*MODEL_FILES, *BANK_FILES, *TEXTS))
     bundle = plan(folder, args.context, prefill)
@@ -295,5 +238,10 @@ def main(words: Sequence[str]) -> None:
     if device() == "cpu":
         print(
             "the functions are recorded for the CPU; make the bundle on a Mac for a phone's GPU",
+            file=sys.stderr,
+        )
+    if newer := newer_operations_of(args.out):
+        print(
+            f"MLX {OLDEST} cannot read {', '.join(newer)}: the app needs MLX {version('mlx')}",
             file=sys.stderr,
         )

@@ -26,6 +26,9 @@ from mlx_hmem.files import atomic_file
 from mlx_hmem.memory import Rows, group_shapes, join_blocks
 from mlx_hmem.model.model import MemoryModel
 
+from .attention import single_operations
+from .record import record
+
 Arrays = Sequence[mx.array]
 Traced = Callable[..., list[mx.array]]
 
@@ -82,7 +85,9 @@ class Function:
             return
         try:
             with atomic_file(path) as part:
-                mx.export_function(part.name, self.traced, *self.inputs)
+                record(part.name, self.traced, self.inputs)
+        except UserError:
+            raise
         except Exception as error:  # whatever an architecture or MLX's serialiser raises
             reason = f"{type(error).__name__}: {error}"[:300]
             raise UserError(f"{self.file} cannot be recorded", reason, self.remedy) from None
@@ -189,7 +194,8 @@ class Functions:
         memory: Any = TracedRows(rows) if rows else None
         self.anchor.update(tree_unflatten(list(zip(self.weights, weights, strict=True))))
         try:
-            logits = self.model.with_rows(memory)(ids, cache=caches)
+            with single_operations():
+                logits = self.model.with_rows(memory)(ids, cache=caches)
         finally:  # traced weights must not stay behind in the anchor
             self.anchor.update(tree_unflatten(list(self.weights.items())))
         return logits, [c.keys for c in caches] + [c.values for c in caches]

@@ -80,13 +80,12 @@ class Bundle:
 
     def __init__(self, folder: Path):
         self.folder, self.about = folder, read_json(folder / "bundle.json")
-        stream = mx.default_stream(mx.default_device())  # begun before any other
+        stream = mx.default_stream(mx.default_device())  # functions use the first of the device
         found = self.about.get("format_version") if isinstance(self.about, dict) else None
         if found != VERSION:
             raise BundleError(f"{folder} is of version {found}, not {VERSION}; make or update it")
-        made = "Stream(Device({device}, 0), {stream})".format_map(self.about["made_with"])
-        if made != str(stream):
-            raise BundleError(f"functions are for {made}, not {stream}; use the first thread there")
+        if (made := self.about["made_with"]["device"]) not in str(stream.device):
+            raise BundleError(f"functions are for the {made}, not {stream.device}; make them there")
         for name, known in self.about["files"].items():
             self._check(folder / name, known)
         self.bank = read_json(folder / "bank" / "bank.json")
@@ -118,7 +117,7 @@ class Bundle:
         if name not in self.functions:
             try:
                 self.functions[name] = mx.import_function(str(self.folder / name))
-            except (RuntimeError, ValueError) as error:
+            except (RuntimeError, ValueError, MemoryError) as error:
                 raise BundleError(f"this MLX cannot import {name}: {error}; update MLX") from None
         return list(self.functions[name](*inputs))
 

@@ -206,7 +206,7 @@ def test_the_manifest_names_every_file_and_the_order_of_the_weights(made, model_
     ]
     kinds = [(f["kind"], f.get("num_tokens"), f["num_rows"]) for f in values["functions"]]
     assert len(kinds) == len(set(kinds)) + 1 == 3 + 3 * 3  # the generic memory and all levels
-    assert values["context"] == CONTEXT
+    assert (values["context"], values["oldest_mlx"]) == (CONTEXT, "0.31.1")
 
 
 def test_a_stopped_run_goes_on(model_folder, model, tmp_path, monkeypatch):
@@ -301,9 +301,9 @@ def test_the_runner_names_what_is_wrong_in_one_line(made, opened, tmp_path, caps
         edit_json(folder / "bundle.json", lambda v, n=version: v.update(format_version=n))
         assert f"is of version {version}, not 1; make or update it" in ends(folder, "x")
     edit_json(folder / "bundle.json", lambda values: values.update(format_version=1))
-    edit_json(folder / "bundle.json", lambda values: values["made_with"].update(stream=7))
-    assert "functions are for Stream(Device(cpu, 0), 7), not Stream" in ends(folder, "x")
-    edit_json(folder / "bundle.json", lambda values: values["made_with"].update(stream=0))
+    edit_json(folder / "bundle.json", lambda values: values["made_with"].update(device="gpu"))
+    assert "functions are for the gpu, not Device(cpu, 0); make them there" in ends(folder, "x")
+    edit_json(folder / "bundle.json", lambda values: values["made_with"].update(device="cpu"))
     with open(folder / "anchor.safetensors", "r+b") as file:
         file.seek(-1, 2)
         file.write(b"\xff")
