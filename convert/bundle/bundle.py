@@ -45,7 +45,7 @@ from .functions import Functions, dtype_and_shape
 from .record import OLDEST
 
 FORMAT_VERSION = 1
-CONTEXT, PREFILL = 2048, (32, 128, 512)
+CONTEXT, PREFILL, KV_LENGTHS = 2048, (32, 128, 512), (256, 512, 1024)
 BUNDLE, ANCHOR, RUNNER = "bundle.json", "anchor.safetensors", "run.py"
 ENCODER = ("config.json", "encoder.safetensors", "tokenizer.json")  # of the static one
 
@@ -97,6 +97,7 @@ class Bundle:
             device=device(),
             context=self.functions.context,
             prefill=self.functions.prefill,
+            kv_lengths=self.functions.kv_lengths,
         )
 
     @property
@@ -108,7 +109,7 @@ class Bundle:
     def write(self, part: Path) -> None:
         """All files; first those that may turn out to be impossible."""
         write_atomic(part / "tokenizer.json", plain_tokenizer(self.model))
-        functions = self.functions.all()
+        functions = [*self.functions.all(), *self.functions.short()]
         for function in tqdm(functions, desc="recording", unit="function", delay=2, disable=None):
             function.write(part)
         check_functions(self.functions, part)
@@ -137,6 +138,7 @@ class Bundle:
             "cache": [dtype_and_shape(array) for array in functions.cache],
             "rows": [dtype_and_shape(array) for array in functions.empty_rows(1)],
             "functions": [{"file": f.file, **f.about} for f in functions.all()],
+            "short_functions": [{"file": f.file, **f.about} for f in functions.short()],
             "files": {
                 name: _known_by(part / name) for name in names if name not in (BUNDLE, RECORD)
             },
@@ -157,7 +159,9 @@ def _known_by(file: Path) -> dict[str, Any]:
     return known
 
 
-def plan(folder: Path, context: int | None, prefill: Sequence[int]) -> Bundle:
+def plan(
+    folder: Path, context: int | None, prefill: Sequence[int], kv_lengths: Sequence[int] = ()
+) -> Bundle:
     """Checks a model directory and what is asked of its bundle; nothing is written."""
     model = load(folder, cache_bytes=0)
     if model.bank is None:
@@ -179,10 +183,14 @@ def plan(folder: Path, context: int | None, prefill: Sequence[int]) -> Bundle:
     chosen = min(CONTEXT, most) if context is None else context
     if not 2 <= chosen <= most:
         raise UserError("the context is not the anchor's", chosen, f"use 2 to {most} tokens")
-    lengths = sorted(set(prefill or [n for n in PREFILL if n <= chosen] or [chosen]))
-    if lengths[0] < 1 or lengths[-1] > chosen:
-        raise UserError("a prefill length is out of range", lengths, f"use 1 to {chosen} tokens")
-    return Bundle(folder, model, Functions(model, chosen, lengths))
+    pieces = sorted(set(prefill or [n for n in PREFILL if n <= chosen] or [chosen]))
+    short = sorted({*(kv_lengths or [n for n in KV_LENGTHS if n < chosen]), chosen})
+    for name, lengths in (("prefill", pieces), ("KV", short)):
+        if lengths[0] < 1 or lengths[-1] > chosen:
+            raise UserError(
+                f"a {name} length is out of range", lengths, f"use 1 to {chosen} tokens"
+            )
+    return Bundle(folder, model, Functions(model, chosen, pieces, short[:-1]))
 
 
 def sizes_of(folder: Path) -> Counter[str]:
@@ -194,12 +202,12 @@ def sizes_of(folder: Path) -> Counter[str]:
     return sizes
 
 
-def lengths_option(text: str) -> list[int]:
+def lengths_option(name: str, text: str | None) -> list[int]:
     try:
-        return [int(part) for part in text.split(",")]
+        return [] if text is None else [int(part) for part in text.split(",")]
     except ValueError:
         raise UserError(
-            "--prefill takes lengths in tokens", repr(text), "write it as 32,128"
+            f"{name} takes lengths in tokens", repr(text), "write it as 32,128"
         ) from None
 
 
@@ -222,12 +230,20 @@ def main(words: Sequence[str]) -> None:
         help="lengths of the pieces of a prompt; default: "
         f"{','.join(map(str, PREFILL))}, those that the context has room for",
     )
+    parser.add_argument(
+        "--kv-lengths",
+        metavar="N,N",
+        help="slots of the cache that shorter functions look at, for as long as no more are in "
+        f"use; default: {','.join(map(str, KV_LENGTHS))}, those below the context; the context: "
+        "no such functions",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     args = parser.parse_args(words)
     mx.default_stream(mx.default_device())  # imported functions find the first of the device
-    prefill = [] if args.prefill is None else lengths_option(args.prefill)
+    prefill = lengths_option("--prefill", args.prefill)
+    kv_lengths = lengths_option("--kv-lengths", args.kv_lengths)
     folder = find_model(args.model, (*MODEL_FILES, *BANK_FILES, *TEXTS))
-    bundle = plan(folder, args.context, prefill)
+    bundle = plan(folder, args.context, prefill, kv_lengths)
     with whole_folder(
         args.out, bundle.identity, replace=args.overwrite, need_bytes=bundle.bytes_needed
     ) as part:

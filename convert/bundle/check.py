@@ -10,7 +10,7 @@ from mlx_hmem.bank.format import GENERIC
 from mlx_hmem.errors import UserError
 from mlx_hmem.model.model import MemoryModel
 
-from .functions import Functions
+from .functions import Function, Functions
 from .record import newer_operations
 
 PROBES = ("The old bridge", " Two\n\nlines", "Ünï, 日本 and 🦊", "<s> a </s>", "1234567 x=y;")
@@ -38,28 +38,35 @@ def plain_tokenizer(model: MemoryModel) -> str:
 def check_functions(functions: Functions, part: Path) -> None:
     """Compares the recorded functions with the model, on a few tokens and the generic memory."""
 
-    def call(name: str, *inputs: mx.array) -> list[mx.array]:
-        function: Any = mx.import_function(str(part / "functions" / name))
-        return list(function(*inputs))
+    def call(function: Function, *inputs: mx.array) -> list[mx.array]:
+        imported: Any = mx.import_function(str(part / function.file))
+        return list(imported(*inputs))
 
     bank, weights = functions.bank, list(functions.weights.values())
-    num_rows = functions.num_rows((GENERIC,))
+    num_rows, length = functions.num_rows((GENERIC,)), min(functions.prefill)
     stored = bank.stored(GENERIC, 0).arrays(bank.manifest.parts(GENERIC))
-    rows = call("memory-0.mlxfn", *stored)
+    rows = call(functions.memory((GENERIC,)), *stored)
     vocabulary = functions.model.tokenizer.vocab_size
-    ids = np.random.default_rng(0).integers(vocabulary, size=min(5, functions.context)).tolist()
-    length, cache = min(functions.prefill), functions.cache
+    most = min(5, length + 1, functions.context, *functions.kv_lengths)
+    ids = np.random.default_rng(0).integers(vocabulary, size=most).tolist()
     padded = mx.array([ids[:-1] + [0] * (length - len(ids) + 1)], mx.int32)
     start, count = mx.array(0, mx.int32), mx.array(len(ids) - 1, mx.int32)
-    cache = call(f"prefill-{length}-r{num_rows}.mlxfn", padded, start, *cache, *rows, *weights)
     last = mx.array([ids[-1:]], mx.int32)
-    found, *_ = call(f"decode-1-r{num_rows}.mlxfn", last, count, *cache, *rows, *weights)
-    expected = functions.model.rows_of([bank.generic()])
-    logits = functions.model.with_rows(expected)(mx.array([ids]))[:, -1]
-    wanted = logits - mx.logsumexp(logits, keepdims=True)
+    logits = functions.model.with_rows(functions.model.rows_of([bank.generic()]))(mx.array([ids]))
+    wanted = logits[:, -1] - mx.logsumexp(logits[:, -1], keepdims=True)
+    for kv_length in (None, *functions.kv_lengths):
+        begin = functions.step("prefill", length, num_rows, kv_length)
+        if kv_length is None or length <= kv_length:
+            cache = call(begin, padded, start, *functions.cache, *rows, *weights)
+        decode = functions.step("decode", 1, num_rows, kv_length)
+        _compare(call(decode, last, count, *cache, *rows, *weights)[0], wanted, functions.dtype)
+
+
+def _compare(found: mx.array, wanted: mx.array, dtype: mx.Dtype) -> None:
+    """Raises a ``UserError`` unless log-probabilities (1, vocabulary) are about the same."""
     numbers: Any = [mx.abs(array).max().item() for array in (found - wanted, wanted)]
     difference, largest = numbers
-    allowed = 1e-3 if functions.dtype == mx.float32 else 0.05
+    allowed = 1e-3 if dtype == mx.float32 else 0.05
     if not difference <= allowed * largest:  # NaN too
         raise UserError(
             "the recorded functions compute something else than the model",

@@ -4,7 +4,8 @@ Weights, memory and KV cache are inputs and the new cache is an output, so that 
 operations only (15 KB a layer) and one copy of the weights serves all of them. Shapes are fixed: a
 prompt is processed in pieces of a few lengths, and the cache has room for the whole context from
 the start. A mask made from the offset hides what lies behind it, so a piece may be padded at its
-end. Traces record the device that they were made on.
+end. While little of the cache is in use, shorter functions look at its first slots alone. Traces
+record the device that they were made on.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,21 +36,21 @@ Traced = Callable[..., list[mx.array]]
 
 class TracedCache:
     """What mlx-lm asks of a layer's KV cache, for arrays (1, heads, context, head_dim) of which
-    the first ``offset``, an array itself, are in use."""
+    the first ``offset``, an array itself, are in use; the first ``kv_length`` are looked at."""
 
-    def __init__(self, keys: mx.array, values: mx.array, offset: mx.array):
-        self.keys, self.values, self.offset = keys, values, offset
+    def __init__(self, keys: mx.array, values: mx.array, offset: mx.array, kv_length: int):
+        self.keys, self.values, self.offset, self.kv_length = keys, values, offset, kv_length
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self.keys = mx.slice_update(self.keys, keys, self.offset, axes=(2,))
         self.values = mx.slice_update(self.values, values, self.offset, axes=(2,))
-        return self.keys, self.values
+        return self.keys[:, :, : self.kv_length], self.values[:, :, : self.kv_length]
 
     def make_mask(
         self, N: int, return_array: bool = False, window_size: int | None = None
     ) -> mx.array:
-        """(N, context): true where the token may look."""
-        columns = mx.arange(self.keys.shape[2])[None]
+        """(N, kv_length): true where the token may look."""
+        columns = mx.arange(self.kv_length)[None]
         rows = (self.offset + mx.arange(N))[:, None]
         mask = columns <= rows
         return mask if window_size is None else mask & (columns > rows - window_size)
@@ -95,9 +96,16 @@ class Function:
 
 class Functions:
     """All functions of a model's bundle, for a cache of ``context`` tokens and prompts in pieces of
-    ``prefill`` tokens."""
+    ``prefill`` tokens; the same for each of ``kv_lengths``, in ascending order."""
 
-    def __init__(self, model: MemoryModel, context: int, prefill: Sequence[int]):
+    def __init__(
+        self,
+        model: MemoryModel,
+        context: int,
+        prefill: Sequence[int],
+        kv_lengths: Sequence[int] = (),
+    ):
+        self.kv_lengths = tuple(kv_lengths)
         self.model, self.anchor, self.bank = model, model.anchor, model.require_bank()
         self.config, self.context, self.prefill = self.bank.config, context, tuple(prefill)
         self.weights = named_parameters(self.anchor)
@@ -138,6 +146,17 @@ class Functions:
             result += [self.step("prefill", length, num_rows) for length in self.prefill]
         return result
 
+    def short(self) -> list[Function]:
+        """Those that look at the first slots of the cache alone, the shortest first."""
+        steps = [("decode", 1), *(("prefill", length) for length in self.prefill)]
+        return [
+            self.step(kind, length, num_rows, kv_length)
+            for kv_length in self.kv_lengths
+            for num_rows in map(self.num_rows, self.prefixes)
+            for kind, length in steps
+            if length <= kv_length
+        ]
+
     def memory(self, levels: tuple[int, ...]) -> Function:
         """Blocks as they are stored, level by level, to the rows of all of them in the anchor's
         dtype."""
@@ -161,12 +180,13 @@ class Functions:
         inputs = [mx.zeros(part.shape, part.dtype) for part in flat]
         return Function(name, about, traced, inputs, "quantise the bank in mode affine or mxfp4")
 
-    def step(self, kind: str, length: int, num_rows: int) -> Function:
+    def step(self, kind: str, length: int, num_rows: int, kv_length: int | None = None) -> Function:
         """``length`` tokens: log-probabilities of the next (1, vocabulary), and the cache. Of a
-        "prefill" the cache alone: what the head computes is not recorded."""
+        "prefill" the cache alone: what the head computes is not recorded. Only the first
+        ``kv_length`` slots of the cache may be in use, these tokens among them."""
 
         def traced(*arrays: mx.array) -> list[mx.array]:
-            logits, cache = self._call(arrays, num_rows)
+            logits, cache = self._call(arrays, num_rows, kv_length or self.context)
             if kind == "prefill":
                 return cache
             logits = logits[:, -1]
@@ -175,22 +195,26 @@ class Functions:
         about = {"kind": kind, "num_tokens": length, "num_rows": num_rows}
         rows = self.empty_rows(num_rows)
         ids, offset = mx.zeros((1, length), mx.int32), mx.array(0, mx.int32)
-        name = f"functions/{kind}-{length}-r{num_rows}.mlxfn"
+        name = f"functions/{kind}-{length}-r{num_rows}"
+        if kv_length is not None:
+            about["kv_length"], name = kv_length, f"{name}-kv{kv_length}"
         inputs = [ids, offset, *self.cache, *rows, *self.weights.values()]
-        return Function(name, about, traced, inputs)
+        return Function(f"{name}.mlxfn", about, traced, inputs)
 
     def empty_rows(self, num_rows: int) -> list[mx.array]:
         shapes = group_shapes(self.config, num_rows) if num_rows else []
         return [mx.zeros(shape, self.dtype) for shape in shapes]
 
-    def _call(self, arrays: Arrays, num_rows: int) -> tuple[mx.array, list[mx.array]]:
+    def _call(
+        self, arrays: Arrays, num_rows: int, kv_length: int
+    ) -> tuple[mx.array, list[mx.array]]:
         """The anchor's logits and the cache after it, of traced inputs."""
         ids, offset, *rest = arrays
         count, groups = len(self.cache) // 2, len(self.config.groups) if num_rows else 0
         keys, values = rest[:count], rest[count : 2 * count]
         rows, weights = rest[2 * count : 2 * count + groups], rest[2 * count + groups :]
         pairs = zip(keys, values, strict=True)
-        caches = [TracedCache(*pair, offset) for pair in pairs]
+        caches = [TracedCache(*pair, offset, kv_length) for pair in pairs]
         memory: Any = TracedRows(rows) if rows else None
         self.anchor.update(tree_unflatten(list(zip(self.weights, weights, strict=True))))
         try:

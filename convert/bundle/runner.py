@@ -110,10 +110,11 @@ class Bundle:
                     return
         raise BundleError(f"a file is missing or damaged: {path}; fetch the bundle again")
 
-    def call(self, inputs: Sequence[mx.array], **wanted: Any) -> list[mx.array]:
-        """The outputs of the function of which the manifest says what is ``wanted``."""
-        every = self.about["functions"]
-        name = next(f for f in every if all(f.get(k) == wanted[k] for k in wanted))["file"]
+    def call(self, inputs: Sequence[mx.array], used: int = 0, **wanted: Any) -> list[mx.array]:
+        """The outputs of a function as ``wanted``, the shortest for the slots that will be used."""
+        every = [*self.about.get("short_functions", []), *self.about["functions"]]
+        fitting = [f for f in every if used <= f.get("kv_length", self.context)]
+        name = next(f for f in fitting if all(f.get(k) == wanted[k] for k in wanted))["file"]
         if name not in self.functions:
             try:
                 self.functions[name] = mx.import_function(str(self.folder / name))
@@ -194,7 +195,7 @@ class Bundle:
             inputs += [mx.array(offset, mx.int32), *cache, *rows, *self.weights]
             # The last tokens of a full context one by one, their outputs without the first.
             kind = {"kind": "prefill" if fitting else "decode", "num_tokens": length}
-            cache = self.call(inputs, num_rows=num_rows, **kind)[-len(cache) :]
+            cache = self.call(inputs, offset + length, num_rows=num_rows, **kind)[-len(cache) :]
             del inputs  # else MLX must copy the cache instead of writing into it
             mx.eval(cache)
             offset += len(piece)
@@ -202,7 +203,7 @@ class Bundle:
         for position in range(offset, min(offset + max_tokens, self.context - 1)):
             inputs = [mx.array([[token]], mx.int32), mx.array(position, mx.int32), *cache]
             inputs += [*rows, *self.weights]
-            found, *cache = self.call(inputs, kind="decode", num_rows=num_rows)
+            found, *cache = self.call(inputs, position + 1, kind="decode", num_rows=num_rows)
             del inputs
             choice = mx.argmax(found, axis=-1)
             mx.eval(choice, cache)

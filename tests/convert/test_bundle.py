@@ -70,7 +70,7 @@ def expected(
 def made(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle of conftest's model; for reading only."""
     out = tmp_path_factory.mktemp("bundle") / "out"
-    make_bundle(model_folder, out, "--prefill", "4,16")
+    make_bundle(model_folder, out, "--prefill", "4,16", "--kv-lengths", "8,32")
     return out
 
 
@@ -103,6 +103,28 @@ def test_a_context_that_is_full_to_the_last_token(opened, model, texts):
         found = says(opened, prompt, 50)
         assert found == expected(model, prompt, 50)
         assert len(found) == CONTEXT - length or found[-1] in model.tokenizer.eos_token_ids
+
+
+def test_short_functions_are_taken_while_little_is_in_use_and_say_the_same(made, model):
+    whole, short = runner_of(made).Bundle(made), runner_of(made).Bundle(made)
+    del whole.about["short_functions"]  # as a reader sees it that does not know them
+    assert whole.about["format_version"] == 1
+    used = set()
+    for prompt in PROMPTS:
+        answer = expected(model, prompt, 30)
+        assert says(short, prompt, 30) == says(whole, prompt, 30) == answer
+        first, last = len(short.ids_of(prompt)), len(short.ids_of(prompt)) + len(answer) - 1
+        used |= {8 if n <= 8 else 32 if n <= 32 else CONTEXT for n in (first, last)}
+    taken = {name for name in short.functions if "decode" in name}
+    assert used == {8, 32, CONTEXT} == {int(n.partition("-kv")[2][:-6] or CONTEXT) for n in taken}
+    assert not any("-kv" in name for name in whole.functions)
+
+
+def test_pieces_and_lengths_of_a_single_token(model_folder, model, tmp_path):
+    """Fewer than the tokens on which the functions are checked: that once failed in MLX."""
+    options = ["--context", 32, "--prefill", 1, "--kv-lengths", 1]
+    opened = make_bundle(model_folder, tmp_path / "out", *options)
+    assert says(opened, PROMPTS[0], 4) == expected(model, PROMPTS[0], 4)
 
 
 def test_routes_are_the_retrievers(opened, model, texts):
@@ -156,7 +178,7 @@ def with_architecture(source: Path, folder: Path, name: str, kind: str) -> Path:
 def test_anchors_of_mlx_lm(name, kind, model_folder, tmp_path):
     """Sliding windows, learned positions, experts."""
     folder = with_architecture(model_folder, tmp_path / "model", name, kind)
-    opened = make_bundle(folder, tmp_path / "out", "--prefill", 8)
+    opened = make_bundle(folder, tmp_path / "out", "--prefill", 8, "--kv-lengths", 16)
     model = load(folder)
     for prompt in PROMPTS:
         assert says(opened, prompt, 8) == expected(model, prompt, 8)
@@ -206,6 +228,13 @@ def test_the_manifest_names_every_file_and_the_order_of_the_weights(made, model_
     ]
     kinds = [(f["kind"], f.get("num_tokens"), f["num_rows"]) for f in values["functions"]]
     assert len(kinds) == len(set(kinds)) + 1 == 3 + 3 * 3  # the generic memory and all levels
+    short = [(f["kv_length"], f["kind"], f["num_tokens"]) for f in values["short_functions"]]
+    assert [each[0] for each in short] == sorted(each[0] for each in short)
+    assert set(short) == {
+        *((kv, "decode", 1) for kv in (8, 32)),
+        *((kv, "prefill", length) for kv, length in ((8, 4), (32, 4), (32, 16))),
+    }
+    assert len(short) == 3 * len(set(short))
     assert (values["context"], values["oldest_mlx"]) == (CONTEXT, "0.31.1")
 
 
@@ -229,6 +258,9 @@ REFUSED = {
     "prefill": (["--context", "32", "--prefill", "64"], "out of range: [64]; use 1 to 32 tokens"),
     "zero": (["--prefill", "0"], "a prefill length is out of range: [0]; use 1 to 96 tokens"),
     "words": (["--prefill", "many"], "--prefill takes lengths in tokens: 'many'; write it as"),
+    "short": (["--kv-lengths", "0"], "a KV length is out of range: [0, 96]; use 1 to 96 tokens"),
+    "kv": (["--kv-lengths", "8,97"], "KV length is out of range: [8, 96, 97]; use 1 to 96 tokens"),
+    "kv words": (["--kv-lengths", "x"], "--kv-lengths takes lengths in tokens: 'x'; write it as"),
 }
 
 
