@@ -1,19 +1,23 @@
 """Bundles: whether their runner says what ``generate.py`` says, how large they are, what they cost.
 
-``python -m benchmarks.bundle [--json] [--plot FILE] [--model DIR ...]``
+``python -m benchmarks.bundle [--json] [--plot FILE] [--model DIR ...] [--other PYTHON]``
 
 Each model is bundled as it is and once more in 4 bits, the bank too unless it is quantised already.
 The bundle's own ``run.py`` and the model answer the same 50 prompts greedily: 1 to 50 random words,
 as far as half of the context has room for them. An answer is the same if all of its tokens are.
+PYTHON, with another MLX, numpy, tokenizers and xxhash, answers them too.
 
 What a 4-bit bank costs is measured through the runner on OpenLM-160M (float32, weights of zeros)
 with the paper's r, one bank in bfloat16 and one in affine 4 bits, pages warm. Both runners take
 turns, and a ratio is the median of those within a round. Attaching a memory, that is reading and
-dequantising its blocks, is the only part that differs.
+dequantising its blocks, is the only part that differs. With a context of 2,048 that model shows
+what a bundle's shorter functions save.
 """
 
+import json
 import runpy
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Sequence
 from functools import partial
@@ -40,6 +44,17 @@ SMALL_ANCHOR = ["--anchor-bits", "4", "--anchor-group-size", "32"]
 SMALL_BANK = ["--bank-bits", "4", "--bank-group-size", "32"]
 ANCHOR, CONTEXT, PREFILL = "openlm-160m", 256, 32
 TEXT = " ".join(f"w{7 * i + 5}" for i in range(PREFILL + 1))
+LONG = 2048
+OTHER = """
+import json, runpy, sys
+import mlx.core as mx
+from pathlib import Path
+opened = runpy.run_path(sys.argv[1] + "/run.py")["Bundle"](Path(sys.argv[1]))
+def said(prompt):
+    rows = opened.attach(opened.blocks_of(opened.route(prompt)))
+    return list(opened.generate(opened.ids_of(prompt), rows, int(sys.argv[2])))
+print(json.dumps([mx.__version__, [said(prompt) for prompt in json.load(sys.stdin)]]))
+"""
 
 
 def bundled(model: Path, out: Path, *options: str) -> Any:
@@ -59,22 +74,37 @@ def prompts(count: int, opened: Any) -> list[str]:
     return found
 
 
-def compare(folder: Path, place: Path, count: int) -> dict[str, Any]:
+def elsewhere(python: Path | None, place: Path, asked: list[str]) -> tuple[str, list[list[int]]]:
+    """The version of another interpreter's MLX, and what a bundle says there."""
+    if python is None:
+        return "none", []
+    command = [str(python), "-I", "-c", OTHER, str(place), str(TOKENS)]
+    done = subprocess.run(command, input=json.dumps(asked).encode(), stdout=-1, check=True)
+    version, answers = json.loads(done.stdout)
+    return version, answers
+
+
+def compare(folder: Path, place: Path, count: int, other: Path | None) -> dict[str, Any]:
     """A model's answers against those of its bundle, made at ``place``."""
     opened, model = bundled(folder, place), load(folder)
     same, tokens, routes, ratios = 0, 0, 0, list[float]()
-    for prompt in tqdm(prompts(count, opened), desc=folder.name, delay=2):
+    asked, answers = prompts(count, opened), list[list[int]]()
+    for prompt in tqdm(asked, desc=folder.name, delay=2):
         path = model.retriever.route(prompt) if model.retriever else None
         routes += opened.route(prompt) == list(path or ())
         answer, own = returned(partial(answer_of, model, prompt))
         said, its = returned(partial(ask, opened, prompt))
         ratios.append(its.ms / own.ms)
         same, tokens = same + (said == answer), tokens + len(answer)
+        answers.append(answer)
+    version, found = elsewhere(other, place, asked)
     sizes = bundle.sizes_of(place)
     return {
         "prompts": count,
         "same": same,
         "same_routes": routes,
+        "other_mlx": version,
+        "same_there": sum(map(list.__eq__, found, answers)),
         "tokens": tokens,
         "time_of_model": median(ratios),
         "all_mb": sizes.total() / 1e6,
@@ -101,6 +131,22 @@ def overhead(place: Path, repeats: int) -> Result:
         options = ["--context", str(CONTEXT), "--prefill", str(PREFILL)]
         bundles[f"{bits}_bits"] = bundled(model, place / f"bundle-{bits}", *options)
 
+    return in_parts(bundles, "16_bits", repeats)
+
+
+def short_functions(place: Path, repeats: int) -> Result:
+    """What is saved while few of the cache's slots are in use, on the model of :func:`overhead`."""
+    options = ["--context", str(LONG), "--prefill", str(PREFILL)]
+    short = bundled(place / "model-16", place / "bundle-long", *options)
+    whole = runpy.run_path(str(place / "bundle-long" / "run.py"))["Bundle"](place / "bundle-long")
+    del whole.about["short_functions"]
+    found = in_parts({"all_slots": whole, "few_slots": short}, "all_slots", repeats)
+    return {f"short_{name}": figures for name, figures in found.items() if name != "attach"}
+
+
+def in_parts(bundles: dict[str, Any], base: str, repeats: int) -> Result:
+    """Attaching a memory, the first token and further ones, of some bundles in turn."""
+
     def run(each: Any, _: int) -> tuple[Timed, Timed, Timed]:
         ids, blocks = each.ids_of(TEXT), each.blocks_of(each.route(TEXT))
         rows, attach = returned(lambda: each.attach(blocks))
@@ -112,12 +158,14 @@ def overhead(place: Path, repeats: int) -> Result:
     contenders = {name: partial(run, each) for name, each in bundles.items()}
     found = in_turns(contenders, repeats, ANCHOR)
     return {
-        name: compared({bits: [run[i] for run in runs] for bits, runs in found.items()}, "16_bits")
+        name: compared({key: [run[i] for run in runs] for key, runs in found.items()}, base)
         for i, name in enumerate(("attach", "first_token", "decode"))
     }
 
 
-def measure(model: Sequence[Path] = (DEMO,), prompts: int = 50, repeats: int = 11) -> Result:
+def measure(
+    model: Sequence[Path] = (DEMO,), prompts: int = 50, repeats: int = 11, other: Path | None = None
+) -> Result:
     """Of some model directories; without OpenLM-160M if ``repeats`` is 0."""
     models = {}
     with tempfile.TemporaryDirectory() as name:
@@ -127,10 +175,12 @@ def measure(model: Sequence[Path] = (DEMO,), prompts: int = 50, repeats: int = 1
             options = SMALL_ANCHOR + ([] if bank.quantization else SMALL_BANK)
             quantize.main([str(folder), str(small), *options])
             for each, title in ((folder, str(folder)), (small, f"{folder} in 4 bits")):
-                models[title] = compare(each, place / "bundle", prompts)
+                models[title] = compare(each, place / "bundle", prompts, other)
                 shutil.rmtree(place / "bundle")
-        return {"model": models} | (overhead(place, repeats) if repeats else {})
+        if repeats == 0:
+            return {"model": models}
+        return {"model": models} | overhead(place, repeats) | short_functions(place, repeats)
 
 
 if __name__ == "__main__":
-    benchmark(__doc__, measure, bars=("of_16_bits",))
+    benchmark(__doc__, measure, bars=("of_16_bits", "of_all_slots"))
