@@ -31,7 +31,7 @@ from mlx_hmem.errors import UserError
 from mlx_hmem.files import save_safetensors, write_atomic
 from mlx_hmem.model.find import DEMO
 from mlx_hmem.model.load import load
-from mlx_hmem.retriever import Retriever
+from mlx_hmem.model.model import MemoryModel
 
 SUBJECTS = (
     "river city church album band beetle moth football club king queen railway station novel poem "
@@ -46,12 +46,13 @@ SUBJECTS = (
 ANCHOR = {"hidden_size": 128, "num_hidden_layers": 5, "intermediate_size": 352}
 
 
-def prompts_apart(retriever: Retriever, count: int) -> list[str]:
-    """Prompts of which each has another route."""
+def prompts_apart(model: MemoryModel, count: int) -> list[str]:
+    """Prompts of which each has another route; about its documents, where a model has some."""
     found: dict[tuple[int, ...], str] = {}
-    for subject in SUBJECTS.split():
+    documents = model.require_banks().parts[""].documents
+    for subject in [Path(d.name).stem for d in documents if d.name] or SUBJECTS.split():
         prompt = f"The {subject} was known for"
-        found.setdefault(retriever.route(prompt), prompt)
+        found.setdefault(model.require_retriever().route(prompt), prompt)
     if len(found) < count:
         raise UserError("not so many routes", len(found), "ask for fewer clients")
     return list(found.values())[:count]
@@ -59,7 +60,7 @@ def prompts_apart(retriever: Retriever, count: int) -> list[str]:
 
 def measure(model: str = "demo", clients: int = 32, tokens: int = 64, rounds: int = 3) -> Result:
     """``tokens``: of each answer, at most."""
-    prompts = prompts_apart(load(model).require_retriever(), clients)
+    prompts = prompts_apart(load(model), clients)
     with running("mlx_hmem.server", model, "--rows", str(clients)) as program:
         ways: dict[str, Callable[[int], Rate]] = {
             "one by one": lambda _: one_by_one(program, prompts, tokens),
@@ -124,13 +125,17 @@ def write_model(folder: Path, context: int | None = None) -> None:
     write_atomic(folder / "hmem.json", hmem.to_json())
 
 
-def measure_beside(clients: int = 16, tokens: int = 32, rounds: int = 3) -> Result:
-    """``tokens``: of each answer, at most."""
+def measure_beside(
+    model: Path | None = None, clients: int = 16, tokens: int = 32, rounds: int = 3
+) -> Result:
+    """``model``: one whose anchor mlx-lm knows, in place of a random one; ``tokens``: of each
+    answer, at most."""
     with tempfile.TemporaryDirectory() as place:
-        folder = Path(place) / "model"
-        folder.mkdir()
-        write_model(folder)
-        prompts = prompts_apart(load(folder).require_retriever(), clients)
+        folder = model or Path(place) / "model"
+        if model is None:
+            folder.mkdir()
+            write_model(folder)
+        prompts = prompts_apart(load(folder), clients)
         with (
             running("benchmarks.serving.theirs", folder) as theirs,
             running("mlx_hmem.server", folder, "--rows", str(clients)) as ours,
