@@ -27,6 +27,7 @@ from mlx_lm.models.cache import (
 )
 
 from mlx_hmem.anchors.load import num_embedded
+from mlx_hmem.bank.quantization import MODES
 from mlx_hmem.config import ClusterPath, JsonConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import is_whole, load_safetensors, read_safetensors_header, save_safetensors
@@ -118,7 +119,7 @@ class KeyValues:
         for number, saved_layer in enumerate(saved.layers):
             kind, numbers = saved_layer["kind"], saved_layer["numbers"]
             if kind == "QuantizedKVCache" and type(cache[number]) is KVCache:
-                cache[number] = cache[number].to_quantized(numbers.get("3"), numbers.get("4"))
+                cache[number] = _quantized(cache[number], numbers.get("3"), numbers.get("4"))
             layer = cache[number]
             own = {
                 name.partition(".")[2]: array
@@ -139,6 +140,14 @@ def _leaves(layer: Any) -> list[tuple[str, Any]]:
     return list(pairs)
 
 
+def _quantized(layer: KVCache, group_size: Any, bits: Any) -> QuantizedKVCache:
+    """Raises ValueError unless MLX knows the quantisation: a group of 0 would end the process."""
+    known_bits, known_sizes = MODES["affine"]
+    if bits not in known_bits or group_size not in known_sizes:
+        raise ValueError("keys and values of no known quantisation")
+    return layer.to_quantized(group_size, bits)
+
+
 def _check_layer(
     layer: Any, numbers: dict[str, Any], arrays: dict[str, mx.array], held: int
 ) -> None:
@@ -148,6 +157,8 @@ def _check_layer(
     expected = dict(_leaves(layer))
     if {*expected} != {*numbers, *arrays}:
         raise ValueError("the keys and values are not whole")
+    if any(array.ndim < 2 for array in arrays.values()):
+        raise ValueError("the keys and values have no tokens")
     length = min(array.shape[-2] for array in arrays.values())
     least = min(held, layer.max_size) if rotating else held
     for place, own in expected.items():
@@ -186,6 +197,9 @@ class Saved(JsonConfig):
 
     def __post_init__(self) -> None:
         """Raises ValueError for what is none."""
+        lists = [self.ids, *(turn.ids for turn in self.turns)]
+        if not all(isinstance(ids, list | tuple) for ids in lists):
+            raise ValueError("ids are no list")
         texts: list[Any] = [self.memory, self.bank]
         texts += [text for text in (self.memory_name, self.system) if text is not None]
         texts += [text for turn in self.turns for text in (turn.text, turn.shown, turn.answer)]
