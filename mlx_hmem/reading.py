@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,6 +17,7 @@ from mlx_hmem.errors import UserError
 Source = str | os.PathLike[str]
 
 RESTORE = "fetch or make the file again"
+MOST_DIGITS = 4300  # of a number: Python reads no more into an int
 
 
 def require_file(path: Path, remedy: str) -> None:
@@ -85,29 +87,75 @@ def read_json(
         raise UserError(f"{path} is not valid JSON", error, "restore the file") from None
 
 
+class FieldError(ValueError):
+    """A value that JSON does not have; ``place``: where, as ``messages[0].content``."""
+
+    def __init__(self, place: str, why: str):
+        super().__init__(f"{place}: {why}" if place else why)
+        self.place = place
+
+
+class _Odd(str):
+    """Why a value is none, in its place until it is known where that is."""
+
+
 def strict_json(text: bytes) -> Any:
-    """Parses UTF-8 JSON, behind a byte order mark or not; repeated names, NaN and lone surrogates
-    are a ValueError."""
+    """Parses UTF-8 JSON, behind a byte order mark or not; repeated names, NaN, lone surrogates and
+    numbers of thousands of digits are a :class:`FieldError`, all else that is no JSON a
+    ValueError."""
+    odd: list[_Odd] = []
+
+    def note(why: str) -> _Odd:
+        odd.append(_Odd(why))
+        return odd[-1]
+
+    def members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            result[Counter(name for name, _ in pairs).most_common(1)[0][0]] = note("occurs twice")
+        return result
+
+    def whole(digits: str) -> Any:
+        fits = len(digits) <= MOST_DIGITS
+        return int(digits) if fits else note(f"is a number of {len(digits)} digits")
+
     try:
         found = json.loads(
-            text.decode("utf-8-sig"), object_pairs_hook=_no_repeats, parse_constant=_no_constants
+            text.decode("utf-8-sig"),
+            object_pairs_hook=members,
+            parse_constant=lambda name: note(f"is {name}, which is not JSON"),
+            parse_int=whole,
         )
-        if b"\\u" in text:  # a lone surrogate is no text: UnicodeEncodeError is a ValueError
-            json.dumps(found, ensure_ascii=False).encode()
+        if odd or (b"\\u" in text and not _is_text(json.dumps(found, ensure_ascii=False))):
+            _check_fields(found, "")
         return found
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
 
-def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return result
+def _check_fields(value: Any, place: str) -> None:
+    """Raises FieldError for the first value that is none."""
+    if isinstance(value, _Odd):
+        raise FieldError(place, value)
+    if isinstance(value, str) and not _is_text(value):
+        raise FieldError(place, "has a lone surrogate, which is no character")
+    if isinstance(value, list):
+        for number, each in enumerate(value):
+            _check_fields(each, f"{place}[{number}]")
+    elif isinstance(value, dict):
+        for name, each in value.items():
+            shown = name[:80].encode(errors="backslashreplace").decode()
+            inside = f"{place}.{shown}" if place else shown
+            _check_fields(name, inside)
+            _check_fields(each, inside)
 
 
-def _no_constants(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def sealed(values: dict[str, Any]) -> dict[str, Any]:

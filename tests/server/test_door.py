@@ -77,20 +77,25 @@ def test_another_host_answers_to_addresses_and_its_own_name():
 
 
 @pytest.mark.parametrize(
-    ("body", "status", "words"),
+    ("body", "status", "words", "param"),
     [
-        (b"{", 400, "not JSON"),
-        (b'{"prompt": "a", "prompt": "b"}', 400, "twice"),
-        (b'{"prompt": "\\ud800"}', 400, "not JSON"),
-        (b'{"prompt": NaN}', 400, "not JSON"),
-        (b'{"prompt": "\xff"}', 400, "not UTF-8"),
-        (b"[" * 100_000, 400, "nested too deeply"),
-        (b"x" * (MOST_BYTES + 1), 413, "more than"),
+        (b"{", 400, "not JSON", None),
+        (b"[NaN]", 400, "[0]: is NaN, which is not JSON", "[0]"),
+        (b"NaN", 400, "is NaN, which is not JSON", None),
+        (b'{"prompt": "a", "prompt": "b"}', 400, "prompt: occurs twice", "prompt"),
+        (b'{"memory": {"view": "a", "view": "b"}}', 400, "occurs twice", "memory.view"),
+        (b'{"prompt": ["\\ud800"]}', 400, "surrogate", "prompt[0]"),
+        (b'{"\\ud800": 1}', 400, "surrogate", "\\ud800"),
+        (b'{"top_p": -Infinity}', 400, "not JSON", "top_p"),
+        (b'{"seed": %s}' % (b"9" * 5000), 400, "5000 digits", "seed"),
+        (b'{"prompt": "\xff"}', 400, "not UTF-8", None),
+        (b"[" * 100_000, 400, "nested too deeply", None),
+        (b"x" * (MOST_BYTES + 1), 413, "more than", None),
     ],
 )
-def test_a_body_that_is_none_is_refused(server, body, status, words):
+def test_a_body_that_is_none_is_refused(server, body, status, words, param):
     got = server.ask(PATH, body)
-    assert got.status == status
+    assert (got.status, got.error["param"]) == (status, param)
     assert words in got.error["message"]
     assert set(got.error) == {"message", "type", "param", "code"}
 

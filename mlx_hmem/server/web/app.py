@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from mlx_hmem.reading import strict_json
+from mlx_hmem.reading import FieldError, strict_json
 from mlx_hmem.server.asked import Begun, Piece, RefusedError, wrong
 from mlx_hmem.server.engine import Engine, Event
 from mlx_hmem.server.served import Served, Ticket, cause_of
@@ -239,6 +239,8 @@ class App:
             return strict_json(bytes(found))
         except UnicodeDecodeError:
             raise RefusedError(400, "the body is not UTF-8") from None
+        except FieldError as error:
+            raise RefusedError(400, str(error), error.place or None) from None
         except ValueError as error:
             raise RefusedError(400, f"the body is not JSON: {error}") from None
 
