@@ -23,6 +23,9 @@ from mlx_hmem.errors import UserError
 from mlx_hmem.memory import Rows
 from mlx_hmem.model.tokenizer import ModelTokenizer
 
+LEAST = 1e-20  # temperature and top_p: float32 has none of below 1e-38, and 1 / 0 is no number
+MOST_TEMP = 1e6
+
 _threads = set[int]()  # that have called an anchor, beside the main one
 
 
@@ -119,6 +122,7 @@ def stream_text(
     if seed is not None:
         mx.random.seed(seed)
     top_k = top_k if top_k < len(tokenizer) else 0  # mlx-lm refuses more than there are
+    temp, top_p = temp if temp >= LEAST else 0.0, max(top_p, LEAST)
     ends = tokenizer.eos_token_ids
     sampler = ending(make_sampler(temp=temp, top_p=top_p, top_k=top_k, min_p=min_p), ends)
     anchor: Any = model  # not an nn.Module, but all that mlx-lm asks of one
@@ -177,6 +181,8 @@ def check_options(
         raise UserError("max_tokens is not positive", max_tokens, "ask for 1 or more")
     if not temp >= 0:
         raise UserError("temp is negative", temp, "use 0 for greedy, 0.7 for variety")
+    if temp > MOST_TEMP:
+        raise UserError("temp is too large", temp, f"use {MOST_TEMP} or less")
     if not 0 < top_p <= 1:
         raise UserError("top_p is out of range", top_p, "use a number above 0 and up to 1")
     if top_k < 0:

@@ -9,7 +9,7 @@ import mlx.core as mx
 from mlx_lm.sample_utils import make_repetition_penalty
 
 from mlx_hmem.generation.ending import Held
-from mlx_hmem.model.stream import ending
+from mlx_hmem.model.stream import LEAST, ending
 from mlx_hmem.model.tokenizer import Pieces
 from mlx_hmem.server.asked import Asked, Logprob, Piece
 
@@ -50,7 +50,7 @@ class Sampling:
 def options_of(asked: Asked, number: int, ends: Sequence[int]) -> dict[str, list[Any]]:
     """A row's own ``samplers`` and ``logits_processors`` for mlx-lm's BatchGenerator; greedy rows
     share the generator's, which then serves all of them at once."""
-    sampler = ending(Sampling(asked, number), ends) if asked.temperature > 0 else None
+    sampler = ending(Sampling(asked, number), ends) if asked.temperature >= LEAST else None
     penalty = asked.repetition_penalty
     processors = [] if penalty == 1 else [make_repetition_penalty(penalty)]
     return {"samplers": [sampler], "logits_processors": [processors]}

@@ -252,12 +252,23 @@ def test_generation_stops_with_the_context_and_the_same_seed_draws_the_same_text
     assert len({tuple(draw(seed)) for seed in range(4)}) > 1
 
 
+@pytest.mark.parametrize("options", [{"temp": 1e-300}, {"temp": 1e-45}, {"top_p": 1e-300}])
+def test_a_temperature_or_top_p_that_float32_does_not_have_is_greedy(model, options):
+    """mlx-lm divides by it, or leaves no token: what came was drawn from noise."""
+
+    def tokens(**options):
+        return [p.token for p in model.stream(PROMPT, max_tokens=8, seed=1, **options)]
+
+    assert tokens(**{"temp": 1.0} | options) == tokens()
+
+
 WRONG_CALLS = {
     "an empty prompt": (lambda m: m.stream(" \n"), "prompt is empty"),
     "a prompt beyond the context": (lambda m: m.stream("word " * 96), "longer than the context"),
     "an unknown mode": (lambda m: m.stream(PROMPT, memory="all"), "unknown memory mode: 'all'"),
     "an empty text to route by": (lambda m: m.stream(PROMPT, route_text=""), "empty text"),
     "no tokens": (lambda m: m.stream(PROMPT, max_tokens=0), "max_tokens is not positive"),
+    "a temperature beyond float32": (lambda m: m.stream(PROMPT, temp=1e300), "temp is too large"),
     "a negative temperature": (lambda m: m.stream(PROMPT, temp=-1), "temp is negative"),
     "a seed that is none": (lambda m: m.stream(PROMPT, seed=-1), "seed is out of range"),
     "a mode of a call": (lambda m: m(mx.zeros((1, 2), mx.int32), memory=""), "unknown memory mode"),

@@ -6,7 +6,7 @@ import pytest
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
 
 from mlx_hmem.server.asked import Asked
-from mlx_hmem.server.row import Sampling
+from mlx_hmem.server.row import Sampling, options_of
 
 
 @pytest.mark.parametrize(
@@ -45,3 +45,10 @@ def test_each_answer_has_its_own_numbers_and_the_same_seed_gives_them_again():
     assert tokens(1, 0) == tokens(1, 0)
     assert len({tuple(tokens(1, number)) for number in range(4)}) == 4
     assert tokens(None, 0) != tokens(None, 0)
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-39, 1e-19])
+def test_a_temperature_that_float32_does_not_have_is_greedy(temperature):
+    (sampler,) = options_of(Asked(temperature=temperature, seed=0), 0, [])["samplers"]
+    logprobs = mx.log(mx.array([[0.2, 0.5, 0.3]]))
+    assert sampler is None or sampler(logprobs).item() == 1  # None: the batch's, which is greedy
