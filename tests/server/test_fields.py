@@ -1,6 +1,7 @@
 """Every wrong field is refused by its name; what asks for nothing new is let through."""
 
 import pytest
+from starlette.datastructures import Headers
 
 from mlx_hmem.server.asked import RefusedError
 from mlx_hmem.server.prepare import conversation_of
@@ -73,6 +74,7 @@ WRONG = [
     ("bar", {"bar": [[]]}),
     ("bar", {"bar": [1.5]}),
     ("with_passages", {"with_passages": -1}),
+    ("route_text", {"route_text": " "}),
 ]
 
 
@@ -114,6 +116,11 @@ def test_headers_are_named_too_and_a_body_that_is_no_object_is_refused():
     headers = {"x-memory-with-passages": "two"}
     assert refused(CHAT, headers=headers) == "x-memory-with-passages"
     assert refused(CHAT, headers={"x-memory": "all"}) == "x-memory"
+    # Passed over, a misspelt view or a second one would have let through what it bars.
+    assert refused(CHAT, headers={"x-memory-veiw": "guest"}) == "x-memory-veiw"
+    twice = Headers(raw=[(b"x-memory-view", b"guest"), (b"x-memory-view", b"staff")])
+    with pytest.raises(RefusedError, match="x-memory-view: is given twice"):
+        asked_of(CHAT, twice, True)
     for body in (None, [], "text", 3):
         assert refused(body) is None
 

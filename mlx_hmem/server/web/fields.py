@@ -12,7 +12,7 @@ MOST_STOPS = 16
 # What OpenAI's clients send and what changes nothing here.
 IGNORED = {
     "user", "store", "metadata", "parallel_tool_calls", "service_tier", "safety_identifier",
-    "prompt_cache_key", "reasoning_effort", "verbosity",
+    "prompt_cache_key", "prompt_cache_retention", "reasoning_effort", "verbosity",
 }  # fmt: skip
 # What asks for nothing, of fields that are not done, and why they are not.
 NOT_DONE: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -115,9 +115,15 @@ def memory_asked(values: dict[str, Any], headers: Mapping[str, str]) -> MemoryAs
             if own in found:
                 raise wrong(name, f"is given twice, as {params[own]} too")
             found[own], params[own] = values.pop(name), name
-    for name, own in HEADERS.items():
-        if name in headers and own not in found:
-            found[own], params[own] = _of_header(headers[name], own, name), name
+    for name, value in headers.items():
+        if name.startswith("x-memory"):
+            if name not in HEADERS:  # a misspelt view would let through what it bars
+                raise wrong(name[:80], f"no such header; there are {', '.join(HEADERS)}")
+            own = HEADERS[name]
+            if params.get(own) == name:
+                raise wrong(name, "is given twice")
+            if own not in found:
+                found[own], params[own] = _of_header(value, own, name), name
     return _memory(found, params)
 
 
@@ -136,6 +142,8 @@ def _memory(found: dict[str, Any], params: dict[str, str]) -> MemoryAsked:
             setattr(asked, own, text_of(found[own], params[own]))
     if asked.mode is not None and asked.mode not in MODES:
         raise wrong(params["mode"], f"is none of {', '.join(MODES)}")
+    if asked.route_text is not None and not asked.route_text.strip():
+        raise wrong(params["route_text"], "is empty")
     if "with_passages" in found:
         count = _number(found["with_passages"], params["with_passages"], int, 0, 32)
         asked.with_passages = int(count)
@@ -201,7 +209,7 @@ def _number(value: Any, param: str, kind: type, low: float, high: float) -> floa
     if not fits:
         raise wrong(param, f"is no {'whole ' if kind is int else ''}number")
     if not low <= value <= high:
-        raise wrong(param, f"lies outside {low:g} to {high:g}")
+        raise wrong(param, f"lies outside {low} to {high}")
     return value
 
 
@@ -228,7 +236,7 @@ def _usage(value: Any, stream: bool) -> bool:
 def _stops(value: Any) -> list[str]:
     stops = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or not all(isinstance(each, str) and each for each in stops):
-        raise wrong("stop", "is neither a text nor a list of texts")
+        raise wrong("stop", "is neither a text nor a list of texts, or has an empty one")
     if len(stops) > MOST_STOPS or max(map(len, stops), default=0) > 1000:
         raise wrong("stop", f"has more than {MOST_STOPS} texts, or one of over 1000 characters")
     return stops
