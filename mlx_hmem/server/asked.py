@@ -7,6 +7,7 @@ from typing import Any
 
 from mlx_hmem.errors import UserError
 
+MOST_SAID = 400  # characters of what is wrong: a value may be as long as a body
 Messages = list[tuple[str, str]]  # role and text
 
 
@@ -45,7 +46,10 @@ def naming(param: str | None, status: int = 400, code: str | None = None) -> Ite
     try:
         yield
     except UserError as error:
-        raise RefusedError(status, str(error), param, code) from None
+        said = str(error)
+        if len(said) > MOST_SAID:
+            said = f"{said[:MOST_SAID]} …; {error.remedy}"
+        raise RefusedError(status, said, param, code) from None
 
 
 @dataclass

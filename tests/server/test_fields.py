@@ -3,7 +3,8 @@
 import pytest
 from starlette.datastructures import Headers
 
-from mlx_hmem.server.asked import RefusedError
+from mlx_hmem.errors import UserError
+from mlx_hmem.server.asked import RefusedError, naming
 from mlx_hmem.server.prepare import conversation_of
 from mlx_hmem.server.web.fields import FLAT, IGNORED, MEMORY, NOT_DONE, NUMBERS, asked_of
 
@@ -160,6 +161,13 @@ def test_parts_of_text_are_one_text_and_more_stops_than_openai_takes_are_taken()
     stops = ["a", "b", "c", "d", "e"]
     asked = asked_of({"messages": [message], "stop": stops, "seed": -1}, {}, True)
     assert (asked.messages, asked.stop, asked.seed) == ([("user", "Two parts")], stops, -1)
+
+
+def test_what_is_wrong_is_said_without_all_of_it():
+    with pytest.raises(RefusedError) as error, naming("view"):
+        raise UserError("no such view", "a" * 10**6, "known: none")
+    assert len(error.value.message) < 500
+    assert error.value.message.endswith("; known: none")
 
 
 def test_messages_become_a_conversation_or_are_refused():
