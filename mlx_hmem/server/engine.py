@@ -42,6 +42,7 @@ class Engine:
         self._open, self.waiting = open_model, waiting
         self._log, self._detailed = log, detailed
         self.served = open_model()
+        self._opened = 0.0  # when the present model began to be opened
         self._old: list[Served] = []  # of before a reload, with rows yet
         self._queue: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lock, self._inside = threading.Lock(), 0  # rows of requests not over yet
@@ -128,9 +129,14 @@ class Engine:
             self._to_read.put(None)
             reader.join()
 
-    def reload(self, _: Served) -> None:
-        """Opens the model anew, for the requests that are not prepared yet."""
+    def reload(self, asked: float, _: Served) -> None:
+        """Opens the model anew, for the requests that are not prepared yet, unless it has been
+        since ``asked``, in time.monotonic(): many who ask at once get one."""
+        if self._opened > asked:
+            return
+        begun = time.monotonic()
         self.served.let_go()
+        self._close_old()
         try:
             new = self._open()
         except (UserError, OSError) as error:
@@ -139,7 +145,7 @@ class Engine:
                 500, "the model cannot be opened; the one of before goes on"
             ) from None
         self._old.append(self.served)
-        self.served = new
+        self.served, self._opened = new, begun
         self.counts["reloads"] += 1
 
     def _take_messages(self) -> None:

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
@@ -212,7 +213,7 @@ class App:
         key: Key | None = request.state.key
         if key is not None and key.view is not None:
             raise RefusedError(403, "a key with a view may not reload", code="reload_not_allowed")
-        await _done(self._engine.call(self._engine.reload))
+        await _done(self._engine.call(partial(self._engine.reload, time.monotonic())))
         return JSONResponse({"status": "ok", "model": self._name})
 
     # What is asked.
