@@ -25,6 +25,7 @@ Event = Begun | Piece | RefusedError
 Deliver = Callable[[list[tuple[Ticket, Event]]], None]
 ENDING = "the server is about to end"
 PREPARE_SECONDS = 0.02  # between two tokens of the others
+LOOK_SECONDS = 1.0  # a signal may reach another thread: this one sees it when it wakes
 FULL = "too many requests wait; try again soon"
 
 
@@ -155,7 +156,7 @@ class Engine:
             mx.clear_cache()
         while True:
             try:
-                work = self._queue.get(block=idle)
+                work = self._queue.get(idle, LOOK_SECONDS)
             except queue.Empty:
                 return
             idle = False

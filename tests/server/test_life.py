@@ -17,6 +17,7 @@ from mlx_hmem.server.engine import Engine
 from mlx_hmem.server.served import Served
 from tests.bank.test_views import PROMPT, write_views
 from tests.conftest import MEMORY, save_bank
+from tests.helpers.programs import process
 from tests.helpers.servers import Server, events, received, wait_until
 from tests.server.conftest import PROMPTS
 
@@ -222,6 +223,30 @@ def test_a_reader_that_takes_nothing_is_cut_off_and_frees_its_rows(small):
         connection.settimeout(30)
         assert b"[DONE]" not in _rest(connection)
     assert small.ask(PATH, {"prompt": PROMPT, "max_tokens": 2}).status == 200
+
+
+SIGNALLED = """
+import signal, sys, threading
+import mlx_hmem.server.command as command
+import mlx_hmem.server.engine as engine
+engine.LOOK_SECONDS = 0.05
+
+def strike(line, say=command.say):
+    say(line)
+    if line.startswith("serving"):
+        threading.Timer(0.1, signal.pthread_kill, (ended.ident, signal.SIGTERM)).start()
+
+command.say, ended = strike, threading.Thread(target=threading.Event().wait, daemon=True)
+ended.start()
+command.main(["--model", sys.argv[1], "--port", "0"])
+"""
+
+
+def test_a_signal_that_another_thread_gets_ends_an_idle_server(model_folder):
+    """It was seen with the next request: Python handles it in the main thread, which slept."""
+    said = process("-c", SIGNALLED, model_folder, timeout=60)
+    assert said.status == 0
+    assert said.err.endswith("ended; all requests that were begun are answered\n")
 
 
 def test_a_second_signal_ends_it_at_once(monkeypatch):
