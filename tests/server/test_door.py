@@ -234,6 +234,12 @@ def test_a_wrong_command_line_is_one_line(tmp_path, keys):
     for line in ('{"name": "ann"}', '{"name": "a", "sha256": "0"}', "[]", "", "ann"):
         file.write_text(line)
         assert_refused(run(main, "--api-keys", file), str(file))
+    twice = {"sha256": "0" * 64}
+    lines = [twice | {"name": "ann", "view": "guest"}, twice | {"name": "eve"}]
+    file.write_text("\r\n".join(map(json.dumps, lines)))
+    assert_refused(run(main, "--api-keys", file), "line 2, has a key that is there already: eve")
+    os.truncate(file, 1 << 30)
+    assert_refused(run(main, "--api-keys", file), "too large for keys: 1073741824 bytes")
     assert_refused(run(main, "--model", "demo", "--api-keys", keys["file"], "--port", "0"), "ann")
     made = run(main, "--new-key", "carl", "--view", "guest")
     key = re.search("hmem-\\S+", made.err)[0]

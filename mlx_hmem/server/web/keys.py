@@ -8,6 +8,7 @@ A key is 256 random bits, so that its plain hash gives nothing away.
 import hashlib
 import hmac
 import json
+import os
 import re
 import secrets
 from collections.abc import Collection, Sequence
@@ -18,6 +19,7 @@ from mlx_hmem.bank.views import check_name
 from mlx_hmem.errors import UserError
 from mlx_hmem.reading import open_regular, strict_json
 
+MOST_BYTES = 1 << 24
 REMEDY = "make each line with mlx_hmem.server --new-key NAME"
 
 
@@ -40,8 +42,10 @@ class Key:
 def read_keys(path: Path) -> list[Key]:
     """The keys of a file; UserError for one that is none, with the number of its line."""
     with open_regular(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > MOST_BYTES:
+            raise UserError(f"{path} is too large for keys", f"{size} bytes", REMEDY)
         lines = file.read().split(b"\n")
-    found: list[Key] = []
+    found, known = list[Key](), set[str]()
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
@@ -50,6 +54,10 @@ def read_keys(path: Path) -> list[Key]:
                 reason = "not an object of name, sha256 and perhaps view"
                 said = error if isinstance(error, ValueError) else reason
                 raise UserError(f"{path}, line {number}, is no key", said, REMEDY) from None
+            if found[-1].sha256 in known:  # of two views the last would have held
+                what = f"{path}, line {number}, has a key that is there already"
+                raise UserError(what, found[-1].name, "keep the line with the view it is to have")
+            known.add(found[-1].sha256)
     if not found:
         raise UserError("the file has no keys", path, REMEDY)
     return found
