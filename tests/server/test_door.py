@@ -68,6 +68,16 @@ def test_a_page_of_this_server_is_let_in_at_its_port(server):
             assert got.status == status
 
 
+def test_a_second_origin_is_not_passed_over_and_a_host_says_nothing_of_the_path(server):
+    own = "Host: localhost\r\nOrigin: http://localhost\r\nConnection: close\r\n"
+    for more, status in (("", b"200"), ("Origin: http://evil.example\r\n", b"403")):
+        with server.connect(f"GET /health HTTP/1.1\r\n{own}{more}\r\n".encode()) as connection:
+            assert connection.recv(1000).split()[1] == status
+    for host in ("[::1", "localhost/health?", "]", "a@localhost"):
+        got = server.ask("/v1/models", headers={"Host": host})
+        assert (got.status, got.error["code"]) == (403, "wrong_host")
+
+
 def test_another_host_answers_to_addresses_and_its_own_name():
     guard = Guard("0.0.0.0", None)
     for host in ("192.168.1.7:8080", "[fe80::1]:8080", socket.gethostname(), "localhost"):

@@ -83,19 +83,18 @@ class App:
                 message["headers"] = [*message["headers"], (b"x-content-type-options", b"nosniff")]
             await send(message)
 
-        request = Request(scope, receive)
+        request, path = Request(scope, receive), scope["path"]  # a URL would have the Host in it
         try:
-            scope["state"]["key"] = self._guard.check(request.url.path, request.headers)
+            scope["state"]["key"] = self._guard.check(path, request.headers)
             await self._app(scope, receive, sent)
         except RefusedError as error:  # by the guard
             await refusal(error)(scope, receive, sent)
         except Exception as error:  # it has been answered, see HANDLERS
             self._log(f"a request failed: {cause_of(error)}")
-        path = request.url.path if request.url.path in self._paths else "other"
-        self._counts[path, status] += 1
+        self._counts[path if path in self._paths else "other", status] += 1
         if self._detailed:
             spent = (time.perf_counter() - start) * 1e3
-            self._log(f"{request.method} {request.url.path} {status} {spent:.0f} ms")
+            self._log(f"{request.method} {path} {status} {spent:.0f} ms")
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:

@@ -41,11 +41,9 @@ class Guard:
         host = headers.get("host", "")
         if not self._is_ours(host):
             raise RefusedError(403, "the Host of the request is not this server", code="wrong_host")
-        origin = headers.get("origin")
-        if origin is not None and origin.lower() not in (
-            f"http://{host.lower()}",
-            f"https://{host.lower()}",
-        ):
+        own = (f"http://{host.lower()}", f"https://{host.lower()}")
+        origins = [value for name, value in headers.items() if name == "origin"]
+        if not all(origin.lower() in own for origin in origins):
             raise RefusedError(403, "pages of other origins may not ask", code="wrong_origin")
         if self._keys is None or path in OPEN:
             return None
