@@ -13,9 +13,11 @@ import fcntl
 import math
 import os
 import shutil
+import stat
 import struct
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -159,21 +161,28 @@ def sync_folder(folder: Source) -> None:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Source) -> Iterator[BinaryIO]:
+def atomic_file(path: Source, private: bool = False) -> Iterator[BinaryIO]:
     """A file to write into that appears at ``path`` only when the block ends without an error.
 
+    One that is there keeps its permissions; a new one, if it is ``private``, is its owner's alone.
     Raises UserError where another program is writing it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
-    with open(part, "w+b", opener=_as_it_is) as file:
+    mode = stat.S_IMODE(path.stat().st_mode) if path.is_file() else 0o600 if private else None
+    opener = partial(_as_it_is, 0o666 if mode is None else 0o600)
+    with open(part, "w+b", opener=opener) as file:
         # Or it was renamed before it could be locked.
         if not take_lock(file) or not lies_at(file.fileno(), part):
             raise UserError("another program is writing this file", path, "wait for it to end")
         try:
             file.truncate(0)
+            if mode is not None:
+                _permit(file, 0o600)  # until it is whole: a read-only part could not be taken over
             yield file
+            if mode is not None:
+                _permit(file, mode)
             sync(file)
             os.replace(part, path)
         except BaseException:
@@ -182,9 +191,15 @@ def atomic_file(path: Source) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
-def _as_it_is(path: str, flags: int) -> int:
-    """Opens a file to write into, and leaves what is in it: it may be another's."""
-    return os.open(path, flags & ~os.O_TRUNC, 0o666)
+def _as_it_is(mode: int, path: str, flags: int) -> int:
+    """Opens a file to write into, and leaves what is in it: it may be another's. A link is not
+    followed: whoever may write into the folder could have laid it there."""
+    return os.open(path, flags & ~os.O_TRUNC | os.O_NOFOLLOW, mode)
+
+
+def _permit(file: BinaryIO, mode: int) -> None:
+    with contextlib.suppress(OSError):  # a file system that knows no permissions
+        os.fchmod(file.fileno(), mode)
 
 
 def take_lock(file: BinaryIO | int) -> bool:
@@ -207,11 +222,15 @@ def lies_at(handle: int, path: Path) -> bool:
 
 
 def save_safetensors(
-    path: Source, arrays: dict[str, mx.array], metadata: dict[str, str] | None = None
+    path: Source,
+    arrays: dict[str, mx.array],
+    metadata: dict[str, str] | None = None,
+    private: bool = False,
 ) -> None:
-    """Saves arrays so that ``path`` holds either what it held before or all of them."""
+    """Saves arrays so that ``path`` holds either what it held before or all of them; ``private`` as
+    in :func:`atomic_file`."""
     mx.eval(*arrays.values())
-    with atomic_file(path) as file:
+    with atomic_file(path, private) as file:
         mx.save_safetensors(file, arrays, {"format": "mlx"} if metadata is None else metadata)
 
 

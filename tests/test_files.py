@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 import struct
 from pathlib import Path
 
@@ -205,6 +206,29 @@ def test_killed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert path.read_text() == "old"
     files.write_atomic(path, b"new")
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("x", b"new")]
+
+
+def test_a_file_keeps_its_permissions_and_a_private_one_is_its_owners(tmp_path: Path) -> None:
+    """Written over, what its owner had made private was everyone's."""
+    path, new = tmp_path / "x", tmp_path / "new"
+    for mode in (0o600, 0o444, 0o664):
+        files.write_atomic(path, "old")
+        path.chmod(mode)
+        files.write_atomic(path, "new")
+        assert stat.S_IMODE(path.stat().st_mode) == mode
+    with files.atomic_file(new, private=True) as file:
+        assert stat.S_IMODE(os.fstat(file.fileno()).st_mode) == 0o600
+    assert stat.S_IMODE(new.stat().st_mode) == 0o600
+
+
+def test_a_link_in_the_place_of_the_part_is_not_followed(tmp_path: Path) -> None:
+    """Who may write into the folder had us write over any file of ours."""
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    (tmp_path / ".x.part").symlink_to(mine)
+    with pytest.raises(OSError, match="symbolic links"):
+        files.write_atomic(tmp_path / "x", "new")
+    assert mine.read_text() == "mine"
 
 
 def test_fingerprint_follows_contents_not_place(tmp_path: Path) -> None:

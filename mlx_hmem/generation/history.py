@@ -224,7 +224,7 @@ def write_saved(
     try:
         if lies_there(file) and MARK not in _metadata(file):
             raise UserError("this file is no conversation", file, "give another name")
-        save_safetensors(file, arrays, {MARK: json.dumps(sealed(values))})
+        save_safetensors(file, arrays, {MARK: json.dumps(sealed(values))}, private=True)
     except UserError:
         raise
     except (OSError, ValueError) as error:  # ValueError: a null character in the name

@@ -164,6 +164,7 @@ def test_what_is_no_conversation_is_neither_loaded_nor_overwritten(chatty, tmp_p
         refused("", talk.load, name)
     refused("a file is missing", talk.load, tmp_path / "talk")
     talk.save(tmp_path / "talk")
+    assert (tmp_path / "talk").stat().st_mode & 0o077 == 0  # as confidential as what was said
     talk.reset()
     talk.save(tmp_path / "talk")  # over its own
     assert read_saved(tmp_path / "talk", talk.model)[0].turns == ()
