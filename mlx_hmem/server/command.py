@@ -1,6 +1,7 @@
 """A server that speaks OpenAI's ``/v1``: ``mlx_hmem.server --model M``."""
 
 import argparse
+import contextlib
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -81,19 +82,16 @@ def main(words: Sequence[str]) -> None:
         needed(package, "the server")
     from mlx_hmem.server.web import app, http  # they import these
 
-    def log(line: str) -> None:
-        say(printable(line))
-
     listening = http.bind(args.host, args.port)
-    engine = Engine(open_model, args.waiting, log, args.log_requests)
+    engine = Engine(open_model, args.waiting, _log, args.log_requests)
     guard = Guard(args.host, keys)
-    made = app.App(engine, guard, name_of(args.model), log, args.log_requests)
+    made = app.App(engine, guard, name_of(args.model), _log, args.log_requests)
     _drain_at_signals(engine)
     with http.serving(made, listening):
         host = f"[{args.host}]" if ":" in args.host else args.host
         say(f"serving {name_of(args.model)} at http://{host}:{listening.getsockname()[1]}/v1")
         engine.run()
-    say("ended; all requests that were begun are answered")
+    _log("ended; all requests that were begun are answered")
 
 
 def name_of(model: str) -> str:
@@ -152,6 +150,13 @@ def _print_key(name: str, view: str | None) -> None:
     key, line = new_key(name, view)
     print(line)
     print(f"the key of {name}, said this once: {key}\nabove: its line", file=sys.stderr)
+
+
+def _log(line: str) -> None:
+    """A line on standard error, if somebody takes it: a log that was closed, or whose disk is full,
+    is no reason to end."""
+    with contextlib.suppress(OSError, ValueError):
+        say(printable(line))
 
 
 def _drain_at_signals(engine: Engine) -> None:

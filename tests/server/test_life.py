@@ -1,9 +1,12 @@
 """Rows that are freed, requests that fail alone, a model that is taken over, an end that drains."""
 
+import io
 import json
+import os
 import shutil
 import signal
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
@@ -11,8 +14,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from mlx_hmem.generation.options import say
 from mlx_hmem.model.load import load
-from mlx_hmem.server.command import _drain_at_signals
+from mlx_hmem.server.command import _drain_at_signals, _log
 from mlx_hmem.server.engine import Engine
 from mlx_hmem.server.served import Served
 from tests.bank.test_views import PROMPT, write_views
@@ -223,6 +227,18 @@ def test_a_reader_that_takes_nothing_is_cut_off_and_frees_its_rows(small):
         connection.settimeout(30)
         assert b"[DONE]" not in _rest(connection)
     assert small.ask(PATH, {"prompt": PROMPT, "max_tokens": 2}).status == 200
+
+
+def test_a_log_that_nobody_takes_is_no_end(monkeypatch):
+    """Once its terminal was gone the first line ended the server, with all answers in flight."""
+    read, write = os.pipe()
+    with os.fdopen(write, "wb", buffering=0) as pipe:
+        monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(pipe, write_through=True))
+        os.close(read)
+        with pytest.raises(BrokenPipeError):
+            say("a line")
+        _log("a line")
+    _log("to what is closed")
 
 
 SIGNALLED = """
