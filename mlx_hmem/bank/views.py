@@ -79,14 +79,17 @@ def in_bank(path: Barred) -> tuple[str, ClusterPath]:
     return (path[0], path[1:]) if isinstance(path[0], str) else ("", path)  # type: ignore[return-value]
 
 
-def check_barred(path: Any, configs: Mapping[str, MemoryConfig]) -> Barred:
-    """``path`` as a tuple, or a UserError if it leads to no cluster of these banks."""
+def check_barred(
+    path: Any, configs: Mapping[str, MemoryConfig], known: Iterable[str] | None = None
+) -> Barred:
+    """``path`` as a tuple, or a UserError if it leads to no cluster of these banks, of which it
+    names the ``known``; None: all."""
     if not isinstance(path, list | tuple) or not path:
         raise UserError("not the path of a cluster", repr(path)[:80], "write it as 3 or 3,51")
     bank, rest = in_bank(tuple(path))
     if bank not in configs:
-        known = ", ".join(filter(None, configs)) or "none was added"
-        raise UserError("no such bank", bank, f"known: {known}; write a cluster as 3 or 3,51")
+        said = ", ".join(filter(None, configs if known is None else known)) or "none was added"
+        raise UserError("no such bank", bank, f"known: {said}; write a cluster as 3 or 3,51")
     if not all(type(index) is int for index in rest):
         raise UserError("not the path of a cluster", repr(path)[:80], "write it as 3 or 3,51")
     clusters = configs[bank].check_path(rest, whole=False) if rest else ()

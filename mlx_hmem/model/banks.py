@@ -69,7 +69,7 @@ class Banks:
         if only is not None:
             self.bank(only)
         configs = {name: part.bank.config for name, part in self._whole.items()}
-        barred = [check_barred(path, configs) for path in blocked]
+        barred = [check_barred(path, configs, self.parts) for path in blocked]
         allowed = {
             name: part._replace(bank=part.bank.view(paths))
             for name, part in self.parts.items()
@@ -90,8 +90,15 @@ class Banks:
 
     @property
     def names(self) -> list[str]:
-        """Of the memories that may be chosen by name."""
-        return list(dict.fromkeys(name for part in self.parts.values() for name in part.names))
+        """Of the memories that may be chosen by name; none whose last block is barred."""
+        return list(
+            dict.fromkeys(
+                name
+                for part in self.parts.values()
+                for name, path in part.names.items()
+                if not part.bank.bars(len(path), path[-1])
+            )
+        )
 
     def named(self, name: str) -> tuple[str, ClusterPath]:
         """The bank and the cluster path of a memory that has a name; UserError if none has it."""
@@ -137,7 +144,7 @@ class Banks:
         if not any(isinstance(path, tuple | list) and _is_named(path) for path in blocked):
             return [] if name else list(blocked)  # type: ignore[arg-type]
         configs = {name: part.bank.config for name, part in self._whole.items()}
-        paths = of_bank([check_barred(path, configs) for path in blocked], name)
+        paths = of_bank([check_barred(path, configs, self.parts) for path in blocked], name)
         if paths is None:
             return [(cluster,) for cluster in range(configs[name].num_clusters[0])]
         return paths

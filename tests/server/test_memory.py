@@ -15,6 +15,7 @@ from tests.generation.test_conversation import TEMPLATE
 from tests.generation.test_nothing_near import UNKNOWN
 from tests.generation.test_passages import ASKED, TEXTS, write_run
 from tests.helpers.banks import document, write_colleague
+from tests.helpers.programs import refused
 from tests.helpers.servers import Server, events
 
 FERRY = TEXTS["ferry.txt"]
@@ -149,6 +150,19 @@ def test_a_memory_is_chosen_by_its_name(served, model):
     assert wrong(served, memory={"name": "tides"}, bank="notes") == (400, "memory.name")
     assert wrong(served, memory_name="tides", memory="none") == (400, "memory_name")
     assert wrong(served, memory={"name": "tides", "mode": "generic"}) == (400, "memory.name")
+
+
+def test_a_refusal_names_no_bank_and_no_memory_that_the_view_bars(rich, tmp_path):
+    """Who asked for what is not there was told what is."""
+    folder = Path(shutil.copytree(rich, tmp_path / "own"))
+    write_views(folder, guest=[["notes"], [0]])
+    whole = load(folder).banks
+    guest = whole.under("guest")
+    assert "known: notes; " in refused("no such bank", whole.narrowed, [("x",)])
+    assert "known: none was added; " in refused("no such bank", guest.narrowed, [("x",)])
+    assert refused("no memory of this name", whole.named, "x").endswith("known: tides, ferry")
+    assert "known" not in refused("no memory of this name", guest.named, "x")
+    assert guest.narrowed([("notes",)]).names == []  # barred once more
 
 
 def test_of_several_banks_the_nearer_answers_or_the_one_that_is_asked_for(served, model, texts):
