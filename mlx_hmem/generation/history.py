@@ -116,6 +116,8 @@ class KeyValues:
         anchor(mx.array([[0]]), cache=cache)  # shows what it takes
         if len(saved.layers) != len(cache):
             raise ValueError(f"{len(saved.layers)} layers of keys and values, not {len(cache)}")
+        if not {name.partition(".")[0] for name in arrays} <= {str(n) for n in range(len(cache))}:
+            raise ValueError("arrays of no layer")
         for number, saved_layer in enumerate(saved.layers):
             kind, numbers = saved_layer["kind"], saved_layer["numbers"]
             if kind == "QuantizedKVCache" and type(cache[number]) is KVCache:
@@ -251,17 +253,18 @@ def read_saved(file: Path, model: MemoryModel) -> tuple[Saved, KeyValues]:
         del values["format_version"]
         check_same(values.pop("hashes"), model.hashes, file)
         arrays, digest = load_safetensors(file), values.pop("arrays")
-        if digest_of(arrays) != digest:
-            raise ValueError("the checksum of its keys and values is another")
         values["turns"] = tuple(_turn(**turn) for turn in values["turns"])
         values["blocks"] = tuple(map(tuple, values["blocks"]))
         saved = Saved.from_dict(values, str(file))
         most = num_embedded(model.anchor)
         if any(i >= most for turn in saved.turns for i in (*turn.ids, *turn.answer_ids)):
             raise ValueError("an id is none of the anchor's tokens")
-        if not saved.layers:
-            return saved, KeyValues(model.anchor)
-        return saved, KeyValues.unpacked(model.anchor, saved, arrays)
+        known = KeyValues(model.anchor)
+        if saved.layers or arrays:
+            known = KeyValues.unpacked(model.anchor, saved, arrays)
+        if digest_of(arrays) != digest:  # now that they are no larger than they must be
+            raise ValueError("the checksum of its keys and values is another")
+        return saved, known
     except UserError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -1,6 +1,7 @@
 """A conversation goes on from its file as if it had never stopped, or is refused in a line."""
 
 import json
+import os
 import random
 
 import mlx.core as mx
@@ -191,6 +192,8 @@ def resealed(file, change) -> None:
         lambda v, a: a.update({"0.0": mx.zeros((1, 2, 3, 4, 5))}),
         lambda v, a: a.update({"0.0": a["0.0"].reshape(-1)}),
         lambda v, a: a.pop("1.1"),
+        lambda v, a: a.update({"more": a["0.0"]}),
+        lambda v, a: v.update(layers=[], ids=[], blocks=[]),
         lambda v, a: a.update({"9.0": a["0.0"]}) or v["layers"].append(v["layers"][0]),
         lambda v, a: v["layers"][0]["numbers"].update({"2": 10**9}),
         lambda v, a: v["layers"][0].update(kind="RotatingKVCache"),
@@ -226,6 +229,18 @@ def test_a_forged_file_is_refused(chatty, tmp_path, change):
     resealed(file, change)
     refused("", talk.load, file)
     assert talk.turns == turns
+
+
+def test_what_is_larger_than_a_conversation_is_not_read(chatty, tmp_path):
+    """A file of zeros that takes nothing on the disk took as much memory as it says it has."""
+    talk, file = held(load(chatty)), tmp_path / "talk"
+    talk.save(file)
+    values = read_safetensors_header(file)[1]
+    entry = {"dtype": "F32", "shape": [1, 2, 1 << 25, 32], "data_offsets": [0, 1 << 33]}
+    header = json.dumps({"__metadata__": values, "0.0": entry}).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(file, 8 + len(header) + (1 << 33))
+    refused("not whole", talk.load, file)
 
 
 @pytest.mark.parametrize("name", ["gemma3_text", "llama", "8 bits"])
