@@ -7,6 +7,8 @@ gate gets units without one: up and down alone.
 """
 
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import mlx.core as mx
 
@@ -18,11 +20,14 @@ from mlx_hmem.memory.layer import (
     MemoryKind,
     extend,
     random_but_the_last,
+    with_product,
 )
 
 
-def ffn_memory(x: mx.array, rows: mx.array, activation: Activation) -> mx.array:
-    """Output of one layer's memory, to be added to the output of its FFN.
+def add_ffn_memory(
+    output: mx.array, x: mx.array, rows: mx.array, activation: Activation
+) -> mx.array:
+    """``output`` of a layer's FFN with that of its memory added.
 
     Args:
         x: the FFN's input, (batch, time, hidden).
@@ -32,11 +37,24 @@ def ffn_memory(x: mx.array, rows: mx.array, activation: Activation) -> mx.array:
     """
     count, num_rows, hidden = rows.shape[-3:]
     if count == 2:
-        return activation(x @ rows[..., 0, :, :].swapaxes(-1, -2)) @ rows[..., 1, :, :]
-    # Gate and up in one matrix product: two small ones cost twice the launches.
-    gate_up = rows[..., :2, :, :].reshape(*rows.shape[:-3], 2 * num_rows, hidden)
-    gate, up = mx.split(x @ gate_up.swapaxes(-1, -2), 2, axis=-1)
-    return (activation(gate) * up) @ rows[..., 2, :, :]
+        inner = activation(x @ rows[..., 0, :, :].swapaxes(-1, -2))
+    else:
+        # Gate and up in one matrix product, activation and product in one kernel, the sum in the
+        # last product: three launches a layer, where decoding is little but launches.
+        gate_up = rows[..., :2, :, :].reshape(*rows.shape[:-3], 2 * num_rows, hidden)
+        inner = _gated(activation)(*mx.split(x @ gate_up.swapaxes(-1, -2), 2, axis=-1))
+    return with_product(output, inner, rows[..., -1, :, :])
+
+
+@cache
+def _gated(activation: Activation) -> Callable[[mx.array, mx.array], mx.array]:
+    """The inner units of a gated FFN, of gate and up."""
+
+    def inner(gate: mx.array, up: mx.array) -> mx.array:
+        return activation(gate) * up
+
+    compiled: Any = mx.compile(inner, shapeless=True)
+    return compiled
 
 
 def _attach(layer: AnchorLayer, memory: LayerMemory) -> None:
@@ -48,7 +66,7 @@ def _attach(layer: AnchorLayer, memory: LayerMemory) -> None:
         rows = memory(output)
         if rows is None:
             return output
-        return output + ffn_memory(x, rows[0].astype(x.dtype), activation)
+        return add_ffn_memory(output, x, rows[0].astype(x.dtype), activation)
 
     extend(layer.ffn.module, call)
 

@@ -85,6 +85,18 @@ def extend(module: nn.Module, call: Callable[..., mx.array]) -> None:
     module.__class__ = type(base.__name__, (base,), {"__call__": extended, "has_memory": True})
 
 
+def with_product(
+    output: mx.array, inner: mx.array, matrix: mx.array, alpha: float = 1.0
+) -> mx.array:
+    """``output + alpha · inner @ matrix`` in one launch. ``output`` (batch, time, width), ``inner``
+    (batch, time, R), ``matrix`` (R, width), or (batch, R, width)."""
+    if matrix.ndim > 2 or output.ndim < 3 or len(output) == 1:
+        return mx.addmm(output, inner, matrix, alpha)
+    # Else MLX takes one matrix for each row of the batch, and so many for its gradient.
+    flat = mx.addmm(output.flatten(0, -2), inner.flatten(0, -2), matrix, alpha)
+    return flat.reshape(output.shape)
+
+
 def truncated_normal(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
     """Normal at σ = width^-1/2, drawn again beyond 3σ; the width is the last axis."""
     draws = rng.standard_normal(shape, np.float32)

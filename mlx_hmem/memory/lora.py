@@ -11,7 +11,14 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_hmem.config import MemoryConfig
-from mlx_hmem.memory.layer import AnchorLayer, LayerMemory, MemoryKind, Projection, extend
+from mlx_hmem.memory.layer import (
+    AnchorLayer,
+    LayerMemory,
+    MemoryKind,
+    Projection,
+    extend,
+    with_product,
+)
 
 ALPHA = 2.0
 ATTENTION = ("query", "key", "value", "output")
@@ -56,11 +63,11 @@ def _patch(projection: Projection, memory: LayerMemory, a: Row, b: Row) -> None:
             return output
         down = rows[a.group][..., a.place, :, :].astype(x.dtype)
         up = rows[b.group][..., b.place, :, :].astype(x.dtype)
-        patch = ALPHA * (x @ down.swapaxes(-1, -2)) @ up
+        inner = x @ down.swapaxes(-1, -2)
         after = output.shape[-1] - projection.start - projection.size
-        if projection.start or after:  # one matrix serves several projections
-            sides: Any = [(0, 0)] * (x.ndim - 1) + [(projection.start, after)]
-            patch = mx.pad(patch, sides)
-        return output + patch
+        if not projection.start and not after:
+            return with_product(output, inner, up, ALPHA)
+        sides: Any = [(0, 0)] * (x.ndim - 1) + [(projection.start, after)]
+        return output + mx.pad(ALPHA * inner @ up, sides)  # one matrix serves several projections
 
     extend(projection.module, call)

@@ -1,0 +1,60 @@
+"""What a memory adds to a decoded token, on a GPU little but launches: a gated FFN memory launched
+five kernels a layer where three do."""
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
+
+from mlx_hmem.anchors.attach import attach_memory
+from mlx_hmem.model.stream import AnchorWithMemory
+from tests.helpers.graphs import launches, traced
+from tests.helpers.references import config_of, random_rows
+from tests.helpers.tiny_anchors import LAYERS, make_anchor
+
+TOKEN = mx.array([[3]])
+
+
+def second_token(name: str, kind: str, with_memory: bool) -> mx.array:
+    """The logits of an anchor's second token, not computed yet."""
+    anchor = make_anchor(name)
+    config = config_of(anchor, kind)
+    slot, rows = attach_memory(anchor, config), random_rows(config, 0)
+    mx.eval(*rows)
+    model = AnchorWithMemory(anchor, slot, rows if with_memory else None)
+    cache = make_prompt_cache(anchor)
+    mx.eval(model(TOKEN, cache=cache))
+    return model(TOKEN, cache=cache)
+
+
+ADDED = {  # to a layer
+    ("openlm", "ffn"): {"Matmul": 1, "AddMM": 1, "product": 1},
+    ("gemma3_text", "ffn"): {"Matmul": 1, "AddMM": 1, "product": 1},
+    ("openlm", "lora_vo"): {"Matmul": 2, "AddMM": 2},  # of two projections
+}
+
+
+@pytest.mark.parametrize(("name", "kind"), ADDED)
+def test_kernels_of_a_layer(name, kind):
+    more = launches(second_token(name, kind, with_memory=True))
+    more.subtract(launches(second_token(name, kind, with_memory=False)))
+    per_layer = {n if n[:8] != "Compiled" else "product": c / LAYERS for n, c in more.items() if c}
+    assert per_layer == ADDED[name, kind]
+
+
+@pytest.mark.parametrize("kind", ["ffn", "lora_vo"])
+def test_the_gradient_of_a_memory_that_all_rows_share_is_made_once(kind):
+    anchor, ids = make_anchor("openlm"), mx.zeros((5, 6), mx.int32)
+    config = config_of(anchor, kind)
+    slot = attach_memory(anchor, config)
+    groups = random_rows(config, 0)
+    own = list(zip(*groups, strict=True))  # of each layer
+
+    def loss(first: mx.array) -> mx.array:
+        with slot.using([(first, *own[0][1:]), *own[1:]]):
+            return anchor(ids).square().mean()
+
+    first = groups[0][0]
+    shapes = {shape for step in traced(mx.grad(loss), first) for shape in step.outputs}
+    num_rows = first.shape[-2]
+    assert (num_rows, first.shape[-1]) in shapes
+    assert not [s for s in shapes if s[:1] == (5,) and num_rows in s and 6 not in s]
