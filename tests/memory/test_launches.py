@@ -1,5 +1,6 @@
-"""What a memory adds to a decoded token, on a GPU little but launches: a gated FFN memory launched
-five kernels a layer where three do."""
+"""What a memory adds to a decoded token, on a GPU little but launches and the host's work for them:
+a gated FFN memory launched five kernels a layer where three do, and cut itself into layers for each
+token, a sixth of the host's work (docs/metal.md)."""
 
 import mlx.core as mx
 import pytest
@@ -7,7 +8,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_hmem.anchors.attach import attach_memory
 from mlx_hmem.model.stream import AnchorWithMemory
-from tests.helpers.graphs import launches, traced
+from tests.helpers.graphs import launches, operations, traced
 from tests.helpers.references import config_of, random_rows
 from tests.helpers.tiny_anchors import LAYERS, make_anchor
 
@@ -39,6 +40,12 @@ def test_kernels_of_a_layer(name, kind):
     more.subtract(launches(second_token(name, kind, with_memory=False)))
     per_layer = {n if n[:8] != "Compiled" else "product": c / LAYERS for n, c in more.items() if c}
     assert per_layer == ADDED[name, kind]
+
+
+def test_a_memory_is_cut_into_layers_once():
+    found = operations(second_token("openlm", "ffn", with_memory=True))
+    assert found["CustomTransforms"] == 0
+    assert found["StopGradient"] == 0
 
 
 @pytest.mark.parametrize("kind", ["ffn", "lora_vo"])
