@@ -28,7 +28,8 @@ F_RDADVISE = 44  # of macOS; its argument is struct radvisory
 
 
 class Place(NamedTuple):
-    """Where a block lies: its parts follow one another from ``offset`` on."""
+    """Where a block lies: its parts follow one another from ``offset`` on. The file stays open for
+    as long as this is held."""
 
     file: BinaryIO
     offset: int
@@ -71,8 +72,7 @@ class Reading:
 
     def __init__(self, place: Place, with_checksum: bool):
         self.nbytes, self.with_checksum = place.nbytes, with_checksum
-        # Its own handle: another thread may close the file meanwhile.
-        self.file = -1
+        self.file: BinaryIO | None = None  # held: the bank may let go of it meanwhile
         self.pieces: list[_Piece] = []
         self.counts: list[Future[int]] = []  # of the bytes read, in order of the pieces
         self._views: list[memoryview] = []
@@ -89,7 +89,7 @@ class Reading:
                 self.pieces.append(piece)
             start += part.nbytes
         self.block = StoredBlock(buffers)
-        self.file = os.dup(place.file.fileno())
+        self.file = place.file
 
     def is_here(self, nbytes: int) -> bool:
         """Whether the first ``nbytes`` have been read."""
@@ -121,15 +121,14 @@ class Reading:
 
     def release(self) -> None:
         """Waits until nobody writes into the buffers any more, and lets go of them and the file."""
-        if self.file < 0:
+        if self.file is None:
             return
         wait(self.counts)
         for piece in self.pieces:
             piece.target.release()
         for view in self._views:
             view.release()
-        os.close(self.file)
-        self.file = -1
+        self.file = None
 
     def __del__(self) -> None:
         self.release()  # whoever began it may have given up
@@ -152,18 +151,21 @@ class BlockReader:
         jobs = [(piece.start / r.nbytes, r, piece) for r in readings for piece in r.pieces]
         # A stable sort: the pieces of a block keep their order.
         for _, reading, piece in sorted(jobs, key=lambda job: job[0]):
-            reading.counts.append(submit(_read_into, reading.file, piece.target, piece.offset))
+            assert reading.file is not None
+            handle = reading.file.fileno()
+            reading.counts.append(submit(_read_into, handle, piece.target, piece.offset))
         return readings
 
     def close(self) -> None:
         self._pool.shutdown()
 
 
-def pieces_read(file: int, offset: int, nbytes: int) -> Iterator[int]:
-    """Reads bytes for the system to keep, with no MLX; yields the bytes of each piece."""
+def pieces_read(place: Place) -> Iterator[int]:
+    """Reads a block for the system to keep, with no MLX; yields the bytes of each piece."""
+    nbytes = place.nbytes
     target = memoryview(bytearray(min(PIECE, nbytes)))
     for at in range(0, nbytes, PIECE):
-        yield _read_into(file, target[: nbytes - at], offset + at)
+        yield _read_into(place.file.fileno(), target[: nbytes - at], place.offset + at)
 
 
 def advise(file: BinaryIO, offset: int, length: int) -> None:

@@ -3,7 +3,6 @@
 Where a path leads, who may fetch what and what is said of it afterwards, the reader knows.
 """
 
-import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -14,7 +13,7 @@ from mlx_hmem.bank.format import Key
 from mlx_hmem.bank.read.arriving import ArrivingBlock, KeptBlock
 from mlx_hmem.bank.read.blocks import StoredBlock, pieces_read
 from mlx_hmem.bank.read.cache import KeptBlocks
-from mlx_hmem.bank.read.shards import MOST_OPEN, Shards
+from mlx_hmem.bank.read.shards import Shards, most_open
 from mlx_hmem.bank.read.storage import Missing, Storage
 from mlx_hmem.errors import UserError
 from mlx_hmem.memory import BlockRead, Source
@@ -36,7 +35,8 @@ class Sources:
         self.obtain(keys)
         with self._lock:
             # So many that the files of all of them can be open at once.
-            groups = (keys[start : start + MOST_OPEN] for start in range(0, len(keys), MOST_OPEN))
+            most = most_open()
+            groups = (keys[start : start + most] for start in range(0, len(keys), most))
             return [found for group in groups for found in self._group(group)]
 
     def begin(self, keys: Sequence[Key]) -> list[tuple[ArrivingBlock | KeptBlock, BlockRead]]:
@@ -73,14 +73,10 @@ class Sources:
         with suppress(UserError, OSError):  # said when it is asked for
             with self._lock:
                 place = self.storage.place(key)
-                file = os.dup(place.file.fileno())  # another thread may close it meanwhile
-            try:
-                for count in pieces_read(file, place.offset, place.nbytes):
-                    with self._lock:
-                        self.storage.bytes_read += count
-                    yield count
-            finally:
-                os.close(file)
+            for count in pieces_read(place):
+                with self._lock:
+                    self.storage.bytes_read += count
+                yield count
 
     def forget(self, key: Key) -> None:
         """Closes the file that a block lies in; it is opened and checked anew when needed."""
