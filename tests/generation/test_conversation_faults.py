@@ -1,4 +1,4 @@
-"""Files that are damaged, cut or taken away in the middle of a session."""
+"""Files that are damaged, cut or taken away in the middle of a session, and what turns leave."""
 
 import os
 from pathlib import Path
@@ -10,6 +10,8 @@ from mlx_hmem.generation.conversation import Conversation
 from tests.generation.test_conversation import OPTIONS, tokens, turns_of
 from tests.helpers.faults import flip
 from tests.helpers.programs import refused
+
+TASKS_AND_FILES = (Path("/proc/self/task"), Path("/proc/self/fd"))
 
 
 def shard_of(folder: Path, level: int) -> Path:
@@ -135,3 +137,21 @@ def test_a_deleted_shard_that_is_open_is_still_read(broken, texts):
     talk = Conversation(model, notify=said.append, **OPTIONS)
     assert tokens(talk.say(texts[0][:50])) == expected
     assert said == []
+
+
+def test_turns_leave_no_thread_and_no_file_behind(model_folder, texts):
+    """A thread that evaluates keeps a stream of MLX's, on Metal a command queue as well: after 50
+    turns, each with a thread of its own that read ahead, there were 50 more."""
+    model = load(model_folder, cache_bytes=6000)
+    talk = Conversation(model, max_tokens=1)
+
+    def held(turns: range) -> list[int]:
+        for turn in turns:
+            list(talk.say(texts[turn * 7 % len(texts)][:40]))
+            talk._prefetch.wait()
+        return [len(os.listdir(folder)) for folder in TASKS_AND_FILES if folder.exists()]
+
+    early, late = held(range(8)), held(range(8, 58))
+    assert talk._prefetch.bytes_read > 0
+    # One that has ended, and been joined, may be there a moment longer.
+    assert all(after <= before + 1 for after, before in zip(late, early, strict=True))
