@@ -1,3 +1,8 @@
+import os
+
+# Metal from M5 on, and CUDA, take float32 products in ten bits of fraction unless told otherwise.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
+
 import mlx_hmem  # isort: skip  # noqa: F401  OpenBLAS goes in front before MLX is loaded
 import mlx.core as mx
 

@@ -3,9 +3,15 @@
 A 6-layer BERT over word pieces, mean pooled and L2-normalised. It is the reference: accurate, and
 slow on CPUs. The static encoder imitates it at a small part of the cost. Texts are cut after 256
 word pieces, [CLS] and [SEP] counted, as sentence-transformers does.
+
+Vectors decide on routes, so they must be the same wherever a tree is used: a device that rounds the
+factors of float32 products is not asked.
 """
 
+import os
+import re
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial, reduce
 from pathlib import Path
 
@@ -151,6 +157,8 @@ class MiniLMEncoder:
         self.model = BertModel()
         self.model.load_weights(_read_weights(folder / "model.safetensors", self.model))
         self.model.eval()
+        architecture = str(mx.device_info().get("architecture"))
+        self._on_cpu = rounds_products(mx.default_device(), architecture)
         self.fingerprint = fingerprint(folder / "model.safetensors", folder / "tokenizer.json")
 
     def encode(self, texts: Sequence[str], progress: bool = False) -> np.ndarray:
@@ -173,7 +181,17 @@ class MiniLMEncoder:
         padded = np.zeros((len(ids), max(lengths)), np.int32)
         for row, values in zip(padded, ids, strict=True):
             row[: len(values)] = values
-        return np.array(self.model(mx.array(padded), mx.array(lengths)))
+        with mx.stream(mx.cpu) if self._on_cpu else nullcontext():
+            return np.array(self.model(mx.array(padded), mx.array(lengths)))
+
+
+def rounds_products(device: mx.Device, architecture: str) -> bool:
+    """Whether MLX takes float32 products as TF32 there, in ten bits of fraction: on CUDA, and on
+    Apple's GPUs from M5 (generation 17) on, unless ``MLX_ENABLE_TF32`` is 0."""
+    if device.type != mx.DeviceType.gpu or os.environ.get("MLX_ENABLE_TF32") == "0":
+        return False
+    found = re.match(r"applegpu_g(\d+)", architecture)
+    return found is None or int(found[1]) >= 17
 
 
 def _batches(lengths: list[int]) -> Iterator[list[int]]:

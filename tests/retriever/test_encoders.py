@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mlx_hmem.retriever import encoder as encoders
 from mlx_hmem.retriever.encoder import OFFLINE_PACKAGE, STATIC_FOLDER, load_encoder
-from mlx_hmem.retriever.minilm import MiniLMEncoder, _batches, gelu
+from mlx_hmem.retriever.minilm import MiniLMEncoder, _batches, gelu, rounds_products
 from mlx_hmem.retriever.static import StaticEncoder, WordPieces, pool, save_static
 from tests.helpers.places import shared
 from tests.helpers.programs import refused
@@ -56,6 +56,20 @@ def test_batches_cover_each_row_once_and_gelu_is_the_exact_one():
     z = np.array(x, np.float64) / 2**0.5
     exact = np.array(x) * 0.5 * (1 + np.array(mx.erf(mx.array(z.astype(np.float32)))))
     assert np.abs(np.array(gelu(x)) - exact).max() < 3e-6
+
+
+def test_no_device_that_rounds_the_factors_of_products_makes_vectors(monkeypatch):
+    """On M5 a text near a border had another route than on M4."""
+    gpu, cpu = mx.Device(mx.gpu, 0), mx.Device(mx.cpu, 0)
+    monkeypatch.delenv("MLX_ENABLE_TF32", raising=False)
+    exact = {
+        a for a in ("g13s", "g16d", "g17s", "g18p") if not rounds_products(gpu, f"applegpu_{a}")
+    }
+    assert exact == {"g13s", "g16d"}
+    assert rounds_products(gpu, "sm_90")  # CUDA
+    assert not rounds_products(cpu, "x86_64")
+    monkeypatch.setenv("MLX_ENABLE_TF32", "0")
+    assert not rounds_products(gpu, "applegpu_g17s")
 
 
 @pytest.mark.parametrize("name", ["minilm", "static"])
