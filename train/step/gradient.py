@@ -29,6 +29,7 @@ from ..ranks import Ranks
 from ..recipe.recipe import TrainerConfig
 from .candidates import Counting, Drawn, counted_loss, counting_of
 from .loss import chunk_size, summed_loss
+from .sums import blocks_of, sum_embeddings_in_order
 
 # What is trained: "anchor", its weights by name, and "blocks", the unique blocks of each level.
 Weights = dict[str, Any]
@@ -75,6 +76,7 @@ class BatchGradient:
         ranks: Ranks,
     ):
         self.training, self.eot, self.ranks = training, eot, ranks
+        sum_embeddings_in_order(anchor)
         if training.gradient_checkpointing:
             recompute_layers(anchor, slot)
         self.exchanged_bytes = 0  # of one rank, since the beginning
@@ -107,7 +109,8 @@ class BatchGradient:
                 total, right = summed(*given)
                 return scale * total, right
             # One memory per sequence, or one for all of them.
-            blocks = [b[i] for b, i in zip(weights["blocks"], indices, strict=True)]
+            pairs = zip(weights["blocks"], indices, strict=True)
+            blocks: list[Any] = [blocks_of(b, i) if i.ndim else b[i] for b, i in pairs]
             rows = tuple(rows.astype(dtype) for rows in join_blocks(blocks, slot.config))
             with slot.using(rows):
                 total, right = summed(*given)
