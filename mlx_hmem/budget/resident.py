@@ -88,6 +88,14 @@ def trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def limit_buffers() -> None:
+    """Has MLX keep no more freed buffers than an eighth of the machine's memory. On Metal it keeps
+    them without a limit: steps of other lengths then grow until all memory is taken."""
+    most = machine_bytes() // 8
+    if (before := mx.set_cache_limit(most)) < most:
+        mx.set_cache_limit(before)
+
+
 class OverBudgetError(UserError):
     """The memory budget is used up."""
 

@@ -20,6 +20,7 @@ from mlx_hmem.anchors.architectures import head_of
 from mlx_hmem.anchors.attach import MemorySlot
 from mlx_hmem.anchors.load import float_dtype, num_embedded
 from mlx_hmem.anchors.openlm import document_mask
+from mlx_hmem.budget.resident import limit_buffers
 from mlx_hmem.errors import UserError
 from mlx_hmem.memory import join_blocks
 from mlx_hmem.memory.layer import extend
@@ -76,6 +77,7 @@ class BatchGradient:
         ranks: Ranks,
     ):
         self.training, self.eot, self.ranks = training, eot, ranks
+        limit_buffers()
         sum_embeddings_in_order(anchor)
         if training.gradient_checkpointing:
             recompute_layers(anchor, slot)
