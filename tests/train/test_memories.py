@@ -97,6 +97,28 @@ def test_level_1_in_a_cache_without_room_trains_to_the_same_bits(tmp_path):
         np.testing.assert_array_equal(array, states[1][name], name)
 
 
+def test_for_sequences_of_one_subtree_no_block_of_another_is_gathered():
+    """The gathers were padded for a batch of all subtrees: of the paper's bank 2.0 G parameters
+    where 0.29 G do."""
+    rows, sizes, states = np.array([0, 1, 3]), [], []
+    for grouped in (False, True):
+        trainee = make_trainee([0, 1, 5, 0, 6])
+        randomise(trainee)
+        gather, asked = trainee.store.gather, {}
+        trainee.grouped = grouped
+        trainee.turn_to(trainee.store, trainee.tokens, trainee.paths)
+        trainee.store.gather = lambda level, clusters, size, asked=asked, gather=gather: (
+            asked.update({level: size}) or gather(level, clusters, size)
+        )
+        trainee.step(rows, 0.01)
+        trainee.store.gather = gather
+        sizes.append(asked)
+        states.append(copies(trainee))
+    assert sizes == [{1: 2, 3: 3}, {1: 1, 3: 2}]
+    for name, array in states[0].items():
+        np.testing.assert_allclose(array, states[1][name], 1e-5, 1e-7, err_msg=name)
+
+
 def lazy_step(store: BlockStore, clusters: np.ndarray, gradient: mx.array, rate: float) -> None:
     blocks = store.gather(1, clusters, len(clusters))
     corrections = bias_corrections(blocks[3], BETAS)

@@ -15,7 +15,7 @@ from mlx_hmem.errors import UserError
 from tests.helpers.places import ROOT
 from tests.helpers.programs import run
 from train.command import main
-from train.cost.costs import anchor_parameters, step_operations, trainings_of
+from train.cost.costs import anchor_parameters, gathered_parameters, step_operations, trainings_of
 from train.cost.plan import sequences_of
 from train.data.order import SubtreeOrder
 from train.recipe.recipe import Recipe, TrainerConfig, load_recipe
@@ -242,3 +242,11 @@ def test_a_scaled_recipe_is_planned(tmp_path, a1, monkeypatch):
     assert "15 blocks" not in plan
     assert "14 blocks" in plan
     assert "generic" in plan
+
+
+def test_a_batch_of_one_subtree_is_reckoned_with_the_blocks_of_one(tmp_path):
+    """Its gathers were padded as if it had sequences of all subtrees."""
+    recipe = paper("a3", tmp_path)
+    config, size = recipe.memory_config, recipe.memories.training.batch_size
+    found = [gathered_parameters(config, size, grouped=grouped) / 1e9 for grouped in (False, True)]
+    assert found == [pytest.approx(1.98, abs=0.01), pytest.approx(0.289, abs=0.001)]

@@ -119,7 +119,9 @@ def _smaller(training: TrainerConfig) -> Iterator[TrainerConfig]:
 def _fit(recipe: Recipe, stage: str, training: TrainerConfig, budget: int) -> Fit:
     """The first setting that fits; UserError if none does."""
     config = recipe.memory_config
-    blocks = 12 * gathered_parameters(config, training.batch_size) if has_memory(stage) else 0
+    grouped, blocks = recipe.memories.group_by_subtree, 0
+    if has_memory(stage):
+        blocks = 12 * gathered_parameters(config, training.batch_size, grouped=grouped)
     peaks = []
     for each in _smaller(training):
         peak = peak_memory(recipe, stage, each) + blocks + IMPORTS + BUFFERS + MARGIN

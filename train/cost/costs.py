@@ -119,10 +119,14 @@ def context_of(recipe: Recipe, stage: str) -> int:
     return recipe.windows.of_anchor if stage == "anchor" else recipe.windows.context
 
 
-def gathered_parameters(config: MemoryConfig, batch_size: int, generic: bool = False) -> int:
-    """Those of the blocks that a batch touches at most, with ``generic`` memory beside them."""
-    levels = enumerate(config.num_clusters, 1)
-    return sum(min(batch_size, n + generic) * math.prod(config.block_shape(i)) for i, n in levels)
+def gathered_parameters(
+    config: MemoryConfig, batch_size: int, generic: bool = False, grouped: bool = False
+) -> int:
+    """Those of the blocks that a batch touches at most, with ``generic`` memory beside them;
+    ``grouped`` where all its sequences are of one cluster of level 1."""
+    share = config.branching[0] if grouped else 1
+    levels = enumerate((n // share + generic for n in config.num_clusters), 1)
+    return sum(min(batch_size, n) * math.prod(config.block_shape(i)) for i, n in levels)
 
 
 def _stored_bytes(recipe: Recipe) -> int:
@@ -142,7 +146,8 @@ def peak_memory(recipe: Recipe, stage: str, training: TrainerConfig) -> int:
     frozen = has_memory(stage) and recipe.memories.cotrain is None
     weights, blocks, fetched = (0 if frozen else anchor.parameters), 0, 0
     if has_memory(stage):
-        blocks = gathered_parameters(config, training.batch_size, not frozen)
+        grouped = recipe.memories.group_by_subtree
+        blocks = gathered_parameters(config, training.batch_size, not frozen, grouped)
         fetched = part * config.fetched_parameters
         per_token += 2 * sum(config.r) * config.num_memory_layers / anchor.num_layers
     tokens, attention = part * context, part * anchor.num_heads * context**2

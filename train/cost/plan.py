@@ -143,7 +143,8 @@ def trainee_of(recipe: Recipe, stage: str, training: TrainerConfig, folder: Path
         return AnchorTrainee(model, tokens, EOT_ID, training)
     memory = recipe.memory_config if stage == "memories" else generic_config(recipe.memory_config)
     depth = memory.num_levels
-    leaves = np.arange(training.batch_size) % 2**depth
+    grouped = stage == "memories" and recipe.memories.group_by_subtree
+    leaves = np.arange(training.batch_size) % 2 ** (depth - grouped)
     paths = np.stack([leaves >> (depth - level) for level in range(1, depth + 1)], axis=1)
     store = BlockStore(folder, replace(memory, branching=(2,) * depth), 0)
     paths, cotrain = paths.astype(np.int32), recipe.memories.cotrain

@@ -173,9 +173,10 @@ def train_memory(
     if name == "generic":
         paths = np.zeros((len(tokens), 1), np.int32)
     own = "store" if ranks.first else f"store-rank-{ranks.rank}"
+    grouped = recipe.memories.group_by_subtree
     with open_store(recipe, folder, name, own=own) as store:
         trainee = MemoryTrainee(
-            anchor, store, tokens, paths, eot, training, cotrain, ranks, subtree
+            anchor, store, tokens, paths, eot, training, cotrain, ranks, subtree, grouped=grouped
         )
         sources = made_from(folder)
         validate = validation_of_memory(folder, recipe, name, anchor, trainee)

@@ -41,6 +41,7 @@ class MemoryTrainee:
         paths: their cluster paths, (n, levels).
         cotrain: how the anchor is trained along; None leaves it frozen.
         subtree: the cluster of level 1 that is trained alone, if one is.
+        grouped: the sequences of a step are all of one cluster of level 1.
         ragged: where not all sequences are of one length, all of theirs. The sequences of a step
             must come the longest first.
     """
@@ -57,9 +58,10 @@ class MemoryTrainee:
         ranks: Ranks = ALONE,
         subtree: int | None = None,
         ragged: Ragged | None = None,
+        grouped: bool = False,
     ):
         self.training, self.cotrain = training, cotrain
-        self.ranks, self.subtree = ranks, subtree
+        self.ranks, self.subtree, self.grouped = ranks, subtree, grouped
         config = store.config
         if len(paths) and not ((paths >= 0) & (paths < np.array(config.num_clusters))).all():
             remedy = "restore the run's sequences, or make them anew in another --out"
@@ -90,7 +92,7 @@ class MemoryTrainee:
         self.store, self.tokens, self.paths, self.ragged = store, tokens, paths, ragged
         self.number = 0  # of the step to come
         generic = 0 if self.cotrain is None else 1
-        self._most = {n: len(np.unique(paths[:, n - 1])) + generic for n in self.levels}
+        self._most = {n: self._most_together(n) + generic for n in self.levels}
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -195,6 +197,12 @@ class MemoryTrainee:
         random = np.random.default_rng([self.store.seed, 3, number])
         generic = random.random(len(rows)) < probability
         return np.where(generic[:, None], np.array(generic_path(config)), paths)
+
+    def _most_together(self, level: int) -> int:
+        """Blocks of a level that one batch can touch, if it is large enough."""
+        pairs = np.unique(self.paths[:, [0, level - 1]], axis=0)
+        counts = np.bincount(pairs[:, 0]) if self.grouped else [len(pairs)]
+        return int(max(counts, default=0))
 
     def _keys(self, paths: np.ndarray) -> list[tuple[int, int]]:
         """The (level, cluster) of the blocks that the sequences need."""
