@@ -25,6 +25,8 @@ SIZE_HELP = "as 400MB, 1.5GB or plain bytes; it counts resident memory above tha
 SIZE_HELP += "nothing but MLX imported"
 STATM, STATUS = Path("/proc/self/statm"), Path("/proc/self/status")
 LARGE = 1 << 20  # an allocation of so many bytes is a map of its own, which goes back when freed
+# 64-bit words of macOS' rusage_info_v4: ri_phys_footprint and ri_lifetime_max_phys_footprint.
+RUSAGE_INFO_V4, WORDS, NOW, MOST = 4, 37, 9, 30
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # glibc's malloc.h
 
 
@@ -49,20 +51,33 @@ def resident_bytes() -> int:
     """Resident memory now; on macOS the footprint, by which the system judges a process."""
     if STATM.exists():
         return int(STATM.read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    if sys.platform == "darwin":
-        info = (ctypes.c_uint64 * 12)()  # rusage_info_v0: 16 bytes of name, then ten counts
-        libc = ctypes.CDLL(None)
-        if libc.proc_pid_rusage(os.getpid(), 0, ctypes.byref(info)) == 0:
-            return int(info[2 + 7])  # ri_phys_footprint
-    return IMPORTS + mx.get_active_memory() + mx.get_cache_memory()
+    return _footprint(NOW) or IMPORTS + mx.get_active_memory() + mx.get_cache_memory()
 
 
 def peak_resident_bytes() -> int:
-    """The most resident memory that this process has held so far."""
+    """The most :func:`resident_bytes` of this process so far."""
     if STATUS.exists():  # Linux's getrusage counts what the parent held before this program began
         return int(STATUS.read_text().split("VmHWM:")[1].split()[0]) * 1024
+    if footprint := _footprint(MOST):
+        return footprint
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _footprint(word: int) -> int:
+    """What macOS charges this process with, now or at most; 0 elsewhere."""
+    info = (ctypes.c_uint64 * WORDS)()
+    if sys.platform != "darwin":
+        return 0
+    failed = ctypes.CDLL(None).proc_pid_rusage(os.getpid(), RUSAGE_INFO_V4, ctypes.byref(info))
+    return 0 if failed else int(info[word])
+
+
+def base_bytes() -> int:
+    """What a budget does not count: resident memory before anything is loaded, with MLX's device,
+    which Metal makes when it is first used."""
+    mx.eval(mx.zeros(1))
+    return resident_bytes() - IMPORTS
 
 
 def machine_bytes() -> int:

@@ -12,7 +12,7 @@ from mlx_hmem.bank.format import MANIFEST
 from mlx_hmem.bank.views import check_name, read_views
 from mlx_hmem.budget.needs import read_needs
 from mlx_hmem.budget.plan import Serving, check_context, make_plan, plan_scoring, plan_serving
-from mlx_hmem.budget.resident import IMPORTS, resident_bytes, trim
+from mlx_hmem.budget.resident import base_bytes, trim
 from mlx_hmem.config import HmemConfig, MemoryConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import fingerprint
@@ -65,7 +65,7 @@ def load(
 
     A folder with an anchor but no ``hmem.json`` gives a model without memory.
     """
-    base = resident_bytes() - IMPORTS
+    base = base_bytes()
     folder = find_model(path_or_repo, MODEL_FILES if lazy else (*MODEL_FILES, *BANK_FILES))
     obtain = shards_from_hub(path_or_repo, folder) if lazy else None
     if not (folder / "config.json").exists():

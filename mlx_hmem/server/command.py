@@ -10,7 +10,7 @@ from types import FrameType
 
 from mlx_hmem.bank.views import check_name
 from mlx_hmem.budget.plan import Serving
-from mlx_hmem.budget.resident import IMPORTS, machine_bytes, parse_bytes, resident_bytes
+from mlx_hmem.budget.resident import base_bytes, machine_bytes, parse_bytes
 from mlx_hmem.errors import ArgumentParser, UserError, needed, printable
 from mlx_hmem.generation.options import add_machine, say
 from mlx_hmem.model.find import DEMO, is_repo_name
@@ -120,7 +120,7 @@ def _checked(args: argparse.Namespace) -> list[Key] | None:
 
 def _opening(args: argparse.Namespace, keys: Sequence[Key] | None) -> Callable[[], Served]:
     """What opens the model, also anew; to be called before more is imported, which counts."""
-    base, run = resident_bytes() - IMPORTS, run_of(args.run, args.model)
+    base, run = base_bytes(), run_of(args.run, args.model)
     budget, kept = (
         None if text is None else parse_bytes(text, name)
         for name, text in (

@@ -2,6 +2,7 @@
 process keeps to it, counted from outside."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -202,6 +203,48 @@ def test_a_model_that_outgrows_its_budget_drops_blocks_and_then_says_so(model_fo
     with pytest.raises(resident.OverBudgetError, match="memory budget is used up"):
         list(model.stream("The old lighthouse of the bay"))
     assert not any(model.bank.keeps((1, cluster)) for cluster in range(3))
+
+
+# Of macOS' struct rusage_info_v4, 64 bits each, in the order of the header sys/resource.h.
+FIELDS = [
+    "uuid", "uuid", "user_time", "system_time", "pkg_idle_wkups", "interrupt_wkups", "pageins",
+    "wired_size", "resident_size", "phys_footprint", "proc_start_abstime", "proc_exit_abstime",
+    "child_user_time", "child_system_time", "child_pkg_idle_wkups", "child_interrupt_wkups",
+    "child_pageins", "child_elapsed_abstime", "diskio_bytesread", "diskio_byteswritten",
+    "cpu_time_qos_default", "cpu_time_qos_maintenance", "cpu_time_qos_background",
+    "cpu_time_qos_utility", "cpu_time_qos_legacy", "cpu_time_qos_user_initiated",
+    "cpu_time_qos_user_interactive", "billed_system_time", "serviced_system_time",
+    "logical_writes", "lifetime_max_phys_footprint", "instructions", "cycles", "billed_energy",
+    "serviced_energy", "interval_max_phys_footprint", "runnable_time",
+]  # fmt: skip
+
+
+def test_on_macos_now_and_the_most_are_both_the_footprint(monkeypatch, tmp_path):
+    """The peak was the resident set's, in which nothing of Metal is."""
+    assert FIELDS[resident.NOW] == "phys_footprint"
+    assert FIELDS[resident.MOST] == "lifetime_max_phys_footprint"
+    assert len(FIELDS) == resident.WORDS
+
+    class System:
+        @staticmethod
+        def proc_pid_rusage(pid: int, flavor: int, info) -> int:
+            assert (pid, flavor) == (os.getpid(), 4)
+            info._obj[resident.NOW], info._obj[resident.MOST] = 70 * MB, 90 * MB
+            return 0
+
+    monkeypatch.setattr(resident.sys, "platform", "darwin")
+    monkeypatch.setattr(resident.ctypes, "CDLL", lambda name: System)
+    for name in ("STATM", "STATUS"):
+        monkeypatch.setattr(resident, name, tmp_path / "none")
+    assert (resident.resident_bytes(), resident.peak_resident_bytes()) == (70 * MB, 90 * MB)
+
+
+def test_the_device_is_there_before_what_a_budget_does_not_count_is(monkeypatch):
+    """Metal makes its device, and what that takes, when it is first used: a budget that had been
+    counted from before paid for it."""
+    monkeypatch.setattr(resident, "resident_bytes", lambda: resident.IMPORTS + mx.get_peak_memory())
+    mx.reset_peak_memory()
+    assert resident.base_bytes() > 0
 
 
 def test_the_peak_of_a_program_is_not_that_of_the_one_that_began_it():

@@ -17,14 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_hmem.budget.resident import (
-    IMPORTS,
-    Watch,
-    bytes_text,
-    give_back_freed,
-    resident_bytes,
-    trim,
-)
+from mlx_hmem.budget.resident import IMPORTS, Watch, base_bytes, bytes_text, give_back_freed, trim
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.reading import read_json
@@ -60,11 +53,12 @@ class Fit:
 def keep_to(budget: int) -> Watch:
     """Sets the limits of MLX and of the allocator. What comes back is to be called after each step:
     it raises OverBudgetError if the process has outgrown its budget."""
+    base = base_bytes()
     give_back_freed()
     mx.set_cache_limit(BUFFERS)
     mx.set_memory_limit(budget)
     remedy = "give a larger one; the run goes on from its last checkpoint"
-    return Watch(budget, resident_bytes() - IMPORTS, trim, remedy)
+    return Watch(budget, base, trim, remedy)
 
 
 def fit(recipe: Recipe, budget: int, stages: Iterable[str], folder: Path) -> tuple[Recipe, str]:
