@@ -78,14 +78,21 @@ class BudgetPlan:
             f"({parts}); context {self.context} tokens, {', '.join(chosen)}"
         )
 
+    @property
+    def wired(self) -> int | None:
+        """Bytes that Metal may wire; None where there is no Metal."""
+        if not mx.metal.is_available():
+            return None
+        most = mx.device_info()["max_recommended_working_set_size"]
+        return min(self.budget - self.parts["program"], int(most))
+
     def apply(self) -> None:
         """Sets the limits of MLX and of the allocator."""
         give_back_freed()
         mx.set_cache_limit(self.parts["buffers"])
         mx.set_memory_limit(self.budget - self.parts["program"])
-        if mx.metal.is_available():
-            most = mx.device_info()["max_recommended_working_set_size"]
-            mx.set_wired_limit(min(self.budget - self.parts["program"], int(most)))
+        if (wired := self.wired) is not None:
+            mx.set_wired_limit(wired)
 
 
 def check_context(most: int | None, context: int | None) -> int:

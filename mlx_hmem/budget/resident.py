@@ -122,13 +122,24 @@ class Watch:
         budget: bytes above ``base``.
         base: resident bytes of the interpreter with MLX.
         drop: lets go of what can be had again, the kept blocks of a bank.
+        wired: bytes that Metal may wire; None elsewhere.
     """
 
-    def __init__(self, budget: int, base: int, drop: Callable[[], None], remedy: str):
+    def __init__(
+        self,
+        budget: int,
+        base: int,
+        drop: Callable[[], None],
+        remedy: str,
+        wired: int | None = None,
+    ):
         self.budget, self.base, self._drop, self._remedy = budget, base, drop, remedy
+        self.wired = wired
 
     def __call__(self) -> None:
         """Over the budget, drops what it can; if that is not enough, raises OverBudgetError."""
+        if self.wired is not None:
+            mx.set_wired_limit(self.wired)  # mlx-lm has set the most at the beginning of its stream
         if resident_bytes() - self.base <= self.budget:
             return
         self._drop()

@@ -82,7 +82,7 @@ class MemoryModel:
         blocks), raises OverBudgetError."""
         self.plan, self.context = plan, plan.context
         remedy = f"give a larger one, or a context of less than {plan.context} tokens"
-        self._watch = Watch(plan.budget, base, let_go or self.let_go, remedy)
+        self._watch = Watch(plan.budget, base, let_go or self.let_go, remedy, plan.wired)
 
     def let_go(self) -> None:
         """Lets go of the kept blocks."""

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_hmem import load
+from mlx_hmem import batch_generate, load
 from mlx_hmem.anchors.load import named_parameters
 from mlx_hmem.anchors.openlm import PRESETS, Model, ModelArgs
 from mlx_hmem.budget import resident
@@ -203,6 +203,31 @@ def test_a_model_that_outgrows_its_budget_drops_blocks_and_then_says_so(model_fo
     with pytest.raises(resident.OverBudgetError, match="memory budget is used up"):
         list(model.stream("The old lighthouse of the bay"))
     assert not any(model.bank.keeps((1, cluster)) for cluster in range(3))
+
+
+def test_a_stream_wires_no_more_than_the_budget(model_folder, monkeypatch):
+    """mlx-lm sets the most that Metal recommends at the beginning of each, stream or batch."""
+    limits, now = [], [0]
+
+    def set_limit(limit: int) -> int:
+        now.append(limit)
+        return now[-2]
+
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 1 << 40})
+    monkeypatch.setattr(mx, "set_wired_limit", set_limit)
+    model = load(model_folder, memory_budget=400 * MB)
+    own, anchor = now[-1], type(model.anchor)
+    assert own == 400 * MB - model.plan.parts["program"]
+    called = anchor.__call__
+    monkeypatch.setattr(
+        anchor, "__call__", lambda *a, **k: limits.append(now[-1]) or called(*a, **k)
+    )
+    list(model.stream("The old lighthouse", max_tokens=3))
+    batch_generate(model, ["The old lighthouse", "The bay"], max_tokens=2)
+    assert 1 << 40 in now  # of mlx-lm
+    assert len(limits) > 4
+    assert {*limits, now[-1]} == {own}
 
 
 # Of macOS' struct rusage_info_v4, 64 bits each, in the order of the header sys/resource.h.
