@@ -27,7 +27,7 @@ from benchmarks.common.models import (
 from benchmarks.common.show import benchmark, draw, shown
 from benchmarks.fetch import topics
 from benchmarks.fetch.path import byte_counts, fetch_times, first_of_process
-from benchmarks.fetch.raw_reads import COLD_WAYS, PLAIN, RawReader, Way, fastest_ways
+from benchmarks.fetch.raw_reads import COLD_WAYS, DIRECT, PLAIN, RawReader, Way, fastest_ways
 from benchmarks.own.documents import is_right, make_documents
 from mlx_hmem.anchors.openlm import PRESETS, ModelArgs
 from mlx_hmem.bank import Bank
@@ -95,7 +95,7 @@ def test_every_way_of_reading_reads_the_same_bytes(bank, way):
     try:
         reader = RawReader(parts, way)
     except OSError as error:
-        pytest.skip(f"this file system refuses O_DIRECT: {error}")
+        pytest.skip(f"this file system refuses {DIRECT}: {error}")
     with reader:
         reader.read()
         assert reader.data() == wanted

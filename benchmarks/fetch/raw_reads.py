@@ -2,21 +2,28 @@
 
 All read into one buffer that was made and touched before. Which way is fastest depends on the
 machine, so each is tried: the parts one after the other; the same after the system was told of all
-of them; pieces of 1 to 8 MB by several threads; and each of these past the page cache (O_DIRECT).
+of them; pieces of 1 to 8 MB by several threads; and each of these past the page cache (O_DIRECT, or
+macOS' F_NOCACHE).
 """
 
+import fcntl
+import io
 import mmap
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from itertools import product
+from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
 from benchmarks.common.counting import Timed, evict, timed
 from benchmarks.common.models import FilePart
+from mlx_hmem.bank.read.blocks import advise
 
+DIRECT = "O_DIRECT" if hasattr(os, "O_DIRECT") else "F_NOCACHE"
+F_NOCACHE = 48  # of macOS
 SECTOR = 4096  # what O_DIRECT wants offsets, lengths and buffers to be multiples of
 
 
@@ -31,7 +38,7 @@ class Way(NamedTuple):
     def __str__(self) -> str:
         piece = f"{self.piece >> 20} MB pieces" if self.piece else "whole blocks"
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
-        extra = ", O_DIRECT" if self.direct else ", hints" if self.hints else ""
+        extra = f", {DIRECT}" if self.direct else ", hints" if self.hints else ""
         return f"{piece}, {threads}{extra}"
 
 
@@ -50,26 +57,22 @@ class RawReader(ExitStack):
     def __init__(self, parts: Sequence[FilePart], way: Way):
         super().__init__()
         self.parts = parts
-        flags = os.O_RDONLY | (os.O_DIRECT if way.direct else 0)
-        handles = {file: os.open(file, flags) for file in {part.file for part in parts}}
-        for handle in handles.values():
-            self.callback(os.close, handle)
-            if way.hints:  # no read-ahead beyond the parts
-                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)
+        files = {path: self.enter_context(_open(path, way)) for path in {p.file for p in parts}}
         rooms = [-(-part.nbytes // SECTOR) * SECTOR for part in parts]
         self._starts = [sum(rooms[:i]) for i in range(len(rooms))]
         self._buffer = memoryview(mmap.mmap(-1, sum(rooms)))
         self._buffer[::SECTOR] = bytes(len(self._buffer[::SECTOR]))
-        self._hints, self._jobs = list[tuple[int, int, int]](), list[tuple[int, memoryview, int]]()
+        self._hints = list[tuple[io.FileIO, int, int]]()
+        self._jobs = list[tuple[int, memoryview, int]]()
         for part, room, at in zip(parts, rooms, self._starts, strict=True):
             # O_DIRECT reads to the end of the sector: the padding of the block.
-            handle, size = handles[part.file], room if way.direct else part.nbytes
+            file, size = files[part.file], room if way.direct else part.nbytes
             if way.hints:
-                self._hints.append((handle, part.offset, size))
+                self._hints.append((file, part.offset, size))
             for start in range(0, size, way.piece or size):
                 end = min(start + (way.piece or size), size)
                 self._jobs.append(
-                    (handle, self._buffer[at + start : at + end], part.offset + start)
+                    (file.fileno(), self._buffer[at + start : at + end], part.offset + start)
                 )
         self._pool = None
         if way.threads > 1:
@@ -79,13 +82,23 @@ class RawReader(ExitStack):
     def read(self) -> None:
         """Reads all parts."""
         for hint in self._hints:
-            os.posix_fadvise(*hint, os.POSIX_FADV_WILLNEED)
+            advise(*hint)
         assert all((self._pool.map if self._pool else map)(_read, self._jobs))
 
     def data(self) -> list[bytes]:
         """What was read, part by part."""
         pairs = zip(self._starts, self.parts, strict=True)
         return [bytes(self._buffer[at : at + part.nbytes]) for at, part in pairs]
+
+
+def _open(path: Path, way: Way) -> io.FileIO:
+    direct = getattr(os, "O_DIRECT", 0) if way.direct else 0
+    file = io.FileIO(os.open(path, os.O_RDONLY | direct))
+    if way.direct and not direct:
+        fcntl.fcntl(file, F_NOCACHE, 1)
+    if way.hints and hasattr(os, "posix_fadvise"):  # no read-ahead beyond the parts
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+    return file
 
 
 def _read(job: tuple[int, memoryview, int]) -> bool:

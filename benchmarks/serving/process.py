@@ -62,11 +62,14 @@ class Program(NamedTuple):
         return socket.create_connection(("127.0.0.1", self.port), SECONDS)
 
     def num_files(self) -> int:
-        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+        """Its open files; 0 where the system does not say."""
+        files = Path(f"/proc/{self.process.pid}/fd")
+        return len(list(files.iterdir())) if files.exists() else 0
 
     def resident(self) -> int:
-        text = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(text.split("VmRSS:")[1].split()[0]) * 1024
+        """Its resident bytes."""
+        command = ["ps", "-o", "rss=", "-p", str(self.process.pid)]  # Linux's and macOS'
+        return int(subprocess.run(command, capture_output=True, check=True).stdout) * 1024
 
     def _connection(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)

@@ -298,9 +298,10 @@ def test_what_cannot_be_in_a_bundle_is_named(model_folder, broken, tmp_path, mon
     model = make(model_folder, tmp_path / "wide")
     options = ["--bank-mode", "mxfp8"]
     quantize.main([str(model), str(tmp_path / "fp8"), *options])
-    with pytest.raises(UserError, match=r"memory-1.mlxfn cannot be recorded: .* mode affine"):
-        make_bundle(tmp_path / "fp8", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    if mx.default_device().type == mx.DeviceType.cpu:  # a GPU's own operation is recorded
+        with pytest.raises(UserError, match=r"memory-1.mlxfn cannot be recorded: .* mode affine"):
+            make_bundle(tmp_path / "fp8", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
 
 def test_the_runner_names_what_is_wrong_in_one_line(made, opened, tmp_path, capsys, monkeypatch):
@@ -333,9 +334,12 @@ def test_the_runner_names_what_is_wrong_in_one_line(made, opened, tmp_path, caps
         edit_json(folder / "bundle.json", lambda v, n=version: v.update(format_version=n))
         assert f"is of version {version}, not 1; make or update it" in ends(folder, "x")
     edit_json(folder / "bundle.json", lambda values: values.update(format_version=1))
-    edit_json(folder / "bundle.json", lambda values: values["made_with"].update(device="gpu"))
-    assert "functions are for the gpu, not Device(cpu, 0); make them there" in ends(folder, "x")
-    edit_json(folder / "bundle.json", lambda values: values["made_with"].update(device="cpu"))
+    kind = mx.default_device().type.name
+    other = "cpu" if kind == "gpu" else "gpu"
+    edit_json(folder / "bundle.json", lambda values: values["made_with"].update(device=other))
+    said = f"functions are for the {other}, not Device({kind}, 0); make them there"
+    assert said in ends(folder, "x")
+    edit_json(folder / "bundle.json", lambda values: values["made_with"].update(device=kind))
     with open(folder / "anchor.safetensors", "r+b") as file:
         file.seek(-1, 2)
         file.write(b"\xff")

@@ -17,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_hmem.anchors.openlm import Model
+from mlx_hmem.budget.resident import peak_resident_bytes
 from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import run_program
 from tests.helpers.loop_runs import ARGS, CONTEXT, EOT, SEED, VOCABULARY, make_model
@@ -113,13 +114,11 @@ def measure_resident(folder: Path) -> None:
         train(trainee, ShuffledOrder(len(tokens), training, SEED), training, folder, "memory")
         seconds = (time.perf_counter() - begin) / 120
         touched = len(store.touched())
-    status = Path("/proc/self/status").read_text()
-    peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
     result = {
         "bank_mb": 12 * config.bank_parameters / 1e6,
         "touched_mb": touched * store.record_bytes(2) / 1e6,
         "cache_mb": store.cache_bytes / 1e6,
-        "peak_mb": int(peak.split()[1]) / 1024,
+        "peak_mb": peak_resident_bytes() / 1e6,
         "file_mb": (folder / "data.mdb").stat().st_size / 1e6,
         "ms_a_step": seconds * 1e3,
     }

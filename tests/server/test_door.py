@@ -20,7 +20,7 @@ from mlx_hmem.model.load import load
 from mlx_hmem.server.command import main
 from mlx_hmem.server.web.app import MOST_BYTES
 from mlx_hmem.server.web.guard import Guard, RefusedError
-from mlx_hmem.server.web.http import MOST_CONNECTIONS
+from mlx_hmem.server.web.http import MOST_CONNECTIONS, allow_files
 from tests.bank.test_views import Reads
 from tests.helpers.programs import assert_refused, process, run
 from tests.helpers.servers import events, wait_until
@@ -143,6 +143,7 @@ def test_what_is_no_http_ends_its_connection_alone(server, raw):
 
 
 def test_of_a_thousand_connections_at_once_some_are_ended_and_then_it_answers(server):
+    allow_files()  # to this process too
     stream = server.stream({"prompt": TIN, "max_tokens": 200, "temperature": 2.0, "seed": 1})
     waiting, ended = [socket.socket() for _ in range(1000)], select.poll()
     for each in waiting:

@@ -90,7 +90,7 @@ def bind(host: str, port: int) -> socket.socket:
 def serving(app: Any, listening: socket.socket) -> Iterator[None]:
     """Serves meanwhile; at the end what is being sent is sent, for some seconds, unless it is the
     end by an error."""
-    _allow_files()
+    allow_files()
     for name in ("uvicorn.error", "uvicorn.access", "asyncio"):  # they name clients and paths
         logging.getLogger(name).addHandler(logging.NullHandler())
         logging.getLogger(name).propagate = False
@@ -114,7 +114,7 @@ def serving(app: Any, listening: socket.socket) -> Iterator[None]:
         thread.join(END_SECONDS + 5)
 
 
-def _allow_files() -> None:
+def allow_files() -> None:
     """Connections are open files, of which macOS lets a program have 256 unless it asks."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = WANTED_FILES if hard == resource.RLIM_INFINITY else min(hard, WANTED_FILES)
