@@ -106,8 +106,9 @@ def _checked(args: argparse.Namespace) -> list[Key] | None:
     if args.view is not None:
         raise UserError("--view alone has no use", args.view, "give it with --new-key NAME")
     for name in ("rows", "waiting"):
-        if getattr(args, name) < (name == "rows"):
-            raise UserError(f"--{name} is too small", getattr(args, name), "give 1 or more")
+        least = int(name == "rows")
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} is too small", getattr(args, name), f"give {least} or more")
     if not 0 <= args.port < 1 << 16:
         raise UserError("--port is none", args.port, "use 1 to 65535, or 0 for a free one")
     if args.api_keys is not None:

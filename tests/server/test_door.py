@@ -239,7 +239,8 @@ def test_without_the_packages_of_the_extra_it_says_how_to_get_them(monkeypatch):
 def test_a_wrong_command_line_is_one_line(tmp_path, keys):
     assert_refused(run(main, "--host", "0.0.0.0"), "only this machine", "--no-keys-needed")
     assert_refused(run(main, "--port", "99999"), "--port")
-    assert_refused(run(main, "--rows", "0"), "--rows")
+    assert_refused(run(main, "--rows", "0"), "--rows", "give 1 or more")
+    assert_refused(run(main, "--waiting", "-1"), "--waiting", "give 0 or more")
     assert_refused(run(main, "--view", "guest"), "--new-key")
     file = tmp_path / "keys"
     for line in ('{"name": "ann"}', '{"name": "a", "sha256": "0"}', "[]", "", "ann"):
