@@ -137,7 +137,7 @@ def _opening(args: argparse.Namespace, keys: Sequence[Key] | None) -> Callable[[
         check_views(keys or (), model.banks.views if model.banks is not None else {})
         if model.plan is None:
             return Served(model, run, args.rows, machine_bytes() // 16 if kept is None else kept)
-        say(model.plan.line())
+        _log(model.plan.line())
         model.keep_to(model.plan, base, lambda: served.let_go())  # two models count at a reload
         served = Served(model, run, model.plan.rows, model.plan.prompt_bytes)
         return served
