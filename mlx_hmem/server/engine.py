@@ -17,6 +17,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_hmem.bank import Bank
+from mlx_hmem.budget.resident import trim
 from mlx_hmem.errors import UserError
 from mlx_hmem.server.asked import Begun, Piece, RefusedError
 from mlx_hmem.server.served import UNREADABLE, Served, Ticket, cause_of
@@ -214,12 +215,15 @@ class Engine:
         self._close_old()
 
     def _close_old(self) -> None:
-        """Closes the models of before that no request needs any more."""
-        if self._old and not self._num_reading:
-            wanted = {id(ticket.served) for ticket in self._ready}
-            for served in [s for s in self._old if not len(s) and id(s) not in wanted]:
-                self._old.remove(served)
-                served.close()
+        """Closes the models of before that no request needs any more, and gives back what memory
+        they took."""
+        wanted = {id(ticket.served) for ticket in self._ready}
+        over = [s for s in self._old if not len(s) and id(s) not in wanted]
+        if over and not self._num_reading:
+            self._old = [s for s in self._old if s not in over]
+            while over:
+                over.pop().close()
+            trim()
 
     def _refuse(self, ticket: Ticket, error: Exception) -> None:
         if not isinstance(error, RefusedError):

@@ -181,14 +181,13 @@ class Served:
         self.model.let_go()
 
     def close(self) -> None:
-        """Closes generator and banks, and gives back what memory they took."""
+        """Closes generator and banks."""
         self._generator.close()
         self.prompts.clear()
         for part in self.model.banks.parts.values() if self.model.banks is not None else ():
             part.bank.close()
         del self._generator, self._new_generator, self.batch
         gc.collect()
-        mx.clear_cache()
 
     def _keep(self, read: Sequence[PromptProcessingBatch.Response]) -> None:
         """Keeps the keys and values of the prompts of which the last whole part was just read.
