@@ -138,12 +138,17 @@ QUANTISED = ["--anchor-bits", "4", "--anchor-group-size", "32", "--bank-bits", "
 QUANTISED += ["--bank-group-size", "32", "--bank-level", "1:mxfp4"]
 
 
+def quantised_bundle(kind, model_folder, place):
+    """A bundle in ``place / "out"`` of the quantised model in ``place / "small"``, opened."""
+    config = replace(MEMORY, **of_kind(kind), layers=(1,) if kind == "ffn" else None, **SIZES)
+    make(model_folder, place / "model", config)
+    quantize.main([str(place / "model"), str(place / "small"), *QUANTISED])
+    return make_bundle(place / "small", place / "out", "--context", 64, "--prefill", 8)
+
+
 @pytest.mark.parametrize("kind", ["ffn", "lora_ffn", "lora", "kv"])
 def test_kinds_of_memory_quantised(kind, model_folder, tmp_path):
-    config = replace(MEMORY, **of_kind(kind), layers=(1,) if kind == "ffn" else None, **SIZES)
-    make(model_folder, tmp_path / "model", config)
-    quantize.main([str(tmp_path / "model"), str(tmp_path / "small"), *QUANTISED])
-    opened = make_bundle(tmp_path / "small", tmp_path / "out", "--context", 64, "--prefill", 8)
+    opened = quantised_bundle(kind, model_folder, tmp_path)
     model = load(tmp_path / "small")
     prompt, path = PROMPTS[1], model.retriever.route(PROMPTS[1])
     for case in [("fetched",), ("generic",), ("fetched", path)]:

@@ -6,7 +6,6 @@ import struct
 import subprocess
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,20 +16,16 @@ import pytest
 from convert.bundle.attention import attention, single_operations
 from convert.bundle.check import newer_operations_of
 from convert.bundle.record import METADATA, UNCALLED, check_header, newer_operations, record
-from convert.quantize import command as quantize
 from mlx_hmem.anchors.architectures import ARCHITECTURES
 from mlx_hmem.errors import UserError
-from tests.conftest import MEMORY
 from tests.convert.test_bundle import (
     PROMPTS,
-    QUANTISED,
     expected,
     make_bundle,
+    quantised_bundle,
     says,
     with_architecture,
 )
-from tests.convert.test_convert_quantize import SIZES, make
-from tests.helpers.references import of_kind
 
 OLD = "HMEM_OLD_MLX"  # a Python that has MLX 0.31.1, numpy, tokenizers and xxhash
 needs_old = pytest.mark.skipif(OLD not in os.environ, reason=f"{OLD} names no Python of MLX 0.31.1")
@@ -168,10 +163,7 @@ def test_mlx_0_31_1_says_what_the_model_says(made, model):
 @needs_old
 @pytest.mark.parametrize("kind", ["ffn", "lora_ffn", "lora", "kv"])
 def test_mlx_0_31_1_reads_kinds_of_memory_quantised(kind, model_folder, tmp_path):
-    config = replace(MEMORY, **of_kind(kind), layers=(1,) if kind == "ffn" else None, **SIZES)
-    make(model_folder, tmp_path / "model", config)
-    quantize.main([str(tmp_path / "model"), str(tmp_path / "small"), *QUANTISED])
-    opened = make_bundle(tmp_path / "small", tmp_path / "out", "--context", 64, "--prefill", 8)
+    opened = quantised_bundle(kind, model_folder, tmp_path)
     assert old_says(tmp_path / "out", PROMPTS[1]) == says(opened, PROMPTS[1], 8)
 
 
