@@ -27,6 +27,7 @@ PROGRAMS = {
     "bank": Program("mlx_hmem.bank_tools.command", "look into a bank, bar, join and split it"),
     "convert": Program("mlx_hmem.convert.command", "checkpoints in and out, fewer bits", GO_ON),
     "train": Program("mlx_hmem.train.command", "make a model from text by a recipe", GO_ON),
+    "doctor": Program("mlx_hmem.doctor.command", "is all well on this machine, and how fast is it"),
     "evaluate": Program("mlx_hmem.evaluate.command", "perplexity, facts, benchmark tasks", GO_ON),
 }
 HELP = "\n".join(

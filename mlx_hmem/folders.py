@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import shutil
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -79,6 +80,18 @@ def copy_missing(
     for name, source in files.items():
         if not (folder / name).exists():
             copy(source, folder / name)
+
+
+def lies_in(path: Path, folder: Path) -> bool:
+    """Whether ``path`` is ``folder`` or lies below it, by whatever name: links are followed, and
+    names that differ in case or in how accents are composed may be one, as on macOS they are."""
+    inner, outer = path.resolve(), folder.resolve()
+    if inner.is_relative_to(outer):
+        return True
+    alike = [Path(unicodedata.normalize("NFC", str(p)).casefold()) for p in (inner, outer)]
+    if not alike[0].is_relative_to(alike[1]) or not outer.exists():
+        return alike[0].is_relative_to(alike[1])
+    return any(p.exists() and p.samefile(outer) for p in (inner, *inner.parents))
 
 
 def identity_of(files: Iterable[Path], **options: Any) -> dict[str, Any]:
@@ -159,7 +172,7 @@ def _check_existing(path: Path, replace: bool, identity: dict[str, Any], remedy:
     if any(path.iterdir()) and not any((path / mark).exists() for mark in MARKS):
         raise UserError("the destination holds no model", path, "choose another")
     for source in identity.get("sources", {}):
-        if Path(source).is_relative_to(path.resolve()):
+        if lies_in(Path(source), path):
             raise UserError("the source lies in the destination", source, "choose another")
 
 

@@ -5,6 +5,7 @@ import os
 import stat
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -300,6 +301,29 @@ def test_a_file_is_linked_where_there_are_links_and_else_copied_whole(tmp_path, 
     (tmp_path / "pointer").symlink_to(source)
     files.link_or_copy(tmp_path / "pointer", tmp_path / "c")
     assert not (tmp_path / "c").is_symlink()
+
+
+def test_on_macos_bytes_are_put_on_the_disk_itself_before_the_name_is_there(tmp_path, monkeypatch):
+    """fsync leaves them in the disk's own cache there; a network file system may know no other."""
+    said, known = list[str](), True
+
+    def fcntl(handle: int, operation: int, *given: object) -> int:
+        said.append("full" if (tmp_path / "a").exists() is False else "late")
+        if not known:
+            raise OSError(45, "not supported")
+        return 0
+
+    monkeypatch.setattr(files, "sys", SimpleNamespace(platform="darwin"))
+    monkeypatch.setattr(files.fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(files.fcntl, "fcntl", fcntl)
+    synced = []
+    monkeypatch.setattr(files.os, "fsync", synced.append)
+    files.write_atomic(tmp_path / "a", "text")
+    assert (said, len(synced)) == (["full"], 1)  # of the folder, for the name
+    (tmp_path / "a").unlink()
+    known = False
+    files.write_atomic(tmp_path / "a", "text")
+    assert (said, len(synced)) == (["full", "full"], 3)
 
 
 def test_two_folders_change_places_at_once(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from benchmarks.kills.cases import cases
 from benchmarks.kills.conversions import run_case
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import write_atomic
-from mlx_hmem.folders import RECORD, identity_of, locked, whole_folder
+from mlx_hmem.folders import RECORD, identity_of, lies_in, locked, whole_folder
 from tests.helpers.programs import refused
 
 ONE, TWO = {"sources": {}, "what": 1}, {"sources": {}, "what": 2}
@@ -166,6 +166,24 @@ def test_what_does_not_go_on_begins_anew_and_leaves_nothing_where_it_fails(tmp_p
     assert write(out, None, "ab") == ["a", "b"]
     assert {f.name for f in out.iterdir()} == {"a", "b"}
     refused(r"exists: .*out; choose another$", write, out, None, "a")
+
+
+def test_a_folder_inside_another_is_seen_by_whatever_name(tmp_path, monkeypatch):
+    """On macOS `Model` and `model` are one folder: text or pages for one person would land in what
+    is passed on, and a source be overwritten."""
+    model, other = tmp_path / "model", tmp_path / "Model"
+    assert lies_in(model / "run", model)
+    assert lies_in(model, model)
+    assert not lies_in(tmp_path / "model.run", model)
+    assert lies_in(other / "run", model)  # neither is there yet
+    assert lies_in(tmp_path / "cafe\u0301" / "run", tmp_path / "CAF\u00c9")
+    model.mkdir()
+    (tmp_path / "link").symlink_to(model)
+    assert lies_in(tmp_path / "link" / "run", model)
+    other.mkdir(exist_ok=True)
+    assert lies_in(other / "run", model) is other.samefile(model)
+    monkeypatch.setattr(Path, "samefile", lambda self, path: self.name.lower() == "model")
+    assert lies_in(other / "run", model)
 
 
 def test_a_lock_is_refused_or_given_as_none_where_another_has_it(tmp_path):

@@ -29,6 +29,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
         "server": ("generation",),
         "evaluate": ("model",),
         "bank_tools": ("documents", "evaluate", "generation"),
+        "doctor": ("model",),
         "__init__": ("generation",),
     },
     "train": {

@@ -10,7 +10,18 @@ import pytest
 
 from tests.helpers.places import ROOT
 
-NAMES = ["bank", "chat", "convert", "evaluate", "forget", "generate", "remember", "server", "train"]
+NAMES = [
+    "bank",
+    "chat",
+    "convert",
+    "doctor",
+    "evaluate",
+    "forget",
+    "generate",
+    "remember",
+    "server",
+    "train",
+]
 PROGRAM = """
 import importlib, runpy, sys
 from pathlib import Path

@@ -22,6 +22,7 @@ from mlx_hmem.bank.documents import Document
 from mlx_hmem.config import JsonConfig, MemoryConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import atomic_file, write_atomic
+from mlx_hmem.folders import lies_in
 from mlx_hmem.reading import check_version, read_sealed, read_sealed_lines, sealed
 from mlx_hmem.retriever import ClusterTree, Encoder
 
@@ -179,7 +180,7 @@ def provenance(text: OwnText, settings: Settings, paths: np.ndarray) -> list[Doc
 def run_folder(out: Path, run: Path | None) -> Path:
     """Where the private part of a model is kept: beside the model unless it is said."""
     run = Path(f"{out}.run") if run is None else run
-    if run.absolute().is_relative_to(out.absolute()):
+    if lies_in(run, out):
         raise UserError(
             "the run's folder lies in the model directory", run, "it holds your text: keep it apart"
         )

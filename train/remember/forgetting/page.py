@@ -14,6 +14,7 @@ from mlx_hmem.bank.documents import Document
 from mlx_hmem.bank.format import MANIFEST
 from mlx_hmem.errors import UserError, printable, version
 from mlx_hmem.files import write_atomic
+from mlx_hmem.folders import lies_in
 from mlx_hmem.model.find import BANK_FOLDER
 
 STAGES = {"before": "old bank", "after": "new bank", "anchor": "anchor alone"}
@@ -55,7 +56,7 @@ def check_page(page: Path, folders: Collection[Path]) -> None:
     """Raises UserError unless it is the name of a page outside of these folders."""
     if page.suffix not in (".html", ".htm"):
         raise UserError("not the name of a page", page, "end it in .html")
-    if any(page.absolute().is_relative_to(folder.absolute()) for folder in folders):
+    if any(lies_in(page, folder) for folder in folders):
         what = "the page names what was forgotten, and would lie in the new model or its run"
         raise UserError(what, page, "write it elsewhere")
 

@@ -1,0 +1,105 @@
+"""The checks, each run in a process of its own: what a device makes crash is one line of many.
+
+``python -m mlx_hmem.doctor.checks NAME FOLDER`` prints what one found, as JSON.
+"""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from mlx_hmem.errors import UserError
+
+from .found import Found, SkippedError
+from .machine import impersonal
+
+LIMIT = 300  # seconds
+PACKAGE = __package__
+
+
+class Check(NamedTuple):
+    module: str
+    function: str
+    about: str
+    environment: dict[str, str] | None = None
+
+
+EXACT = {"MLX_ENABLE_TF32": "0"}
+CHECKS = {
+    "ways": Check("exact", "ways", "a memory attached, fused, in a batch; against the CPU", EXACT),
+    "rounding": Check("exact", "rounding", "how exact a float32 product is"),
+    "rounding, TF32 off": Check("exact", "rounding", "the same, MLX_ENABLE_TF32=0", EXACT),
+    "sums": Check("exact", "sums", "whether a gather's gradient has the same bits each time"),
+    "demo": Check("programs", "bundle", "the demo's answers, also as a bundle for a phone"),
+    "training": Check("programs", "training", "notes remembered, killed and gone on: same bits"),
+    "device": Check("speed", "device", "copies, products, small kernels"),
+    "fetch": Check("speed", "fetch", "36 MB of blocks, beside a plain read"),
+    "decode": Check("speed", "decode", "OpenLM-160M with and without 18M of memory"),
+    "gradient": Check("speed", "gradient", "a memory's gradient on the OpenLM-160M"),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """``status``: "well", "wrong", "failed" (it raised or crashed) or "skipped"; ``said`` why."""
+
+    name: str
+    about: str
+    status: str
+    seconds: float
+    said: str = ""
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+def outcome_of(name: str, limit: float = LIMIT) -> Outcome:
+    """Runs one check; what crashes or hangs is an outcome too."""
+    check, began = CHECKS[name], time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder).resolve()
+        # No download, and nothing of the folder in which it is called.
+        environment = os.environ | {"HF_HUB_OFFLINE": "1"} | (check.environment or {})
+        command = [sys.executable, "-m", f"{PACKAGE}.checks", name, str(work)]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=limit, env=environment
+            )
+            said, status = done.stdout + done.stderr, done.returncode
+        except subprocess.TimeoutExpired:
+            said, status = f"not done after {limit:g} seconds", -signal.SIGKILL
+            done = None
+        spent = time.perf_counter() - began
+        if done is not None and status == 0:
+            found = json.loads(done.stdout.splitlines()[-1])
+            return Outcome(name, check.about, seconds=spent, **found)
+    if done is not None and status < 0:
+        said = f"{signal.Signals(-status).name}: {said}"
+    return Outcome(name, check.about, "failed", spent, impersonal(said, work))
+
+
+def main() -> None:
+    """One check, in this process."""
+    name, folder = sys.argv[1:]
+    if name not in CHECKS:
+        raise UserError("no such check", name, f"use one of {', '.join(CHECKS)}")
+    check = CHECKS[name]
+    function = getattr(importlib.import_module(f".{check.module}", PACKAGE), check.function)
+    try:
+        found: Found = function(Path(folder))
+    except SkippedError as why:
+        said = {"status": "skipped", "said": str(why)}
+    else:
+        status = "wrong" if found.wrong else "well"
+        said = asdict(found) | {"status": status, "said": found.wrong or found.said}
+        del said["wrong"]
+    print(json.dumps(said))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""The doctor: figures where all is well, a line where it is not, nothing of whose machine it is."""
+
+import getpass
+import html
+import json
+import platform
+from pathlib import Path
+
+import pytest
+
+from mlx_hmem.anchors.fused import FusedMemory
+from mlx_hmem.doctor import checks, command, exact, programs
+from mlx_hmem.doctor.machine import impersonal
+
+
+def test_both_files_are_written_and_say_the_same(tmp_path, capsys):
+    command.main(["--out", str(tmp_path / "new"), "--only", "rounding", "sums"])
+    said = capsys.readouterr().out
+    result = json.loads((tmp_path / "new" / "doctor.json").read_text())
+    page = html.unescape((tmp_path / "new" / "doctor.html").read_text())
+    assert [check["name"] for check in result["checks"]] == ["rounding", "sums"]
+    for check in result["checks"]:
+        assert check["status"] == "well"
+        assert check["figures"]
+        assert check["about"] in page
+        assert check["name"] in said
+    assert "all is well" in page
+    assert "@" not in page.replace("@media", "")
+    for value in result["machine"].values():
+        assert str(value) in page
+
+
+def test_nothing_personal_is_written(tmp_path):
+    secret = Path.home() / "diary"
+    said = impersonal(
+        f"{secret}: no; {tmp_path}/x and {getpass.getuser()} on {platform.node()}", tmp_path
+    )
+    assert said == "~/diary: no; WORK/x and USER on MACHINE"
+
+
+@pytest.fixture
+def broken(tmp_path, monkeypatch):
+    """A check whose process is run with this program before its own."""
+
+    def check_with(program: str, limit: float = 60) -> checks.Outcome:
+        (tmp_path / "sitecustomize.py").write_text(program)
+        environment = {"PYTHONPATH": str(tmp_path)}
+        monkeypatch.setitem(
+            checks.CHECKS, "sums", checks.CHECKS["sums"]._replace(environment=environment)
+        )
+        return checks.outcome_of("sums", limit)
+
+    return check_with
+
+
+def test_a_crash_is_a_line_of_the_report(broken, tmp_path, capsys):
+    outcome = broken(
+        "import os, sys; print('device lost', file=sys.stderr, flush=True); os.abort()"
+    )
+    assert (outcome.status, outcome.figures) == ("failed", {})
+    assert outcome.said.startswith("SIGABRT: device lost")
+    with pytest.raises(SystemExit) as end:
+        command.main(["--out", str(tmp_path), "--only", "sums"])
+    assert end.value.code == 1
+    assert "not well: sums" in (tmp_path / "doctor.html").read_text()
+
+
+def test_what_hangs_is_ended(broken):
+    outcome = broken("import time; time.sleep(100)", limit=0.5)
+    assert (outcome.status, outcome.said) == ("failed", "not done after 0.5 seconds")
+
+
+def test_what_raises_is_named_with_its_last_words(broken):
+    outcome = broken("import sys, mlx.core as mx\nmx.grad = None")
+    assert outcome.status == "failed"
+    assert outcome.said.endswith("TypeError: 'NoneType' object is not callable")
+
+
+def test_a_way_that_computes_something_else_is_found(tmp_path, monkeypatch):
+    assert exact.ways(tmp_path).wrong == ""
+    monkeypatch.setattr(FusedMemory, "set", lambda self, blocks: None)
+    assert "ffn fused in float32: off by" in exact.ways(tmp_path).wrong
+
+
+def test_other_bits_after_a_kill_are_found(tmp_path, monkeypatch):
+    """A program that is killed and goes on elsewhere than it was: here one that counts its runs."""
+    script = tmp_path / "counting.py"
+    script.write_text(
+        "import pathlib, sys, time\n"
+        "out = pathlib.Path(sys.argv[sys.argv.index('--out') + 1])\n"
+        "run = pathlib.Path(f'{out}.run')\n"
+        "run.mkdir(exist_ok=True)\n"
+        "(run / f'{len(list(run.iterdir()))}').touch()\n"
+        "time.sleep(1)\n"
+        "out.mkdir()\n"
+        "(out / 'model').write_text(str(len(list(run.iterdir()))))\n"
+    )
+    words = lambda *given: [programs.sys.executable, str(script), *map(str, given)]  # noqa: E731
+    monkeypatch.setattr(programs, "program", words)
+    found = programs.training(tmp_path)
+    assert found.wrong == "killed and gone on, other bits: model"
+
+
+def test_training_that_cannot_be_run_says_what_it_needs(tmp_path, monkeypatch):
+    monkeypatch.setattr(programs.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(programs.SkippedError, match="pip install"):
+        programs.training(tmp_path)
