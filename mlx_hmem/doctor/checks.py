@@ -39,6 +39,7 @@ CHECKS = {
     "sums": Check("exact", "sums", "whether a gather's gradient has the same bits each time"),
     "demo": Check("programs", "bundle", "the demo's answers, also as a bundle for a phone"),
     "training": Check("programs", "training", "notes remembered, killed and gone on: same bits"),
+    "turns": Check("turns", "turns", "threads, open files and memory in 1,000 turns of chat"),
     "device": Check("speed", "device", "copies, products, small kernels"),
     "fetch": Check("speed", "fetch", "36 MB of blocks, beside a plain read"),
     "decode": Check("speed", "decode", "OpenLM-160M with and without 18M of memory"),

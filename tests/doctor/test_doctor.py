@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlx_hmem.anchors.fused import FusedMemory
-from mlx_hmem.doctor import checks, command, exact, programs
+from mlx_hmem.doctor import checks, command, exact, programs, turns
 from mlx_hmem.doctor.machine import impersonal
 
 
@@ -80,6 +80,20 @@ def test_a_way_that_computes_something_else_is_found(tmp_path, monkeypatch):
     assert exact.ways(tmp_path).wrong == ""
     monkeypatch.setattr(FusedMemory, "set", lambda self, blocks: None)
     assert "ffn fused in float32: off by" in exact.ways(tmp_path).wrong
+
+
+def test_what_grows_from_turn_to_turn_is_found(tmp_path, monkeypatch):
+    kept, held = list[object](), turns._held
+
+    def leaking() -> dict[str, float]:
+        kept.extend(open(__file__) for _ in range(4))  # noqa: SIM115
+        return held()
+
+    monkeypatch.setattr(turns, "TURNS", 12)
+    monkeypatch.setattr(turns, "EARLY", 4)
+    assert turns.turns(tmp_path).wrong == ""
+    monkeypatch.setattr(turns, "_held", leaking)
+    assert turns.turns(tmp_path).wrong.startswith("open files: ")
 
 
 def test_other_bits_after_a_kill_are_found(tmp_path, monkeypatch):
