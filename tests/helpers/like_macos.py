@@ -1,13 +1,14 @@
 """Takes from Linux what macOS has not: ``pytest -p tests.helpers.like_macos``.
 
 Files past the page cache, advice for files, the choice of cores and ``/proc`` are gone for the
-tests' own process; it and all that it starts may have 256 files open. What macOS has in another way
-stays: room for files, and how much memory the process holds. What Linux has not, Metal above all,
-only a Mac can show (docs/metal.md).
+tests' own process; it and what it starts, spawned and not forked, may have 256 files open. What
+macOS has in another way stays: room for files, and how much memory the process holds. What Linux
+has not, Metal above all, only a Mac can show (docs/metal.md).
 """
 
 import builtins
 import io
+import multiprocessing
 import os
 import resource
 from collections.abc import Callable
@@ -40,4 +41,5 @@ for module, names in ((os, ("stat", "lstat", "listdir", "readlink", "open")), (i
     for name in names:
         setattr(module, name, _without_proc(getattr(module, name)))
 builtins.open = io.open
+multiprocessing.set_start_method("spawn")
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
