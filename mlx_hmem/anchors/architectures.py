@@ -114,7 +114,12 @@ def _some_outputs(module: nn.Module, outputs: mx.array) -> Callable[[mx.array], 
         how = (module.group_size, module.bits, module.mode)
         biases = module["biases"][outputs] if "biases" in module else None  # some modes have none
         rows = mx.dequantize(weight, module["scales"][outputs], biases, *how)
-    return lambda x: x @ rows.T if bias is None else x @ rows.T + bias[outputs]
+
+    def some(x: mx.array) -> mx.array:
+        found = x @ rows.astype(x.dtype).T  # some modes have no dtype but bfloat16
+        return found if bias is None else found + bias[outputs]
+
+    return some
 
 
 def outputs(linear: nn.Module) -> int:

@@ -34,7 +34,7 @@ def kv_memory(queries: mx.array, rows: mx.array, num_heads: int, scale: float) -
     queries = queries.reshape(batch, time, num_heads, -1).transpose(0, 2, 1, 3)
     pairs = rows.reshape(-1, 2, rows.shape[-2], num_heads, width // num_heads)
     pairs = mx.broadcast_to(pairs, (batch, *pairs.shape[1:])).swapaxes(2, 3)
-    mask = _there(rows[:, 0])[:, None, None].astype(queries.dtype) if rows.ndim == 4 else None
+    mask = _there(rows[:, 0])[:, None, None] if rows.ndim == 4 else None
     found = mx.fast.scaled_dot_product_attention(
         queries, pairs[:, 0], pairs[:, 1], scale=scale, mask=mask
     )
@@ -44,7 +44,8 @@ def kv_memory(queries: mx.array, rows: mx.array, num_heads: int, scale: float) -
 def _there(keys: mx.array) -> mx.array:
     """0 for each key (..., R, width); what takes all weight from one that is all zeros.
     Finite: a row that has none finds the zeros that are its values."""
-    return mx.where((keys != 0).any(axis=-1), 0.0, -1e4)
+    there, not_there = (mx.array(number, keys.dtype) for number in (0, -1e4))
+    return mx.where((keys != 0).any(axis=-1), there, not_there)
 
 
 def _attach(layer: AnchorLayer, memory: LayerMemory) -> None:

@@ -1,12 +1,14 @@
-"""What MLX will launch, counted in the graph of an array that is not computed yet."""
+"""What MLX will launch and in which numbers, read in the graph of an array not computed yet."""
 
 import io
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 # What gives another view of an array, and launches nothing.
 VIEWS = {
@@ -29,11 +31,13 @@ def launches(*arrays: mx.array) -> Counter[str]:
 
 
 class Step(NamedTuple):
-    """One operation of a traced function, and the shapes of what goes in and comes out."""
+    """One operation of a traced function: shapes and dtypes of what goes in and comes out."""
 
     name: str
     inputs: list[tuple[int, ...]]
     outputs: list[tuple[int, ...]]
+    takes: list[mx.Dtype]
+    gives: list[mx.Dtype]
 
 
 def traced(function: Callable[..., Any], *arguments: mx.array) -> list[Step]:
@@ -44,8 +48,45 @@ def traced(function: Callable[..., Any], *arguments: mx.array) -> list[Step]:
         mx.export_function(found.append, function, *arguments)
     finally:
         mx.enable_compile()
+    return _steps(found)
+
+
+def leading_to(*arrays: mx.array) -> list[Step]:
+    """All operations that will compute arrays, which were built with ``mx.disable_compile()``."""
+    found: list[dict[str, Any]] = []
+    mx.export_function(found.append, lambda: arrays)
+    return _steps(found)
+
+
+@contextmanager
+def computed() -> Iterator[list[Step]]:
+    """All operations that lead to what ``mx.eval`` and ``mx.async_eval`` compute within, those of
+    compiled parts one by one."""
+    steps, before = list[Step](), (mx.eval, mx.async_eval)
+
+    def watched(evaluate: Callable[..., None]) -> Callable[..., None]:
+        def call(*trees: Any) -> None:
+            leaves: Any = tree_flatten(trees)
+            arrays = [leaf for _, leaf in leaves if isinstance(leaf, mx.array)]
+            if arrays:
+                steps.extend(leading_to(*arrays))
+            evaluate(*trees)
+
+        return call
+
+    mx.disable_compile()
+    mx.eval, mx.async_eval = map(watched, before)
+    try:
+        yield steps
+    finally:
+        mx.eval, mx.async_eval = before
+        mx.enable_compile()
+
+
+def _steps(events: list[dict[str, Any]]) -> list[Step]:
+    sides = ("inputs", "outputs")
     return [
-        Step(step["name"], *([shape for _, shape, _ in step[k]] for k in ("inputs", "outputs")))
-        for step in found
-        if step["type"] == "primitive"
+        Step(event["name"], *([a[i] for a in event[side]] for i in (1, 2) for side in sides))
+        for event in events
+        if event["type"] == "primitive"
     ]
