@@ -98,27 +98,34 @@ class BatchGradient:
             return counted_loss(anchor, hidden, counting, self.chunk)
 
         def loss(
-            weights: Weights,
-            indices: list[mx.array],
-            batch: mx.array,
-            counting: Counting,
-            scale: mx.array,
+            weights: Weights, indices: list[mx.array], batch: mx.array, counting: Counting
         ) -> tuple[mx.array, mx.array | None]:
             if weights["anchor"]:
                 anchor.update(tree_unflatten(list(weights["anchor"].items())))
             given = (batch, counting, not weights["anchor"])
             if slot is None:
-                total, right = summed(*given)
-                return scale * total, right
+                return summed(*given)
             # One memory per sequence, or one for all of them.
             pairs = zip(weights["blocks"], indices, strict=True)
             blocks: list[Any] = [blocks_of(b, i) if i.ndim else b[i] for b, i in pairs]
             rows = tuple(rows.astype(dtype) for rows in join_blocks(blocks, slot.config))
             with slot.using(rows):
-                total, right = summed(*given)
-            return scale * total, right
+                return summed(*given)
 
-        self._part = mx.compile(mx.value_and_grad(loss))
+        whole = mx.value_and_grad(loss)
+
+        def part(
+            weights: Weights,
+            indices: list[mx.array],
+            batch: mx.array,
+            counting: Counting,
+            scale: mx.array,
+        ) -> tuple[tuple[mx.array, mx.array | None], Weights]:
+            (total, right), found = whole(weights, indices, batch, counting)
+            # Not before: a share of 1 / tokens is too small a number for a float16 anchor.
+            return (scale * total, right), tree_map(lambda array: scale * array, found)
+
+        self._part = mx.compile(part)
 
     def _check_sizes(self) -> None:
         size, ranks = self.training.batch_size, self.ranks.size
