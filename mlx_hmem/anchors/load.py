@@ -18,6 +18,7 @@ from mlx_hmem.anchors import openlm
 from mlx_hmem.config import MAX_LAYERS, HmemConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import MAX_DIM, fingerprint, is_whole, read_safetensors_header
+from mlx_hmem.memory.layer import extend
 from mlx_hmem.reading import check_mark, read_json
 
 INDEX = "model.safetensors.index.json"
@@ -245,6 +246,15 @@ def float_dtype(anchor: nn.Module) -> mx.Dtype:
     return mx.float32
 
 
+def _embed_in_own_dtype(anchor: nn.Module) -> None:
+    """MLX gives embeddings in mxfp4, mxfp8 and nvfp4 as bfloat16: behind norms in float16 all that
+    follows would be float32, keys and values too."""
+    dtype = float_dtype(anchor)
+    for module in anchor.modules():
+        if isinstance(module, nn.QuantizedEmbedding):
+            extend(module, lambda before, ids: before(ids).astype(dtype))
+
+
 def check_rope(config: dict[str, Any], model: str | Path) -> None:
     """Raises UserError where RoPE's base stands as transformers 5 writes it: mlx-lm would take a
     default instead, without a word."""
@@ -271,6 +281,7 @@ def load_anchor(
     try:
         check_types(config, folder / "config.json")
         anchor, config = load_model(folder, lazy=lazy, get_model_classes=_classes)
+        _embed_in_own_dtype(anchor)
         anchor(mx.array([[0, 0]]))  # built, not computed: what no call could do shows here
     except UserError:
         raise

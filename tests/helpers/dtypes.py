@@ -48,7 +48,7 @@ def distance(found: mx.array, wanted: mx.array) -> float:
 
 
 def rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
-    return x if weight is None else x * weight
+    return mx.tanh(x) if weight is None else mx.tanh(x) * weight
 
 
 def layer_norm(x: mx.array, weight: mx.array | None, bias: mx.array | None, eps: float) -> mx.array:
