@@ -127,7 +127,7 @@ def test_the_loss_goes_back_through_the_head_in_the_dtype_of_that(name, drawn, d
 @both
 def test_a_gradient_of_however_many_tokens_has_the_same_digits(dtype):
     """A mean over a million tokens is a millionth of their sum. Divided before the way back through
-    the anchor, the gradient was 0 in float16, whose least number is 6e-8."""
+    the anchor, the gradient left the range of float16, whose least number is 6e-8."""
     gradient, config = gradient_for("openlm", "ffn", dtype)
     weights = {"anchor": {}, "blocks": blocks_for(config)}
     counting = counting_of(TOKENS, TOKENS[:, 1:] != EOT, gradient.chunk)
