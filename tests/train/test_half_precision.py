@@ -23,9 +23,9 @@ from tests.helpers.dtypes import (
     shapes_in_other_floats,
 )
 from tests.helpers.graphs import leading_to
-from tests.helpers.references import PAIRS, config_of
-from tests.helpers.tiny_anchors import EXPERTS, HIDDEN, LAYERS, VOCAB
-from tests.memory.test_half_precision import CASES
+from tests.helpers.references import config_of
+from tests.helpers.tiny_anchors import HIDDEN, LAYERS, VOCAB
+from tests.memory.test_half_precision import CASES, TRACED
 from train.ranks import ALONE
 from train.recipe.recipe import TrainerConfig
 from train.step.candidates import Drawn, counting_of
@@ -71,10 +71,10 @@ def is_of_the_loss(shape: tuple[int, ...], vocabulary: int) -> bool:
     return of_places or shape == (len(SOME),)
 
 
-@pytest.mark.parametrize(("name", "kind"), PAIRS)
+@pytest.mark.parametrize(("name", "kind"), TRACED)
 def test_float32_is_where_it_has_a_reason_and_nowhere_else(name, kind):
-    """The graph of a step: with a block for each sequence and one for both, with all tokens and
-    with some that stand for them.
+    """The graph of a step: in bfloat16 with a block for each sequence and all tokens, in float16
+    with one for both and some tokens that stand for all.
 
     In float32 are:
     - what is trained, and sums of its gradient over sequences and parts: small steps would be lost;
@@ -82,28 +82,28 @@ def test_float32_is_where_it_has_a_reason_and_nowhere_else(name, kind):
     - Gemma's residual sums in float16, which mlx-lm clips to its range.
     No matrix product is.
     """
-    for dtype, drawn in zip(HALVES, (None, DRAWN), strict=True):
+    ways = ((None, mx.array([0, 1])), (DRAWN, mx.array(0)))
+    for dtype, (drawn, index) in zip(HALVES, ways, strict=True):
         with as_on_metal():
             gradient, config = gradient_for(name, kind, dtype)
             weights = {"anchor": {}, "blocks": blocks_for(config)}
             counting = counting_of(TOKENS, TOKENS[:, 1:] != EOT, CHUNK, drawn)
             gradient.chunk = CHUNK
             mx.eval(weights["blocks"])
-            for index in (mx.array([0, 1]), mx.array(0)):
-                given = ([index] * 2, mx.array(TOKENS), counting, mx.array(1.0))
-                (loss, right), found = gradient._part(weights, *given)
-                steps = leading_to(loss, right, *found["blocks"])
-                assert {array.dtype for array in found["blocks"]} == {mx.float32}
-                vocabulary = VOCAB if drawn is None else len(SOME)
-                for own, shape, product in shapes_in_other_floats(steps, dtype):
-                    clipped = name == "gemma3_text" and dtype == mx.float16
-                    reasons = [
-                        is_of_blocks(shape),
-                        is_of_the_loss(shape, vocabulary),
-                        clipped and shape == (ROWS, TIME, HIDDEN),
-                    ]
-                    assert (own, product) == ("float32", False), shape
-                    assert any(reasons), shape
+            given = ([index] * 2, mx.array(TOKENS), counting, mx.array(1.0))
+            (loss, right), found = gradient._part(weights, *given)
+            steps = leading_to(loss, right, *found["blocks"])
+            assert {array.dtype for array in found["blocks"]} == {mx.float32}
+            vocabulary = VOCAB if drawn is None else len(SOME)
+            for own, shape, product in shapes_in_other_floats(steps, dtype):
+                clipped = name == "gemma3_text" and dtype == mx.float16
+                reasons = [
+                    is_of_blocks(shape),
+                    is_of_the_loss(shape, vocabulary),
+                    clipped and shape == (ROWS, TIME, HIDDEN),
+                ]
+                assert (own, product) == ("float32", False), shape
+                assert any(reasons), shape
 
 
 @both
@@ -157,7 +157,7 @@ def test_sequences_that_share_a_block_are_summed_in_float32(dtype):
 
 
 @both
-@pytest.mark.parametrize(("name", "kind"), [c for c in CASES if c[0] not in EXPERTS])
+@pytest.mark.parametrize(("name", "kind"), CASES)
 def test_a_gradient_is_as_near_to_that_of_float32_as_its_roundings(name, kind, dtype):
     found, index = [], [np.array([0, 1])] * 2
     mx.disable_compile()  # whose own time is most of a tiny step's
