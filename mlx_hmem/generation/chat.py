@@ -25,6 +25,7 @@ from mlx_hmem.generation.options import (
     stops_of,
 )
 from mlx_hmem.generation.passages import passages_line
+from mlx_hmem.generation.template import expect_chat
 from mlx_hmem.model.fetch import NOTHING_NEAR
 
 DESCRIPTION = """\
@@ -62,6 +63,7 @@ def main(words: Sequence[str]) -> None:
     args = parser.parse_args(words)
     options = memory_options(args) | sampling_options(args) | {"memory": args.memory}
     model = open_model(args)
+    expect_chat(model.tokenizer)
     options |= {"max_tokens": args.max_tokens, "system": args.system_prompt, "stop": stops_of(args)}
     options |= {"passages": passages_of_run(args, model), "with_passages": args.with_passages or 0}
     chat(Conversation(model, notify=say, **options))

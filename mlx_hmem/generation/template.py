@@ -1,34 +1,17 @@
 """What an instruct anchor is asked: a conversation in its tokenizer's chat template.
 
-A template is a program that came with a model. It runs in Jinja's sandbox, for so many seconds and
-within so much memory; what was said reaches it as text in which no control token is whole.
+What was said reaches the template as text in which no control token is whole.
 """
 
-import contextlib
-import ctypes
-import resource
-import signal
-import sys
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from transformers import PreTrainedTokenizerBase
 
-from mlx_hmem.budget.resident import resident_bytes
 from mlx_hmem.errors import UserError, foreign
+from mlx_hmem.model.rendering import RENDERER
 from mlx_hmem.model.tokenizer import ModelTokenizer, mark_for
-
-SECONDS = 10.0
-MOST_MEMORY = 1 << 30  # bytes that rendering may take
-CHECKS = 0.02  # seconds between two looks at both
-
-
-class OverBoundsError(BaseException):
-    """A template takes too long, or too much memory. No Exception: Jinja lets those of constants
-    pass, and computes them again."""
 
 
 def chat_ids(
@@ -59,80 +42,33 @@ def chat_ids(
     with foreign("the model's chat template fails", remedy):
         for each in messages:
             each["content"] = tokenizer.cut(each["content"], mark)
-        held = any(mark in each["content"] for each in messages)
-        with _bounded():
-            made = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=not held, **options
-            )
-        ids = tokenizer.rendered_ids(made, mark) if held else list(made)
+        text = _rendered(tokenizer, messages, **options)
+        if any(mark in each["content"] for each in messages):
+            ids = tokenizer.rendered_ids(text, mark)
+        else:
+            ids = list(tokenizer._tokenizer.encode(text, add_special_tokens=False))
         if not ids:
             raise ValueError("it makes no text of it")
     return tokenizer.checked(ids)
 
 
-@contextlib.contextmanager
-def _bounded() -> Iterator[None]:
-    """Stops what runs inside by a ValueError when it takes too long or too much memory."""
-    thread, over = threading.get_ident(), threading.Event()
-    end, most = time.monotonic() + SECONDS, resident_bytes() + MOST_MEMORY
-
-    def watch() -> None:
-        while not over.wait(CHECKS):
-            if time.monotonic() > end or resident_bytes() > most:
-                error = ctypes.py_object(OverBoundsError)
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), error)
-                return
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        try:
-            with _address_space(MOST_MEMORY), _alarm(SECONDS + 1):
-                yield
-        finally:  # the watcher's may come as late as here
-            over.set()
-            watcher.join()
-    except OverBoundsError:
-        bounds = f"{SECONDS:g} seconds, or {MOST_MEMORY >> 20} MB"
-        raise ValueError(f"it takes more than {bounds}") from None
+def _rendered(tokenizer: ModelTokenizer, messages: list[dict[str, str]], **options: Any) -> str:
+    """The conversation as the template writes it."""
+    own = tokenizer._tokenizer
+    if (
+        tokenizer._chat_template is not None
+        or type(own).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template
+    ):  # mlx-lm's code or transformers', and no program that came with the model
+        options |= {"add_generation_prompt": True, "tokenize": False}
+        return str(tokenizer.apply_chat_template(messages, **options))
+    options = {**own.special_tokens_map, "enable_thinking": tokenizer.has_thinking, **options}
+    return RENDERER.render(own.get_chat_template(), messages, options)
 
 
-@contextlib.contextmanager
-def _alarm(seconds: float) -> Iterator[None]:
-    """An OverBoundsError after so long, too, while one operation on large numbers keeps the
-    interpreter's lock, so that no thread sees the time. Only the main thread is told of signals."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def ring(number: int, frame: Any) -> None:
-        raise OverBoundsError
-
-    handler = signal.signal(signal.SIGALRM, ring)
-    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, *timer)
-        signal.signal(signal.SIGALRM, signal.SIG_DFL if handler is None else handler)
-
-
-@contextlib.contextmanager
-def _address_space(more: int) -> Iterator[None]:
-    """So much more of it, and a MemoryError beyond: one operation on a text can take gigabytes, and
-    no exception comes in between. macOS has no such limit; there the exception comes behind it."""
-    if sys.platform != "linux":
-        yield
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    most = pages * resource.getpagesize() + more
-    limit = most if soft == resource.RLIM_INFINITY else min(soft, most)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+def expect_chat(tokenizer: TokenizerWrapper) -> None:
+    """Somebody will ask soon."""
+    if tokenizer.has_chat_template:
+        RENDERER.begin()
 
 
 def check_system(tokenizer: TokenizerWrapper, system: str | None) -> None:

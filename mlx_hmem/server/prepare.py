@@ -1,7 +1,6 @@
 """A request as the model takes it: token ids, and the memory that is fetched for them.
 
-For the engine's thread: an encoder may run in MLX, a tokenizer changes itself as it encodes, and a
-chat template is bounded by limits of the whole process.
+For the engine's thread: an encoder may run in MLX, and a tokenizer changes itself as it encodes.
 """
 
 import copy
@@ -17,7 +16,7 @@ from mlx_hmem.bank.views import Barred, barred_path
 from mlx_hmem.config import ClusterPath
 from mlx_hmem.errors import UserError
 from mlx_hmem.generation.passages import Passage, Passages, answer_alone, beside
-from mlx_hmem.generation.template import chat_ids, check_system
+from mlx_hmem.generation.template import chat_ids, check_system, expect_chat
 from mlx_hmem.generation.topic import MARGIN, Topic, window_of
 from mlx_hmem.model.fetch import NOTHING_NEAR, PASSAGES_ANSWER, check_named
 from mlx_hmem.model.model import MemoryModel
@@ -86,6 +85,7 @@ class Preparing:
     def __init__(self, model: MemoryModel, run: Path | None):
         self.model, self._run = model, run
         self._passages: dict[Any, Passages] = {}
+        expect_chat(model.tokenizer)
 
     def prompts(self, asked: Asked) -> list[Prompt]:
         """Raises RefusedError for what this model cannot take."""

@@ -8,7 +8,10 @@ import pytest
 
 from mlx_hmem.bank.documents import write_documents
 from mlx_hmem.bank_tools.command import main as bank_tools
+from mlx_hmem.model import rendering
 from mlx_hmem.model.load import load
+from mlx_hmem.server.asked import Asked, RefusedError
+from mlx_hmem.server.prepare import Preparing
 from tests.bank.test_views import write_views
 from tests.conftest import edit_json
 from tests.generation.test_conversation import TEMPLATE
@@ -208,6 +211,17 @@ def test_a_chat_template_gets_history_and_what_the_system_is_told(served, model)
     parts = [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]
     assert chat(served, "developer", parts, *said[2:], memory="none").body["usage"] == got["usage"]
     assert chat(served, *said[2:], memory="none").body["usage"] != got["usage"]
+
+
+def test_a_template_that_does_not_end_fails_its_request_alone(model, monkeypatch):
+    monkeypatch.setattr(rendering, "SECONDS", 0.5)
+    hours = "{% if messages[-1].content == 'a' %}{{ (messages|length + 8) ** (9 ** 9) }}{% endif %}"
+    monkeypatch.setattr(model.tokenizer._tokenizer, "chat_template", hours + TEMPLATE)
+    preparing = Preparing(model, None)
+    with pytest.raises(RefusedError, match="it takes more than") as found:
+        preparing.prompts(Asked(messages=[("user", "a")]))
+    assert (found.value.status, found.value.param) == (400, "messages")
+    assert preparing.prompts(Asked(messages=[("user", "b")]))[0].ids
 
 
 def test_a_template_that_raises_fails_its_request_alone(served):
