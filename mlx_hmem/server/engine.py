@@ -27,6 +27,7 @@ Deliver = Callable[[list[tuple[Ticket, Event]]], None]
 ENDING = "the server is about to end"
 PREPARE_SECONDS = 0.02  # between two tokens of the others
 LOOK_SECONDS = 1.0  # a signal may reach another thread: this one sees it when it wakes
+MOST = "this server takes at most"
 FULL = "too many requests wait; try again soon"
 
 
@@ -60,12 +61,15 @@ class Engine:
 
     def submit(self, ticket: Ticket) -> None:
         """Takes a request in, or raises RefusedError: 429 when too many wait, 503 at the end."""
+        wanted, most = ticket.asked.num_rows, self.rows + self.waiting
         with self._lock:
             if self.draining:
                 raise RefusedError(503, ENDING)
-            if self._inside + ticket.asked.num_rows > self.rows + self.waiting:
+            if wanted > most:  # it would be asked again and again
+                raise RefusedError(400, f"n: {wanted} answers in one request; {MOST} {most}", "n")
+            if self._inside + wanted > most:
                 raise RefusedError(429, FULL, code="too_many_waiting", headers={"Retry-After": "1"})
-            self._inside += ticket.asked.num_rows
+            self._inside += wanted
         self._queue.put(lambda: self._new.append(ticket))
 
     def cancel(self, ticket: Ticket) -> None:

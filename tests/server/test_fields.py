@@ -126,6 +126,14 @@ def test_headers_are_named_too_and_a_body_that_is_no_object_is_refused():
         assert refused(body) is None
 
 
+def test_a_field_of_an_address_is_refused_if_it_is_there_twice(server):
+    """Of two views the first was passed over."""
+    for query, status in (("bank=", 200), ("bank=&bank=", 400)):
+        got = server.ask(f"/v1/memory/documents?{query}")
+        assert got.status == status
+    assert got.error["param"] == "bank"
+
+
 def test_what_clients_send_and_what_asks_for_nothing_is_let_through():
     extra = dict.fromkeys(IGNORED, "anything") | {
         "model": "demo", "tools": [], "tool_choice": "auto", "logit_bias": {}, "seed": None,

@@ -94,6 +94,8 @@ def test_more_than_may_wait_are_sent_away_and_the_rest_answered(small):
     got = small.ask(PATH, {"prompt": PROMPT})
     assert (got.status, got.error["type"]) == (429, "rate_limit_error")
     assert int(got.headers["retry-after"]) >= 1
+    never = small.ask(PATH, {"prompt": PROMPT, "n": 5})  # clients ask again after a 429
+    assert (never.status, never.error["param"]) == (400, "n")
     assert small.metric("hmem_rows") <= 2
     assert [list(events(each))[-1] for each in streams] == [None, None]
     for each in waiting:

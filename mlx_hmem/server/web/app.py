@@ -65,6 +65,8 @@ class App:
         ]
         self._paths = {route.path for route in routes}
         self._app = Starlette(routes=routes, lifespan=self._lifespan)
+        # A slash too many would lead to http:// and take the key along, in front of a proxy's TLS.
+        self._app.router.redirect_slashes = False
         for kind, handler in HANDLERS.items():
             self._app.add_exception_handler(kind, handler)
         engine.deliver = self._deliver
@@ -193,6 +195,9 @@ class App:
 
     async def _documents(self, request: Request) -> Response:
         values: dict[str, Any] = dict(request.query_params)
+        for name in values:
+            if len(request.query_params.getlist(name)) > 1:  # of two views one would be passed over
+                raise wrong(name[:80], "is given twice")
         memory = memory_asked(values, request.headers)
         check_rest(values)
         self._set_view(request, memory)
