@@ -155,8 +155,8 @@ def test_rendering_goes_on_after_its_process_was_ended_and_is_not_that_of_a_fork
     assert render("\ud800\n") == "\ud800\n"
     child = os.fork()
     if not child:
-        os._exit(render("b") != "b" or rendering.RENDERER._process.pid == os.getppid())
-    assert render("c") == "c"
+        os._exit(rendering.RENDERER._process is not None)  # two who write to one would mix
+    assert render("b") == "b"
     assert os.waitpid(child, 0)[1] == 0
 
 
