@@ -29,7 +29,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
         "server": ("generation",),
         "evaluate": ("model",),
         "bank_tools": ("documents", "evaluate", "generation"),
-        "doctor": ("model",),
+        "doctor": ("generation",),
         "__init__": ("generation",),
     },
     "train": {

@@ -105,6 +105,7 @@ def test_transformers_reads_the_same_model_out_of_the_file(tmp_path):
             lambda w: w.add_pad_token_id(0),
         ]
         write_gguf(tmp_path / name / "m.gguf", source, name, more=more)
+    pytest.importorskip("accelerate", reason="pip install accelerate")
     run_torch("gguf", *(tmp_path / name for name in TRANSFORMERS))
     for name in TRANSFORMERS:
         out = converted(tmp_path / name / "m.gguf")

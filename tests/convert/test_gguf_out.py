@@ -185,7 +185,7 @@ def test_a_quantised_anchor_is_dequantised(tmp_path):
 
 def test_transformers_reads_the_file_to_the_same_logits(tmp_path):
     """Of those whose settings it reads from such a file: of qwen3 it takes no width of heads."""
-    for package in ("torch", "gguf"):
+    for package in ("torch", "gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed: pip install {package}")
     models = [save(tmp_path / name, name) for name in ("llama", "qwen2", "phi3")]

@@ -10,6 +10,7 @@ import builtins
 import io
 import multiprocessing
 import os
+import re
 import resource
 from collections.abc import Callable
 from functools import wraps
@@ -20,14 +21,14 @@ GONE = [
     "O_DIRECT", "posix_fadvise", "POSIX_FADV_DONTNEED", "POSIX_FADV_RANDOM", "POSIX_FADV_WILLNEED",
     "sched_getaffinity", "sched_setaffinity",
 ]  # fmt: skip
-STAY = ("/proc/self/statm", "/proc/self/status")
+STAY = re.compile(r"/proc/(self|\d+)/(statm|status)")
 
 
 def _without_proc(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def call(path: Any, *given: Any, **more: Any) -> Any:
         name = os.fsdecode(path) if isinstance(path, str | bytes | Path) else ""
-        if name.startswith("/proc") and name not in STAY:
+        if name.startswith("/proc") and not STAY.fullmatch(name):
             raise FileNotFoundError(2, "macOS has none", name)
         return function(path, *given, **more)
 

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 from mlx_lm.models.gemma3_text import Model, ModelArgs
@@ -105,7 +106,12 @@ def test_a_seed_gives_the_same_answer_with_what_was_read_before(open_served):
     answers(served, LONG)
     again = answers(served, LONG, **fields)
     assert [piece.num_reused for piece in again] == [WHOLE] * 3
-    assert list(map(said, again)) == list(map(said, first))
+    # At first three rows were read together, what is kept was read alone: with OpenBLAS' kernels
+    # for Haswell a product of more rows has other last bits.
+    assert [(p.text, p.finish_reason) for p in again] == [(p.text, p.finish_reason) for p in first]
+    for one, other in zip(again, first, strict=True):
+        found, wanted = ([each.logprob for each in piece.logprobs] for piece in (one, other))
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
 
 
 def test_a_repetition_penalty_counts_the_tokens_that_need_not_be_read(open_served):
