@@ -1,8 +1,8 @@
-"""``mlx_hmem.doctor``: what this machine is, whether all is well on it, and how fast it is.
+"""What this machine is, whether all is well on it, and how fast it is.
 
 A minute or two of checks; nothing is downloaded, and what is written names neither you nor the
-machine nor a folder. ``doctor.html`` is the page to look at, ``doctor.json`` what to send along
-with a report.
+machine nor a folder. doctor.html is the page to look at, doctor.json what to send along with a
+report.
 """
 
 import json
