@@ -6,11 +6,15 @@ import json
 import platform
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 from mlx_hmem.anchors.fused import FusedMemory
+from mlx_hmem.config import KINDS
 from mlx_hmem.doctor import checks, command, exact, programs, turns
 from mlx_hmem.doctor.machine import impersonal
+from mlx_hmem.doctor.models import blocks
+from mlx_hmem.memory import join_blocks
 
 
 def test_both_files_are_written_and_say_the_same(tmp_path, capsys):
@@ -78,8 +82,19 @@ def test_what_raises_is_named_with_its_last_words(broken):
 
 def test_a_way_that_computes_something_else_is_found(tmp_path, monkeypatch):
     assert exact.ways(tmp_path).wrong == ""
+
+    def without_a_level(config, seed, dtype):
+        """A memory that is not whole, where numbers are short."""
+        some = blocks(config, seed, dtype)
+        return join_blocks([some[0], some[1] * (dtype == mx.float32)], config)
+
+    monkeypatch.setattr(exact, "rows", without_a_level)
     monkeypatch.setattr(FusedMemory, "set", lambda self, blocks: None)
-    assert "ffn fused in float32: off by" in exact.ways(tmp_path).wrong
+    wrong = exact.ways(tmp_path).wrong
+    assert "ffn fused in float32: off by" in wrong
+    for kind in KINDS:
+        for name in ("bfloat16", "float16"):
+            assert f"{kind} device in {name}: off by" in wrong
 
 
 def test_what_grows_from_turn_to_turn_is_found(tmp_path, monkeypatch):
