@@ -12,7 +12,9 @@ def page_of(result: dict[str, Any]) -> str:
     """``result``: what the doctor found, as it is written to ``doctor.json``."""
     checks = result["checks"]
     bad = [check["name"] for check in checks if check["status"] in ("wrong", "failed")]
+    skipped = [check["name"] for check in checks if check["status"] == "skipped"]
     verdict = f"not well: {', '.join(bad)}" if bad else "all is well"
+    verdict += f"; not checked: {', '.join(skipped)}" if skipped else ""
     page = (files("mlx_hmem.doctor") / "page.html").read_text(encoding="utf-8")
     for mark, text in {
         "@DATE@": html.escape(result["date"]),

@@ -5,7 +5,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from mlx_hmem.budget.resident import resident_bytes
+from mlx_hmem.budget.resident import resident_bytes, trim
 from mlx_hmem.generation.conversation import Conversation
 from mlx_hmem.model.load import load
 
@@ -46,6 +46,7 @@ def turns(work: Path) -> Found:
 
 def _held() -> dict[str, float]:
     gc.collect()
+    trim()  # what is kept for later is bounded elsewhere
     return {
         "threads": _threads(),
         "open files": len(os.listdir("/dev/fd")) - 1,
@@ -57,4 +58,5 @@ def _threads() -> int:
     if TASKS.exists():
         return len(os.listdir(TASKS))
     asked = ["ps", "-M", "-p", str(os.getpid())]  # of macOS
-    return len(subprocess.run(asked, capture_output=True, text=True).stdout.splitlines()) - 1
+    said = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+    return len(said.splitlines()) - 1

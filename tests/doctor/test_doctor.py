@@ -34,6 +34,14 @@ def test_both_files_are_written_and_say_the_same(tmp_path, capsys):
         assert str(value) in page
 
 
+def test_what_is_skipped_is_not_called_well(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        command, "outcome_of", lambda name: checks.Outcome(name, "", "skipped", 0, "no lmdb")
+    )
+    command.main(["--out", str(tmp_path), "--only", "training"])
+    assert "all is well; not checked: training" in (tmp_path / "doctor.html").read_text()
+
+
 def test_nothing_personal_is_written(tmp_path):
     secret = Path.home() / "diary"
     said = impersonal(
