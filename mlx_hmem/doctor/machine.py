@@ -15,9 +15,12 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_hmem.budget.resident import bytes_text, machine_bytes
+from mlx_hmem.errors import printable
 
 PACKAGES = ("mlx-hmem", "mlx", "mlx-lm", "numpy", "tokenizers", "transformers", "lmdb")
 LENGTH = 400  # characters of what a program said
+# The folders of a path: in quotes names may hold spaces.
+FOLDERS = (r"(?<=[\"'])~?/[^\"'\n]*/", r"(?<![\w./~])~?/(?:[^/\s\"']+/)+")
 
 
 def describe() -> dict[str, Any]:
@@ -39,17 +42,25 @@ def describe() -> dict[str, Any]:
     return found | {name: _version(name) for name in PACKAGES}
 
 
-def impersonal(text: str, work: Path | None = None) -> str:
-    """The end of what a program said, its folders and the person's name taken out."""
-    own = [(str(work), "WORK")] if work is not None else []
-    own += [(str(Path(sys.prefix)), "PYTHON"), (str(Path.home()), "~"), (os.getcwd(), "HERE")]
-    own += [(platform.node(), "MACHINE")]
+def impersonal(text: str, work: Path) -> str:
+    """The end of what a program said, without folders, the machine's and the person's name, and
+    what a terminal would obey."""
+    places = {str(work): "WORK", sys.prefix: "PYTHON", os.path.expanduser("~"): "~"}
+    for place in sorted(places, key=len, reverse=True):  # one may lie in another
+        text = _without(place, places[place], text)
+    for folders in FOLDERS:
+        text = re.sub(folders, ".../", text)
+    for name in (platform.node(), platform.node().partition(".")[0]):
+        text = _without(name, "MACHINE", text)
     with suppress(OSError, KeyError, ImportError):
-        own.append((getpass.getuser(), "USER"))
-    for name, instead in own:
-        if len(name) > 1:  # "/" is in every path
-            text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", instead, text)
-    return text.strip()[-LENGTH:]
+        text = _without(getpass.getuser(), "USER", text)
+    return printable(text, keep="\n").strip()[-LENGTH:]
+
+
+def _without(name: str, instead: str, text: str) -> str:
+    if len(name) < 2:  # "/" is in every path
+        return text
+    return re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", instead, text)
 
 
 def _system() -> str:

@@ -42,12 +42,24 @@ def test_what_is_skipped_is_not_called_well(tmp_path, monkeypatch):
     assert "all is well; not checked: training" in (tmp_path / "doctor.html").read_text()
 
 
-def test_nothing_personal_is_written(tmp_path):
+def test_nothing_personal_is_written(tmp_path, monkeypatch):
     secret = Path.home() / "diary"
     said = impersonal(
         f"{secret}: no; {tmp_path}/x and {getpass.getuser()} on {platform.node()}", tmp_path
     )
     assert said == "~/diary: no; WORK/x and USER on MACHINE"
+    monkeypatch.setenv("HOME", "/data/Jo Doe")
+    said = impersonal(
+        'File "/data/Jo Doe/My Plans/run.py" of /data/Jo Doe/plans/a.py: '
+        "no '/opt/acme/a b.so', /opt/acme/x, 4 tokens/s of https://x.org/a/b\x1b[2J",
+        tmp_path,
+    )
+    assert said == (
+        'File ".../run.py" of .../a.py: '
+        "no '.../a b.so', .../x, 4 tokens/s of https://x.org/a/b\\x1b[2J"
+    )
+    monkeypatch.setenv("HOME", "")
+    assert impersonal("/x", tmp_path) == "/x"
 
 
 @pytest.fixture
