@@ -1,6 +1,6 @@
 """The checks, each run in a process of its own: what a device makes crash is one line of many.
 
-``python -m mlx_hmem.doctor.checks NAME FOLDER`` prints what one found, as JSON.
+``python -m mlx_hmem.doctor.checks NAME FOLDER`` writes what one found into the folder.
 """
 
 import importlib
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from .found import Found, SkippedError
 from .machine import impersonal
 
 LIMIT = 300  # seconds
+FOUND = "found.json"  # what programs print would come between
 PACKAGE = __package__
 
 
@@ -62,26 +64,41 @@ class Outcome:
 def outcome_of(name: str, limit: float = LIMIT) -> Outcome:
     """Runs one check; what crashes or hangs is an outcome too."""
     check, began = CHECKS[name], time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         work = Path(folder).resolve()
-        # No download, and nothing of the folder in which it is called.
-        environment = os.environ | {"HF_HUB_OFFLINE": "1"} | (check.environment or {})
-        command = [sys.executable, "-m", f"{PACKAGE}.checks", name, str(work)]
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=limit, env=environment
-            )
-            said, status = done.stdout + done.stderr, done.returncode
-        except subprocess.TimeoutExpired:
-            said, status = f"not done after {limit:g} seconds", -signal.SIGKILL
-            done = None
+        said = _run(name, work, limit)
         spent = time.perf_counter() - began
-        if done is not None and status == 0:
-            found = json.loads(done.stdout.splitlines()[-1])
+        if said is None:
+            found = json.loads((work / FOUND).read_text())
             return Outcome(name, check.about, seconds=spent, **found)
-    if done is not None and status < 0:
-        said = f"{signal.Signals(-status).name}: {said}"
     return Outcome(name, check.about, "failed", spent, impersonal(said, work))
+
+
+def _run(name: str, work: Path, limit: float) -> str | None:
+    """What a check that failed said; None: it has written what it found."""
+    # Modules are found where this process finds them. ``-m`` puts the current folder before all,
+    # where a file may have a module's name: let it be an empty one. Nothing is downloaded.
+    where = os.pathsep.join(map(os.path.abspath, sys.path))
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": where}
+    environment["PYTHONNODEBUGRANGES"] = "1"  # last words are short
+    with subprocess.Popen(
+        [sys.executable, "-m", f"{PACKAGE}.checks", name, str(work)],
+        cwd=work, env=environment | (CHECKS[name].environment or {}), process_group=0,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        encoding="utf-8", errors="replace",
+    ) as process:  # fmt: skip
+        try:
+            said, _ = process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            return f"not done after {limit:g} seconds"
+        finally:  # the programs that it has started too
+            with suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if (status := process.returncode) < 0:
+        names = {number.value: number.name for number in signal.Signals}
+        return f"{names.get(-status, f'signal {-status}')}: {said}"
+    return None if status == 0 and (work / FOUND).exists() else said or "it said nothing"
 
 
 def main() -> None:
@@ -99,7 +116,7 @@ def main() -> None:
         status = "wrong" if found.wrong else "well"
         said = asdict(found) | {"status": status, "said": found.wrong or found.said}
         del said["wrong"]
-    print(json.dumps(said))
+    (Path(folder) / FOUND).write_text(json.dumps(said))
 
 
 if __name__ == "__main__":

@@ -5,20 +5,25 @@ machine nor a folder. doctor.html is the page to look at, doctor.json what to se
 report.
 """
 
+import contextlib
 import json
+import os
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from tqdm import tqdm
 
-from mlx_hmem.errors import ArgumentParser
+from mlx_hmem.errors import ArgumentParser, UserError
 from mlx_hmem.files import write_atomic
 
 from .checks import CHECKS, Outcome, outcome_of
 from .machine import describe
 from .page import number, page_of
+
+SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -28,12 +33,15 @@ def main(words: Sequence[str] | None = None) -> None:
                         help=f"of {', '.join(CHECKS)}")  # fmt: skip
     args = parser.parse_args(words)
     args.out.mkdir(parents=True, exist_ok=True)
+    if not os.access(args.out, os.W_OK | os.X_OK):
+        raise UserError("the folder cannot be written into", args.out, "choose another by --out")
     began, machine = time.time(), describe()
     print("\n".join(f"{name:<18}{value}" for name, value in machine.items()), end="\n\n")
-    outcomes = list[Outcome]()
-    for name in tqdm(args.only, unit=" checks", leave=False):
-        outcomes.append(outcome_of(name))
-        tqdm.write(line_of(outcomes[-1]))
+    outcomes, names = list[Outcome](), dict.fromkeys(args.only)
+    with _ended_by_signals(), tqdm(names, unit=" checks", leave=False, disable=None) as bar:
+        for name in bar:
+            outcomes.append(outcome_of(name))
+            bar.write(line_of(outcomes[-1]))
     result = {
         "date": time.strftime("%Y-%m-%d", time.gmtime(began)),
         "machine": machine,
@@ -44,6 +52,19 @@ def main(words: Sequence[str] | None = None) -> None:
     print(f"\n{args.out / 'doctor.html'}: open it in a browser; doctor.json goes with a report")
     if any(outcome.status in ("wrong", "failed") for outcome in outcomes):
         raise SystemExit(1)
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """What ends this program does so as Ctrl-C does: a check is a process that would go on."""
+    ours = [each for each in SIGNALS if signal.getsignal(each) == signal.SIG_DFL]
+    for each in ours:
+        signal.signal(each, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for each in ours:
+            signal.signal(each, signal.SIG_DFL)
 
 
 def line_of(outcome: Outcome) -> str:

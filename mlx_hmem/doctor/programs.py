@@ -24,10 +24,10 @@ def program(*words: str | Path) -> list[str]:
 
 
 def run(words: list[str]) -> str:
-    """What it prints. Raises CalledProcessError."""
+    """What it prints. Where it fails, this process ends with its last words."""
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
-        raise subprocess.CalledProcessError(done.returncode, words, done.stdout, done.stderr)
+        sys.exit(f"{' '.join(words[1:4])} … ended with {done.returncode}: {done.stderr}")
     return done.stdout
 
 

@@ -4,6 +4,9 @@ import getpass
 import html
 import json
 import platform
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,6 +17,7 @@ from mlx_hmem.config import KINDS
 from mlx_hmem.doctor import checks, command, exact, programs, turns
 from mlx_hmem.doctor.machine import impersonal
 from mlx_hmem.doctor.models import blocks
+from mlx_hmem.errors import UserError
 from mlx_hmem.memory import join_blocks
 
 
@@ -34,12 +38,33 @@ def test_both_files_are_written_and_say_the_same(tmp_path, capsys):
         assert str(value) in page
 
 
+def test_a_check_is_made_once_and_not_for_a_folder_that_nobody_may_write(tmp_path, monkeypatch):
+    made = list[str]()
+    monkeypatch.setattr(
+        command, "outcome_of", lambda name: made.append(name) or checks.Outcome(name, "", "well", 0)
+    )
+    command.main(["--out", str(tmp_path), "--only", "sums", "rounding", "sums"])
+    assert made == ["sums", "rounding"]
+    monkeypatch.setattr(command.os, "access", lambda *given: False)
+    with pytest.raises(UserError, match="cannot be written"):
+        command.main(["--out", str(tmp_path), "--only", "sums"])
+    assert made == ["sums", "rounding"]
+
+
 def test_what_is_skipped_is_not_called_well(tmp_path, monkeypatch):
     monkeypatch.setattr(
         command, "outcome_of", lambda name: checks.Outcome(name, "", "skipped", 0, "no lmdb")
     )
     command.main(["--out", str(tmp_path), "--only", "training"])
     assert "all is well; not checked: training" in (tmp_path / "doctor.html").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_what_ends_it_is_as_ctrl_c(number):
+    """Its check would go on without it: it is in a group of its own."""
+    with pytest.raises(KeyboardInterrupt), command._ended_by_signals():
+        signal.raise_signal(number)
+    assert signal.getsignal(number) == signal.SIG_DFL
 
 
 def test_nothing_personal_is_written(tmp_path, monkeypatch):
@@ -92,6 +117,57 @@ def test_a_crash_is_a_line_of_the_report(broken, tmp_path, capsys):
 def test_what_hangs_is_ended(broken):
     outcome = broken("import time; time.sleep(100)", limit=0.5)
     assert (outcome.status, outcome.said) == ("failed", "not done after 0.5 seconds")
+
+
+def test_programs_that_a_check_has_started_end_with_it(broken, tmp_path):
+    outcome = broken(
+        "import pathlib, subprocess, time\n"
+        "started = subprocess.Popen(['sleep', '100'])\n"
+        f"pathlib.Path({str(tmp_path / 'started')!r}).write_text(str(started.pid))\n"
+        "time.sleep(100)",
+        limit=2,
+    )
+    assert outcome.said == "not done after 2 seconds"
+    started = int((tmp_path / "started").read_text())
+    asked = ["ps", "-o", "stat=", "-p", str(started)]
+    for _ in range(50):
+        state = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+        if not state or state.startswith("Z"):
+            return
+        time.sleep(0.1)
+    pytest.fail(f"it goes on: {state}")
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        ("import os; os._exit(0)", "it said nothing"),
+        ("import os; os.write(1, b'\\xff\\n'); os._exit(0)", "\ufffd"),
+        ("import os; os.kill(os.getpid(), 40)", "signal 40: "),
+    ],
+)
+def test_an_end_that_no_check_has_is_a_line_too(broken, program, said):
+    if "40" in program and platform.system() != "Linux":
+        pytest.skip("Linux has signals that Python does not name")
+    outcome = broken(program)
+    assert (outcome.status, outcome.said) == ("failed", said.strip())
+
+
+def test_what_is_printed_behind_a_result_leaves_it(broken):
+    outcome = broken("import atexit, os; atexit.register(os.write, 1, b'0\\ndevice closed\\n')")
+    assert outcome.status == "well"
+
+
+def test_the_folder_in_which_it_is_called_shadows_nothing(tmp_path, monkeypatch):
+    for name in ("json", "numpy", "mlx_hmem"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('shadowed')")
+    monkeypatch.chdir(tmp_path)
+    assert checks.outcome_of("rounding").status == "well"
+
+
+def test_a_program_that_fails_says_why(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="ended with 2: error: no such program"):
+        programs.run(programs.program("xyzzy"))
 
 
 def test_what_raises_is_named_with_its_last_words(broken):
