@@ -156,7 +156,7 @@ class MemoryConfig(JsonConfig):
         for value in self.r:
             _positive_int("r", value, least=0)
         for value in self.branching:
-            _positive_int("branching", value, least=2)
+            _positive_int("branching", value)
         _check(any(self.r), "no level has memory", f"r {self.r}", "make one r at least 1")
         most = self.num_clusters[-1]
         _check(most <= MAX_CLUSTERS, "too many clusters", most, f"stay within {MAX_CLUSTERS}")

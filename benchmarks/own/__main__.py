@@ -42,7 +42,6 @@ from train.recipe.recipe import TrainerConfig
 from train.remember.command import main as remember
 from train.remember.export import open_base, text_of
 from train.remember.forget import forget as forget_documents
-from train.remember.plan import PASSES
 from train.remember.rows import Passes, Rows
 from train.remember.run import Settings
 from train.remember.run import documents_of as documents_of_run
@@ -172,13 +171,13 @@ def measure(
     documents: int = 12,
     ask: int = 0,
     seed: int = 1,
-    passes: int = PASSES,
+    passes: int = 0,
     lora_rates: Sequence[float] = (),
     corpus: Path | None = None,
     forget: int = 0,
 ) -> Result:
-    """In ``work``: so many ``documents`` of this ``seed``, ``passes`` over them; ``ask``: about how
-    many of the questions are asked, all unless it is said."""
+    """In ``work``: so many ``documents`` of this ``seed``, ``passes`` over them, those of the plan
+    unless it is said; ``ask``: about how many of the questions are asked, all unless it is said."""
     texts, questions = make_documents(documents, seed)
     if ask:  # no multiple of five, or all would be about the same kind of fact
         step = len(questions) // ask
@@ -186,7 +185,8 @@ def measure(
     write_documents(texts, work / "documents")
     out, run = work / "model", work / "model.run"
     command = [str(work / "documents"), "--model", str(model), "--out", str(out)]
-    seconds = timed(lambda: remember([*command, "--passes", str(passes)])).ms / 1e3
+    command += ["--passes", str(passes)] if passes else []
+    seconds = timed(lambda: remember(command)).ms / 1e3
     after, settings = load(out), Settings.load(run)
     nearest = Passages(run, after).nearest
 

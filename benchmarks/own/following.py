@@ -17,7 +17,6 @@ from pathlib import Path
 
 from benchmarks.common.show import Result, benchmark
 from mlx_hmem.errors import UserError
-from train.remember.plan import PASSES
 
 from .documents import make_documents
 
@@ -42,7 +41,7 @@ def measure(
     work: Path,
     documents: int = 200,
     changed: Sequence[int] = (1, 1, 1, 5),
-    passes: int = PASSES,
+    passes: int = 4,
 ) -> Result:
     notes, out = work / "notes", work / "model"
     for place in (notes, out, Path(f"{out}.run")):

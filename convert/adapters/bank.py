@@ -89,7 +89,7 @@ def _memory(anchor: nn.Module, adapters: Sequence[Adapter]) -> MemoryConfig:
     return memory_config(
         anchor,
         r=[max(adapter.rank for adapter in adapters)],
-        branching=[max(2, len(adapters))],
+        branching=[len(adapters)],
         kind="lora",
         layers=None if len(layers) == len(anchor.layers) else layers,
         targets=[name for name in PROJECTIONS if any(name == target for _, target in used)],

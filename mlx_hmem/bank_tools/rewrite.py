@@ -51,11 +51,7 @@ def add(folder: Path, banks: Sequence[OpenBank], other: OpenBank, name: str, out
 
 
 def split(folder: Path, opened: OpenBank, views: Views, path: ClusterPath, out: Path) -> str:
-    """A model of the anchor in ``folder`` with the subtree at ``path`` alone, numbered anew.
-
-    Above the subtree each level has its one cluster and, since a tree has two at least, one that no
-    text reaches and whose block is a hole.
-    """
+    """A model of the anchor in ``folder`` with the subtree at ``path`` alone, numbered anew."""
     bank = opened.bank
     path = bank.config.check_path(path, whole=False)
     if not opened.tree.counts[len(path) - 1][path[-1]]:
@@ -63,7 +59,7 @@ def split(folder: Path, opened: OpenBank, views: Views, path: ClusterPath, out: 
             "no text reaches this cluster", path, "choose another; mlx_hmem.bank inspect names them"
         )
     old = bank.config
-    width = (2,) * len(path) + old.branching[len(path) :]
+    width = (1,) * len(path) + old.branching[len(path) :]
     config = replace(old, branching=width)
     with whole_folder(out) as part:
         link_model(folder, part, but=["hmem.json", f"{BANK_FOLDER}/*", f"{BESIDE}/*", TREE])
@@ -91,12 +87,10 @@ def _subtree(
     total = tree.counts[len(path) - 1][path[-1]]
     centroids, counts = [], []
     for level in range(1, len(width) + 1):
-        size = int(np.prod(width[:level]))
         rows = np.array(config.clusters_on(path, level))
-        centroids.append(np.zeros((size, tree.dim), np.float32))
-        centroids[-1][: len(rows)] = tree.centroids[level - 1][rows]
-        counts.append(np.zeros(size, np.int64))
-        counts[-1][: len(rows)] = total if level < len(path) else tree.counts[level - 1][rows]
+        centroids.append(tree.centroids[level - 1][rows])
+        own = tree.counts[level - 1][rows]
+        counts.append(np.full_like(own, total) if level < len(path) else own)
     return ClusterTree(width, centroids, counts, tree.seed)
 
 
@@ -108,8 +102,7 @@ def _write_subtree(
     def block(level: int, cluster: int) -> Given:
         if level == GENERIC:
             return "keep"
-        clusters = bank.config.clusters_on(path, level)
-        return stored_bytes(bank, level, clusters[cluster]) if cluster < len(clusters) else None
+        return stored_bytes(bank, level, bank.config.clusters_on(path, level)[cluster])
 
     hashes = (bank.anchor_hash, tree_hash)
     planned = Manifest.planned(config, old.dtype, old.quantization, *hashes)

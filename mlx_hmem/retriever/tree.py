@@ -257,7 +257,7 @@ def _num_clusters(branching: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def check_branching(branching: int | Sequence[int], depth: int | None) -> tuple[int, ...]:
-    """``branching`` as one int of 2 or more per level, or a :class:`UserError`."""
+    """``branching`` as one int of 1 or more per level, or a :class:`UserError`."""
     try:
         if isinstance(branching, Sequence | np.ndarray):
             widths = tuple(map(operator.index, branching))
@@ -273,8 +273,8 @@ def check_branching(branching: int | Sequence[int], depth: int | None) -> tuple[
     if not 1 <= len(widths) <= MAX_DEPTH or levels != len(widths):
         wrong = f"branching {branching}, depth {depth}"
         raise UserError("depth is wrong", wrong, f"use 1 to {MAX_DEPTH} levels, one branching each")
-    if min(widths) < 2:
-        raise UserError("branching is too small", min(widths), "use 2 or more")
+    if min(widths) < 1:
+        raise UserError("branching is too small", min(widths), "use 1 or more")
     if math.prod(widths) > MAX_CLUSTERS:
         raise UserError("too many clusters", math.prod(widths), f"stay within {MAX_CLUSTERS}")
     return widths

@@ -246,7 +246,6 @@ FAULTS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "a missing level": (stored(lambda a: a.pop("level-2")), "holds no levels"),
     "another name": (stored(lambda a: a.update(x=np.zeros(3))), "holds no levels"),
     "no multiple": (stored(lambda a: a.update({"level-2": np.ones((11, DIM))})), "no multiple"),
-    "one child": (stored(lambda a: a.update({"level-2": a["level-1"]})), "branching is too small"),
     "two widths": (stored(lambda a: a.update({"level-2": np.ones((12, 3))})), "dimensions"),
     "one axis": (stored(lambda a: a.update({"level-2": np.ones(12)})), "wrong shape"),
     "whole numbers": (stored(lambda a: a.update({"level-1": np.ones((4, DIM), int)})), "floating"),

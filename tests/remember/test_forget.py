@@ -19,10 +19,12 @@ from tests.helpers.places import ROOT, bytes_of
 from tests.helpers.programs import refused
 from tests.remember.test_remember import anchor, eager  # noqa: F401
 from train.data.arrays import save_array
-from train.remember.blocks import Trainer, subtree_folder, subtrees_of
+from train.remember import plan
+from train.remember.blocks import Trainer, results_of, subtree_folder, subtrees_of
 from train.remember.export import open_base, text_of
 from train.remember.forget import check_changed
 from train.remember.forget import main as forget_program
+from train.remember.plan import branching_for
 from train.remember.rest import without
 from train.remember.run import Settings, begin_run, documents_of, leaves_of
 
@@ -113,6 +115,30 @@ def test_a_forgotten_block_is_bit_equal_to_one_that_never_saw_the_document(
     for folder in (tmp_path / "model", Path(f"{tmp_path / 'model'}.run")):
         assert not any(secret in data for data in bytes_of(folder).values())
     assert "still hold the documents: delete them" in capsys.readouterr().out
+
+
+def test_of_few_documents_the_model_is_that_which_has_read_the_others_alone(
+    anchor,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    """They share one cluster, in as many passes as it needs, which are more without one of them."""
+    monkeypatch.setattr(plan, "branching_for", branching_for)
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.txt").write_text(sentences("boats", number))
+    all_of_them = remember(folder, anchor, tmp_path / "all")
+    forget(all_of_them, tmp_path / "less", "1.txt")
+    (folder / "1.txt").unlink()
+    never = remember(folder, anchor, tmp_path / "never")
+    runs = [Path(f"{tmp_path / name}.run") for name in ("all", "less", "never")]
+    every, less, others = map(blocks_of, runs)
+    assert every.keys() == less.keys() == {"0"}
+    assert less == others != every
+    steps = [results_of(run, [0])[0]["steps"] for run in runs]
+    assert steps[1] == steps[2]
+    assert checksums(tmp_path / "less") == checksums(never)
 
 
 @pytest.mark.parametrize("where", KILLS)

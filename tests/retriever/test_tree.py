@@ -101,6 +101,16 @@ def test_fewer_vectors_than_leaves(n):
         assert all(tree.counts[level][i] for level, i in enumerate(tree.route(probe)))
 
 
+def test_a_level_of_one_cluster_holds_all(vectors, tmp_path):
+    """What all texts share: the mean of them is its centroid."""
+    tree = ClusterTree.fit(vectors[:500], branching=(1, 4), seed=1)
+    assert tree.centroids[0] == pytest.approx(vectors[:500].mean(axis=0, keepdims=True), abs=1e-5)
+    assert [count.tolist() for count in tree.counts[:1]] == [[500]]
+    assert {path[1] for path in tree.route_batch(vectors).tolist()} == {0, 1, 2, 3}
+    tree.save(tmp_path / "tree.safetensors", "hash")
+    assert ClusterTree.load(tmp_path / "tree.safetensors").route(vectors[0])[0] == 0
+
+
 def test_duplicates_use_one_child_and_lose_no_vector():
     values = topics(3, dim=8)
     vectors = np.repeat(values, [5000, 20, 1], axis=0)
@@ -211,7 +221,7 @@ def test_a_very_long_vector_still_has_one_route(tree, vectors):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"branching": 1}, {"branching": 2.5}, {"branching": "16"}, {"branching": ()},
+    [{"branching": 0}, {"branching": 2.5}, {"branching": "16"}, {"branching": ()},
      {"branching": (4, 4), "depth": 3}, {"branching": 4, "depth": 0}, {"branching": 2, "depth": 9},
      {"branching": 2, "depth": 10**12}, {"branching": 65536, "depth": 2}, {"seed": -1},
      {"seed": 0.5}],

@@ -81,7 +81,7 @@ class WindowsSection(JsonConfig):
 
 @dataclass(frozen=True)
 class TreeSection(JsonConfig):
-    branching: tuple[int, ...] = key((16, 4), "children of a cluster on each level", least=2)
+    branching: tuple[int, ...] = key((16, 4), "children of a cluster on each level", least=1)
     encoder: str = key("static", "`static`, `minilm` or a folder")
     prompts: int = key(0, "pieces of each window that move the centroids; 0: k-means (paper)")
 

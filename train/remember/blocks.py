@@ -4,9 +4,9 @@ Each cluster of level 1 with all below it is trained apart: its rows, their orde
 rates follow from its own windows and the seed alone. So a document can be taken out of one of them
 later, and the other clusters' blocks are the same bits as if it had never been there.
 
-A cluster gets ``settings.passes`` passes over its rows; its learning rate warms up and falls along
-a cosine. The state is saved after each pass, from where a run that was stopped goes on. What is
-known is counted on the way: a step's loss says of each token whether it was the likeliest.
+A cluster gets its passes over its rows (:func:`.rows.num_passes`); its learning rate warms up and
+falls along a cosine. The state is saved after each pass, from where a run that was stopped goes on.
+What is known is counted on the way: a step's loss says of each token whether it was the likeliest.
 """
 
 import json
@@ -33,7 +33,7 @@ from ..step.candidates import Drawn, candidates_for
 from ..step.memories import MemoryTrainee
 from ..store.blocks import BlockStore
 from ..store.checkpoint import Progress
-from .rows import Passes, Rows, Sentences
+from .rows import Passes, Rows, Sentences, num_passes
 from .run import OwnText, Settings
 
 MEASURED = 64  # windows that the time is taken with
@@ -77,14 +77,15 @@ class Trainer:
 
     def train(self, run: Path, text: OwnText, paths: np.ndarray) -> None:
         """Trains every subtree that is not finished; ``paths`` are those of :func:`leaves_of`."""
-        sizes, settings = np.diff(text.windows.offsets), self.settings
-        total = settings.passes * int(sizes.sum())
-        with tqdm(total=total, desc="remembering", unit=" tokens", unit_scale=True) as bar:
-            for number in subtrees_of(paths):
+        sizes, numbers = np.diff(text.windows.offsets), subtrees_of(paths)
+        tokens = [int(sizes[paths[:, 0] == number].sum()) for number in numbers]
+        totals = [num_passes(n, self.settings) * n for n in tokens]
+        with tqdm(total=sum(totals), desc="remembering", unit=" tokens", unit_scale=True) as bar:
+            for number, total in zip(numbers, totals, strict=True):
                 if (subtree_folder(run, number) / "done.json").exists():
-                    bar.update(settings.passes * int(sizes[paths[:, 0] == number].sum()))
+                    bar.update(total)
                 else:  # the rows of one at a time: they are many times as large as the text
-                    subtree = subtree_of(text, paths, settings, self.tokenizer, number)
+                    subtree = subtree_of(text, paths, self.settings, self.tokenizer, number)
                     self._train_one(run, subtree, bar)
 
     def seconds(self, text: OwnText, folder: Path) -> float:
@@ -106,8 +107,10 @@ class Trainer:
                 trainee.step(rows, 0.0, drawn=drawn(number))
                 took = time.perf_counter() - began
         a_token = took / int(subtree.rows.lengths[rows].sum())
+        a_pass = subtree.passes.total / len(subtree.rows.apart) / share
         clusters = self.settings.branching[0]
-        return float(a_token * subtree.passes.total / share + clusters * to_begin)
+        passes = num_passes(len(text.windows.tokens) // clusters, self.settings)
+        return float(a_token * a_pass * passes + clusters * to_begin)
 
     def _trainee(self, subtree: Subtree, store: BlockStore) -> MemoryTrainee:
         """The one trainee, whose step is compiled once, on this subtree."""

@@ -1,9 +1,10 @@
 """What remembering some text will make and cost, before anything is written.
 
-The tree has a leaf for every ``WINDOWS_IN_LEAF`` windows, in levels of a few dozen clusters. A new
-bank's fetched memory is a tenth of the anchor, at most ``MOST_FETCHED`` parameters. The learning
-rate falls with the anchor's width. Under an existing bank kind, r and the lower levels are that
-bank's.
+The tree has a leaf for every ``WINDOWS_IN_LEAF`` windows, more where they are short, in levels of a
+few dozen clusters. Those of level 1 have ``CLUSTER_TOKENS`` at least: what a cluster knows follows
+from its steps, and a text has but so many of them. A new bank's fetched memory is a tenth of the
+anchor, at most ``MOST_FETCHED`` parameters. The learning rate falls with the anchor's width. Under
+an existing bank kind, r and the lower levels are that bank's.
 """
 
 import math
@@ -28,13 +29,14 @@ from ..recipe.recipe import AnchorSection, MemoriesSection, Recipe, TreeSection,
 from ..recipe.sections import TrainerConfig
 from .export import Base
 from .restate import Reckoned
+from .rows import num_passes
 from .run import FORMAT_VERSION, OwnText, Settings, context_of
 
-WINDOWS_IN_LEAF = 12
+WINDOWS_IN_LEAF, LEAF_TOKENS = 12, 1500  # at least
+CLUSTER_TOKENS = 5000  # of level 1, at least, unless there is less text
 MOST_FETCHED = 8e6
 LEARNING_RATE, WIDTH = 3e-3, 640  # what an anchor of this width wants
 READING_RATE, LARGE = 0.1, 512  # of that for what reads in a memory of so wide an anchor
-PASSES, QUICK = 7, 3  # over the text: until it is known by heart, or the gist of it
 STEP_TOKENS = 320  # about as many in a step
 ENGLISH = 1.6  # English text has 1.2 to 1.4, French 1.7, German 2.3, Russian 5, program text 2.6
 FEW = 0.01  # of the pieces, that need not be said
@@ -47,19 +49,21 @@ TEXT_IN_FILE = {".gz": 3.0, ".zst": 3.0, ".pdf": 0.1, ".docx": 0.5, ".odt": 0.5,
                 ".mbox": 0.3, ".eml": 0.3}  # fmt: skip
 
 
-def branching_for(windows: int, deeper: tuple[int, ...] | None) -> tuple[int, ...]:
-    """Of the tree of so many windows; ``deeper`` are the levels below the first where a bank has
-    settled them."""
-    leaves = max(2, math.ceil(windows / WINDOWS_IN_LEAF))
+def branching_for(windows: int, tokens: int, deeper: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Of the tree of so many windows and tokens; ``deeper`` are the levels below the first where a
+    bank has settled them."""
+    leaves = max(1, math.ceil(min(windows / WINDOWS_IN_LEAF, tokens / LEAF_TOKENS)))
+    most = max(1, tokens // CLUSTER_TOKENS)
     if deeper is not None:
-        return (max(2, math.ceil(leaves / math.prod(deeper))), *deeper)
+        return (math.ceil(leaves / math.prod(deeper)), *deeper)
     if leaves <= 8:
-        return (leaves,)
+        return (min(leaves, most),)
     if leaves <= 1024:
-        first = round(math.sqrt(2 * leaves))
+        first = min(round(math.sqrt(2 * leaves)), most)
         return (first, math.ceil(leaves / first))
-    first = round(leaves ** (1 / 3))
-    return (first, first, math.ceil(leaves / first**2))
+    first = min(round(leaves ** (1 / 3)), most)
+    second = math.ceil(math.sqrt(leaves / first))
+    return (first, second, math.ceil(leaves / (first * second)))
 
 
 def new_memory(config: dict[str, Any], branching: tuple[int, ...]) -> MemoryConfig:
@@ -126,10 +130,10 @@ def make_settings(base: Base, text: OwnText, tokenizer: TakenTokenizer, **given:
     config = read_config(base.folder)
     context = context_of(config)
     if base.hmem is None:
-        memory = new_memory(config, branching_for(len(text.windows), None))
+        memory = new_memory(config, branching_for(*text.size, None))
     else:
         old = base.hmem.memory
-        added = branching_for(len(text.windows), old.branching[1:])[0]
+        added = branching_for(*text.size, old.branching[1:])[0]
         memory = replace(old, branching=(old.branching[0] + added, *old.branching[1:]))
     training = training_for(base.folder, config, memory, context)
     return Settings(
@@ -167,12 +171,13 @@ def text_bytes(files: list[CorpusFile]) -> int:
 
 def needed(base: Base, config: dict[str, Any], size: int) -> tuple[int, int]:
     """About how many bytes of disk and of memory so many bytes of text need."""
-    windows = max(1, int(size / BYTES_PER_TOKEN / context_of(config)))
+    tokens = int(size / BYTES_PER_TOKEN)
+    text = max(1, tokens // context_of(config)), tokens
     if base.hmem is None:
-        memory = new_memory(config, branching_for(windows, None))
+        memory = new_memory(config, branching_for(*text, None))
     else:
         old = base.hmem.memory
-        memory = replace(old, branching=branching_for(windows, old.branching[1:]))
+        memory = replace(old, branching=branching_for(*text, old.branching[1:]))
     bank, run = new_bytes(base, memory, 0)
     return bank + run + 2 * size, MEMORY_PER_BYTE * size
 
@@ -219,7 +224,10 @@ def plan_lines(
     own = " × ".join(map(str, settings.branching))
     under = f" behind the {settings.first} of level 1 that it has" if settings.first else ""
     more = (tokens + restating.written) / tokens if restating else 1
-    a_pass = more * seconds / settings.passes
+    in_cluster = tokens // settings.branching[0]
+    passes = num_passes(in_cluster, settings)
+    quick = num_passes(in_cluster, replace(settings, quick=True))
+    a_pass = more * seconds / passes
     lines = [
         ("documents", said),
         ("tokens", f"{tokens:,}"),
@@ -230,9 +238,9 @@ def plan_lines(
         ("memory", f"about {bytes_text(peak)} of {bytes_text(machine_bytes())}"),
         (
             "time",
-            f"about {time_text(settings.passes * a_pass / 3600)} for {settings.passes} pass"
-            + ("es" if settings.passes > 1 else "")
-            + quicker(settings.passes, a_pass),
+            f"about {time_text(passes * a_pass / 3600)} for {passes} pass"
+            + ("es" if passes > 1 else "")
+            + quicker(passes, quick, a_pass),
         ),
     ]
     pieces, unknown = pieces_a_word(base, text)
@@ -263,8 +271,8 @@ def pieces_a_word(base: Base, text: OwnText) -> tuple[float, float]:
     return len(pieces) / max(1, len(words)), unknown / max(1, len(pieces))
 
 
-def quicker(passes: int, a_pass: float) -> str:
+def quicker(passes: int, quick: int, a_pass: float) -> str:
     """What less would take, where that is worth saying."""
-    if passes <= QUICK or passes * a_pass < 60:
+    if passes <= quick or passes * a_pass < 60:
         return ""
-    return f" (--quick: {QUICK} passes, {time_text(QUICK * a_pass / 3600)})"
+    return f" (--quick: {quick} passes, {time_text(quick * a_pass / 3600)})"

@@ -7,9 +7,11 @@ document's title, its first words as the answer to some of its others, and what 
 them. Which sentences and which words is drawn anew for each pass, from the seed. Only what follows
 is learned, and of an answer only the beginning: that is where a sentence is chosen, and the windows
 teach the rest. All passes have as many steps, so that the schedule of learning rates is known
-beforehand.
+beforehand. There are as many passes as give a cluster ``STEPS``, where they are not given: what it
+knows follows from its steps more than from how often it has read each sentence.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +30,10 @@ SHORTEST = 16  # characters of a sentence that is told apart
 WORD = 4  # letters of a word that a question may name
 SHARE = 0.5  # of what can be told apart, in a pass
 ANSWER = 8  # tokens of an answer that are learned
+STEPS = 240  # of a cluster, until its text is known by heart
+PASSES = (4, 28)  # at least, and at most
+QUICK = 0.4  # of them, for the gist of it
+IN_A_PASS = 6  # tokens for a token of the text
 ASKED = (
     "Question: What about the {words} of {title}?\nAnswer:",
     "Question: What is said of {title} and {words}?\nAnswer:",
@@ -44,6 +50,15 @@ def title_of(document: OwnDocument) -> str:
         return first.strip("# ")
     name = re.sub(r"\.\w+$", "", document.name.rpartition("/")[2])
     return re.sub(r"[-_\s]+", " ", name).strip()
+
+
+def num_passes(tokens: int, settings: Settings) -> int:
+    """Over a cluster of level 1 with so many tokens of text."""
+    if settings.passes is not None:
+        return settings.passes
+    steps = tokens * IN_A_PASS / settings.step_tokens
+    passes = min(max(round(STEPS / steps), PASSES[0]), PASSES[1])
+    return math.ceil(QUICK * passes) if settings.quick else passes
 
 
 def told_apart(title: str, text: str, rng: np.random.Generator) -> Iterator[tuple[str, str]]:
@@ -130,7 +145,7 @@ class Rows(NamedTuple):
             for place, words in zip(own, windows.texts(tokenizer), strict=True)
             if not text.added[place]
         ]
-        for number in range(settings.passes):
+        for number in range(num_passes(len(windows.tokens), settings)):
             rng, first = np.random.default_rng([settings.seed, key, number]), len(rows)
             told = [
                 (place, before, after)
@@ -163,7 +178,7 @@ class Passes:
         tokens = [int(self.lengths[order].sum()) for order in self._orders]
         # A step as long as the longest row at least is never empty.
         self.a_pass = max(1, min(tokens) // max(settings.step_tokens, int(rows.lengths.max())))
-        self.num_steps, self.total = self.a_pass * settings.passes, sum(tokens)
+        self.num_steps, self.total = self.a_pass * len(tokens), sum(tokens)
 
     def rows(self, step: int) -> np.ndarray:
         """The numbers of the rows of a step, the longest first; one at least."""

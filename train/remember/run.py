@@ -32,7 +32,7 @@ from ..data.taken_tokenizer import TakenTokenizer, embedded
 from ..data.windows import Windows, cut_windows
 from ..tree.stage import distinct
 
-FORMAT_VERSION = 4  # what blocks follow from is part of it: blocks are made again from the text
+FORMAT_VERSION = 5  # what blocks follow from is part of it: blocks are made again from the text
 SETTINGS = "settings.json"
 KNOWN = "known.jsonl"
 LONGEST = 512  # tokens of a window
@@ -47,7 +47,8 @@ class Settings(JsonConfig):
     ``memory``: of the model to be made; ``first``: its clusters of level 1 that were there before;
     ``source``: the folder as it was read; ``training``: of :class:`.TrainerConfig`;
     ``step_tokens``: of a step, about; ``part_tokens``: worked on at a time; ``passes``: over the
-    text; ``restate``: restatements of each passage.
+    text, None for what each cluster needs, or less of it if it is to be ``quick``; ``restate``:
+    restatements of each passage.
     """
 
     format_version: int
@@ -62,7 +63,8 @@ class Settings(JsonConfig):
     training: dict[str, Any]
     step_tokens: int
     part_tokens: int
-    passes: int
+    passes: int | None = None
+    quick: bool = False
     restate: int = 0
 
     @property
@@ -101,6 +103,11 @@ class OwnText:
     windows: Windows
     owner: np.ndarray
     added: np.ndarray
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Windows and tokens."""
+        return len(self.windows), len(self.windows.tokens)
 
     @property
     def tokens_of(self) -> list[int]:

@@ -20,7 +20,7 @@ from ...data.taken_tokenizer import TakenTokenizer
 from ...stages import alone
 from ..blocks import Trainer
 from ..export import export, open_base, text_of
-from ..plan import PASSES, QUICK, check_size, found_lines, make_settings, plan_lines, text_bytes
+from ..plan import check_size, found_lines, make_settings, plan_lines, text_bytes
 from ..proof import look
 from ..restate import Writer
 from ..run import SETTINGS, Settings, begin_run, check_same, documents_of, leaves_of, run_folder
@@ -43,12 +43,8 @@ class Remembering:
         self.files, self.most_bytes = files_of(args.documents, self.faults), args.max_bytes
         self.given = ", ".join(map(str, args.documents))
         self.source = source_of(self.files, self.most_bytes, self.records)
-        passes = QUICK if args.quick else args.passes
-        self.asked = {
-            name: value
-            for name, value in (("passes", passes), ("restate", args.restate))
-            if value is not None
-        }
+        asked = {"passes": args.passes, "quick": args.quick or None, "restate": args.restate}
+        self.asked = {name: value for name, value in asked.items() if value is not None}
         self.dry_run, self.new_tree, self.look = args.dry_run, args.new_tree, args.look
         self.base = open_base(args.model)
 
@@ -128,8 +124,7 @@ class Remembering:
         check_size(base, min(size, self.most_bytes or size), [self.run])
         reading, said = self._read()
         text, tokenizer = text_of(base, reading.documents)
-        wanted = {"passes": PASSES, "restate": 0} | self.asked
-        settings = make_settings(base, text, tokenizer, source=self.source, seed=0, **wanted)
+        settings = make_settings(base, text, tokenizer, source=self.source, seed=0, **self.asked)
         cost = None
         if settings.restate:
             cost = Writer.open(base, settings.restate, settings.seed).reckon(reading.documents)

@@ -20,13 +20,13 @@ from mlx_hmem.retriever import ClusterTree, Encoder
 from ...corpus.own import OwnDocument, Reading
 from ...data.taken_tokenizer import TakenTokenizer
 from ..blocks import subtree_folder, subtrees_of
-from ..plan import WINDOWS_IN_LEAF, branching_for
+from ..plan import branching_for
 from ..rest import Taught, tree_of
 from ..restate import restated_of
 from ..rows import title_of
 from ..run import SETTINGS, OwnText, Settings, begin_run, vectors_of
 
-CROWDED = 2.0  # times as many windows in a leaf as were planned, or leaves as a new tree has
+CROWDED = 2.0  # times as many leaves as there are, or as a new tree would have
 STRAYS = 0.1  # of the windows may lie nearer to another leaf than to their own
 
 
@@ -58,8 +58,9 @@ class Placed:
         """Why another tree would be better, "" where none would."""
         leaves, used = self.tree.num_clusters[-1], len(np.unique(self.paths[:, -1]))
         deeper = settings.branching[1:] if settings.first else None
-        wanted = math.prod(branching_for(len(self.paths), deeper))
-        if len(self.paths) > CROWDED * WINDOWS_IN_LEAF * used:
+        size = self.text.size
+        wanted = math.prod(branching_for(*size, deeper))
+        if math.prod(branching_for(*size, None)) > CROWDED * used:
             return f"{len(self.paths):,} windows lie in {used:,} of its {leaves:,} leaves"
         if wanted < leaves / CROWDED:
             return f"of its {leaves:,} leaves {wanted:,} would do"
