@@ -28,7 +28,7 @@ def test_a_cluster_of_level_1_has_text_enough(windows, tokens, branching):
 
 
 def test_new_clusters_beside_those_of_a_bank_have_its_lower_levels():
-    assert branching_for(1, 100, (4, 2)) == (1, 4, 2)
+    assert branching_for(1, 100, (4, 2)) == (2, 4, 2)
     assert branching_for(960, 150_000, (4, 2)) == (10, 4, 2)
 
 

@@ -55,7 +55,8 @@ def branching_for(windows: int, tokens: int, deeper: tuple[int, ...] | None) -> 
     leaves = max(1, math.ceil(min(windows / WINDOWS_IN_LEAF, tokens / LEAF_TOKENS)))
     most = max(1, tokens // CLUSTER_TOKENS)
     if deeper is not None:
-        return (math.ceil(leaves / math.prod(deeper)), *deeper)
+        # Two at least: the blocks may be small for so much text, as the demo's are.
+        return (max(2, math.ceil(leaves / math.prod(deeper))), *deeper)
     if leaves <= 8:
         return (min(leaves, most),)
     if leaves <= 1024:
