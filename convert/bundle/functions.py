@@ -21,10 +21,11 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_hmem.anchors.load import float_dtype, named_parameters
 from mlx_hmem.bank import Manifest
 from mlx_hmem.bank.format import GENERIC, STORED_TYPES, stored_r
-from mlx_hmem.bank.quantization import Part, dequantize_block
+from mlx_hmem.bank.quantization import Part, packed_block
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import atomic_file
-from mlx_hmem.memory import Rows, group_shapes, join_blocks
+from mlx_hmem.memory import Block, Rows, group_shapes, join_blocks
+from mlx_hmem.memory.packed import cast, floats
 from mlx_hmem.model.model import MemoryModel
 
 from .attention import single_operations
@@ -167,7 +168,7 @@ class Functions:
             for level, each in zip(levels, parts, strict=True):
                 stored, rest = rest[: len(each)], rest[len(each) :]
                 blocks.append(_block(manifest, level, stored))
-            return [group.astype(self.dtype) for group in join_blocks(blocks, self.config)]
+            return [floats(cast(group, self.dtype)) for group in join_blocks(blocks, self.config)]
 
         flat = [part for each in parts for part in each]
         about = {
@@ -225,9 +226,9 @@ class Functions:
         return logits, [c.keys for c in caches] + [c.values for c in caches]
 
 
-def _block(manifest: Manifest, level: int, stored: Arrays) -> mx.array:
+def _block(manifest: Manifest, level: int, stored: Arrays) -> Block:
     dtype = STORED_TYPES[manifest.dtype].dtype
-    return dequantize_block(stored, manifest.memory, dtype, manifest.quantization_of(level))
+    return packed_block(stored, manifest.memory, dtype, manifest.quantization_of(level))
 
 
 def dtype_and_shape(part: Part | mx.array) -> dict[str, Any]:

@@ -17,8 +17,9 @@ import mlx.nn as nn
 from mlx_hmem.anchors.architectures import anchor_layers
 from mlx_hmem.config import SIZES, MemoryConfig
 from mlx_hmem.errors import UserError
-from mlx_hmem.memory import Rows, kind_of
+from mlx_hmem.memory import kind_of
 from mlx_hmem.memory.layer import AnchorLayer, AttentionLayer, FFNLayer, Projection
+from mlx_hmem.memory.packed import Group, Rows, each, shape_of
 
 
 class ArrivingRows(Protocol):
@@ -50,16 +51,16 @@ class MemorySlot(threading.local):
         fit the anchor."""
         layers = self.config.num_memory_layers
         wanted = [(layers, count, width) for count, width in self.config.groups]
-        if [(*g.shape[-4:-2], g.shape[-1]) for g in rows] != wanted or not all(
-            group.ndim == rows[0].ndim in (4, 5) for group in rows
+        shapes = [shape_of(group) for group in rows]
+        if [(*s[-4:-2], s[-1]) for s in shapes] != wanted or not all(
+            len(shape) == len(shapes[0]) in (4, 5) for shape in shapes
         ):
             raise UserError(
                 "the memory does not fit the anchor",
-                f"memory {[g.shape for g in rows]}; kind {self.config.kind} needs (layers, "
-                f"rows, width) {wanted}",
+                f"memory {shapes}; kind {self.config.kind} needs (layers, rows, width) {wanted}",
                 "fetch it from a bank made for this anchor",
             )
-        return list(zip(*map(_unstack, rows), strict=True))
+        return list(zip(*map(_layers, rows), strict=True))
 
     @contextmanager
     def using(self, rows: Rows | list[Rows] | ArrivingRows | None) -> Iterator[None]:
@@ -82,6 +83,15 @@ class MemorySlot(threading.local):
         if so_far is not None and not isinstance(rows, list) and not rows.is_here(place):
             mx.async_eval(so_far)
         return rows[place]
+
+
+def _layers(group: Group) -> list[Group]:
+    """The rows of each layer, of a group that has them all."""
+    if isinstance(group, mx.array):
+        layers: Any = _unstack(group)
+        return layers
+    places = range(shape_of(group)[-4])
+    return [each(lambda a, p=place: a[..., p, :, :, :], group) for place in places]
 
 
 @mx.custom_function

@@ -8,7 +8,7 @@ bit may differ.
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -16,7 +16,8 @@ import numpy as np
 
 from mlx_hmem.config import JsonConfig, MemoryConfig
 from mlx_hmem.errors import UserError
-from mlx_hmem.memory import group_shapes, split_block
+from mlx_hmem.memory import Block, float_block, group_shapes, split_block
+from mlx_hmem.memory.packed import Packed, Packing, floats
 
 # The bits and the group sizes of each mode in MLX 0.32. It also has affine in 1 bit, from which a
 # normal block comes back further from itself than zeros are.
@@ -59,9 +60,13 @@ class Quantization(JsonConfig):
                 )
 
     @property
+    def packing(self) -> Packing:
+        return Packing(self.mode, self.bits, self.group_size)
+
+    @property
     def options(self) -> dict[str, Any]:
         """What ``mx.quantize`` and ``mx.dequantize`` are told."""
-        return {name: value for name, value in asdict(self).items() if name != "level"}
+        return self.packing._asdict()
 
 
 class Part(NamedTuple):
@@ -170,7 +175,7 @@ def quantize_block(
     parts: list[mx.array] = []
     for group in split_block(block, config):
         stored = mx.quantize(group, **quantization.options)
-        back = _dequantize(stored, block.dtype, quantization)
+        back = floats(Packed(tuple(stored), quantization.packing, block.dtype))
         for layer in range(len(back)):  # each by itself: float32 copies of a block are large
             before, after = (array[layer].astype(mx.float32) for array in (group, back))
             _check_loss(before, after, quantization.mode)
@@ -190,24 +195,29 @@ def _check_loss(before: mx.array, after: mx.array, mode: str) -> None:
         raise ValueError(f"a matrix is lost in {mode}: too small or too large")
 
 
+def packed_block(
+    parts: Sequence[mx.array],
+    config: MemoryConfig,
+    dtype: mx.Dtype,
+    quantization: Quantization | None,
+) -> Block:
+    """The block in ``dtype`` that :func:`quantize_block` took apart, or some of its layers where
+    ``parts`` are of those; the one part where it is not quantised."""
+    if quantization is None:
+        return parts[0]
+    each, packing = len(parts) // len(config.groups), quantization.packing
+    groups = (tuple(parts[first : first + each]) for first in range(0, len(parts), each))
+    return tuple(Packed(arrays, packing, dtype) for arrays in groups)
+
+
 def dequantize_block(
     parts: Sequence[mx.array],
     config: MemoryConfig,
     dtype: mx.Dtype,
     quantization: Quantization | None,
 ) -> mx.array:
-    """The block (``MemoryConfig.shape_of``) in ``dtype`` that :func:`quantize_block` took apart, or
-    some of its layers where ``parts`` are of those; the one part where it is not quantised."""
-    if quantization is None:
-        return parts[0]
-    each = len(parts) // len(config.groups)
-    groups = [
-        _dequantize(parts[first : first + each], dtype, quantization)
-        for first in range(0, len(parts), each)
-    ]
-    if len(groups) == 1:
-        return groups[0]
-    return mx.concatenate([group.reshape(len(group), -1) for group in groups], axis=1)
+    """The values of a :func:`packed_block`, ``MemoryConfig.shape_of``."""
+    return float_block(packed_block(parts, config, dtype, quantization))
 
 
 def all_finite(array: mx.array) -> bool:
@@ -242,8 +252,3 @@ def is_finite(
         if all(map(all_finite, (*ends, *parts[2::3]))):
             return True
     return all_finite(dequantize_block(parts, config, dtype, quantization))
-
-
-def _dequantize(stored: Sequence[mx.array], dtype: mx.Dtype, how: Quantization) -> mx.array:
-    biases = stored[2] if how.mode == "affine" else None
-    return mx.dequantize(stored[0], stored[1], biases, **how.options, dtype=dtype)

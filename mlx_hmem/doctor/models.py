@@ -10,7 +10,7 @@ from mlx.utils import tree_map
 from mlx_hmem.anchors.attach import MemorySlot, attach_memory, memory_config
 from mlx_hmem.anchors.openlm import PRESETS, Model, ModelArgs
 from mlx_hmem.config import MemoryConfig
-from mlx_hmem.memory import Rows, join_blocks
+from mlx_hmem.memory import Floats, Rows, join_blocks
 
 SMALL = replace(
     PRESETS["openlm-410m"], hidden_size=256, num_hidden_layers=4, intermediate_size=704,
@@ -49,7 +49,7 @@ def blocks(config: MemoryConfig, seed: int, dtype: mx.Dtype) -> list[mx.array]:
     return [mx.array(0.15 * rng.standard_normal(s, np.float32)).astype(dtype) for s in shapes]
 
 
-def rows(config: MemoryConfig, seed: int, dtype: mx.Dtype) -> Rows:
+def rows(config: MemoryConfig, seed: int, dtype: mx.Dtype) -> Floats:
     return join_blocks(blocks(config, seed, dtype), config)
 
 

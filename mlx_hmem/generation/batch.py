@@ -54,7 +54,7 @@ class RouteCache:
 
     def __init__(self, routes: Iterable[Route]):
         self.routes = list(routes)
-        self.blocks: dict[Key, mx.array] = {}
+        self.blocks: dict[Key, FetchedMemory] = {}  # of one block each
         self.anchor: AnchorWithMemory | None = None  # bound to the memory of these rows
 
     @classmethod
@@ -70,7 +70,7 @@ class RouteCache:
     def extract(self, idx: int) -> "RouteCache":
         return RouteCache([self.routes[idx]])
 
-    def _change(self, routes: list[Route], blocks: dict[Key, mx.array]) -> None:
+    def _change(self, routes: list[Route], blocks: dict[Key, FetchedMemory]) -> None:
         """New rows: the blocks they still need stay, so they are not fetched again."""
         before, after = ([route.keys for route in rows] for rows in (self.routes, routes))
         # One memory for all rows has no batch axis and outlives their coming and going.
@@ -111,7 +111,7 @@ class BatchModel:
     def __init__(self, model: MemoryModel):
         self._model, self._bank = model, model.require_bank()
         # What some RouteCache holds, for others to share: blocks, and memories joined by rows.
-        self._held: WeakValueDictionary[Key, mx.array] = WeakValueDictionary()
+        self._held: WeakValueDictionary[Key, FetchedMemory] = WeakValueDictionary()
         self._bound: WeakValueDictionary[tuple[tuple[Key, ...], ...], AnchorWithMemory]
         self._bound = WeakValueDictionary()
 
@@ -139,10 +139,10 @@ class BatchModel:
         route_keys = tuple((bank, *key) for key in keys)
         return [*make_prompt_cache(self._model.anchor), RouteCache([Route(route_keys, banks)])]
 
-    def hold(self, cache: list[Any]) -> dict[Key, mx.array]:
-        """The blocks that the rows of a prompt cache need, fetched ahead of their first call: what
-        cannot be read is then no fault of a batch that others share. They stay for as long as what
-        is returned. UserError as :meth:`mlx_hmem.bank.Bank.blocks`."""
+    def hold(self, cache: list[Any]) -> dict[Key, FetchedMemory]:
+        """The blocks, one each, that the rows of a prompt cache need, fetched ahead of their first
+        call: what cannot be read is then no fault of a batch that others share. They stay for as
+        long as what is returned. UserError as :meth:`mlx_hmem.bank.Bank.blocks`."""
         routes = cache[-1].routes
         keys = set(chain.from_iterable(route.keys for route in routes))
         held = {key: block for key in keys if (block := self._held.get(key)) is not None}
@@ -169,24 +169,27 @@ class BatchModel:
         cache.blocks, cache.anchor = held, self._bound.get(routes)
         if cache.anchor is None:
             joined = {
-                route: FetchedMemory(tuple(held[key] for key in route), self._bank.config)
+                route: FetchedMemory(
+                    tuple(block for key in route for block in held[key].stored), self._bank.config
+                )
                 for route in routes
             }
             memory = self._model.rows_of([joined[route] for route in routes])
             mx.eval(memory)
             cache.anchor = self._bound[routes] = self._model.with_rows(memory)
 
-    def _fetch(self, routes: Sequence[Route], missing: set[Key]) -> dict[Key, mx.array]:
+    def _fetch(self, routes: Sequence[Route], missing: set[Key]) -> dict[Key, FetchedMemory]:
         """The missing blocks, each read for a row that may have it."""
         wanted: dict[tuple[Bank, str], list[Key]] = {}
         for route in routes:
             for key in missing.intersection(route.keys):
                 missing.remove(key)
                 wanted.setdefault((route.banks.bank(key[0]), key[0]), []).append(key)
-        found: dict[Key, mx.array] = {}
+        found: dict[Key, FetchedMemory] = {}
         for (bank, _), keys in wanted.items():
-            blocks = bank.blocks([(level, cluster) for _, level, cluster in keys])
-            found.update(zip(keys, blocks, strict=True))
+            blocks = bank.packed_blocks([(level, cluster) for _, level, cluster in keys])
+            for key, block in zip(keys, blocks, strict=True):
+                found[key] = FetchedMemory((self._model.ready(block),), bank.config)
         return found
 
 

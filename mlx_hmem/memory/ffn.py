@@ -19,14 +19,14 @@ from mlx_hmem.memory.layer import (
     LayerMemory,
     MemoryKind,
     extend,
+    product,
     random_but_the_last,
     with_product,
 )
+from mlx_hmem.memory.packed import Piece, cast, each, pieces, shape_of
 
 
-def add_ffn_memory(
-    output: mx.array, x: mx.array, rows: mx.array, activation: Activation
-) -> mx.array:
+def add_ffn_memory(output: mx.array, x: mx.array, rows: Piece, activation: Activation) -> mx.array:
     """``output`` of a layer's FFN with that of its memory added.
 
     Args:
@@ -35,15 +35,18 @@ def add_ffn_memory(
             2 in place of 3 for an FFN without a gate.
         activation: the anchor's own, SiLU for SwiGLU.
     """
-    count, num_rows, hidden = rows.shape[-3:]
-    if count == 2:
-        inner = activation(x @ rows[..., 0, :, :].swapaxes(-1, -2))
+    if shape_of(rows)[-3] == 2:
+        inner = activation(product(x, _matrix(rows, 0)))
     else:
         # Gate and up in one matrix product, activation and product in one kernel, the sum in the
         # last product: three launches a layer, where decoding is little but launches.
-        gate_up = rows[..., :2, :, :].reshape(*rows.shape[:-3], 2 * num_rows, hidden)
-        inner = _gated(activation)(*mx.split(x @ gate_up.swapaxes(-1, -2), 2, axis=-1))
-    return with_product(output, inner, rows[..., -1, :, :])
+        gate_up = each(lambda a: a[..., :2, :, :].flatten(-3, -2), rows)
+        inner = _gated(activation)(*mx.split(product(x, gate_up), 2, axis=-1))
+    return with_product(output, inner, _matrix(rows, -1))
+
+
+def _matrix(rows: Piece, place: int) -> Piece:
+    return each(lambda a: a[..., place, :, :], rows)
 
 
 @cache
@@ -66,7 +69,9 @@ def _attach(layer: AnchorLayer, memory: LayerMemory) -> None:
         rows = memory(output)
         if rows is None:
             return output
-        return add_ffn_memory(output, x, rows[0].astype(x.dtype), activation)
+        for piece in pieces(cast(rows[0], x.dtype)):
+            output = add_ffn_memory(output, x, piece, activation)
+        return output
 
     extend(layer.ffn.module, call)
 

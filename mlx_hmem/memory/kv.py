@@ -20,6 +20,7 @@ from mlx_hmem.memory.layer import (
     extend,
     random_but_the_last,
 )
+from mlx_hmem.memory.packed import cast, floats
 
 
 def kv_memory(queries: mx.array, rows: mx.array, num_heads: int, scale: float) -> mx.array:
@@ -62,7 +63,7 @@ def _attach(layer: AnchorLayer, memory: LayerMemory) -> None:
         rows, queries = memory(x), _normed(seen.__dict__.pop("queries"), attention)
         if rows is None:
             return before(x)
-        pairs = rows[0].astype(x.dtype)
+        pairs = floats(cast(rows[0], x.dtype))
         return before(x + kv_memory(queries, pairs, attention.num_heads, attention.scale))
 
     extend(query.module, query_call)

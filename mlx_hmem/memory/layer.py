@@ -12,7 +12,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-Rows = tuple[mx.array, ...]
+from mlx_hmem.memory.packed import Packed, Piece, Rows
+
 # The rows of one layer at the moment of the call, (rows, R, width) or (batch, rows, R, width) for
 # each group; None for the anchor alone. Given what the layer has computed so far: while the rows
 # are still on their way from the disk, that is evaluated.
@@ -85,11 +86,21 @@ def extend(module: nn.Module, call: Callable[..., mx.array]) -> None:
     module.__class__ = type(base.__name__, (base,), {"__call__": extended, "has_memory": True})
 
 
-def with_product(
-    output: mx.array, inner: mx.array, matrix: mx.array, alpha: float = 1.0
-) -> mx.array:
-    """``output + alpha · inner @ matrix`` in one launch. ``output`` (batch, time, width), ``inner``
-    (batch, time, R), ``matrix`` (R, width), or (batch, R, width)."""
+def product(x: mx.array, matrix: Piece, transpose: bool = True) -> mx.array:
+    """``x`` times the transpose of a matrix (R, width) or (batch, R, width), packed or not:
+    (batch, time, width) to (batch, time, R); without ``transpose`` the other way."""
+    if isinstance(matrix, Packed):
+        return matrix.product(x, transpose)
+    return x @ (matrix.swapaxes(-1, -2) if transpose else matrix)
+
+
+def with_product(output: mx.array, inner: mx.array, matrix: Piece, alpha: float = 1.0) -> mx.array:
+    """``output + alpha · inner @ matrix``, in one launch where that is not packed. ``output``
+    (batch, time, width), ``inner`` (batch, time, R), ``matrix`` (R, width), or (batch, R, width).
+    """
+    if isinstance(matrix, Packed):
+        inner = inner if alpha == 1 else alpha * inner
+        return output + product(inner, matrix, transpose=False)
     if matrix.ndim > 2 or output.ndim < 3 or len(output) == 1:
         return mx.addmm(output, inner, matrix, alpha)
     # Else MLX takes one matrix for each row of the batch, and so many for its gradient.

@@ -17,8 +17,10 @@ from mlx_hmem.memory.layer import (
     MemoryKind,
     Projection,
     extend,
+    product,
     with_product,
 )
+from mlx_hmem.memory.packed import Piece, Rows, cast, each, pieces
 
 ALPHA = 2.0
 ATTENTION = ("query", "key", "value", "output")
@@ -61,13 +63,19 @@ def _patch(projection: Projection, memory: LayerMemory, a: Row, b: Row) -> None:
         rows = memory(output)
         if rows is None:
             return output
-        down = rows[a.group][..., a.place, :, :].astype(x.dtype)
-        up = rows[b.group][..., b.place, :, :].astype(x.dtype)
-        inner = x @ down.swapaxes(-1, -2)
         after = output.shape[-1] - projection.start - projection.size
-        if not projection.start and not after:
-            return with_product(output, inner, up, ALPHA)
         sides: Any = [(0, 0)] * (x.ndim - 1) + [(projection.start, after)]
-        return output + mx.pad(ALPHA * inner @ up, sides)  # one matrix serves several projections
+        for down, up in zip(_matrices(rows, a, x.dtype), _matrices(rows, b, x.dtype), strict=True):
+            inner = product(x, down)
+            if not projection.start and not after:
+                output = with_product(output, inner, up, ALPHA)
+            else:  # one matrix serves several projections
+                output = output + mx.pad(product(ALPHA * inner, up, transpose=False), sides)
+        return output
 
     extend(projection.module, call)
+
+
+def _matrices(rows: Rows, row: Row, dtype: mx.Dtype) -> tuple[Piece, ...]:
+    """A matrix (..., R, width), in pieces where levels are quantised in different ways."""
+    return pieces(each(lambda a: a[..., row.place, :, :], cast(rows[row.group], dtype)))

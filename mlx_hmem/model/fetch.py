@@ -120,6 +120,5 @@ def begin(
     deeper = bank.begin(path, barred, dtype, above=levels[same - 1])
     if deeper is None:
         return before.rows, attached
-    start = sum(bank.config.r[level - 1] for level in levels[:same])
     read = [asdict(read) for read in deeper.reads]
-    return ReplacingMemory(before.rows.take(), deeper, start), attached + read
+    return ReplacingMemory(before.rows.take(), deeper), attached + read

@@ -23,7 +23,8 @@ from mlx_hmem.budget.plan import BudgetPlan
 from mlx_hmem.budget.resident import Watch
 from mlx_hmem.config import ClusterPath
 from mlx_hmem.errors import UserError
-from mlx_hmem.memory import FetchedMemory, Rows, stack_rows
+from mlx_hmem.memory import Block, FetchedMemory, Rows, stack_rows
+from mlx_hmem.memory.packed import ready
 from mlx_hmem.model.banks import Banks, RoutedBank
 from mlx_hmem.model.fetch import NOTHING_NEAR, Fetch, Memory, begin, check_mode, check_named
 from mlx_hmem.model.stream import AnchorWithMemory, first_or, num_held, prompt_ids, stream_text
@@ -319,9 +320,12 @@ class MemoryModel:
         return fused
 
     def rows_of(self, memories: Sequence[FetchedMemory]) -> Rows | None:
-        """Memories joined, in the anchor's dtype; with a batch axis in front for several."""
-        rows = stack_rows([memory.rows for memory in memories])
-        return None if rows is None else tuple(group.astype(self._dtype) for group in rows)
+        """Memories joined, ready for the anchor; with a batch axis in front for several."""
+        return stack_rows([memory.ready(self._dtype) for memory in memories])
+
+    def ready(self, block: Block) -> Block:
+        """A block for many a join; a quantised one as :meth:`rows_of` has it."""
+        return ready(block, self._dtype) if isinstance(block, tuple) else block
 
     def _rows_of_paths(self, batch: int, paths: Sequence[ClusterPath] | None) -> Rows | None:
         bank = self.require_bank()

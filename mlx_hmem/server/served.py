@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 from mlx_lm.generate import BatchGenerator, PromptProcessingBatch
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
@@ -16,6 +15,7 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_hmem.budget.resident import OverBudgetError
 from mlx_hmem.errors import UserError
 from mlx_hmem.generation.batch import BatchModel, Key
+from mlx_hmem.memory import FetchedMemory
 from mlx_hmem.model.model import MemoryModel
 from mlx_hmem.model.stream import check_finite, ending
 from mlx_hmem.server.asked import Asked, Piece, RefusedError
@@ -114,7 +114,7 @@ class Served:
         ticket.uids.add(uid)
         return reused
 
-    def _memory(self, found: Found) -> tuple[list[Any], dict[Key, mx.array]]:
+    def _memory(self, found: Found) -> tuple[list[Any], dict[Key, FetchedMemory]]:
         """An empty prompt cache with the route of a memory, and its blocks."""
         if self.batch is None:
             return list(make_prompt_cache(self.model.anchor)), {}

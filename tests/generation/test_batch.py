@@ -35,7 +35,7 @@ ROWS = [
 ]
 
 
-def make_model(name: str, kind: str, folder) -> MemoryModel:
+def make_model(name: str, kind: str, folder, **options) -> MemoryModel:
     """A tiny anchor of mlx-lm with a memory, neither tokenizer nor retriever."""
     anchor = make_anchor(name)
     # Louder layers than embeddings: a tied head would say the same token again and again.
@@ -48,7 +48,7 @@ def make_model(name: str, kind: str, folder) -> MemoryModel:
     if name == "gemma3_text":
         anchor.args.sliding_window = anchor.model.window_size = WINDOW
         assert isinstance(make_prompt_cache(anchor)[0], RotatingKVCache)
-    save_bank(folder, config_of(anchor, kind), "", "", size=1.0, seed=5)
+    save_bank(folder, config_of(anchor, kind), "", "", size=1.0, seed=5, **options)
     bank = Bank.open(folder, cache_bytes=0)  # what is read twice is counted twice
     return MemoryModel(anchor, {}, None, bank=bank)
 
@@ -177,7 +177,7 @@ class Watch:
         self.num_fetched = 0
         self.rows: list[weakref.ref] = []
         self.ndims: list[int] = []
-        fetch, bind = model.bank.blocks, model.with_rows
+        fetch, bind = model.bank.packed_blocks, model.with_rows
 
         def blocks(keys):
             found = fetch(keys)
@@ -190,7 +190,7 @@ class Watch:
             self.ndims.append(rows[0].ndim)
             return bind(rows)
 
-        monkeypatch.setattr(model.bank, "blocks", blocks)
+        monkeypatch.setattr(model.bank, "packed_blocks", blocks)
         monkeypatch.setattr(model, "with_rows", with_rows)
 
     def alive(self) -> set[tuple[int, int]]:

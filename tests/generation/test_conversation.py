@@ -67,10 +67,10 @@ def test_replaced_levels_give_the_memory_of_the_new_path(tmp_path, kind):
         before.wait()
         deeper = bank.begin((1, 5), above=1)
         assert [block.level for block in deeper.reads] == [2]
-        replaced = ReplacingMemory(before.take(), deeper, 4)
+        replaced = ReplacingMemory(before.take(), deeper)
         assert not replaced._rows
         assert_same(replaced, layers_of(other))  # of (1, 5)
-        again = ReplacingMemory(replaced.take(), bank.begin((1, 3), above=1), 4)
+        again = ReplacingMemory(replaced.take(), bank.begin((1, 3), above=1))
         again.wait()
         first = other.begin((1, 3))
         assert_same(again, [first[layer] for layer in range(LAYERS)])

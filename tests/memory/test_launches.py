@@ -7,6 +7,7 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_hmem.anchors.attach import attach_memory
+from mlx_hmem.memory.packed import Packed, Packing
 from mlx_hmem.model.stream import AnchorWithMemory
 from tests.helpers.graphs import launches, operations, traced
 from tests.helpers.references import config_of, random_rows
@@ -15,11 +16,14 @@ from tests.helpers.tiny_anchors import LAYERS, make_anchor
 TOKEN = mx.array([[3]])
 
 
-def second_token(name: str, kind: str, with_memory: bool) -> mx.array:
+def second_token(name: str, kind: str, with_memory: bool = True, packed: bool = False) -> mx.array:
     """The logits of an anchor's second token, not computed yet."""
     anchor = make_anchor(name)
     config = config_of(anchor, kind)
     slot, rows = attach_memory(anchor, config), random_rows(config, 0)
+    if packed:
+        how = Packing("affine", 4, 32)
+        rows = tuple(Packed(mx.quantize(g, **how._asdict()), how, g.dtype) for g in rows)
     mx.eval(*rows)
     model = AnchorWithMemory(anchor, slot, rows if with_memory else None)
     cache = make_prompt_cache(anchor)
@@ -28,22 +32,24 @@ def second_token(name: str, kind: str, with_memory: bool) -> mx.array:
 
 
 ADDED = {  # to a layer
-    ("openlm", "ffn"): {"Matmul": 1, "AddMM": 1, "product": 1},
-    ("gemma3_text", "ffn"): {"Matmul": 1, "AddMM": 1, "product": 1},
-    ("openlm", "lora_vo"): {"Matmul": 2, "AddMM": 2},  # of two projections
+    ("openlm", "ffn", False): {"Matmul": 1, "AddMM": 1, "product": 1},
+    ("gemma3_text", "ffn", False): {"Matmul": 1, "AddMM": 1, "product": 1},
+    ("openlm", "lora_vo", False): {"Matmul": 2, "AddMM": 2},  # of two projections
+    ("openlm", "ffn", True): {"QuantizedMatmul": 2, "Add": 1, "product": 1},
+    ("openlm", "lora_vo", True): {"QuantizedMatmul": 4, "Multiply": 2, "Add": 2},
 }
 
 
-@pytest.mark.parametrize(("name", "kind"), ADDED)
-def test_kernels_of_a_layer(name, kind):
-    more = launches(second_token(name, kind, with_memory=True))
+@pytest.mark.parametrize(("name", "kind", "packed"), ADDED)
+def test_kernels_of_a_layer(name, kind, packed):
+    more = launches(second_token(name, kind, packed=packed))
     more.subtract(launches(second_token(name, kind, with_memory=False)))
     per_layer = {n if n[:8] != "Compiled" else "product": c / LAYERS for n, c in more.items() if c}
-    assert per_layer == ADDED[name, kind]
+    assert per_layer == ADDED[name, kind, packed]
 
 
 def test_a_memory_is_cut_into_layers_once():
-    found = operations(second_token("openlm", "ffn", with_memory=True))
+    found = operations(second_token("openlm", "ffn"))
     assert found["CustomTransforms"] == 0
     assert found["StopGradient"] == 0
 

@@ -14,7 +14,8 @@ import mlx.core as mx
 from mlx_hmem.bank.read.blocks import StoredBlock
 from mlx_hmem.bank.read.storage import Missing, Storage
 from mlx_hmem.config import MemoryConfig
-from mlx_hmem.memory import BlockRead, Rows, join_blocks
+from mlx_hmem.memory import Block, BlockRead, join_blocks
+from mlx_hmem.memory.packed import Rows, ready, replaced_end
 
 
 @dataclass
@@ -34,12 +35,11 @@ class ArrivingBlock:
         """Waits for the layer at this place; where the block is quantised, for all of it."""
         self.missing.wait_for(self._needed(place))
 
-    def layer(self, place: int) -> mx.array:
+    def layer(self, place: int) -> Block:
         """The layer at this place, which has been waited for; each is asked for once, in order."""
         if self.missing.in_layers:
             return self.storage.take_layer(self.missing)
-        block, layers = self.missing.reading.block, slice(place, place + 1)
-        return self.storage.decode(self.missing.key[0], block, layers)[0]
+        return self.storage.layer(self.missing.key[0], self.missing.reading.block, place)
 
     def _needed(self, place: int) -> int:
         """The bytes of the block up to the end of a layer."""
@@ -57,9 +57,9 @@ class KeptBlock:
     level: int
     block: StoredBlock
 
-    def layer(self, place: int) -> mx.array:
+    def layer(self, place: int) -> Block:
         """The layer at this place, in the bank's dtype."""
-        return self.storage.decode(self.level, self.block, slice(place, place + 1))[0]
+        return self.storage.layer(self.level, self.block, place)
 
 
 class RowsByLayer:
@@ -131,20 +131,20 @@ class ArrivingMemory(RowsByLayer):
         if last:
             self._blocks = []
             self.arrived_ms = (time.perf_counter() - self._begun) * 1e3
-        return tuple(group.astype(self._dtype) for group in join_blocks(parts, self._config))
+        return ready(join_blocks(parts, self._config), self._dtype)
 
 
 class ReplacingMemory(RowsByLayer):
-    """``before``, the rows of each layer, with those from ``start`` on taken from ``deeper``.
+    """``before``, the rows of each layer, with the last ones taken from ``deeper`` levels.
 
     Writing one level into the joined rows moves that level's bytes only; joining all levels again
     moves all of them (docs/chat.md has both times). It empties the list: of arrays that nobody else
     holds, MLX writes into the memory itself.
     """
 
-    def __init__(self, before: list[Rows | None], deeper: ArrivingMemory, start: int):
+    def __init__(self, before: list[Rows | None], deeper: ArrivingMemory):
         super().__init__(len(before))
-        self._before, self._deeper, self._start = before, deeper, start
+        self._before, self._deeper = before, deeper
 
     def _has_come(self, place: int) -> bool:
         return self._deeper.is_here(place)
@@ -154,8 +154,4 @@ class ReplacingMemory(RowsByLayer):
         old, self._before[place] = self._before[place], None
         assert old is not None
         self.arrived_ms = self._deeper.arrived_ms  # of what is new
-        start = mx.array([self._start])
-        return tuple(
-            mx.slice_update(group, part, start, axes=[group.ndim - 2])
-            for group, part in zip(old, new, strict=True)
-        )
+        return tuple(replaced_end(*pair) for pair in zip(old, new, strict=True))

@@ -1,7 +1,7 @@
 """Blocks that stay in memory: all of some levels once they are read, of the others those used last.
 
 Blocks are kept as they are stored: of a quantised bank the same budget holds two to seven times as
-many, and each fetch dequantises them.
+many.
 """
 
 from collections import OrderedDict

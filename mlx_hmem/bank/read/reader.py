@@ -6,8 +6,8 @@ are brought in, and a file that shrinks is a short read rather than a bus error,
 under mmap. The price is that a block is copied out of the page cache once.
 
 Resident memory is ``cache_bytes``, plus the visited blocks of ``resident_levels``, whatever the
-size of the bank. Blocks are kept as they are stored, and a quantised one is dequantised on every
-fetch: work of 10 to 70 ns a value on one busy Linux core; on Metal it has not been measured.
+size of the bank. Blocks are kept as they are stored, and a quantised one is given out packed: it is
+made floats where a program asks for those (:mod:`mlx_hmem.memory.packed`).
 """
 
 import copy
@@ -29,7 +29,7 @@ from mlx_hmem.bank.read.sources import Sources
 from mlx_hmem.bank.read.storage import Storage
 from mlx_hmem.config import ClusterPath
 from mlx_hmem.errors import UserError
-from mlx_hmem.memory import BlockRead, FetchedMemory
+from mlx_hmem.memory import Block, BlockRead, FetchedMemory, float_block
 
 CACHE_BYTES = 256 << 20
 Damaged = Literal["stop", "skip"]  # what a block that cannot be read does to a fetch
@@ -132,10 +132,10 @@ class Bank:
             UserError: no such path or cluster, or a block is damaged or unreadable.
         """
         memory = self._fetch(self.keys_of(path, blocked), damaged)
-        blocks: list[mx.array | None] = [None] * self.config.num_levels
-        for read, block in zip(memory.reads, memory.blocks, strict=True):
+        blocks: list[Block | None] = [None] * self.config.num_levels
+        for read, block in zip(memory.reads, memory.stored, strict=True):
             blocks[read.level - 1] = block
-        return replace(memory, blocks=tuple(blocks))
+        return replace(memory, stored=tuple(blocks))
 
     def begin(
         self,
@@ -154,14 +154,18 @@ class Bank:
     def generic(self, damaged: Damaged = "stop") -> FetchedMemory:
         """The generic memory: one block of sum(r) rows, in the bank's dtype."""
         memory = self._fetch([(GENERIC, 0)], damaged)
-        return replace(memory, blocks=memory.blocks or (None,))
+        return replace(memory, stored=memory.stored or (None,))
 
     def blocks(self, keys: Sequence[Key]) -> list[mx.array]:
-        """Blocks by (level, cluster), in the bank's dtype; (0, 0) is the generic memory.
+        """Blocks by (level, cluster), as floats in the bank's dtype; (0, 0) is the generic memory.
 
         Raises:
             UserError: there is no such block, or one is barred, damaged or unreadable.
         """
+        return [float_block(block) for block in self.packed_blocks(keys)]
+
+    def packed_blocks(self, keys: Sequence[Key]) -> list[Block]:
+        """As :meth:`blocks`, quantised ones as their groups of rows, packed."""
         self._check_keys(keys)
         return [block for block, _ in self._sources.blocks(keys)]
 
@@ -179,7 +183,7 @@ class Bank:
         blocks, reads = tuple(block for block, _ in found), tuple(read for _, read in found)
         return FetchedMemory(blocks, self.config, reads, tuple(damage))
 
-    def _sound(self, key: Key, damage: list[str]) -> list[tuple[mx.array, BlockRead]]:
+    def _sound(self, key: Key, damage: list[str]) -> list[tuple[Block, BlockRead]]:
         """A block, or none and a line more of ``damage`` where it cannot be read, nor at a second
         try with its file opened anew: a disk may have been away."""
         error: UserError | None = None

@@ -7,8 +7,6 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 
-import mlx.core as mx
-
 from mlx_hmem.bank.format import Key
 from mlx_hmem.bank.read.arriving import ArrivingBlock, KeptBlock
 from mlx_hmem.bank.read.blocks import StoredBlock, pieces_read
@@ -16,7 +14,7 @@ from mlx_hmem.bank.read.cache import KeptBlocks
 from mlx_hmem.bank.read.shards import Shards, most_open
 from mlx_hmem.bank.read.storage import Missing, Storage
 from mlx_hmem.errors import UserError
-from mlx_hmem.memory import BlockRead, Source
+from mlx_hmem.memory import Block, BlockRead, Source
 
 
 class Sources:
@@ -30,8 +28,9 @@ class Sources:
         """Has the files of blocks that are not kept brought here, if they are not here yet."""
         self._shards.obtain([key for key in keys if key not in self.kept])
 
-    def blocks(self, keys: Sequence[Key]) -> list[tuple[mx.array, BlockRead]]:
-        """Blocks in the bank's dtype, and where each came from; UserError as of the bank."""
+    def blocks(self, keys: Sequence[Key]) -> list[tuple[Block, BlockRead]]:
+        """Blocks in the bank's dtype, quantised ones packed, and where each came from; UserError as
+        of the bank."""
         self.obtain(keys)
         with self._lock:
             # So many that the files of all of them can be open at once.
@@ -94,7 +93,7 @@ class Sources:
             self.storage.close()
             self.kept.clear()
 
-    def _group(self, keys: Sequence[Key]) -> list[tuple[mx.array, BlockRead]]:
+    def _group(self, keys: Sequence[Key]) -> list[tuple[Block, BlockRead]]:
         found = self._found(keys)
         missing = self.storage.begin([key for key in dict.fromkeys(keys) if key not in found])
         try:
@@ -109,7 +108,7 @@ class Sources:
             block, source = found[key]
             if source == "disk":
                 found[key] = block, "cache"  # where the same call asks for it again
-            blocks.append((self.storage.decode(key[0], block), self._read(key, source)))
+            blocks.append((self.storage.block(key[0], block), self._read(key, source)))
         return blocks
 
     def _read(self, key: Key, source: Source) -> BlockRead:

@@ -9,10 +9,11 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_hmem.bank.format import GENERIC, PAGE, REMEDY, STORED_TYPES, Key, Manifest
-from mlx_hmem.bank.quantization import Part, dequantize_block
+from mlx_hmem.bank.quantization import Part, packed_block
 from mlx_hmem.bank.read.blocks import BlockReader, Place, Reading, StoredBlock
 from mlx_hmem.bank.read.shards import OpenShard, Shards
 from mlx_hmem.errors import UserError
+from mlx_hmem.memory import Block
 
 
 class Missing(NamedTuple):
@@ -92,12 +93,17 @@ class Storage:
         """The next layer of a block that is read layer by layer, when it has been waited for."""
         return StoredBlock([missing.reading.take()]).arrays(self.layers[missing.key[0]][:1])[0]
 
-    def decode(self, level: int, block: StoredBlock, layers: slice | None = None) -> mx.array:
-        """The block in the bank's dtype, or these ``layers`` of it: the others take no memory."""
-        arrays = block.arrays(self.parts[level])
-        if layers is not None:
-            arrays = [array[layers] for array in arrays]
-        return dequantize_block(arrays, self.config, self.dtype, self.quantization[level])
+    def block(self, level: int, stored: StoredBlock) -> Block:
+        """The block, packed where it is quantised; nothing is copied."""
+        return self._block(level, stored.arrays(self.parts[level]))
+
+    def layer(self, level: int, stored: StoredBlock, place: int) -> Block:
+        """The layer at this place, without the axis of layers; nothing is copied."""
+        arrays = stored.arrays(self.parts[level])
+        return self._block(level, [array[place, ...] for array in arrays])
+
+    def _block(self, level: int, arrays: Sequence[mx.array]) -> Block:
+        return packed_block(arrays, self.config, self.dtype, self.quantization[level])
 
     def _offset(self, key: Key, row: int) -> int:
         return PAGE + row * self.layouts[key[0]].block_stride
