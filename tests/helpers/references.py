@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_hmem.anchors.attach import attach_memory, memory_config
 from mlx_hmem.anchors.openlm import Model, ModelArgs
 from mlx_hmem.config import KINDS, MemoryConfig
-from mlx_hmem.memory import Rows, join_blocks
+from mlx_hmem.memory import Floats, join_blocks
 from tests.helpers import tiny_anchors as anchors
 
 PAIRS = [(name, kind) for name in anchors.GATED + anchors.UNGATED for kind in KINDS]
@@ -35,7 +35,7 @@ def config_of(anchor: nn.Module, kind: str, layers: tuple[int, ...] | None = Non
     return memory_config(anchor, r=(4, 0, 3), branching=(2, 2, 2), **of, layers=layers)
 
 
-def random_rows(config: MemoryConfig, seed: int, size: float = 0.3) -> Rows:
+def random_rows(config: MemoryConfig, seed: int, size: float = 0.3) -> Floats:
     rng = np.random.default_rng(seed)
     blocks = [
         mx.array(size * rng.standard_normal(config.block_shape(level), np.float32))
@@ -48,7 +48,7 @@ def make_ids(seed: int = 3, shape: tuple[int, int] = (2, 9)) -> mx.array:
     return mx.random.randint(0, anchors.VOCAB, shape, key=mx.random.key(seed))
 
 
-def widen(anchor: nn.Module, rows: Rows) -> None:
+def widen(anchor: nn.Module, rows: Floats) -> None:
     """Puts FFN memory into the anchor's own FFN matrices, bias 0 for the new units."""
     for index, layer in enumerate(anchor.layers):
         mlp, *rest = layer.mlp, *rows[0][index]
@@ -85,7 +85,7 @@ PLACES = {
 }
 
 
-def patch_weights(anchor: nn.Module, config: MemoryConfig, rows: Rows) -> None:
+def patch_weights(anchor: nn.Module, config: MemoryConfig, rows: Floats) -> None:
     """Puts LoRA memory into the anchor's own weights."""
     query, key_value = config.query_size, config.key_value_size
     starts = {"key": query, "value": query + key_value, "up": config.intermediate_size}
@@ -104,7 +104,7 @@ def patch_weights(anchor: nn.Module, config: MemoryConfig, rows: Rows) -> None:
             part[name].weight = patched(part[name].weight, start, a, b)
 
 
-def write_out_kv(name: str, rows: Rows, replace: Callable[..., None]) -> None:
+def write_out_kv(name: str, rows: Floats, replace: Callable[..., None]) -> None:
     """Adds softmax(q Kᵀ · scale) V in the attention function of the architecture's own module.
 
     That function sees queries after RoPE, so RoPE must be off. ``replace(module, name, value)``
@@ -132,7 +132,7 @@ def switch_rope_off(anchor: nn.Module) -> None:
 
 
 def apply_reference(
-    anchor: nn.Module, name: str, kind: str, rows: Rows, replace: Callable[..., None]
+    anchor: nn.Module, name: str, kind: str, rows: Floats, replace: Callable[..., None]
 ) -> None:
     """Makes ``anchor`` the reference of the same anchor with the memory ``rows`` attached."""
     if kind == "ffn":
@@ -153,7 +153,7 @@ def gradient_errors(name: str, kind: str) -> list[float]:
         rows = tuple(g.astype(mx.float64) for g in random_rows(config, 5, size=0.15))
         weights = mx.random.normal((1, 5, anchors.VOCAB), key=mx.random.key(0))
 
-        def loss(rows: Rows) -> mx.array:
+        def loss(rows: Floats) -> mx.array:
             with slot.using(rows):
                 return (anchor(ids) * weights).sum()
 
