@@ -1,6 +1,7 @@
 """``mlx_hmem.convert quantize MODEL OUT --anchor-bits 4 --bank-bits 8``: a model made smaller."""
 
 import json
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from mlx_hmem.model.load import read_hmem
 
 from .model import plan, quantize
 from .report import report_table
+from .search import Bound
 
 DEFAULTS = {"affine": (4, 64)}  # bits and group size of mlx-lm; the other modes have one of each
 NOT_GIVEN = (None, None, None)
@@ -45,14 +47,23 @@ def level_option(text: str) -> tuple[int, Quantization | None]:
     return int(level), quantization_for(int(level), parts[0], *map(int, parts[1:]))
 
 
-def _all_levels(
-    folder: Path, mode: str | None, bits: int | None, group_size: int | None
-) -> dict[int, Quantization]:
-    """The same quantisation for each level of a model's bank, the generic memory too."""
+def share_option(text: str) -> float:
+    """A share of the loss, between 0 and 1, as ``0.5%`` or ``0.005``."""
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = -1
+    if not 0 < share < 1:
+        raise UserError("--max-loss is no share of the loss", repr(text), "write 0.5% or 0.005")
+    return share
+
+
+def _levels(folder: Path, option: str) -> list[int]:
+    """The levels of a model's bank, the generic memory, 0, too."""
     hmem = read_hmem(folder)
     if hmem is None:
-        raise UserError("this model has no memory bank", folder, "leave out --bank-…")
-    return {n: quantization_for(n, mode, bits, group_size) for n in stored_levels(hmem.memory)}
+        raise UserError("this model has no memory bank", folder, f"leave out {option}")
+    return stored_levels(hmem.memory)
 
 
 def _parser() -> ArgumentParser:
@@ -78,6 +89,12 @@ def _parser() -> ArgumentParser:
         metavar="L:MODE",
         help=f"one level: {LEVEL_FORM}",
     )
+    parser.add_argument(
+        "--max-loss",
+        metavar="SHARE",
+        help="searches the form of each level of the bank: the fewest bytes with which the loss of "
+        "--text (nats per token) rises by no more than this share of it, 0.5%% or 0.005",
+    )
     parser.add_argument("--bank-dtype", help=f"the bank's new dtype: {', '.join(STORED_TYPES)}")
     parser.add_argument(
         "--text", type=Path, help="documents (.jsonl, .txt) whose perplexity is measured"
@@ -87,24 +104,52 @@ def _parser() -> ArgumentParser:
     return parser
 
 
+def _share(args: Namespace) -> float | None:
+    """That of ``--max-loss``, once nothing else is found to contradict it."""
+    if args.max_loss is None:
+        return None
+    share = share_option(args.max_loss)
+    if args.text is None:
+        raise UserError("--max-loss needs held-out text", args.max_loss, "add --text")
+    for name, value in vars(args).items():
+        option = f"--{name.replace('_', '-')}"
+        if name == "bank_level":
+            value = [text for text in value if level_option(text)[1] is not None]
+        if name.startswith("bank_") and value not in (None, []):
+            remedy = "leave one of them out; --bank-level LEVEL:none keeps a level as it is"
+            raise UserError(f"--max-loss is given along with {option}", value, remedy)
+        if name.startswith("anchor_") and value is not None:
+            remedy = "quantise the anchor first, then the bank of what that makes"
+            raise UserError(f"--max-loss is given along with {option}", value, remedy)
+    return share
+
+
 def main(words: Sequence[str]) -> None:
     args = _parser().parse_args(words)
     for_anchor = (args.anchor_mode, args.anchor_bits, args.anchor_group_size)
     for_bank = (args.bank_mode, args.bank_bits, args.bank_group_size)
+    share = _share(args)
     given = [level_option(text) for text in args.bank_level]
     if len(own := dict(given)) < len(given):
         raise UserError("--bank-level names a level twice", args.bank_level, "name each once")
-    options = (*for_anchor, *for_bank, *own.values(), args.bank_dtype)
+    options = (*for_anchor, *for_bank, *own.values(), args.bank_dtype, share)
     if all(option is None for option in options):
         raise UserError(
-            "there is nothing to quantise", args.model, "give --anchor-bits or --bank-bits, or both"
+            "there is nothing to quantise",
+            args.model,
+            "give --anchor-bits or --bank-bits, or both, or --max-loss",
         )
     texts = read_texts(args.text) if args.text else []
     wanted = (*MODEL_FILES, *BANK_FILES, f"{BANK_FOLDER}/*.jsonl", *TEXTS)
     folder = find_model(args.model, wanted)
     anchor = None if for_anchor == NOT_GIVEN else quantization_for(0, *for_anchor)
-    levels = {} if for_bank == NOT_GIVEN else _all_levels(folder, *for_bank)
-    levels = {level: how for level, how in {**levels, **own}.items() if how is not None}
-    chosen = plan(folder, anchor, levels, args.bank_dtype)
-    report = quantize(chosen, args.out, texts, args.overwrite)
+    levels, bound = dict[int, Quantization | None](), None
+    if for_bank != NOT_GIVEN:
+        levels = {n: quantization_for(n, *for_bank) for n in _levels(folder, "--bank-…")}
+    if share is not None:
+        searched = [level for level in _levels(folder, "--max-loss") if level not in own]
+        bound = Bound(share, tuple(searched))
+    explicit = {level: how for level, how in {**levels, **own}.items() if how is not None}
+    chosen = plan(folder, anchor, explicit, args.bank_dtype)
+    report = quantize(chosen, args.out, texts, args.overwrite, bound)
     print(json.dumps(report.to_dict()) if args.json else report_table(report))

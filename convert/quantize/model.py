@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from xxhash import xxh3_128_hexdigest
+
 from mlx_hmem.anchors.load import anchor_hash, check_hashes, load_anchor, text_hashes, weight_files
 from mlx_hmem.bank import Quantization
 from mlx_hmem.bank.format import MANIFEST
@@ -25,8 +27,9 @@ from mlx_hmem.model.load import load, open_bank, open_tree, read_hmem
 from mlx_hmem.model.tokenizer import check_files
 
 from .anchor import INDEX, AnchorChange, quantized_anchor, save_quantized_anchor, weight_bytes
-from .bank import BankChange, change_bank, forget_notes
+from .bank import NOTES, BankChange, change_bank, forget_notes
 from .report import Report
+from .search import Bound, search
 
 ANCHOR_FILES = ("config.json", "model*.safetensors", INDEX)
 REWRITTEN = ("hmem.json", f"{BANK_FOLDER}/{MANIFEST}", f"{BANK_FOLDER}/*.safetensors")
@@ -106,15 +109,26 @@ def plan(
 
 
 def quantize(
-    chosen: ModelChange, out: Path, texts: Sequence[str] = (), overwrite: bool = False
+    chosen: ModelChange,
+    out: Path,
+    texts: Sequence[str] = (),
+    overwrite: bool = False,
+    bound: Bound | None = None,
 ) -> Report:
     """Makes ``out`` as was planned; it appears when it is whole, and a stopped run goes on.
 
-    With ``texts``, their perplexity is measured before and after.
+    With ``texts``, their perplexity is measured before and after. With a ``bound`` on what they
+    lose, the forms of its levels are searched first (:mod:`.search`); then nothing else is planned.
     """
-    need = chosen.bytes_needed
-    with whole_folder(out, chosen.identity, replace=overwrite, need_bytes=need) as part:
-        return replace(write(chosen, part, texts), model=out)
+    need, identity, found = chosen.bytes_needed, chosen.identity, None
+    if bound is not None:
+        identity |= {"bound": bound, "text": xxh3_128_hexdigest("\0".join(texts).encode())}
+    with whole_folder(out, identity, replace=overwrite, need_bytes=need) as part:
+        if bound is not None and chosen.bank is not None:
+            before = chosen.bank.before
+            found = search(chosen.folder, before, bound, texts, part / BANK_FOLDER / NOTES)
+            chosen = replace(chosen, bank=BankChange.planned(before, found.forms))
+        return replace(write(chosen, part, texts), model=out, search=found)
 
 
 def write(chosen: ModelChange, part: Path, texts: Sequence[str] = ()) -> Report:

@@ -1,7 +1,7 @@
 """What a quantisation saved and what it cost, for people and as JSON."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from mlx_hmem.evaluate.tables import table
 
 from .anchor import AnchorChange
 from .bank import LevelChange, level_title
+from .search import Measured, Search
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Report:
     dtype: str | None
     levels: tuple[LevelChange, ...]
     perplexity: tuple[tuple[Perplexity, Perplexity], ...]
+    search: Search | None = None  # of the forms of the levels
 
     def to_dict(self) -> dict[str, Any]:
         scores = [
@@ -40,7 +42,13 @@ class Report:
             "anchor": asdict(self.anchor),
             "bank": bank,
             "perplexity": scores,
+            "search": self.search and _search(self.search),
         }
+
+
+def _search(search: Search) -> dict[str, Any]:
+    curve = [_finite(asdict(each)) for each in search.curve]
+    return {**asdict(search), "curve": curve}
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
@@ -66,7 +74,7 @@ def report_table(report: Report) -> str:
     before = anchor.bytes_before + sum(level.bytes_before for level in report.levels)
     after = anchor.bytes_after + sum(level.bytes_after for level in report.levels)
     rows.append(["all", "", _size(before), _size(after), "", ""])
-    parts = [table(rows)]
+    parts = [*(_curves(report.search) if report.search else ()), table(rows)]
     if anchor.left:
         parts.append(
             f"{len(anchor.left)} matrices of the anchor are left as they were: their rows are no "
@@ -75,6 +83,30 @@ def report_table(report: Report) -> str:
     if report.perplexity:
         parts.append(_perplexity_table(report.perplexity))
     return "\n\n".join([*parts, f"wrote {report.model}"])
+
+
+def _curves(search: Search) -> Iterator[str]:
+    """For each kind of memory a line for each candidate, the most bytes first."""
+    text = f"nats per token of {search.documents} documents, {search.tokens:,} tokens"
+    for memory in dict.fromkeys(each.memory for each in search.curve):
+        curve = [each for each in search.curve if each.memory == memory]
+        levels = sorted({form.level for each in curve for form in each.forms})
+        head = [*map(level_title, levels), "bytes", "loss", "rise", "±", "of the loss", ""]
+        rows = [_candidate(each, levels, curve[0].loss) for each in curve]
+        most = f"rise of at most {search.max_loss:.3%}"
+        yield f"{memory} memory, {text}, {most}\n{table([head, *rows])}"
+
+
+def _candidate(each: Measured, levels: Sequence[int], before: float) -> list[str]:
+    own = {form.level: form.options for form in each.forms}
+    numbers = f"{each.loss:.5f}", f"{each.rise:+.5f}", f"{each.rise_error:.5f}"
+    return [
+        *(_stored_as(own.get(level)) for level in levels),
+        f"{each.bytes:,}",
+        *("–" if "nan" in number else number for number in numbers),
+        "lost" if math.isnan(each.rise) else f"{each.rise / before:+.3%}",
+        "kept" if each.kept else "",
+    ]
 
 
 def _perplexity_table(scores: Sequence[tuple[Perplexity, Perplexity]]) -> str:

@@ -30,6 +30,7 @@ from mlx_hmem.bank.format import (
 from mlx_hmem.bank.header import shard_header
 from mlx_hmem.bank.quantization import Part, all_finite, quantize_block
 from mlx_hmem.bank.read.reader import Bank
+from mlx_hmem.config import MemoryConfig
 from mlx_hmem.errors import UserError
 from mlx_hmem.files import atomic_file, link_or_copy, write_atomic
 
@@ -175,12 +176,14 @@ def _blocks_of_shard(level: Level, shard_bytes: int) -> int:
 
 def planned_bytes(planned: Manifest) -> int:
     """Bytes of the files of a bank that is to be written, without its manifest."""
-    total = 0
-    for level in planned.all_levels:
-        blocks = num_blocks(planned.memory, level.level)
-        shards = -(-blocks // _blocks_of_shard(level, SHARD_BYTES))  # listed they may be millions
-        total += shards * PAGE + blocks * level.block_stride
-    return total
+    return sum(level_bytes(planned.memory, level) for level in planned.all_levels)
+
+
+def level_bytes(memory: MemoryConfig, level: Level) -> int:
+    """Bytes of the files of a level that is to be written."""
+    blocks = num_blocks(memory, level.level)
+    shards = -(-blocks // _blocks_of_shard(level, SHARD_BYTES))  # listed they may be millions
+    return shards * PAGE + blocks * level.block_stride
 
 
 def write_shard(
