@@ -3,14 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-import mlx.core as mx
-
 from mlx_hmem.bank import Bank, Quantization
 from mlx_hmem.bank.format import GENERIC, Key
-from mlx_hmem.bank.quantization import dequantize_block, quantize_block
+from mlx_hmem.bank.quantization import packed_block, quantize_block
 from mlx_hmem.bank.read.reader import Damaged
 from mlx_hmem.config import ClusterPath
-from mlx_hmem.memory import FetchedMemory
+from mlx_hmem.memory import Block, FetchedMemory, float_block
 
 
 class Lost(Exception):  # noqa: N818  nothing is wrong with the bank
@@ -18,8 +16,8 @@ class Lost(Exception):  # noqa: N818  nothing is wrong with the bank
 
 
 class RoundedBank(Bank):
-    """An open bank, whose blocks of the levels that ``forms`` names are quantised and dequantised
-    as they are fetched. Raises :class:`Lost` where :func:`quantize_block` refuses one."""
+    """An open bank, whose blocks of the levels that ``forms`` names are quantised as they are
+    fetched. Raises :class:`Lost` where :func:`quantize_block` refuses one."""
 
     def __init__(self, bank: Bank, forms: Mapping[int, Quantization]):
         vars(self).update(vars(bank))  # its files and kept blocks
@@ -35,14 +33,15 @@ class RoundedBank(Bank):
 
     def _rounded(self, memory: FetchedMemory, first: int) -> FetchedMemory:
         """``first``: the level of the first block."""
-        blocks = tuple(self._block(*each) for each in enumerate(memory.blocks, first))
-        return replace(memory, blocks=blocks)
+        blocks = tuple(self._block(*each) for each in enumerate(memory.stored, first))
+        return replace(memory, stored=blocks)
 
-    def _block(self, level: int, block: mx.array | None) -> mx.array | None:
+    def _block(self, level: int, block: Block | None) -> Block | None:
         if block is None or (form := self._forms.get(level)) is None:
             return block
+        floats = float_block(block)
         try:
-            parts = quantize_block(block, self.config, form)
+            parts = quantize_block(floats, self.config, form)
         except ValueError as error:
             raise Lost(error) from None
-        return dequantize_block(parts, self.config, block.dtype, form)
+        return packed_block(parts, self.config, floats.dtype, form)
