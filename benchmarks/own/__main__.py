@@ -8,14 +8,17 @@ tokens says it. Beside the memory: the anchor alone, the document in its prompt,
 ``--with-passages 1`` puts there, passage and memory, and mlx-lm's LoRA of as many parameters in as
 many steps on the same rows, all documents together.
 ``--corpus`` adds the perplexity of text that has nothing to do with them, ``--forget`` what is left
-after so many of the documents are forgotten. A run that was stopped goes on in the same folder.
+after so many of the documents are forgotten; ``--clusters`` side by side in place of the tree
+that the plan would have. A run that was stopped goes on in the same folder.
 """
 
 import math
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -39,6 +42,7 @@ from mlx_hmem.model.model import MemoryModel
 from train.corpus.readers import corpus_files, documents_of
 from train.loop.loop import learning_rate_at
 from train.recipe.recipe import TrainerConfig
+from train.remember import plan
 from train.remember.command import main as remember
 from train.remember.export import open_base, text_of
 from train.remember.forget import forget as forget_documents
@@ -175,6 +179,7 @@ def measure(
     lora_rates: Sequence[float] = (),
     corpus: Path | None = None,
     forget: int = 0,
+    clusters: int = 0,
 ) -> Result:
     """In ``work``: so many ``documents`` of this ``seed``, ``passes`` over them, those of the plan
     unless it is said; ``ask``: about how many of the questions are asked, all unless it is said."""
@@ -186,7 +191,8 @@ def measure(
     out, run = work / "model", work / "model.run"
     command = [str(work / "documents"), "--model", str(model), "--out", str(out)]
     command += ["--passes", str(passes)] if passes else []
-    seconds = timed(lambda: remember(command)).ms / 1e3
+    with patch.object(plan, "branching_for", lambda *_: (clusters,)) if clusters else nullcontext():
+        seconds = timed(lambda: remember(command)).ms / 1e3
     after, settings = load(out), Settings.load(run)
     nearest = Passages(run, after).nearest
 
