@@ -223,7 +223,9 @@ def continue_greedily(
     ``prompts`` are ids, one or more in each. ``enough`` may end a row early: now and then it is
     shown what the row has. Yields batches as :func:`score_candidates` does.
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    # Those of one memory side by side: a batch makes it ready once.
+    where = paths or [()] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), where[i]), reverse=True)
     sizes = [(len(prompts[i]) + max_tokens, 1) for i in order]
     for part in _batches(model, sizes, memory, tokens_per_batch):
         batch = order[part]

@@ -106,7 +106,7 @@ class BlockRead:
     source: Source
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class FetchedMemory:
     """The blocks of one cluster path.
 

@@ -321,7 +321,8 @@ class MemoryModel:
 
     def rows_of(self, memories: Sequence[FetchedMemory]) -> Rows | None:
         """Memories joined, ready for the anchor; with a batch axis in front for several."""
-        return stack_rows([memory.ready(self._dtype) for memory in memories])
+        made = {memory: memory.ready(self._dtype) for memory in dict.fromkeys(memories)}
+        return stack_rows([made[memory] for memory in memories])
 
     def ready(self, block: Block) -> Block:
         """A block for many a join; a quantised one as :meth:`rows_of` has it."""
@@ -336,8 +337,8 @@ class MemoryModel:
                 f"{len(checked)} paths, {batch} rows",
                 "give one path, or one per row",
             )
-        shared = len(set(checked)) == 1
-        return self.rows_of([bank.fetch(path) for path in (checked[:1] if shared else checked)])
+        fetched = {path: bank.fetch(path) for path in dict.fromkeys(checked)}
+        return self.rows_of([fetched[path] for path in (checked if len(fetched) > 1 else fetched)])
 
     def require_bank(self) -> Bank:
         """The bank; UserError if this is an anchor without memory."""
