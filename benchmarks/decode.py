@@ -23,13 +23,15 @@ import mlx.core as mx
 from mlx_lm.generate import generate_step
 
 from benchmarks.common.counting import Timed, compared, in_turns, timed
-from benchmarks.common.models import BRANCHING, R, copy_of, random_anchor
+from benchmarks.common.models import BRANCHING, GROUP, R, copy_of, random_anchor
 from benchmarks.common.show import Result, benchmark
 from mlx_hmem.anchors.attach import attach_memory, memory_config
 from mlx_hmem.anchors.fused import FusedMemory
 from mlx_hmem.anchors.load import named_parameters
+from mlx_hmem.bank import Quantization
+from mlx_hmem.bank.quantization import packed_block, quantize_block
 from mlx_hmem.config import MemoryConfig
-from mlx_hmem.memory import FetchedMemory
+from mlx_hmem.memory import Block, FetchedMemory
 from mlx_hmem.model.stream import AnchorWithMemory
 
 ANCHOR = "openlm-160m"
@@ -48,6 +50,16 @@ def random_blocks(config: MemoryConfig, seed: int) -> Blocks:
     )
     mx.eval([block for block in blocks if block is not None])
     return blocks
+
+
+def packed(blocks: Blocks, config: MemoryConfig) -> tuple[Block | None, ...]:
+    """The blocks in 4 bits, as a bank gives them out."""
+    found = list[Block | None]()
+    for level, block in enumerate(blocks, 1):
+        how = Quantization(level, "affine", 4, GROUP)
+        parts = None if block is None else quantize_block(block, config, how)
+        found.append(None if parts is None else packed_block(parts, config, mx.float32, how))
+    return tuple(found)
 
 
 def decode(model: Any, _: int) -> Timed:
@@ -80,13 +92,14 @@ def measure(repeats: int = 11, bits: int | None = None) -> Result:
     nbytes = sum(array.nbytes for array in named_parameters(anchor).values())
     config = memory_config(plain, R[ANCHOR], BRANCHING)
     topics = [random_blocks(config, seed) for seed in (1, 2)]
-    rows = FetchedMemory(topics[0], config).rows
-    assert rows is not None
-    mx.eval(*rows)
-    attached = copy_of(anchor, bits)
-    bound = AnchorWithMemory(attached, attach_memory(attached, config), rows)
-    contenders: dict[str, Any] = {"alone": anchor, "memory attached": bound}
-    configs = {"memory attached": config}
+    contenders: dict[str, Any] = {"alone": anchor}
+    configs = dict[str, MemoryConfig]()
+    for name, blocks in {"": topics[0], " in 4 bits": packed(topics[0], config)}.items():
+        rows = FetchedMemory(blocks, config).ready(mx.float32)
+        mx.eval(rows)
+        attached, configs[f"memory{name} attached"] = copy_of(anchor, bits), config
+        slot = attach_memory(attached, config)
+        contenders[f"memory{name} attached"] = AnchorWithMemory(attached, slot, rows)
     result: Result = {"anchor_parameters": parameters, "fetched": config.fetched_parameters}
     if bits is None:
         wide, shaped, few = copy_of(anchor), copy_of(anchor), f"{FEW} rows of memory fused"

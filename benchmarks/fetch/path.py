@@ -4,9 +4,10 @@ Banks of the paper's shapes in bfloat16 and quantised to 8 and 4 bits, one at a 
 processes of their own. A read is *cold* when the files' pages were dropped before it; the kernel's
 count of the bytes that then came from the disk proves it. Contenders take turns.
 
-A first fetch computes the checksums of the blocks it reads, a later one knows them. *In float32* is
-what an anchor in float32 is given: fetched, dequantised where quantised, joined and converted. The
-first fetch of a process is also the first use of its threads and of so much memory.
+A first fetch computes the checksums of the blocks it reads, a later one knows them. A quantised
+block is fetched when its packed bytes are here. *In float32* is what an anchor in float32 is given:
+fetched, joined, and on a CPU made floats. The first fetch of a process is also the first use of its
+threads and of so much memory.
 """
 
 import tempfile
@@ -47,6 +48,7 @@ from mlx_hmem.bank import Bank
 from mlx_hmem.budget.resident import peak_resident_bytes
 from mlx_hmem.config import ClusterPath
 from mlx_hmem.memory import FetchedMemory
+from mlx_hmem.memory.packed import Rows, arrays_of
 
 PROCESSES = 3  # whose first fetches are timed
 SCREENING = 3  # rounds in which every raw way is tried
@@ -77,16 +79,20 @@ def measure(
 
 
 def here(memory: FetchedMemory) -> FetchedMemory:
-    """The memory when its blocks have been dequantised."""
-    mx.eval([block for block in memory.blocks if block is not None])
+    """The memory when its blocks are here as they are stored."""
+    mx.eval(arrays_in(memory))
     return memory
 
 
-def in_float32(memory: FetchedMemory) -> tuple[mx.array, ...]:
+def arrays_in(memory: FetchedMemory) -> list[mx.array]:
+    return [array for block in memory.stored if block is not None for array in arrays_of(block)]
+
+
+def in_float32(memory: FetchedMemory) -> Rows:
     """What an anchor in float32 is given."""
-    assert memory.rows is not None
-    rows = tuple(group.astype(mx.float32) for group in memory.rows)
-    mx.eval(*rows)
+    rows = memory.ready(mx.float32)
+    assert rows is not None
+    mx.eval(rows)
     return rows
 
 
@@ -110,7 +116,7 @@ def byte_counts(folder: Path, paths: Paths) -> dict[str, Any]:
         parts = file_parts(folder, bank.manifest, sorted(keys_of(bank.config, paths[:1])))
         make_ready(parts, HEATS[0])
         before = io_counts()
-        bank.fetch(paths[0])
+        held = arrays_in(bank.fetch(paths[0]))
         after = io_counts()
         result = {
             "bank_parameters": bank.config.bank_parameters,
@@ -119,6 +125,7 @@ def byte_counts(folder: Path, paths: Paths) -> dict[str, Any]:
             "fetched_parameters": bank.config.fetched_parameters,
             "block_bytes": sum(part.nbytes for part in parts),
             "bytes_by_reader": bank.bytes_read,
+            "bytes_held": sum(array.nbytes for array in held),
             **{f"{key}_by_kernel": after[key] - before[key] - own[key] for key in after},
             "memory_of_open": opened,
         }
