@@ -30,7 +30,7 @@ PAGES = {
     for path in [
         ROOT / "README.md",
         ROOT / "CONTRIBUTING.md",
-        *sorted((ROOT / "docs").glob("*.md")),
+        *sorted((ROOT / "docs").rglob("*.md")),
         ROOT / "benchmarks" / "RESULTS.md",
         ROOT / "mlx_hmem" / "demo" / "README.md",
         *(ROOT / "train" / "recipes").rglob("README.md"),
