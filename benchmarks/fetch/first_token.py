@@ -23,6 +23,7 @@ from mlx_lm.generate import generation_stream
 
 from benchmarks.common.counting import CAN_DROP, Timed, compared, evict, in_turns, timed
 from benchmarks.common.models import (
+    Bits,
     copy_of,
     file_parts,
     keys_of,
@@ -56,13 +57,15 @@ def first_token(model: MemoryModel, ids: list[int], memory: str, wait: bool) -> 
     next(model.stream_ids(ids, fetch, max_tokens=1))
 
 
-def measure(tokens: Sequence[int] = (512, 16), repeats: int = 7) -> Result:
+def measure(tokens: Sequence[int] = (512, 16), repeats: int = 7, bits: Bits = 16) -> Result:
     anchor, config, retriever = random_anchor(ANCHOR), paper_config(ANCHOR), random_retriever()
-    result: Result = {"fetched_bytes": 2 * config.fetched_parameters}
+    result: Result = {}
     with tempfile.TemporaryDirectory() as name:
         place, keys = Path(name), keys_of(config, [retriever.route(TEXT)])
-        manifest = make_bank(place / "bank", config, keys)
-        files = {part.file for part in file_parts(place / "bank", manifest, keys)}
+        manifest = make_bank(place / "bank", config, keys, bits)
+        parts = file_parts(place / "bank", manifest, keys)
+        files = {part.file for part in parts}
+        result["fetched_bytes"] = sum(part.nbytes for part in parts)
         alone = model_of(place, anchor)
         banks = [Bank.open(place / "bank", cache_bytes=kept << 28) for kept in (0, 1)]
         models = [model_of(place, copy_of(anchor), retriever, bank) for bank in banks]
