@@ -5,8 +5,10 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mlx_hmem.anchors.load import load_anchor
@@ -18,6 +20,7 @@ from tests.helpers.own_documents import remember, sentences, write_documents
 from tests.helpers.places import ROOT, bytes_of
 from tests.helpers.programs import refused
 from tests.remember.test_remember import anchor, eager  # noqa: F401
+from train.corpus.own import OwnDocument
 from train.data.arrays import save_array
 from train.remember import plan
 from train.remember.blocks import Trainer, results_of, subtree_folder, subtrees_of
@@ -25,6 +28,7 @@ from train.remember.export import open_base, text_of
 from train.remember.forget import check_changed
 from train.remember.forget import main as forget_program
 from train.remember.plan import branching_for
+from train.remember.proof import halves
 from train.remember.rest import without
 from train.remember.run import Settings, begin_run, documents_of, leaves_of
 
@@ -79,6 +83,17 @@ def less(learned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = tmp_path_factory.mktemp("less") / "model"
     forget(learned, model, "bread/1.txt")
     return model
+
+
+def test_a_sentence_is_asked_of_the_leaf_of_its_window(learned):
+    """A long document as a whole went to a leaf that had learned none of it, or a part."""
+    model, text = load(learned), sentences("boats", 1)
+    found = halves(model, OwnDocument("", "a", text))
+    decode = partial(model.tokenizer.decode, skip_special_tokens=True)
+    begun = [decode(each.first).split()[:4] for each in found]
+    inside = [" ".join(words) in each.window for words, each in zip(begun, found, strict=True)]
+    assert len({each.window for each in found}) > 4
+    assert np.mean(inside) > 0.7  # others begin where one window ends
 
 
 def test_a_forgotten_block_is_bit_equal_to_one_that_never_saw_the_document(

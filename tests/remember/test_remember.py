@@ -322,6 +322,24 @@ def test_the_run_may_not_lie_in_the_model(anchor, documents, tmp_path):
         remember(documents, anchor, tmp_path / "m", "--run", str(tmp_path / "m" / "run"))
 
 
+def test_a_folder_of_something_else_is_no_run(anchor, documents, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "own.txt").write_text("mine")
+    given = ("--run", str(tmp_path / "run"))
+    refused("holds something else: .*own.txt", remember, documents, anchor, tmp_path / "m", *given)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["own.txt"]
+
+
+def test_a_model_that_nobody_could_ask_is_not_taught(anchor, documents, tmp_path):
+    """Its template would have been met when all had been learned."""
+    broken = Path(shutil.copytree(anchor, tmp_path / "broken"))
+    file = broken / "tokenizer_config.json"
+    template = {"chat_template": "{{ raise_exception('no') }}"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | template))
+    refused("chat template fails: no", remember, documents, broken, tmp_path / "m")
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
 def test_one_short_document_can_be_remembered(anchor, tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "a.md").write_text("The password of the old harbour is seagull.")

@@ -163,7 +163,7 @@ def test_what_ends_a_text_is_words_within_a_document_and_a_passage(anchor):
     document = OwnDocument(
         "0" * 64, "a", f"One two three four five {EOT} six seven eight nine ten."
     )
-    [(first, second)] = proof.halves(model, document)
+    [(first, second, _)] = proof.halves(model, document)
     assert EOT_ID not in first[1:] + second
 
 

@@ -224,8 +224,10 @@ def same_but_times(one: Path, other: Path) -> bool:
 # Where an update is killed while one takes the other's place.
 KILLED = """
 import os, signal
-from train.remember.sync import swap
-from train.remember import command
+from tests.remember.conftest import several
+from train.remember import command, plan
+from train.remember.sync import renewal, swap
+plan.branching_for = renewal.branching_for = several
 def kill(*given, **options):
     os.kill(os.getpid(), signal.SIGKILL)
 def after(function):
@@ -266,6 +268,7 @@ def test_an_update_that_was_killed_goes_on_to_the_same_bytes(
 
 def test_a_tree_that_no_longer_fits_is_said_and_another_made(life, anchor, tmp_path, capsys):
     write_documents(life / "notes" / "more", 12)
+    bank_program(["block", str(life / "model"), "3", "--view", "guest"])  # a new tree loses it
     update(life, anchor, "--dry-run")
     printed = capsys.readouterr().out
     assert "it no longer fits: " in printed
@@ -276,6 +279,19 @@ def test_a_tree_that_no_longer_fits_is_said_and_another_made(life, anchor, tmp_p
     assert same_model(life, tmp_path / "other")
     update(life, anchor)
     assert "up to date" in capsys.readouterr().out
+
+
+def test_a_first_note_that_becomes_several_gets_a_tree_of_them(anchor, tmp_path, capsys):
+    """All of them went to the one leaf of the first, and the model knew less of each."""
+    life = tmp_path / "life"
+    (life / "notes").mkdir(parents=True)
+    for number, topic in enumerate(["bread", "boats"]):
+        (life / "notes" / f"{number}.txt").write_text(sentences(topic, number)[:80])
+        update(life, anchor, *PASSES)
+        said = capsys.readouterr().out
+        assert ("another tree: 2 windows lie in 1 of its" in said) == (number == 1)
+    remember(life / "notes", anchor, tmp_path / "other", *PASSES)
+    assert same_model(life, tmp_path / "other")
 
 
 def test_several_folders_are_named_by_theirs(life, anchor, tmp_path):

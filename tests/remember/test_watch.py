@@ -56,6 +56,12 @@ def test_watching_goes_with_no_plan_alone(tmp_path):
     refused("--watch goes with neither", main, words)
 
 
+@pytest.mark.parametrize("seconds", ["nan", "inf", "-3"])
+def test_a_rest_is_so_many_seconds(tmp_path, seconds):
+    words = [str(tmp_path), "--model", "demo", "--out", str(tmp_path / "m"), f"--watch={seconds}"]
+    refused("--watch is no time", main, words)
+
+
 def test_quick_is_a_number_of_passes_and_goes_with_no_other(tmp_path):
     """It was passed over without a word."""
     words = [str(tmp_path), "--model", "demo", "--out", str(tmp_path / "m")]

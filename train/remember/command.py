@@ -7,6 +7,7 @@ the model has one, into new clusters behind those that are there. See docs/own_d
 
 import contextlib
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,8 @@ def main(words: Sequence[str]) -> None:
     if args.watch is None:
         go(args)
         return
+    if not 0 <= args.watch < math.inf:
+        raise UserError("--watch is no time", args.watch, "give seconds")
     if args.dry_run or args.new_tree:
         parser.error("--watch goes with neither --dry-run nor --new-tree")
     watch(args.documents, args.watch, lambda: go(args))

@@ -1,20 +1,21 @@
 """What is left of documents that were forgotten: their loss, and their sentences by heart.
 
 Every figure is taken with the old bank, with the new one and with the anchor alone, routed by the
-whole document, which is the most favourable to whoever looks for it. The anchor's own figures are
-what no bank can take away: it may have met the text in its own training.
+window that the text lies in, as it was learned: the most favourable to whoever looks for it. The
+anchor's own figures are what no bank can take away: it may have met the text in its own training.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlx_hmem.evaluate.perplexity import document_losses
-from mlx_hmem.evaluate.scoring import continue_greedily
+from mlx_hmem.evaluate.perplexity import document_losses, windows
+from mlx_hmem.evaluate.routing import route_texts
+from mlx_hmem.evaluate.scoring import continue_greedily, longest_sequence
 from mlx_hmem.model.model import MemoryModel
 
 from ..corpus.own import OwnDocument
@@ -34,34 +35,39 @@ class Remains:
     extracted: int
 
 
-def halves(model: MemoryModel, document: OwnDocument) -> list[tuple[list[int], list[int]]]:
-    """The two halves of each sentence, in tokens; the first begins as a text does."""
-    found = []
+class Halves(NamedTuple):
+    """Of a sentence, in tokens; ``window``: the text of the window in which it begins."""
+
+    first: list[int]
+    second: list[int]
+    window: str
+
+
+def halves(model: MemoryModel, document: OwnDocument) -> list[Halves]:
+    """Those of each sentence; the first begins as a text does."""
+    parts = [text for _, text in windows(model, document.text, longest_sequence(model))]
+    ends, found = np.cumsum([len(part) for part in parts]), list[Halves]()
     for start, end in spans_of(document.text)[:MOST_SENTENCES]:
         ids = model.tokenizer.encode(document.text[start:end].strip())
         if len(ids) >= FEWEST_TOKENS:
-            middle = len(ids) // 2
-            found.append((ids[:middle], ids[middle:]))
+            own = min(int(np.searchsorted(ends, start, side="right")), len(parts) - 1)
+            found.append(Halves(ids[: len(ids) // 2], ids[len(ids) // 2 :], parts[own]))
     return found
 
 
 def remains(model: MemoryModel, documents: Sequence[OwnDocument], memory: str) -> list[Remains]:
     """Of each document what the model knows with this memory."""
-    texts = [d.text for d in documents]
-    losses = document_losses(model, texts, memory, route_by="document", progress=False)
+    losses = document_losses(model, [d.text for d in documents], memory, progress=False)
     parts = [halves(model, d) for d in documents]
     owners = [i for i, own in enumerate(parts) for _ in own]
     pairs = [pair for own in parts for pair in own]
-    paths = None
-    if memory == "fetched":
-        routes = [model.route(text)[1] for text in texts]
-        paths = [routes[i] for i in owners]
+    paths = route_texts(model, [pair.window for pair in pairs], memory) if pairs else None
     extracted = np.zeros(len(documents), np.int64)
-    longest = max((len(second) for _, second in pairs), default=0)
-    prompts = [first for first, _ in pairs]
+    longest = max((len(pair.second) for pair in pairs), default=0)
+    prompts = [pair.first for pair in pairs]
     for batch in continue_greedily(model, prompts, longest, memory, paths) if pairs else ():
         for i, tokens in batch:
-            second = pairs[i][1]
+            second = pairs[i].second
             extracted[owners[i]] += tokens[: len(second)] == second
     each = zip(losses.nats / losses.tokens, parts, extracted, strict=True)
     return [Remains(float(loss), len(own), int(n)) for loss, own, n in each]
@@ -73,13 +79,13 @@ def look(model: MemoryModel, documents: Sequence[OwnDocument], count: int = 3) -
     if not every:
         return ["no sentence is long enough to look at"]
     chosen = [every[i * len(every) // count] for i in range(min(count, len(every)))]
-    paths = [model.route(document.text)[1] for document, _ in chosen]
-    prompts, longest = [first for _, (first, _) in chosen], max(len(p[1]) for _, p in chosen)
+    paths = [model.route(pair.window)[1] for _, pair in chosen]
+    prompts, longest = [pair.first for _, pair in chosen], max(len(p.second) for _, p in chosen)
     lines = dict[int, list[str]]()
     decode = partial(model.tokenizer.decode, skip_special_tokens=True)
     for batch in continue_greedily(model, prompts, longest, "fetched", paths):
         for i, tokens in batch:
-            document, (first, second) = chosen[i]
+            document, (first, second, _) = chosen[i]
             said = decode(tokens[: len(second)])
             lines[i] = [f"{document.name}: {decode(first).strip()} …", f"  says {said.strip()}"]
             if tokens[: len(second)] != second:

@@ -4,16 +4,19 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterable
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from mlx_hmem.anchors.load import read_config
 from mlx_hmem.documents.files import Faults
 from mlx_hmem.documents.tables import Records
 from mlx_hmem.errors import UserError, printable
 from mlx_hmem.files import write_atomic
 from mlx_hmem.folders import RECORD
+from mlx_hmem.generation.template import chat_ids
 from mlx_hmem.model.load import load
+from mlx_hmem.model.tokenizer import read_tokenizer
 
 from ...corpus.own import Reading
 from ...data.taken_tokenizer import TakenTokenizer
@@ -28,7 +31,7 @@ from .folder import read_new
 from .learn import Learned, learn
 from .listed import CHECKED, files_of, source_of, stamp
 from .renewal import is_begun
-from .swap import ANEW, NEXT, clear, put_in_place, settle
+from .swap import ANEW, NEXT, check_free, clear, put_in_place, settle
 from .update import Update, check_base
 
 
@@ -56,6 +59,8 @@ class Remembering:
     def go(self) -> None:
         """Makes the model or brings it up to date, and says what it did."""
         began = self.run.exists()
+        if not (self.run / SETTINGS).exists():
+            check_free(self.run)
         if self.dry_run and not began:
             return self._go()
         try:
@@ -84,11 +89,12 @@ class Remembering:
             return self._make(self.run)
         if same:
             if self.args.passed_over:  # else it is said when they are read
-                self._read()
+                _ = self.reading
             return self._say("up to date")
         if not self.out.exists() and not self.own_run:  # it may be another model's
             check_same(found, self.run, source=self.source)
         if not self.out.exists() and not (self.run / "paths.npy").exists():  # nothing to keep
+            print(f"begins anew: what was begun in {self.run} was of other documents")
             if not self.dry_run:
                 clear(self.run)
             return self._make(self.run)
@@ -120,9 +126,11 @@ class Remembering:
             check_base(found, base, self.out, None)
             tokenizer = TakenTokenizer(base.folder)
             return None if self.dry_run else Trainer(base.anchor[0], found, tokenizer)
+        if (chat := read_tokenizer(base.folder, read_config(base.folder))).has_chat_template:
+            chat_ids(chat, None, [], "?")  # who could ask for what it will have learned?
         size = text_bytes(self.files)
         check_size(base, min(size, self.most_bytes or size), [self.run])
-        reading, said = self._read()
+        reading, said = self.reading
         text, tokenizer = text_of(base, reading.documents)
         settings = make_settings(base, text, tokenizer, source=self.source, seed=0, **self.asked)
         cost = None
@@ -141,7 +149,8 @@ class Remembering:
         begin_run(run, settings, reading.documents, reading.known)
         return trainer
 
-    def _read(self) -> tuple[Reading, str]:
+    @cached_property
+    def reading(self) -> tuple[Reading, str]:
         """The documents, and in words what was found; what was passed over is named."""
         try:
             return read_new(self.base, self.files, self.most_bytes, self.records, self.faults)
@@ -163,12 +172,20 @@ class Remembering:
         if update.is_begun(self.source) and not self.dry_run:
             print(f"goes on with {update.next}")
         else:
-            reading, said = self._read()
+            reading, said = self.reading
             if self.whole and update.is_known(reading):
                 if not self.dry_run:
                     update.note(self.source)
                 return self._say("up to date")
-            self._print_plan(update.plan(reading, f"{said}, from {self.given}"))
+            placed = update.place(reading)
+            found = update.taught.settings
+            # All is trained again, and there is nothing that a new tree would lose.
+            if placed.share == 1 and update.is_plain and (why := placed.unfit(found)):
+                print(f"remembers all anew in another tree: {why}")
+                before = {name: getattr(found, name) for name in ("passes", "quick", "restate")}
+                self.asked = before | self.asked
+                return self._make(self.run / ANEW)
+            self._print_plan(update.plan(reading, f"{said}, from {self.given}", placed))
             if self.dry_run:
                 return None
             shutil.rmtree(self.run / ANEW, ignore_errors=True)

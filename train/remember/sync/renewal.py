@@ -60,7 +60,9 @@ class Placed:
         deeper = settings.branching[1:] if settings.first else None
         size = self.text.size
         wanted = math.prod(branching_for(*size, deeper))
-        if math.prod(branching_for(*size, None)) > CROWDED * used:
+        crowded = math.prod(branching_for(*size, None)) > CROWDED * used
+        # A tree of one text sends all others to the leaf of that, too.
+        if crowded or used == 1 < min(size[0], wanted):
             return f"{len(self.paths):,} windows lie in {used:,} of its {leaves:,} leaves"
         if wanted < leaves / CROWDED:
             return f"of its {leaves:,} leaves {wanted:,} would do"

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from mlx_hmem.bank.documents import DOCUMENTS
 from mlx_hmem.bank.format import MANIFEST
+from mlx_hmem.errors import UserError
 from mlx_hmem.files import exchange, link_or_copy, sync_folder, write_atomic
 from mlx_hmem.folders import folder_locked
 from mlx_hmem.model.find import BANK_FOLDER
@@ -95,6 +96,16 @@ def settle(out: Path, run: Path) -> None:
     if settled:
         for old in (made, made.with_suffix(".old"), run / DONE, run / NEXT, run / ANEW):
             shutil.rmtree(old, ignore_errors=True)
+
+
+def check_free(run: Path) -> None:
+    """Raises UserError where a folder in which no run has begun holds what is of none."""
+    own = {*OF_RUN, "lock", "subtrees", NEXT, ANEW}
+    for file in sorted(run.iterdir()) if run.is_dir() else ():
+        if file.name not in own and not file.name.startswith("."):
+            raise UserError(
+                "the run's folder holds something else", file, "name another with --run"
+            )
 
 
 def clear(run: Path) -> None:

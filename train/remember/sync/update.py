@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from mlx_hmem.bank.documents import Document
+from mlx_hmem.bank.views import VIEWS
 from mlx_hmem.errors import UserError
+from mlx_hmem.model.find import BANK_FOLDER
 
 from ...corpus.own import Reading
 from ...data.arrays import load_mapped, save_array
@@ -25,7 +27,7 @@ from ..restate import restated
 from ..run import OwnText, Settings
 from .changes import Changes
 from .learn import learn
-from .renewal import begin_next, is_begun, place, take_over, touched_by
+from .renewal import Placed, begin_next, is_begun, place, take_over, touched_by
 from .swap import NEXT, put_in_place
 
 
@@ -47,13 +49,21 @@ class Update:
         text, _ = text_of(self.base, self.taught.documents, restated(self.run))
         return text, self.taught.paths(text, self.bases)
 
-    def plan(self, reading: Reading, said: str) -> Iterator[str]:
+    @property
+    def is_plain(self) -> bool:
+        """Whether neither views nor banks were added to the model."""
+        return len(self.bases) < 2 and not (self.out / BANK_FOLDER / VIEWS).exists()
+
+    def place(self, reading: Reading) -> Placed:
+        """Where the windows of the documents would lie."""
+        text, tokenizer = text_of(self.base, reading.documents, restated(self.run))
+        return place(self.taught, *self.before, text, self.base.encoder, tokenizer)
+
+    def plan(self, reading: Reading, said: str, placed: Placed) -> Iterator[str]:
         """What has changed, and what that will take, for people."""
         changes = Changes.of(self.taught.documents, reading.documents)
         yield f"{'documents':<16}{said}: {changes.said()}"
         yield from changes.lines()
-        text, tokenizer = text_of(self.base, reading.documents, restated(self.run))
-        placed = place(self.taught, *self.before, text, self.base.encoder, tokenizer)
         count = len({*subtrees_of(placed.paths), *subtrees_of(self.before[1])})
         again = f"{len(placed.touched)} of {count} clusters of level 1"
         yield f"{'trained again':<16}{again}, {placed.share:.0%} of the text"
