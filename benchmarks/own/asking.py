@@ -28,16 +28,19 @@ from .kinds import KINDS
 
 WINDOWS_IN_LEAF = 12  # as remember plans it; a document is a window
 NEVER = 60  # questions about what was never said
+# That say nothing by themselves.
+BARE = ("And where?", "When was it built?", "Tell me more about it.", "Who was that?", "Why so?")
 
 
 class Asked(NamedTuple):
     """Documents; questions by the way of asking, each with the number of its document; questions on
-    a document after one that names it, which say "it", with the last words; what is asked
-    ``before`` one about nothing; questions about nothing."""
+    a document after one that names it, which say "it", with the last words; the same of ``BARE``
+    ones; what is asked ``before`` one about nothing; questions about nothing."""
 
     texts: list[str]
     questions: dict[str, list[tuple[int, str]]]
     follow: list[tuple[int, str, str]]
+    bare: list[tuple[int, str, str]]
     before: str
     never: list[str]
 
@@ -45,12 +48,13 @@ class Asked(NamedTuple):
 def invented(count: int, seed: int) -> Asked:
     documents, questions = make_documents(count, seed)
     ways = {way: [(q.document, q.prompts[way]) for q in questions] for way in WAYS}
-    follow = []
+    follow, bare = [], []
     for first, then in zip(questions[::5], questions[1::5], strict=True):
         title, asked = documents[first.document].title, then.prompts["question"]
         asked = asked.replace(title, "it").replace(title[0].lower() + title[1:], "it")
-        window = f"{first.prompts['question']} {first.answer} {asked}"
-        follow.append((first.document, asked, window))
+        said = f"{first.prompts['question']} {first.answer}"
+        follow.append((first.document, asked, f"{said} {asked}"))
+        bare += [(first.document, each, f"{said} {each}") for each in BARE]
     said, common = " ".join(d.text for d in documents), {w for k in KINDS for w in k.title.split()}
     foreign, about = make_documents(3 * NEVER, seed + 100)
     names = [set(document.title.split()) - common for document in foreign]
@@ -60,7 +64,7 @@ def invented(count: int, seed: int) -> Asked:
     order = np.random.default_rng(seed).permutation(len(others))[:NEVER]
     before = f"{questions[0].prompts['question']} {questions[0].answer}"
     texts = [document.text for document in documents]
-    return Asked(texts, ways, follow, before, [others[i] for i in order])
+    return Asked(texts, ways, follow, bare, before, [others[i] for i in order])
 
 
 def of_people(path: Path, count: int, seed: int) -> Asked:
@@ -74,7 +78,7 @@ def of_people(path: Path, count: int, seed: int) -> Asked:
     questions = [(n, asked) for n, text in enumerate(own) for asked in found[text]]
     never = [asked for text in rest for asked in found[text]][:NEVER]
     own = [text.removeprefix("Context: ") for text in own]
-    return Asked(own, {"question": questions}, [], questions[0][1], never)
+    return Asked(own, {"question": questions}, [], [], questions[0][1], never)
 
 
 def retriever_of(
@@ -112,11 +116,12 @@ def measured(asked: Asked, encoder: Encoder, old: ClusterTree, general: list[str
             result[f"{way}{place}: words"] = 100 * np.mean(
                 [found is not None and found.path == leaf for found, leaf in pairs]
             )
-    if asked.follow:
-        found = [(retriever.near(t, window), leaves[n]) for n, t, window in asked.follow]
-        result["said of it, after a question"] = 100 * np.mean(
-            [near is not None and near.path == leaf for near, leaf in found]
-        )
+    for name, turns in (("said of it", asked.follow), ("and where?", asked.bare)):
+        found = [(retriever.near(t, window), leaves[n]) for n, t, window in turns]
+        if found:
+            result[f"{name}, after a question"] = 100 * np.mean(
+                [near is not None and near.path == leaf for near, leaf in found]
+            )
     for name, texts in (("never said", asked.never), ("general", general[:NEVER])):
         windows = [f"{asked.before} {text}" for text in texts]
         later = [retriever.near(*pair) for pair in zip(texts, windows, strict=True)]

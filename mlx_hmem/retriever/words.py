@@ -22,7 +22,9 @@ from tokenizers import Tokenizer
 NEAR = 0.2
 UNSAID = 2.0  # rare words of one piece that no text has, added to each question
 FEWEST = 20  # texts that words are weighed for: of a few no word would be rare
-OWN = 0.8  # weight of a question among the last words of a conversation
+# Weight of a question among the last words of a conversation. Of one that says little by itself it
+# is less, by this power of the share of it that no text has.
+OWN, LITTLE = 0.8, 6
 COMMONEST = 1996  # the first word of BERT's vocabulary: before it are signs and single letters
 UNKNOWN = "[UNK]"
 # Thai, Lao, Burmese, Khmer and kana stand without spaces between words.
@@ -62,17 +64,25 @@ class WordIndex:
 
     def covered(self, question: str, around: str | None = None) -> np.ndarray:
         """How much of the question each text covers, (texts,) float64 from 0 to 1; ``around``: the
-        last words of a conversation, the question's among them, which count a little."""
-        if around is not None:
-            return OWN * self.covered(question) + (1 - OWN) * self.covered(around)
-        total, sums = UNSAID * self._among_texts(0), np.zeros(self._size)
+        last words of a conversation, the question's among them, which count a little, and the more
+        the less the question says by itself, as "And where?"."""
+        found, unsaid = self._covered(question)
+        if around is None:
+            return found
+        own = OWN * (1 - unsaid**LITTLE)
+        return own * found + (1 - own) * self._covered(around)[0]
+
+    def _covered(self, question: str) -> tuple[np.ndarray, float]:
+        """How much each text covers, and how much is added to it that none does."""
+        unsaid = total = UNSAID * self._among_texts(0)
+        sums = np.zeros(self._size)
         for word in words_of(self.tokenizer, question):
             texts = self._texts.get(word)
             weight = self._among_texts(0 if texts is None else len(texts)) * self._general(word)
             total += weight
             if texts is not None:
                 sums[texts] += weight
-        return sums / total
+        return sums / total, unsaid / total
 
     def _among_texts(self, count: int) -> float:
         """How rare a word is that so many of the texts have."""

@@ -84,11 +84,15 @@ def test_a_question_about_it_goes_where_the_question_before_went(known):
         asked = asked.replace(title[0].lower() + title[1:], "it")
         assert "it" in asked.split() or "it?" in asked.split()
         around = f"{first.prompts['question']} {first.answer} {asked}"
-        both = (retriever.near(asked), retriever.near(asked, around))
-        found.append([near is not None and near.path == leaf for near in both])
-    alone, after = np.mean(found, 0)
+        bare = "And where?"  # says nothing by itself
+        each = [retriever.near(asked), retriever.near(asked, around)]
+        each.append(retriever.near(bare, f"{first.prompts['question']} {first.answer} {bare}"))
+        found.append([near is not None and near.path == leaf for near in each])
+    alone, after, bare_after = np.mean(found, 0)
     assert alone < 0.3
-    assert after > 0.6
+    assert after > 0.95
+    assert bare_after > 0.95
+    assert retriever.near("And where?") is None
 
 
 def test_a_text_alone_covers_what_is_asked_about_it():
