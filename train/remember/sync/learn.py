@@ -38,9 +38,12 @@ class Learned(NamedTuple):
         """How much of it is known, for people."""
         results = results_of(self.run, subtrees_of(self.paths))
         sentences, ended = (sum(r[name] for r in results) for name in ("sentences", "known"))
-        share = f"{ended / sentences:.0%}" if sentences else ""
-        ends = share and f", of whose {sentences} sentences it can end {share}"
-        count = len(self.documents)
+        count, ends = len(self.documents), ""
+        if sentences:
+            ends = f", of whose {sentences} sentences it can end {ended / sentences:.0%}"
+            ends += (
+                " (more --passes into another --out learn more)" if 2 * ended < sentences else ""
+            )
         return f"remembered {count} document{'' if count == 1 else 's'}{ends}"
 
 
