@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_hmem.bank import Manifest, Quantization
-from mlx_hmem.bank.format import GENERIC, Level, stored_levels, stored_r
+from mlx_hmem.bank.format import GENERIC, Level, num_blocks, stored_levels, stored_r
 from mlx_hmem.bank.quantization import MODES, check_quantization
 from mlx_hmem.bank.writer import level_bytes
 from mlx_hmem.errors import UserError
@@ -91,8 +91,11 @@ def search(folder: Path, bank: Manifest, bound: Bound, texts: Sequence[str], not
     Raises UserError: no level can be quantised.
     """
     known = {level: forms for level in bound.levels if (forms := forms_of(bank, level))}
+    for level in [n for n in known if is_zeros(bank, n)]:
+        print(f"{level_title(level)} stays as it was: it is zeros", file=sys.stderr)
+        del known[level]
     if not known:
-        remedy = "they are quantised already, or no form has fewer bytes; leave out --max-loss"
+        remedy = "they are zeros or quantised, or no form has fewer bytes; leave out --max-loss"
         raise UserError("no level of the bank can be quantised", [*bound.levels], remedy)
     model, curve = load(folder), list[Measured]()
     count = sum(map(len, known.values()))
@@ -141,6 +144,11 @@ def bytes_of(bank: Manifest, level: int, form: Quantization | None = None) -> in
     """Bytes of the files of a level in this form; None: as it is."""
     form = form or bank.quantization_of(level)
     return level_bytes(bank.memory, Level.layout(bank.memory, level, bank.dtype, form))
+
+
+def is_zeros(bank: Manifest, level: int) -> bool:
+    """Whether all blocks of a level are, as a generic memory that was never trained."""
+    return all(bank.is_zeros(level, n) for n in range(num_blocks(bank.memory, level)))
 
 
 class _Trials:
