@@ -116,7 +116,7 @@ def byte_counts(folder: Path, paths: Paths) -> dict[str, Any]:
         parts = file_parts(folder, bank.manifest, sorted(keys_of(bank.config, paths[:1])))
         make_ready(parts, HEATS[0])
         before = io_counts()
-        held = arrays_in(bank.fetch(paths[0]))
+        held = sum(array.nbytes for array in arrays_in(bank.fetch(paths[0])))
         after = io_counts()
         result = {
             "bank_parameters": bank.config.bank_parameters,
@@ -125,7 +125,7 @@ def byte_counts(folder: Path, paths: Paths) -> dict[str, Any]:
             "fetched_parameters": bank.config.fetched_parameters,
             "block_bytes": sum(part.nbytes for part in parts),
             "bytes_by_reader": bank.bytes_read,
-            "bytes_held": sum(array.nbytes for array in held),
+            "bytes_held": held,
             **{f"{key}_by_kernel": after[key] - before[key] - own[key] for key in after},
             "memory_of_open": opened,
         }
