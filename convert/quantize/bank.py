@@ -143,8 +143,8 @@ class _ChangedBlocks:
     def found(self, level: int, shard: Shard) -> Shard | None:
         """A shard that an earlier call wrote whole."""
         self.errors = LevelErrors()
-        note = self.notes / f"{shard.file}.json"
-        if not note.exists() or not (self.notes.parent / shard.file).exists():
+        note, file = self.notes / f"{shard.file}.json", self.notes.parent / shard.file
+        if not note.exists() or not file.exists() or file.stat().st_size != shard.bytes:
             return None
         known = read_json(note)
         shard = replace(shard, xxh3=known.pop("xxh3"))

@@ -140,6 +140,8 @@ def main(words: Sequence[str]) -> None:
             "give --anchor-bits or --bank-bits, or both, or --max-loss",
         )
     texts = read_texts(args.text) if args.text else []
+    if args.text and not any(text.strip() for text in texts):
+        raise UserError("there is no text to score", args.text, "give documents with some")
     wanted = (*MODEL_FILES, *BANK_FILES, f"{BANK_FOLDER}/*.jsonl", *TEXTS)
     folder = find_model(args.model, wanted)
     anchor = None if for_anchor == NOT_GIVEN else quantization_for(0, *for_anchor)

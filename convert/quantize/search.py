@@ -109,7 +109,7 @@ def search(folder: Path, bank: Manifest, bound: Bound, texts: Sequence[str], not
                 curve += sorted(trials.found.values(), key=lambda each: -each.bytes)
     model.require_bank().close()
     found = Search(bound.share, len(trials.tokens), int(trials.tokens.sum()), tuple(curve))
-    if found.tokens < FEW_TOKENS:
+    if found.tokens < FEW_TOKENS or found.documents < 2:
         _warn(found)
     return found
 
@@ -117,10 +117,12 @@ def search(folder: Path, bank: Manifest, bound: Bound, texts: Sequence[str], not
 def _warn(search: Search) -> None:
     """That the text is short, and what it leaves in doubt."""
     for each in (each for each in search.curve if each.kept):
-        shares = (value / (each.loss - each.rise) for value in (each.rise, each.rise_error))
-        rise = "{:+.3%}, standard error {:.3%}".format(*shares)
+        rise, error = (v / (each.loss - each.rise) for v in (each.rise, each.rise_error))
+        said = (
+            f"standard error {error:.3%}" if search.documents > 1 else "one document has no error"
+        )
         what = f"warning: {search.tokens:,} tokens of text say little of the {each.memory} memory"
-        print(f"{what}: its loss rises by {rise}", file=sys.stderr)
+        print(f"{what}: its loss rises by {rise:+.3%}, {said}", file=sys.stderr)
 
 
 def forms_of(bank: Manifest, level: int) -> Forms:

@@ -48,6 +48,9 @@ def test_a_run_killed_at_any_file_ends_as_one_that_was_not(wide, tmp_path):
         kept = {f"bank/{name}": (part / "bank" / name).stat().st_ino for name in noted}
         stages.add(len(files))
     assert len(stages) > 1
+    cut = part / sorted(kept)[0]  # by somebody else, meanwhile: that one is made anew
+    os.truncate(cut, cut.stat().st_size // 2)
+    assert kept.pop(f"bank/{cut.name}")
     assert kept
     main([str(wide), str(out), *options])
     assert {n: (out / n).stat().st_ino for n in kept} == kept  # not written again

@@ -198,6 +198,20 @@ def test_levels_that_stay_out_of_the_search_stay_as_they_are(taught, held_out, t
     refused("no level of the bank", main, [str(w) for w in (out, tmp_path / "two", *again)])
 
 
+def test_one_document_has_no_error_and_none_is_refused(taught, held_out, tmp_path):
+    """It was said to be nan %; a text without text was measured as if none had been given."""
+    (tmp_path / "one.txt").write_text(held_out.read_text()[:200])
+    (tmp_path / "none.txt").write_text(" \n")
+    given = ["--text", tmp_path / "one.txt", "--max-loss", "50%"]
+    said = run(main, taught, tmp_path / "out", *given)
+    assert "one document has no error" in said.err
+    for options in ([], ["--max-loss", "50%"]):
+        words = (taught, tmp_path / "no", "--bank-bits", "4", "--text", tmp_path / "none.txt")
+        words = (*words[:2], *words[4:], *options) if options else words
+        refused("there is no text to score", main, [str(word) for word in words])
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("no.")]
+
+
 def test_a_level_of_which_the_text_reads_only_zeros_stays_as_it_was(
     model_folder, blocks, held_out, tmp_path
 ):
