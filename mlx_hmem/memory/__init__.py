@@ -106,7 +106,7 @@ class BlockRead:
     source: Source
 
 
-@dataclass(frozen=True, repr=False, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)  # told apart by identity
 class FetchedMemory:
     """The blocks of one cluster path.
 

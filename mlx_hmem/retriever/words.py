@@ -23,7 +23,7 @@ NEAR = 0.2
 UNSAID = 2.0  # rare words of one piece that no text has, added to each question
 FEWEST = 20  # texts that words are weighed for: of a few no word would be rare
 # Weight of a question among the last words of a conversation. Of one that says little by itself it
-# is less, by this power of the share of it that no text has.
+# is less, by this power of the share that UNSAID has of all its weight.
 OWN, LITTLE = 0.8, 6
 COMMONEST = 1996  # the first word of BERT's vocabulary: before it are signs and single letters
 UNKNOWN = "[UNK]"
@@ -73,7 +73,7 @@ class WordIndex:
         return own * found + (1 - own) * self._covered(around)[0]
 
     def _covered(self, question: str) -> tuple[np.ndarray, float]:
-        """How much each text covers, and how much is added to it that none does."""
+        """How much each text covers, and the share of all weight that is not its words' own."""
         unsaid = total = UNSAID * self._among_texts(0)
         sums = np.zeros(self._size)
         for word in words_of(self.tokenizer, question):

@@ -205,9 +205,8 @@ def test_one_document_has_no_error_and_none_is_refused(taught, held_out, tmp_pat
     given = ["--text", tmp_path / "one.txt", "--max-loss", "50%"]
     said = run(main, taught, tmp_path / "out", *given)
     assert "one document has no error" in said.err
-    for options in ([], ["--max-loss", "50%"]):
-        words = (taught, tmp_path / "no", "--bank-bits", "4", "--text", tmp_path / "none.txt")
-        words = (*words[:2], *words[4:], *options) if options else words
+    for options in (["--bank-bits", "4"], ["--max-loss", "50%"]):
+        words = [taught, tmp_path / "no", *options, "--text", tmp_path / "none.txt"]
         refused("there is no text to score", main, [str(word) for word in words])
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("no.")]
 

@@ -79,7 +79,7 @@ def look(model: MemoryModel, documents: Sequence[OwnDocument], count: int = 3) -
     if not every:
         return ["no sentence is long enough to look at"]
     chosen = [every[i * len(every) // count] for i in range(min(count, len(every)))]
-    paths = [model.route(pair.window)[1] for _, pair in chosen]
+    paths = route_texts(model, [pair.window for _, pair in chosen], "fetched")
     prompts, longest = [pair.first for _, pair in chosen], max(len(p.second) for _, p in chosen)
     lines = dict[int, list[str]]()
     decode = partial(model.tokenizer.decode, skip_special_tokens=True)
